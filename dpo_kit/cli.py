@@ -1,0 +1,76 @@
+"""The command line: refuse early, then let Hydra run `train`. No torch, no trl until a run really starts."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from importlib.metadata import version
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from dpo_kit.config import CONF, check, compose_unchecked, register
+from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+log = logging.getLogger("dpo_kit")
+
+
+def main() -> None:
+    """`python -m dpo_kit` and `dpo-kit`: exits 0 done, 1 failed, 2 refused, 130 on Ctrl-C."""
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        sys.stdout.write(f"dpo_kit {version('dpo-kit')}\n")
+        return
+    args = get_args_parser().parse_args()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
+    sys.exit(_exit_code(args))
+
+
+def _exit_code(args: argparse.Namespace) -> int:
+    try:
+        if not (args.help or args.hydra_help or args.shell_completion or args.info):
+            refuse_early(args)
+        run()
+    except (ConfigError, DataError, ModelError) as error:
+        sys.stderr.write(f"dpo_kit: refused: {error}\n")
+        return REFUSED
+    except DpoKitError as error:
+        sys.stderr.write(f"dpo_kit: failed: {error}\n")
+        return FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("dpo_kit: interrupted\n")
+        return INTERRUPTED
+    return DONE
+
+
+def refuse_early(args: argparse.Namespace) -> None:
+    """Compose and check what is about to run, before Hydra writes its first file. Raises ConfigError."""
+    search = [f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]"] if args.config_dir else []
+    for overrides in _jobs(args):
+        check(compose_unchecked([*search, *overrides], args.config_name or "config"))
+
+
+def _jobs(args: argparse.Namespace) -> list[list[str]]:
+    if not args.multirun:
+        return [args.overrides]
+    parsed = OverridesParser.create().parse_overrides(args.overrides)
+    return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def run(cfg: DictConfig) -> float | None:
+    """One run; returns what a sweeper may maximise: the held-out accuracy."""
+    directory = HydraConfig.get().runtime.output_dir
+    log.info("method=%s beta=%g seed=%d → %s", cfg.method.name, cfg.beta, cfg.seed, directory)
+    from dpo_kit.train import train
+
+    return train(cfg, directory).final.get("probe/accuracy")
+
+
+register()

@@ -1,0 +1,280 @@
+"""From overrides to a checked config, without importing torch or trl.
+
+`compose` builds the config from conf/ as Hydra does; `check` refuses what cannot train as meant and returns it typed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pydantic
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from dpo_kit.errors import ConfigError
+from dpo_kit.settings import Rates, Settings, Strict
+from dpo_kit.trl_schema import load_schema
+
+PACKAGE = Path(__file__).resolve().parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # wheel | checkout
+
+SET_ELSEWHERE = {
+    "output_dir": "hydra.run.dir=…",
+    "report_to": "tracking=…",
+    "run_name": "tracking.name=…",
+    "model_init_kwargs": "model.…",
+    "trust_remote_code": "model.trust_remote_code=…",
+    "resume_from_checkpoint": "resume=…",
+}
+GONE_FROM_TRL = {
+    "max_prompt_length": "max_length",
+    "max_target_length": "max_length",
+    "warmup_ratio": "warmup_steps (below 1 it is a share of the run)",
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy",
+    "rpo_alpha": "loss_type=[sigmoid,sft] with loss_weights",
+    "reference_free": "method=simpo or method=cpo",
+    "tokenizer": "model.path",
+    "torch_dtype": "model.dtype",
+}
+REPORTERS = ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio")
+
+
+def register() -> None:
+    """Make TRL's fields, the reporters and the resolvers known to Hydra; harmless when repeated."""
+    store = ConfigStore.instance().store
+    for name, described in load_schema()["classes"].items():
+        fields = {key: field["default"] for key, field in described["fields"].items() if key not in SET_ELSEWHERE}
+        store(name, {"method": {"config": described["path"]}, "trl": fields}, group="trl", package="_global_")
+    for reporter in REPORTERS:
+        store(reporter, {"defaults": ["wandb", "_self_"], "reporter": reporter}, group="tracking")
+    resolvers = {
+        "file": lambda name: str(PACKAGE / name),
+        "multiply": lambda a, b: float(a) * float(b),
+        "learning_rate": _learning_rate,
+        "help": lambda: _help_text(),
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(f"dpo_kit.{name}", resolver, replace=True)
+
+
+def _learning_rate(of_model: Any, of_method: Any, tuning: str) -> float:
+    return Rates(**(of_model or of_method)).for_tuning(tuning)
+
+
+def _help_text() -> str:
+    from dpo_kit.help import help_text
+
+    return help_text()
+
+
+def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> DictConfig:
+    """The config that `python -m dpo_kit <overrides>` would run, checked.
+
+    `config_dir` adds a folder of your own options, as `--config-dir` does. Raises ConfigError.
+    """
+    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    cfg = compose_unchecked([*search, *overrides])
+    check(cfg)
+    return cfg
+
+
+def compose_unchecked(overrides: Sequence[str], config_name: str = "config") -> DictConfig:
+    register()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="dpo_kit"):
+            return hydra.compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+
+
+def check(cfg: DictConfig) -> Settings:
+    """`cfg` resolved and typed; ConfigError lists every fault with key, rule, value and remedy."""
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    try:
+        settings = Settings(**values)  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
+    faults = [*_trl_faults(settings), *_method_faults(settings)]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return settings
+
+
+# --- faults in the trl block -------------------------------------------------------------------------------------
+
+
+def _trl_faults(settings: Settings) -> Iterator[str]:
+    described = load_schema()["classes"].get(settings.method.config.rsplit(".", 1)[-1])
+    if described is None:
+        known = ", ".join(load_schema()["classes"])
+        yield f"method.config must be one of TRL's classes ({known}), got {settings.method.config}"
+        return
+    for key, value in settings.trl.items():
+        if key not in described["fields"] or key in SET_ELSEWHERE:
+            yield unknown_key(f"trl.{key}", _fields(described))
+        elif value is not None:
+            settings.trl[key], faults = _checked_value(key, value, described["fields"][key])
+            yield from faults
+    for key, value in (("beta", settings.beta), ("seed", settings.seed)):
+        if settings.trl[key] not in (value, [value]):
+            yield f"trl.{key} follows {key}: say {key}={settings.trl[key]} instead of trl.{key}={settings.trl[key]}"
+
+
+def _fields(described: dict[str, Any]) -> list[str]:
+    return [f"trl.{key}" for key in described["fields"] if key not in SET_ELSEWHERE]
+
+
+def _checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, list[str]]:
+    """`value` as TRL's annotation wants it (a lone string becomes a list where only lists are meant), and its faults."""
+    if isinstance(value, str) and "list[str]" in field["type"] and not re.search(r"(^|\| )str\b", field["type"]):
+        value = [value]
+    try:
+        value = pydantic.TypeAdapter(_type(field["type"])).validate_python(value)
+    except pydantic.ValidationError:
+        unquoted_no = value is False and "choices" in field  # YAML reads a bare no as false
+        remedy = f' (the YAML reading of a bare no: write {key}: "no")' if unquoted_no else ""
+        return value, [f"trl.{key} must be {field['type']}, got {value!r}{remedy}"]
+    wrong = [item for item in _each(value) if "choices" in field and item not in field["choices"]]
+    return value, [_wrong_choice(f"trl.{key}", item, field["choices"]) for item in wrong]
+
+
+def _type(annotation: str) -> Any:
+    return eval(annotation, {"Any": Any, "__builtins__": {t.__name__: t for t in (int, float, bool, str, dict, list)}})
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _wrong_choice(key: str, value: Any, choices: list[str]) -> str:
+    return f"{key} must be one of {', '.join(choices)}, got {value!r}{_near(str(value), choices)}"
+
+
+# --- faults of the method as a whole -----------------------------------------------------------------------------
+
+
+def _method_faults(settings: Settings) -> Iterator[str]:
+    method, trl = settings.method, settings.trl
+    low, high = method.beta.range
+    if not (low <= settings.beta <= high or settings.allow_beta):
+        grid = ", ".join(f"{value:g}" for value in method.beta.grid)
+        yield (
+            f"beta must lie in [{low:g}, {high:g}] for method={method.name} ({method.beta.meaning}), "
+            f"got {settings.beta:g}; its grid is {grid} (allow_beta=true if you mean it)"
+        )
+    yield from _learning_rate_faults(settings)
+    yield from _loss_faults(settings)
+    if method.rows == "unary" and trl["per_device_train_batch_size"] < 2:
+        yield (
+            f"trl.per_device_train_batch_size must be at least 2 for method={method.name} (both labels in every "
+            f"batch; 4 or more is better), got {trl['per_device_train_batch_size']}"
+        )
+    if trl.get("sync_ref_model") and settings.model.tuning != "full":
+        yield (
+            "trl.sync_ref_model needs a reference model of its own, which model.tuning="
+            f"{settings.model.tuning} has not: use model.tuning=full or trl.sync_ref_model=false"
+        )
+
+
+def _learning_rate_faults(settings: Settings) -> Iterator[str]:
+    rate, tuning = settings.trl["learning_rate"], settings.model.tuning
+    limit = settings.model.max_learning_rate.for_tuning(tuning)
+    usual = settings.method.learning_rate.for_tuning(tuning)
+    if not isinstance(rate, float) or settings.allow_learning_rate or 0 < rate <= limit:
+        return
+    yield (
+        f"trl.learning_rate must be above 0 and at most {limit:g} for model.tuning={tuning} on this model, got {rate:g}; "
+        f"method={settings.method.name} usually takes {usual:g} (allow_learning_rate=true if you mean it)"
+    )
+
+
+def _loss_faults(settings: Settings) -> Iterator[str]:
+    trl, smoothing = settings.trl, settings.trl.get("label_smoothing") or 0.0
+    losses = [str(loss) for loss in _each(trl.get("loss_type") or [])]
+    smoothed = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["smoothed_losses"]
+    if smoothing and not set(losses) & set(smoothed):
+        yield (
+            f"trl.label_smoothing={smoothing:g} has no effect on {', '.join(losses) or 'this method'}: set it to 0, or "
+            f"take a loss that uses it ({', '.join(smoothed) or 'none of this trainer does'})"
+        )
+    if "robust" in losses and not 0 <= smoothing < 0.5:
+        yield f"trl.label_smoothing is the share of flipped labels, in [0, 0.5) for the robust loss, got {smoothing:g}"
+    if "exo_pair" in losses and not smoothing:
+        yield "trl.label_smoothing must be above 0 for exo_pair (its paper takes 1e-3), got 0"
+    weights = trl.get("loss_weights")
+    if weights is not None and len(weights) != len(losses):
+        yield f"trl.loss_weights needs one weight per loss ({', '.join(losses)}), got {weights}"
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+
+def explain(error: Exception) -> ConfigError:
+    """Hydra's and OmegaConf's errors in our words: what was refused, and the near miss."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return ConfigError(_wrong_choice(group, option, [str(o) for o in error.options]))
+    if found := re.search(r"An item is already at '([^']+)'", text):
+        return ConfigError(f"{found[1]} exists already: leave out the +")
+    if found := re.search(r"Could not (?:override|append to config|delete from config|find)[^']*'([^']+)'", text):
+        return ConfigError(unknown_key(found[1].split("@")[0], known_keys()))
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError(f"{error.full_key} is missing: add {error.full_key}=…")
+    return ConfigError(text)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Why `key` is refused and what was probably meant."""
+    name = key.removeprefix("trl.")
+    if name in SET_ELSEWHERE:
+        return f"{key} is set elsewhere: use {SET_ELSEWHERE[name]}"
+    if name in GONE_FROM_TRL:
+        return f"{key} is gone from TRL: use {GONE_FROM_TRL[name]}"
+    owners = [cls for cls, it in load_schema()["classes"].items() if key.startswith("trl.") and name in it["fields"]]
+    if owners:
+        return f"{key} belongs to {', '.join(owners)}, not to the config class of the chosen method"
+    if key.startswith("model.lora."):
+        return f"{key} is not among the usual options of peft.LoraConfig: add it with +{key}=… if PEFT knows it"
+    return f"unknown key {key}{_near(key, list(known))}"
+
+
+def known_keys() -> list[str]:
+    """Every key that some config may have, for near misses."""
+    groups = [entry.name for entry in CONF.iterdir() if entry.is_dir() and entry.name not in ("hydra", "trl")]
+    of_trl = {field for it in load_schema()["classes"].values() for field in _fields(it)}
+    return sorted({*groups, *_model_keys(Settings), *of_trl})
+
+
+def _model_keys(model: type[Strict], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Strict):
+            yield from _model_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _near(word: str, words: list[str]) -> str:
+    tail = word.rpartition(".")[2]
+    same_tail = sorted((w for w in words if w.rpartition(".")[2] == tail and w != word), reverse=True)
+    close = same_tail or difflib.get_close_matches(word, words, n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def _describe(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return unknown_key(key, _model_keys(Settings))
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"

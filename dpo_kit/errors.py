@@ -1,0 +1,25 @@
+"""Every error that dpo_kit raises on purpose.
+
+    DpoKitError
+    ├── ConfigError (also ValueError)   a key, a value or a combination that cannot train as meant
+    ├── DataError   (also ValueError)   a file, a row or a column that cannot be trained on
+    └── ModelError  (also ValueError)   weights, tokenizer or reference that do not fit
+
+A message names the key (or file and line), the rule, the value found and the remedy.
+"""
+
+
+class DpoKitError(Exception):
+    """Base of all errors that dpo_kit raises on purpose; picklable, so that it crosses process borders."""
+
+
+class ConfigError(DpoKitError, ValueError):
+    """A key, a value or a combination of values that cannot train as meant."""
+
+
+class DataError(DpoKitError, ValueError):
+    """A file, a row or a column that cannot be trained on."""
+
+
+class ModelError(DpoKitError, ValueError):
+    """Weights, a tokenizer or a reference model that do not fit the run."""

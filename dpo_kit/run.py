@@ -1,0 +1,77 @@
+"""The run directory: what its files are called and how they are written. Standard library only.
+
+A run directory is the only thing that passes between training, sweeps, evaluation and export; `result.json` is
+written last, so that it means "this run has ended, and this is how".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run's files. `root` need not exist yet."""
+
+    root: Path
+
+    manifest = property(lambda self: self.root / "manifest.json")
+    trl_config = property(lambda self: self.root / "trl_config.json")
+    data_report = property(lambda self: self.root / "data_report.json")
+    dropped_rows = property(lambda self: self.root / "dropped_rows.jsonl")
+    metrics = property(lambda self: self.root / "metrics.jsonl")
+    probe = property(lambda self: self.root / "probe.jsonl")
+    probe_state = property(lambda self: self.root / "probe_state.pt")
+    samples = property(lambda self: self.root / "samples.jsonl")
+    checkpoints = property(lambda self: self.root / "checkpoints")
+    model = property(lambda self: self.root / "model")
+    picture = property(lambda self: self.root / "report.png")
+    result = property(lambda self: self.root / "result.json")
+
+    def read_result(self) -> dict[str, Any] | None:
+        """How the run ended, or None where it has not."""
+        return read_json(self.result) if self.result.exists() else None
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the latest step, or None."""
+        found = [path for path in self.checkpoints.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+        return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as strict JSON (a number that is not finite becomes null), complete or not there at all."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity as None, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,127 @@
+"""The shape of a composed config: what each key of dpo_kit's own is called, what type it has, what it means.
+
+The `trl` block is not described here: it is TRL's own, see trl_schema.py.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; `model_…` names are ordinary ones."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Rates(Strict):
+    """A learning rate for full tuning and one for LoRA and QLoRA, per optimizer step."""
+
+    full: PositiveFloat
+    lora: PositiveFloat
+
+    def for_tuning(self, tuning: str) -> float:
+        return self.full if tuning == "full" else self.lora
+
+
+class Beta(Strict):
+    """What beta means in a method, which way it pulls, and where it makes sense."""
+
+    meaning: str
+    higher: Literal["closer", "stronger"]  # closer to the reference | stronger preference term
+    grid: list[PositiveFloat]
+    range: tuple[PositiveFloat, PositiveFloat]
+
+
+class Method(Strict):
+    """One method file: everything in which methods differ."""
+
+    name: str
+    title: str
+    paper: str
+    equation: str
+    config: str  # import path of TRL's config class, set by the trl option that the file names
+    trainer: str  # import path of TRL's trainer class
+    rows: Literal["pairs", "unary"]
+    reference: bool  # the trainer takes a reference model
+    start: Literal["instruct", "any"]  # the kind of model that the method is meant to start from
+    implicit_reward: bool  # beta x logratio is the reward that the loss compares
+    saturation: Literal["sigmoid", "ipo"] | None  # how to tell that beta is felt; None: no such measure
+    beta: Beta
+    learning_rate: Rates
+
+
+class Model(Strict):
+    """Policy, reference and how the weights are tuned."""
+
+    path: str
+    revision: str | None
+    tuning: Literal["full", "lora", "qlora"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    attn_implementation: str | None
+    trust_remote_code: bool
+    reference: str | None
+    learning_rate: Rates | None
+    max_learning_rate: Rates
+    lora: dict[str, Any]
+    quantization: dict[str, Any]
+
+
+class Source(Strict):
+    """One data source of a mixture; weight 0.5 takes a seeded half of its prompts, 2 takes each twice."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+class Data(Strict):
+    """Where the rows come from and what is done with faulty ones."""
+
+    train: str | list[Source]
+    eval: str | list[Source] | None
+    train_split: str
+    eval_split: str | None
+    columns: dict[str, str]
+    holdout: float = Field(gt=0, lt=1)
+    wrap_as_chat: Literal["auto"] | bool
+    on_bad_row: Literal["fail", "drop"]
+    gold: str | None
+
+
+class Callbacks(Strict):
+    """What the probe measures and on how much."""
+
+    preference_margin: bool
+    implicit_reward: bool
+    kl_drift: bool
+    pairs: PositiveInt
+    prompts: PositiveInt
+    max_new_tokens: PositiveInt
+    batch_size: PositiveInt
+
+
+class Tracking(Strict):
+    """Where the metrics go beside the run directory."""
+
+    reporter: str
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
+    name: str
+
+
+class Settings(Strict):
+    """A whole run, checked."""
+
+    beta: PositiveFloat
+    seed: NonNegativeInt
+    resume: str
+    allow_beta: bool
+    allow_learning_rate: bool
+    method: Method
+    model: Model
+    data: Data
+    callbacks: Callbacks
+    tracking: Tracking
+    trl: dict[str, Any]
