@@ -3,7 +3,8 @@
     DpoKitError
     ├── ConfigError (also ValueError)   a key, a value or a combination that cannot train as meant
     ├── DataError   (also ValueError)   a file, a row or a column that cannot be trained on
-    └── ModelError  (also ValueError)   weights, tokenizer or reference that do not fit
+    ├── ModelError  (also ValueError)   weights, tokenizer or reference that do not fit
+    └── TrainingError                   training ended in a state that must not be kept
 
 A message names the key (or file and line), the rule, the value found and the remedy.
 """
@@ -23,3 +24,7 @@ class DataError(DpoKitError, ValueError):
 
 class ModelError(DpoKitError, ValueError):
     """Weights, a tokenizer or a reference model that do not fit the run."""
+
+
+class TrainingError(DpoKitError):
+    """Training ended in a state that must not be kept, such as weights that are not finite."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,13 @@ class RunDirectory:
     def read_result(self) -> dict[str, Any] | None:
         """How the run ended, or None where it has not."""
         return read_json(self.result) if self.result.exists() else None
+
+    def wandb_id(self) -> str:
+        """The id of this run's wandb run, the same whenever the run goes on."""
+        file = self.root / "wandb_id"
+        if not file.exists():
+            write_text(file, secrets.token_hex(4))
+        return file.read_text()
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint of the latest step, or None."""

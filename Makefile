@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1 \t\2/' | expand -t 20
+
+demo: $(VENV)/installed  ## train the embedded model on embedded pairs (90 s on two cores, no download)
+	$(BIN)/python -m dpo_kit
+
+test: $(VENV)/installed  ## the quick tests (6 minutes on two cores)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/installed  ## every test, whole runs of every method among them (60 minutes)
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/installed  ## format, lint and types; changes nothing
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: $(VENV)/installed  ## bring the code into form
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(VENV)/installed  ## start-up time, cost of the probe
+	$(BIN)/python examples/benchmark/bench.py
+
+clean:  ## remove what builds and tests left behind
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: help demo test test-all check format bench clean
+.DEFAULT_GOAL := help

@@ -1,0 +1,76 @@
+"""The TRL config object of a run: the user's `trl` block, and what was left open there decided from data and hardware."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.hardware import precision_arguments
+from dpo_kit.settings import Settings
+from dpo_kit.trl_schema import load_schema
+
+Rows = list[dict[str, Any]]
+
+
+def import_class(path: str) -> Any:
+    """The class at `path`, such as trl.DPOTrainer."""
+    module, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def build_arguments(settings: Settings, rows: Rows, output_dir: Path) -> Any:
+    """An object of the method's TRL config class, for training on `rows`."""
+    given = settings.trl | decide(settings.trl, rows)
+    fields = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["fields"]
+    meant = {key: value for key, value in given.items() if value is not None or "None" in fields[key]["type"]}
+    reporter = settings.tracking.reporter
+    own = {
+        "output_dir": str(output_dir),
+        "run_name": settings.tracking.name,
+        "report_to": "none" if reporter in ("wandb", "none") else [reporter],  # wandb is a sink of our own
+    }
+    return import_class(settings.method.config)(**meant, **own)
+
+
+def decide(trl: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    """Values for the fields that are null in `trl` and not left to TRL: precision, cadence, class weights."""
+    chosen = precision_arguments(trl)
+    steps = count_steps(trl, len(rows))
+    evaluate_every = max(1, min(500, steps // 10))
+    cadence = {
+        "logging_steps": max(1, min(10, steps // 20)),
+        "eval_steps": evaluate_every,
+        "save_steps": trl["eval_steps"] or evaluate_every,
+    }
+    chosen |= {key: value for key, value in cadence.items() if trl[key] is None}
+    if "desirable_weight" in trl and trl["desirable_weight"] is None:
+        chosen["desirable_weight"] = _even_weight(rows) * trl["undesirable_weight"]
+    return chosen
+
+
+def count_steps(trl: dict[str, Any], rows: int) -> int:
+    """Optimizer steps of the run, as transformers counts them."""
+    if trl["max_steps"] > 0:
+        return trl["max_steps"]
+    whole = math.floor if trl["dataloader_drop_last"] else math.ceil
+    batches = whole(rows / (trl["per_device_train_batch_size"] * world_size()))
+    per_epoch = max(1, math.ceil(batches / trl["gradient_accumulation_steps"]))
+    return math.ceil(trl["num_train_epochs"] * per_epoch)
+
+
+def effective_batch(trl: dict[str, Any]) -> int:
+    """Rows per optimizer step over all devices."""
+    return trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"] * world_size()
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _even_weight(rows: Rows) -> float:
+    """The weight of thumbs up that makes both classes count the same: n_U / n_D (KTO, arXiv:2402.01306, eq. 9)."""
+    up = sum(row["label"] for row in rows)
+    return (len(rows) - up) / up if 0 < up < len(rows) else 1.0

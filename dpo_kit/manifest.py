@@ -1,0 +1,80 @@
+"""What a run was made of: versions, config, data, weights. Written before training, so that a failed run can be read too."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.data.prepare import Prepared
+from dpo_kit.data.rows import digest
+from dpo_kit.errors import ConfigError
+from dpo_kit.run import RunDirectory, read_json
+from dpo_kit.secrets import redact
+from dpo_kit.settings import Settings
+
+PACKAGES = ("dpo-kit", "trl", "transformers", "torch", "datasets", "accelerate", "peft", "bitsandbytes", "hydra-core", "wandb")
+
+
+def build_manifest(settings: Settings, data: Prepared, command: str | None) -> dict[str, Any]:
+    """The facts of a run that do not change while it trains; secrets redacted."""
+    config = comparable(settings)
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "git": git_state(),
+        "machine": {"system": platform.platform(), "processor": platform.machine()},
+        "config": config,
+        "config_hash": digest(config),
+        "data": {
+            name: {"rows": len(rows), "sha256": digest([row["pair_id"] for row in rows])}
+            for name, rows in (("train", data.train), ("select", data.select), ("test", data.test))
+        },
+        "model": {"path": settings.model.path, "revision": settings.model.revision, "sha256": hash_weights(settings.model.path)},
+    }
+
+
+def comparable(settings: Settings) -> dict[str, Any]:
+    """The resolved config without what may differ between two starts of one run."""
+    return redact(settings.model_dump(mode="json", exclude={"resume": True, "tracking": True}))
+
+
+def refuse_other_run(run: RunDirectory, settings: Settings) -> None:
+    """ConfigError where the directory already holds a run of another config; names the keys that differ."""
+    if not run.manifest.exists():
+        return
+    there, here = _flat(read_json(run.manifest)["config"]), _flat(comparable(settings))
+    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    if differing:
+        shown = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} now" for key in differing[:5])
+        raise ConfigError(f"{run.root} holds a run of another config ({shown}): choose another hydra.run.dir")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
+
+
+def git_state() -> str | None:
+    """The commit of the working directory, with `+changes` where files differ; None outside a repository."""
+    try:
+        run = [subprocess.run(["git", *words], capture_output=True, text=True, timeout=10) for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))]
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run[0].stdout.strip() + ("+changes" if run[1].stdout.strip() else "") if run[0].returncode == 0 else None
+
+
+def hash_weights(path: str) -> str | None:
+    """sha256 over the safetensors files of a local folder; None for a hub id (its revision names the weights)."""
+    files = sorted(Path(path).expanduser().glob("*.safetensors"))
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest() if files else None

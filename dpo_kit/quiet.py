@@ -1,0 +1,21 @@
+"""Libraries speak to the log file; the terminal belongs to what its reader can act on."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and notices of the libraries below; their warnings go to the log file."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    datasets.logging.set_verbosity_error()
+    logging.captureWarnings(True)
