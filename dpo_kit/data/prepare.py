@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from typing import Any
 
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.read import Fault, Row, read_source
-from dpo_kit.data.rows import ANSWERS, Kind, as_chat, identify, normalise
+from dpo_kit.data.rows import ANSWERS, Kind, as_chat, digest, identify, normalise
 from dpo_kit.errors import DataError
 from dpo_kit.settings import Data, Source
 
@@ -196,7 +195,7 @@ def _part(
 
 def _key(row: dict[str, Any]) -> str:
     """A hash of the prompt that orders prompts at random, the same way on every machine and for every seed."""
-    return hashlib.sha256(repr(row["prompt"]).encode()).hexdigest()
+    return digest(row["prompt"])
 
 
 def _halves(pool: Rows) -> tuple[Rows, Rows]:
