@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -17,6 +19,10 @@ from omegaconf import DictConfig
 
 from dpo_kit.config import CONF, check, compose_unchecked, register
 from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
+from dpo_kit.help import help_text
+
+if TYPE_CHECKING:
+    from dpo_kit.finish import Result
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 log = logging.getLogger("dpo_kit")
@@ -28,13 +34,16 @@ def main() -> None:
         sys.stdout.write(f"dpo_kit {version('dpo-kit')}\n")
         return
     args = get_args_parser().parse_args()
+    if args.help:
+        sys.stdout.write(help_text(args.config_dir))
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
     sys.exit(_exit_code(args))
 
 
 def _exit_code(args: argparse.Namespace) -> int:
     try:
-        if not (args.help or args.hydra_help or args.shell_completion or args.info):
+        if not (args.hydra_help or args.shell_completion or args.info):
             refuse_early(args)
         run()
     except (ConfigError, DataError, ModelError) as error:
@@ -68,9 +77,24 @@ def run(cfg: DictConfig) -> float | None:
     """One run; returns what a sweeper may maximise: the held-out accuracy."""
     directory = HydraConfig.get().runtime.output_dir
     log.info("method=%s beta=%g seed=%d → %s", cfg.method.name, cfg.beta, cfg.seed, directory)
-    from dpo_kit.train import train
+    from dpo_kit.training import train
 
-    return train(cfg, directory).final.get("probe/accuracy")
+    result = train(cfg, directory)
+    show(result)
+    return result.final.get("probe/accuracy")
+
+
+def show(result: Result) -> None:
+    """The short table at the end, what was noticed, and the next command to type."""
+    from rich.console import Console
+
+    from dpo_kit.report import result_table
+
+    console = Console()
+    console.print(result_table(dataclasses.asdict(result)))
+    for finding in result.findings:
+        console.print(f"{finding['symptom']}: {finding['meaning']} {finding['remedy']}", highlight=False)
+    console.print(f"run directory: {result.run_dir}\nnext: {result.next}", highlight=False, soft_wrap=True)
 
 
 register()

@@ -59,7 +59,6 @@ def register() -> None:
         "file": lambda name: str(PACKAGE / name),
         "multiply": lambda a, b: float(a) * float(b),
         "learning_rate": _learning_rate,
-        "help": lambda: _help_text(),
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(f"dpo_kit.{name}", resolver, replace=True)
@@ -67,12 +66,6 @@ def register() -> None:
 
 def _learning_rate(of_model: Any, of_method: Any, tuning: str) -> float:
     return Rates(**(of_model or of_method)).for_tuning(tuning)
-
-
-def _help_text() -> str:
-    from dpo_kit.help import help_text
-
-    return help_text()
 
 
 def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> DictConfig:
@@ -143,7 +136,7 @@ def _checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, li
         value = pydantic.TypeAdapter(_type(field["type"])).validate_python(value)
     except pydantic.ValidationError:
         unquoted_no = value is False and "choices" in field  # YAML reads a bare no as false
-        remedy = f' (the YAML reading of a bare no: write {key}: "no")' if unquoted_no else ""
+        remedy = f' (the YAML reading of a bare no: write trl.{key}: "no")' if unquoted_no else ""
         return value, [f"trl.{key} must be {field['type']}, got {value!r}{remedy}"]
     wrong = [item for item in _each(value) if "choices" in field and item not in field["choices"]]
     return value, [_wrong_choice(f"trl.{key}", item, field["choices"]) for item in wrong]
@@ -208,8 +201,8 @@ def _loss_faults(settings: Settings) -> Iterator[str]:
             f"trl.label_smoothing={smoothing:g} has no effect on {', '.join(losses) or 'this method'}: set it to 0, or "
             f"take a loss that uses it ({', '.join(smoothed) or 'none of this trainer does'})"
         )
-    if "robust" in losses and not 0 <= smoothing < 0.5:
-        yield f"trl.label_smoothing is the share of flipped labels, in [0, 0.5) for the robust loss, got {smoothing:g}"
+    if not 0 <= smoothing < 0.5:
+        yield f"trl.label_smoothing is the share of flipped labels and must lie in [0, 0.5), got {smoothing:g}"
     if "exo_pair" in losses and not smoothing:
         yield "trl.label_smoothing must be above 0 for exo_pair (its paper takes 1e-3), got 0"
     weights = trl.get("loss_weights")

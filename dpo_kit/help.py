@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
 from dpo_kit.config import CONF, REPORTERS
 
@@ -14,47 +17,74 @@ dpo_kit: preference tuning on TRL, every number on one scale.
 
 usage: python -m dpo_kit [group=option | key=value] …
 
-  python -m dpo_kit                              train the embedded model on embedded pairs
-  python -m dpo_kit method=ipo beta=0.2          another method, another beta
+  python -m dpo_kit                               train the embedded model on embedded pairs
+  python -m dpo_kit method=ipo beta=0.2           another method, another beta
   python -m dpo_kit model=local model.path=DIR data=jsonl data.train=pairs.jsonl
-  python -m dpo_kit trl.num_train_epochs=2       any field of TRL's own config
-  python -m dpo_kit --cfg job                    print the composed config and stop
-  python -m dpo_kit --config-dir DIR method=mine add your own options to the groups
+  python -m dpo_kit trl.num_train_epochs=2        any field of TRL's own config
+  python -m dpo_kit -m beta=0.05,0.1,0.2,0.5      one run for each
+  python -m dpo_kit --cfg job                     print the composed config and stop
+  python -m dpo_kit --config-dir DIR method=mine  add your own options to the groups
 
-groups and their options:
+groups and their options (the first line of an option's file says what it is):
 {groups}
 
-what beta means (default, grid):
+what beta means (default; grid):
 {betas}
 """
+GROUPS = ("method", "model", "data", "beta-sweep", "callbacks", "tracking", "experiment")
+PULL = {
+    "closer": "Higher stays closer to the reference.",
+    "stronger": "Higher pulls harder at the preferences.",
+}
 
 
-def help_text() -> str:
-    """Usage, groups with their options, and what beta means in each method."""
-    return USAGE.format(groups="\n".join(_group_lines()), betas="\n".join(_beta_lines()))
+def help_text(config_dir: str | None = None) -> str:
+    """Usage, groups with their options (those of `config_dir` too), and what beta means in each method."""
+    roots = [CONF, *([Path(config_dir)] if config_dir else [])]
+    groups = [_entry(group, ", ".join(_options(group, roots)), 13) for group in GROUPS]
+    betas = [_beta_entry(name, tuple(roots)) for name in _options("method", roots)]
+    return USAGE.format(groups="\n".join(groups), betas="\n".join(betas))
 
 
-def _group_lines() -> list[str]:
-    groups = ("method", "model", "data", "beta-sweep", "callbacks", "tracking", "experiment")
-    return [f"  {group:<11}{', '.join(_options(group))}" for group in groups]
+def _entry(name: str, text: str, column: int) -> str:
+    width = min(100, shutil.get_terminal_size().columns)
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=f"  {name:<{column - 2}}",
+        subsequent_indent=" " * column,
+        break_on_hyphens=False,
+    )
 
 
-def _options(group: str) -> list[str]:
+def _options(group: str, roots: list[Path]) -> list[str]:
     added = REPORTERS if group == "tracking" else ()
-    return sorted({*(file.stem for file in (CONF / group).glob("*.yaml")), *added})
+    return sorted({*(file.stem for root in roots for file in (root / group).glob("*.yaml")), *added})
 
 
-def _beta_lines() -> list[str]:
-    return [_beta_line(_load_method(CONF / "method" / f"{name}.yaml")) for name in _options("method")]
+def _beta_entry(name: str, roots: tuple[Path, ...]) -> str:
+    method = _load_method(name, roots)
+    beta, default = method["method"]["beta"], method["beta"]
+    grid = ", ".join(f"{value:g}" for value in beta["grid"])
+    return _entry(name, f"{default:g}; {grid}. {beta['meaning']}. {PULL[beta['higher']]}", 12)
 
 
-def _beta_line(cfg: Any) -> str:
-    beta, grid = cfg.method.beta, ", ".join(f"{value:g}" for value in cfg.method.beta.grid)
-    pull = {"closer": "higher stays closer to the reference", "stronger": "higher pulls harder at the preferences"}
-    return f"  {cfg.method.name:<9} {cfg.beta:<4g} ({grid})  {beta.meaning}; {pull[beta.higher]}"
+@cache
+def _load_method(name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
+    """A method file with what it inherits."""
+    file = next(root / "method" / f"{name}.yaml" for root in roots if (root / "method" / f"{name}.yaml").exists())
+    own = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    parents = [parent for parent in own.get("defaults", []) if not parent.startswith(("/", "_"))]
+    merged: dict[str, Any] = {}
+    for part in (*(_load_method(parent, roots) for parent in parents), own):
+        merged = _merge(merged, part)
+    return merged
 
 
-def _load_method(file: Path) -> DictConfig:
-    cfg = OmegaConf.load(file)
-    parents = [name for name in cfg.pop("defaults", []) if not name.startswith(("/", "_"))]
-    return OmegaConf.merge(*(_load_method(file.with_stem(name)) for name in parents), cfg)  # type: ignore[return-value]
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merge(under[key], value) for key, value in over.items() if _nested(under.get(key), value)}
+    return under | over | both
+
+
+def _nested(one: Any, other: Any) -> bool:
+    return isinstance(one, dict) and isinstance(other, dict)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.arguments import effective_batch
 from dpo_kit.data.prepare import Prepared
 from dpo_kit.data.rows import digest
 from dpo_kit.errors import ConfigError
@@ -31,6 +32,7 @@ def build_manifest(settings: Settings, data: Prepared, command: str | None) -> d
         "machine": {"system": platform.platform(), "processor": platform.machine()},
         "config": config,
         "config_hash": digest(config),
+        "effective_batch": effective_batch(settings.trl),
         "data": {
             name: {"rows": len(rows), "sha256": digest([row["pair_id"] for row in rows])}
             for name, rows in (("train", data.train), ("select", data.select), ("test", data.test))

@@ -28,7 +28,7 @@ class RunDirectory:
     dropped_rows = property(lambda self: self.root / "dropped_rows.jsonl")
     metrics = property(lambda self: self.root / "metrics.jsonl")
     probe = property(lambda self: self.root / "probe.jsonl")
-    probe_state = property(lambda self: self.root / "probe_state.pt")
+    probe_state = property(lambda self: self.root / "probe_state")
     samples = property(lambda self: self.root / "samples.jsonl")
     checkpoints = property(lambda self: self.root / "checkpoints")
     model = property(lambda self: self.root / "model")

@@ -46,7 +46,7 @@ class Method(Strict):
     reference: bool  # the trainer takes a reference model
     start: Literal["instruct", "any"]  # the kind of model that the method is meant to start from
     implicit_reward: bool  # beta x logratio is the reward that the loss compares
-    saturation: Literal["sigmoid", "ipo"] | None  # how to tell that beta is felt; None: no such measure
+    saturation: Literal["dpo", "dpo_norm", "ipo"] | None  # how to tell that beta is felt; None: no such measure
     beta: Beta
     learning_rate: Rates
 

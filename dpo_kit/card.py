@@ -1,0 +1,89 @@
+"""The model card: what a finished model is, in words and numbers, for whoever finds it later. No secrets."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_kit.report import ceiling_line, result_rows
+from dpo_kit.secrets import redact, redact_argv
+
+DIRECTION = {
+    "closer": "a higher beta keeps the policy closer to the reference",
+    "stronger": "a higher beta strengthens the preference term",
+}
+SHOWN_ARGUMENTS = ("learning_rate", "num_train_epochs", "max_steps", "max_length", "loss_type", "lr_scheduler_type")
+
+
+def write_card(run_dir: str | Path, result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """Write `run_dir`/model/README.md and return its text.
+
+    `result` and `manifest` are what result.json and manifest.json hold; both are redacted first.
+    """
+    result, manifest = redact(dict(result)), redact(dict(manifest))
+    parts = (_front_matter, _headline, _measured, _findings, _data, _training, _versions)
+    text = "\n\n".join(filter(None, (part(result, manifest) for part in parts))) + "\n"
+    path = Path(run_dir) / "model" / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def _front_matter(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    facts: dict[str, Any] = {
+        "library_name": "transformers" if result["tuning"] == "full" else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["dpo_kit", "trl", "preference-tuning", result["method"]],
+    }
+    if result["model"].count("/") == 1 and not Path(result["model"]).exists():  # a hub id, no local folder
+        facts["base_model"] = result["model"]
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False).strip()}\n---"
+
+
+def _headline(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    method = manifest["config"]["method"]
+    meaning = f"{method['beta']['meaning']}; {DIRECTION[method['beta']['higher']]}"
+    return (
+        f"# {method['name']} of {result['model']}, beta {result['beta']:g}\n\n"
+        f"{method['title']} ({method['paper']}): `{method['equation']}`\n\n"
+        f"beta = {result['beta']:g}: {meaning}."
+    )
+
+
+def _measured(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    rows = [("", "start", "end", "95 % interval"), ("---", "---:", "---:", "---:"), *result_rows(result)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    note = ceiling_line(result.get("final") or {}, result.get("ceiling"))
+    about = "On held-out prompts, against the model that training started from."
+    return "\n\n".join(filter(None, ("## Measured", about, table, note and f"{note[0].upper()}{note[1:]}.")))
+
+
+def _findings(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    found = [f"- {item['symptom']} {item['meaning']}" for item in result.get("findings") or []]
+    return "## To know\n\n" + "\n".join(found) if found else ""
+
+
+def _data(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    data = manifest["config"].get("data", {})
+    sources = [f"- {name}: `{data[name]}`" for name in ("train", "eval") if data.get(name)]
+    splits = [
+        f"- {name}: {facts['rows']} rows, sha256 `{str(facts['sha256'])[:16]}`"
+        for name, facts in manifest.get("data", {}).items()
+    ]
+    return "## Data\n\n" + "\n".join(sources + splits)
+
+
+def _training(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    arguments = manifest["config"].get("trl", {})
+    shown = ", ".join(f"{name} {arguments[name]}" for name in SHOWN_ARGUMENTS if arguments.get(name) is not None)
+    facts = f"{result['tuning']} tuning, {result['steps']} steps, seed {result['seed']}; {shown}."
+    command = " ".join(redact_argv((manifest.get("command") or "").split()))
+    return "\n\n".join(filter(None, ("## Training", facts, command and f"```\n{command}\n```")))
+
+
+def _versions(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
+    weights = manifest.get("model", {})
+    start = weights.get("sha256") or weights.get("revision")
+    return f"## Versions\n\n{versions}." + (f"\n\nStarted from weights `{start}`." if start else "")

@@ -1,0 +1,213 @@
+"""KL between policy and reference along samples of either; the reference's samples are kept from step 0."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kit.metrics import bootstrap_se, rao_blackwell_terms
+from dpo_kit.sampling import Sample, draw_samples, pad_token_id
+from dpo_kit.scoring import (
+    TOKENS_PER_BATCH,
+    Reference,
+    Tokens,
+    batch_size_in_tokens,
+    completion_logits,
+    completion_targets,
+    fingerprint,
+    length_sorted_batches,
+    token_logps,
+)
+
+logger = logging.getLogger(__name__)
+_CHUNK = 1024  # positions whose fp32 log-probabilities under both models are held at once
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL per sample, (samples,) in nats: Rao-Blackwellized (None where unaffordable) and k1."""
+
+    rb: Tensor | None
+    k1: Tensor
+
+
+@dataclass(frozen=True)
+class ReferenceSamples:
+    """Samples drawn from the reference once, with what it says along them.
+
+    `logps`: per sample the log-probability of each completion token (nats). `rows`: per sample the logits
+    over the whole vocabulary at each of them, or None where they exceed the cache.
+    """
+
+    samples: list[Sample]
+    logps: list[Tensor]
+    rows: list[Tensor] | None
+
+
+class Drift:
+    """Draws samples of policy and reference and measures KL along them. Its methods run inside `measuring`.
+
+    `rows` hold the prompts; `cache_bytes` bounds the reference's full-vocabulary rows.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        rows: list[dict[str, Any]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        cache_bytes: int,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        template_kwargs: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.reference, self.rows, self.seed = reference, rows, seed
+        self.cache_bytes, self.tokens_per_batch = cache_bytes, tokens_per_batch
+        self._draw_options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "template_kwargs": template_kwargs,
+        }
+        self._policy: Any = reference.trainer.model
+        self._tokenizer: Any = reference.trainer.processing_class
+
+    def draw(self, model: Any) -> list[Sample]:
+        """One sample per row, with the same seed each time, so that neighbouring models are compared on like
+        draws.
+        """
+        torch.manual_seed(self.seed)
+        return draw_samples(model, self._tokenizer, self.rows, **self._draw_options)
+
+    def prepare(self, step: int) -> ReferenceSamples:
+        """The reference's samples: drawn and recorded at step 0, read back or made again after a resume.
+
+        ModelError where neither can be done.
+        """
+        saved = self._read_back() if step > 0 else None
+        if saved is not None and (saved.rows is not None or not self.reference.can_load):
+            return saved
+        source = self.reference.active() if step == 0 else self.reference.required(step)
+        with source as model:
+            prepared = self._record(model, saved.samples if saved else self.draw(model))
+        if step == 0:
+            self._keep(prepared)
+        return prepared
+
+    def forward(self, prepared: ReferenceSamples) -> Divergence:
+        """KL(reference‖policy) on the reference's samples: k1 alone where neither rows nor a live reference
+        are there.
+        """
+        return self._compare(prepared.samples, prepared, forward=True)
+
+    def reverse(self, samples: list[Sample]) -> Divergence:
+        """KL(policy‖reference) on samples of the policy; the reference must be live, or the step 0."""
+        return self._compare(samples, None, forward=False)
+
+    def _record(self, model: Any, samples: list[Sample]) -> ReferenceSamples:
+        positions = sum(len(sample.token_ids) for sample in samples)
+        fits = 4 * positions * model.config.get_text_config().vocab_size <= self.cache_bytes
+        logps: dict[int, Tensor] = {}
+        rows: dict[int, Tensor] = {}
+        for indices, batch in self._batches(samples):
+            logits = completion_logits(model, batch, pad_token_id(self._tokenizer))
+            targets, lengths = completion_targets(batch)
+            logps.update(zip(indices, token_logps(logits, targets).split(lengths), strict=True))
+            if fits:
+                rows.update(zip(indices, logits.cpu().split(lengths), strict=True))
+        order = range(len(samples))
+        return ReferenceSamples(
+            samples, [logps[i] for i in order], [rows[i] for i in order] if fits else None
+        )
+
+    def _compare(
+        self, samples: list[Sample], prepared: ReferenceSamples | None, *, forward: bool
+    ) -> Divergence:
+        sums = {name: torch.full((len(samples),), torch.nan, dtype=torch.float64) for name in ("rb", "k1")}
+        for indices, batch in self._batches(samples):
+            targets, lengths = completion_targets(batch)
+            policy = completion_logits(self._policy, batch, pad_token_id(self._tokenizer))
+            if prepared is not None and prepared.rows is None and not self.reference.live:
+                terms = {"k1": torch.cat([prepared.logps[i] for i in indices]) - token_logps(policy, targets)}
+            else:
+                reference = self._reference_logits(indices, batch, prepared)
+                terms = (
+                    kl_terms(reference, policy, targets) if forward else kl_terms(policy, reference, targets)
+                )
+            for name, values in terms.items():
+                sums[name][indices] = torch.stack([part.sum() for part in values.double().split(lengths)])
+        return Divergence(sums["rb"] if "rb" in terms else None, sums["k1"])
+
+    def _reference_logits(
+        self, indices: list[int], batch: list[Tokens], prepared: ReferenceSamples | None
+    ) -> Tensor:
+        if prepared is not None and prepared.rows is not None:
+            return torch.cat([prepared.rows[index] for index in indices])
+        with self.reference.active() as model:
+            return completion_logits(model, batch, pad_token_id(self._tokenizer))
+
+    def _batches(self, samples: list[Sample]) -> Iterator[tuple[list[int], list[Tokens]]]:
+        sequences = [(sample.prompt_ids, sample.token_ids) for sample in samples]
+        size = batch_size_in_tokens(self._policy, self.tokens_per_batch)
+        for indices in length_sorted_batches(sequences, size):
+            yield indices, [sequences[index] for index in indices]
+
+    @property
+    def _fingerprint(self) -> str:
+        return fingerprint([[row["prompt"] for row in self.rows], self._draw_options, self.seed])
+
+    def _keep(self, prepared: ReferenceSamples) -> None:
+        drawn = [
+            {name: value for name, value in asdict(each).items() if name != "row"}
+            for each in prepared.samples
+        ]
+        # Rows are large: kept only where no model could give them again
+        rows = None if self.reference.can_load else prepared.rows
+        values = {"fingerprint": self._fingerprint, "samples": drawn, "logps": prepared.logps, "rows": rows}
+        self.reference.save("samples", values)
+
+    def _read_back(self) -> ReferenceSamples | None:
+        saved = self.reference.load("samples", self._fingerprint)
+        if saved is None:
+            return None
+        samples = [Sample(row=row, **drawn) for row, drawn in zip(self.rows, saved["samples"], strict=True)]
+        return ReferenceSamples(samples, saved["logps"], saved["rows"])
+
+
+def kl_terms(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Terms of KL(p‖q) position by position, `rb` and `k1` at the sampled token, fp32 in chunks, on the CPU.
+
+    Shapes (tokens, vocabulary) twice, (tokens,) → (tokens,) each, in nats.
+    """
+    parts: dict[str, list[Tensor]] = {"rb": [], "k1": []}
+    chunks = zip(p_logits.split(_CHUNK), q_logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
+    for p_chunk, q_chunk, tokens in chunks:
+        logp, logq = (
+            chunk.to(p_logits.device, torch.float32).log_softmax(-1) for chunk in (p_chunk, q_chunk)
+        )
+        at = tokens.to(p_logits.device)[:, None]
+        parts["rb"].append(rao_blackwell_terms(logp, logq).cpu())
+        parts["k1"].append((logp.gather(-1, at) - logq.gather(-1, at))[:, 0].cpu())
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def drift_metrics(direction: str, divergence: Divergence, samples: list[Sample]) -> dict[str, float]:
+    """Metrics of one direction ("forward", "reverse"): nats per response, standard error (bootstrap over
+    prompts), nats per token, share of samples cut at the token limit. k1 stands beside rb as a check, or
+    alone."""
+    prompts = [sample.row["prompt_id"] for sample in samples]
+    tokens = sum(len(sample.token_ids) for sample in samples)
+    estimates = {"rb": divergence.rb, "k1": divergence.k1}
+    main = "k1" if divergence.rb is None else "rb"
+    values: dict[str, float] = {}
+    for estimator, kl in estimates.items():
+        if kl is not None:
+            name = f"probe/kl_{direction}_{estimator}_nats"
+            values |= {name: float(kl.mean()), f"{name}_se": bootstrap_se(kl, prompts)}
+    name, kl = f"probe/kl_{direction}_{main}_nats", estimates[main]
+    values[f"{name}_per_token"] = float(kl.sum()) / tokens if kl is not None else float("nan")
+    values[f"{name}_cut_share"] = sum(sample.cut for sample in samples) / len(samples)
+    return values

@@ -1,0 +1,134 @@
+"""The end of a run: the model, what it measured, and `result.json` last of all."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from dpo_kit.card import write_card
+from dpo_kit.diagnosis import diagnose
+from dpo_kit.errors import TrainingError
+from dpo_kit.history import read_metrics
+from dpo_kit.report import draw_report
+from dpo_kit.run import RunDirectory, read_json, write_json
+from dpo_kit.secrets import redact_text
+from dpo_kit.settings import Settings
+from dpo_kit.tracking import Tracker
+
+MEASURED = ("probe/", "gold/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended; the same facts as its result.json.
+
+    `start` and `final` hold the measured values by key (nats, shares) at step 0 and at the end; `ceiling` is the accuracy
+    that the gold reward itself reaches on the held-out labels, where it is known; `seconds` are wall-clock.
+    """
+
+    status: str
+    run_dir: str
+    method: str
+    beta: float
+    seed: int
+    model: str
+    tuning: str
+    steps: int
+    start: dict[str, float]
+    final: dict[str, float]
+    ceiling: float | None
+    seconds: dict[str, float]
+    findings: list[dict[str, str]]
+    next: str
+
+    @classmethod
+    def read(cls, run_dir: str | Path) -> Result:
+        """The result of a finished run."""
+        return cls(**read_json(RunDirectory(Path(run_dir)).result))
+
+
+def finish_run(
+    trainer: Trainer, settings: Settings, run: RunDirectory, tracker: Tracker, *, seconds: float, ceiling: float | None
+) -> Result:
+    """Save the model, draw the report, write the result."""
+    refuse_non_finite(trainer.model)
+    trainer.save_model(str(run.model))
+    history = read_metrics(run.metrics)
+    result = Result(
+        status="done",
+        run_dir=str(run.root),
+        steps=trainer.state.global_step,
+        start=measured(history[:1]) | measured([row for row in history if row["step"] == 0]),
+        final=measured(history),
+        ceiling=ceiling,
+        seconds={"train": round(seconds, 2)},
+        findings=[dataclasses.asdict(finding) for finding in diagnose(history, settings.method.model_dump())],
+        next=next_command(settings),
+        **identity(settings),
+    )
+    title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
+    draw_report(run.root, title=title, ceiling=ceiling)
+    write_card(run.root, dataclasses.asdict(result), read_json(run.manifest))
+    report_to_tracker(tracker, run, result)
+    write_json(run.result, dataclasses.asdict(result))
+    return result
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """What tells this run from its neighbours in a sweep."""
+    return {
+        "method": settings.method.name,
+        "beta": settings.beta,
+        "seed": settings.seed,
+        "model": settings.model.path,
+        "tuning": settings.model.tuning,
+    }
+
+
+def measured(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The last value of every measured key."""
+    return {key: value for row in history for key, value in row.items() if key.startswith(MEASURED)}
+
+
+def refuse_non_finite(model: Any) -> None:
+    """TrainingError where a weight is NaN or infinite: such a model is never saved."""
+    broken = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if broken:
+        raise TrainingError(
+            f"{len(broken)} weights are not finite after training ({broken[0]}): the model is not saved. Lower "
+            "trl.learning_rate, or look for rows whose answers are cut away in data_report.json"
+        )
+
+
+def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result) -> None:
+    """Final scalars, the picture and the samples."""
+    tracker.summary({f"final/{key}": value for key, value in result.final.items()} | {"status": result.status})
+    tracker.image("report", run.picture)
+    if run.samples.exists():
+        samples = read_metrics(run.samples)
+        tracker.table("samples", list(samples[0]), [list(sample.values()) for sample in samples])
+
+
+def next_command(settings: Settings) -> str:
+    """The sweep over beta that would show whether this one was a good choice."""
+    grid = ",".join(f"{value:g}" for value in settings.method.beta.grid)
+    return f"python -m dpo_kit -m method={settings.method.name} beta={grid}"
+
+
+def write_failure(run: RunDirectory, settings: Settings, error: BaseException) -> None:
+    """Say in result.json that and why the run did not end well."""
+    stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+    write_json(
+        run.result,
+        identity(settings)
+        | {
+            "status": "interrupted" if stopped else "failed",
+            "error": redact_text(f"{type(error).__name__}: {error}"),
+            "traceback": redact_text("".join(traceback.format_exception(error))),
+        },
+    )

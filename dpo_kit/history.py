@@ -1,0 +1,85 @@
+"""metrics.jsonl: one JSON object per log event, the record that all else is drawn from. Standard library only.
+
+Strict JSON, readable by any parser: a value that is not finite is written as null and named under `non_finite`
+({"loss": null, "non_finite": {"loss": "nan"}}); `read_metrics` gives the float back.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+def plain(value: Any) -> Any:
+    """`value` as bool, int, float, str or None: NumPy and torch scalars become numbers, anything else its text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        return str(value)
+
+
+def encode_row(row: Mapping[str, Any]) -> str:
+    """One line of metrics.jsonl (no newline) for `row`."""
+    values = {key: plain(value) for key, value in row.items()}
+    strange = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    if strange:
+        values |= dict.fromkeys(strange) | {"non_finite": strange}
+    return json.dumps(values, allow_nan=False, ensure_ascii=False)
+
+
+def decode_row(line: str) -> dict[str, Any]:
+    """The row that `encode_row` was given, with its non-finite values as floats again."""
+    row = json.loads(line)
+    return row | {key: float(text) for key, text in row.pop("non_finite", {}).items()}
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, in the order written; [] where there is no file.
+
+    A last line cut short (the run was killed while writing) is left out with a note in the log.
+
+    Raises:
+        DataError: a line before the last one is not JSON.
+    """
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(decode_row(line))
+        except (json.JSONDecodeError, AttributeError) as error:
+            if number < len(lines):
+                raise DataError(f"{path}:{number} is not JSON ({error}); delete that line to go on") from error
+            log.info("%s: the last line was cut short and is left out", path)
+    return rows
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one line to `path`, in the hands of the system when this returns (a killed process loses no line)."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(encode_row(row) + "\n")
+
+
+def keep_rows_until(path: Path, step: int) -> None:
+    """Drop the rows after `step`, in place and atomically: a resumed run writes them again."""
+    rows = read_metrics(path)
+    kept = [row for row in rows if row.get("step", 0) <= step]
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(encode_row(row) + "\n" for row in kept), encoding="utf-8")
+    aside.replace(path)
+    if len(kept) < len(rows):
+        log.info("%s: %d rows after step %d dropped, to be written again", path.name, len(rows) - len(kept), step)
+
+
+def series(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """{step: value} of the finite values of `key`, in the order of steps; the last one counts where a step has two."""
+    found = {row.get("step", 0): row[key] for row in rows if isinstance(row.get(key), int | float)}
+    return {step: found[step] for step in sorted(found) if math.isfinite(found[step])}

@@ -1,0 +1,163 @@
+"""Fresh samples of a model at temperature 1, whatever generation config it ships, and measuring without
+traces.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
+
+from dpo_kit.tokens import encode_prompts
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion drawn from a model.
+
+    `row` is the row whose prompt was continued; `token_ids` end in EOS unless `cut`, which says that the
+    token limit came first; `text` is the completion without special tokens.
+    """
+
+    row: dict[str, Any]
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str
+    cut: bool
+
+
+@contextmanager
+def measuring(trainer: Trainer, *models: Any, seed: int = 0) -> Iterator[None]:
+    """Measure with the trainer's models and leave no trace in its training.
+
+    Inside: no gradients, no dropout, a forked random state seeded with `seed`, the trainer's own autocast.
+    After: the random state, each module's mode and each parameter's `requires_grad` (which switching adapters
+    changes) are as before.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        for model in (trainer.model, *models):
+            stack.enter_context(_evaluation_mode(model))
+        stack.enter_context(trainer.accelerator.autocast())
+        torch.manual_seed(seed)
+        yield
+
+
+def draw_samples(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    template_kwargs: dict[str, Any] | None = None,
+) -> list[Sample]:
+    """One completion per row (`prompt`: text or messages), drawn from the model itself; in the order of the
+    rows.
+
+    Temperature 1, no top-k, top-p, penalty, ban or forced token, whatever `model.generation_config` holds.
+    EOS is the tokenizer's and the model config's. Draws from torch's global random state: call it inside
+    `measuring`.
+    """
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], template_kwargs)
+    config = _plain_generation_config(model, tokenizer, max_new_tokens)
+    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
+    drawn: dict[int, list[int]] = {}
+    with _generation_config(model, config):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            drawn.update(zip(batch, _generate(model, [prompts[i] for i in batch], config), strict=True))
+    return [_sample(tokenizer, rows[i], prompts[i], drawn[i], config) for i in range(len(rows))]
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's, else EOS, else 0 (padding is masked, so any id does)."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(each for each in ids if each is not None)
+
+
+def pad_batch(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device, side: str
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of sequences padded on one `side` ("left" or "right"), both (rows,
+    longest).
+    """
+    rows = [torch.tensor(each, dtype=torch.long) for each in sequences]
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad(rows, batch_first=True, padding_value=pad_id, padding_side=side)
+    mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    return ids.to(device), mask.to(device)
+
+
+def _plain_generation_config(
+    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=_eos_token_ids(model, tokenizer) or None,
+        pad_token_id=pad_token_id(tokenizer),
+        use_cache=True,  # the trainer switches the model's own off under activation checkpointing
+    )
+
+
+def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    found = model.config.get_text_config().eos_token_id
+    ids = [tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])]
+    return sorted({each for each in ids if each is not None})
+
+
+def _generate(model: Any, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    ids, mask = pad_batch(prompts, config.pad_token_id, model.device, "left")
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return out[:, ids.shape[1] :].tolist()
+
+
+def _sample(
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, Any],
+    prompt_ids: list[int],
+    drawn: list[int],
+    config: GenerationConfig,
+) -> Sample:
+    eos = set(config.eos_token_id or [])
+    end = next((index + 1 for index, token in enumerate(drawn) if token in eos), None)
+    token_ids = drawn[:end]
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    return Sample(row, prompt_ids, token_ids, str(text), cut=end is None)
+
+
+@contextmanager
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    # `generate(generation_config=...)` fills what is unset from the model's own config, so bans, penalties
+    # and forced tokens would come back: the model's own is put aside. A PEFT wrapper may hold one besides.
+    holders = [each for each in model.modules() if "generation_config" in vars(each)]
+    kept = [each.generation_config for each in holders]
+    for holder in holders:
+        holder.generation_config = config
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, kept, strict=True):
+            holder.generation_config = own
+
+
+@contextmanager
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, required in gradients:
+            parameter.requires_grad_(required)

@@ -1,0 +1,182 @@
+"""One run, from a composed config to a run directory: the page to read first.
+
+    cfg → check → tokenizer, data → policy, reference → TRL's trainer with our callbacks → model, result.json
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from dpo_kit import tracking
+from dpo_kit.arguments import build_arguments, count_steps, effective_batch, import_class
+from dpo_kit.config import check
+from dpo_kit.data.interleave import interleave, unpair
+from dpo_kit.data.prepare import Prepared, Rows, prepare
+from dpo_kit.errors import ConfigError
+from dpo_kit.finish import Result, finish_run, write_failure
+from dpo_kit.gold import label_ceiling, load_gold
+from dpo_kit.manifest import build_manifest, refuse_other_run
+from dpo_kit.measure import add_callbacks
+from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
+from dpo_kit.quiet import quiet_libraries
+from dpo_kit.run import RunDirectory, write_json, write_jsonl
+from dpo_kit.secrets import redact_argv
+from dpo_kit.settings import Settings
+
+log = logging.getLogger(__name__)
+COLUMNS = {"pairs": ("prompt", "chosen", "rejected"), "unary": ("prompt", "completion", "label")}
+
+
+def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
+    """Train as `cfg` says and leave a run directory; the same as `python -m dpo_kit` with the same config.
+
+    `cfg` comes from `compose`; `run_dir` defaults to a time stamp under outputs/. A directory that holds a finished run of
+    this config is read, not trained again. Raises ConfigError, DataError, ModelError before training, TrainingError after.
+    """
+    settings = check(cfg)
+    run = RunDirectory(Path(run_dir or time.strftime("outputs/%Y%m%d-%H%M%S")))
+    refuse_other_run(run, settings)
+    if (ended := run.read_result()) and ended["status"] == "done":
+        return Result.read(run.root)
+    quiet_libraries()
+    tokenizer = load_tokenizer(settings.model)
+    data = prepare_data(settings, tokenizer, run)
+    manifest = start_record(settings, data, run)
+    tracker = start_tracking(settings, manifest, run)
+    try:
+        trainer = build_trainer(settings, data, tokenizer, run)
+        add_callbacks(trainer, settings, data, run, tracker)
+        started = time.time()
+        trainer.train(resume_from_checkpoint=find_checkpoint(settings, run))
+        seconds = time.time() - started
+        result = finish_run(trainer, settings, run, tracker, seconds=seconds, ceiling=data.report.get("ceiling"))
+    except BaseException as error:
+        write_failure(run, settings, error)
+        tracker.finish(exit_code=1)
+        raise
+    tracker.finish()
+    return result
+
+
+def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepared:
+    """Rows for training and measuring, with the report and the dropped rows written to the run directory."""
+    data = prepare(
+        settings.data,
+        wanted=settings.method.rows,
+        tokenizer=tokenizer,
+        max_length=settings.trl["max_length"],
+        truncation=settings.trl.get("truncation_mode", "keep_start"),
+        seed=settings.seed,
+    )
+    if settings.data.gold and data.kind == "pairs":
+        data.report["ceiling"] = label_ceiling(load_gold(settings.data.gold), data.select)
+    write_json(run.data_report, data.report)
+    if data.dropped:
+        write_jsonl(run.dropped_rows, (vars(fault) for fault in data.dropped))
+        log.info("%d rows dropped: %s", len(data.dropped), data.report["dropped_by_reason"])
+    return data
+
+
+def start_record(settings: Settings, data: Prepared, run: RunDirectory) -> dict[str, Any]:
+    """The manifest, written before anything heavy is loaded."""
+    manifest = build_manifest(settings, data, typed_command())
+    write_json(run.manifest, manifest)
+    return manifest
+
+
+def typed_command() -> str | None:
+    """What was typed to start this run, secrets redacted; None from Python."""
+    if not HydraConfig.initialized():
+        return None
+    return shlex.join(["python", "-m", "dpo_kit", *redact_argv(HydraConfig.get().overrides.task)])
+
+
+def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirectory) -> tracking.Tracker:
+    """A wandb run, or a tracker that does nothing where another reporter or none is chosen."""
+    if settings.tracking.reporter != "wandb":
+        return tracking.Tracker()
+    options = settings.tracking.model_dump(exclude={"reporter"})
+    return tracking.start(manifest["config"], run_dir=run.root, run_id=run.wandb_id(), **options)
+
+
+def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDirectory) -> Any:
+    """TRL's trainer for the method: one keyword call serves them all."""
+    adapter = build_adapter(settings.model)
+    args = build_arguments(settings, data.train, run.checkpoints)
+    write_json(run.trl_config, args.to_dict())
+    policy = load_policy(settings.model, tokenizer)
+    given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings) else {}
+    describe(settings, args, data)
+    return import_class(settings.method.trainer)(
+        model=policy,
+        args=args,
+        train_dataset=_dataset(data.train, settings.method.rows),
+        eval_dataset=_dataset(_held_out(data, settings), settings.method.rows),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        **given,
+    )
+
+
+def _needs_reference(settings: Settings) -> bool:
+    """Whether TRL is handed a reference: under LoRA it is the policy without its adapter, precomputed it is the start."""
+    has_own = settings.model.tuning == "full" and not settings.trl.get("precompute_ref_log_probs")
+    return settings.method.reference and (has_own or settings.model.reference is not None)
+
+
+def _held_out(data: Prepared, settings: Settings) -> Rows:
+    """The `select` split in the form that the method's trainer takes."""
+    if data.kind == settings.method.rows:
+        return data.select
+    return interleave(unpair(data.select), settings.seed)
+
+
+def _dataset(rows: Rows, kind: str) -> Dataset:
+    return Dataset.from_list([{name: row[name] for name in COLUMNS[kind]} for row in rows])
+
+
+def describe(settings: Settings, args: Any, data: Prepared) -> None:
+    """One paragraph on what was chosen, before it runs."""
+    precision = next((name for name in ("bf16", "fp16") if getattr(args, name)), "fp32")
+    steps = count_steps(args.to_dict(), len(data.train))
+    log.info(
+        "%s on %s (%s tuning, %s%s) · %d rows, %d held out · %d steps of %d at learning rate %g · evaluation every %g steps",
+        settings.method.title,
+        settings.model.path,
+        settings.model.tuning,
+        precision,
+        ", activation checkpointing" if args.gradient_checkpointing else "",
+        len(data.train),
+        len(data.select),
+        steps,
+        effective_batch(args.to_dict()),
+        args.learning_rate,
+        args.eval_steps,
+    )
+    if settings.method.start == "instruct" and isinstance(data.select[0]["prompt"], str):
+        log.warning(
+            "%s starts from an instruction-tuned model, but this one has no chat template and trains on raw text: "
+            "tune it on answers first, or take method=orpo",
+            settings.method.name,
+        )
+
+
+def find_checkpoint(settings: Settings, run: RunDirectory) -> str | None:
+    """Where to go on from: the newest checkpoint of this run directory, the one named by `resume`, or none."""
+    if settings.resume == "never":
+        return None
+    found = run.newest_checkpoint() if settings.resume == "auto" else Path(settings.resume)
+    if found is None:
+        return None
+    if not found.is_dir():
+        raise ConfigError(f"resume must be auto, never or a checkpoint folder, got {found}, which does not exist")
+    log.info("resuming from %s", found)
+    return str(found)

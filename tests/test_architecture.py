@@ -1,0 +1,79 @@
+"""Imports point one way, so that each file can be read with what stands below it, and nothing cheap pays for something heavy."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import dpo_kit
+
+PACKAGE = Path(dpo_kit.__file__).parent
+LAYERS = [
+    {"errors", "history", "metrics", "run", "secrets", "toy", "toy.domain", "toy.build"},
+    {"trl_schema", "settings", "config", "help", "hardware", "tokens", "sampling", "tracking", "quiet"},
+    {"data", "data.read", "data.rows", "data.interleave", "data.prepare", "arguments", "model", "scoring", "scores"},
+    {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},
+    {"callbacks"},
+    {"measure", "finish"},
+    {"training"},
+    {"cli", "__main__", "__init__"},
+]
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _imports(file: Path) -> set[str]:
+    """Modules of dpo_kit that `file` imports when it is imported (not inside functions, not for types only)."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dpo_kit":
+            module = (node.module or "").removeprefix("dpo_kit").removeprefix(".")
+            names = {_name(path) for path in FILES}
+            found |= {f"{module}.{a.name}".lstrip(".") if f"{module}.{a.name}".lstrip(".") in names else module for a in node.names}
+    return found - {""}
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_a_file_imports_only_from_its_own_layer_or_below(file):
+    layer = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+    assert _name(file) in layer, "say in LAYERS where the new file stands"
+    assert {name for name in _imports(file) if layer[name] > layer[_name(file)]} == set()
+
+
+def test_no_imports_go_round_in_a_circle():
+    TopologicalSorter({_name(file): _imports(file) for file in FILES}).prepare()
+
+
+def test_only_tracking_imports_wandb():
+    importers = {_name(f) for f in FILES for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.Import) and any(a.name.split(".")[0] == "wandb" for a in n.names)}
+    assert importers == {"tracking"}
+
+
+def test_no_python_branches_on_a_method_s_name():
+    methods = {file.stem for file in (PACKAGE.parent / "conf" / "method").glob("*.yaml")}
+    hits = [
+        f"{_name(file)}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Compare) and any(isinstance(c, ast.Constant) and c.value in methods for c in [node.left, *node.comparators])
+    ]
+    assert hits == []
+
+
+def test_functions_stay_short():
+    lengths = [
+        (node.end_lineno - node.lineno + 1, f"{_name(file)}:{node.name}")
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert max(lengths) <= (45, ""), max(lengths)
+
+
+def test_the_public_names_are_explicit_and_documented():
+    for name in dpo_kit.__all__:
+        assert (getattr(dpo_kit, name).__doc__ or "").strip(), name

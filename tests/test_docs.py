@@ -1,0 +1,85 @@
+"""What the README and the examples tell people to type is typed here."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from dpo_kit.config import compose
+from dpo_kit.toy import MODEL, TRAIN
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if line.startswith("python -m dpo_kit")
+]
+STAND_INS = {"path/to/model": str(MODEL), "pairs.jsonl": str(TRAIN)}
+FOR_THE_TINY_MODEL = ["allow_learning_rate=true", "trl.learning_rate=1e-4", "trl.num_train_epochs=0.1"]
+
+
+def _arguments(command):
+    for written, real in STAND_INS.items():
+        command = command.replace(written, real)
+    return shlex.split(command)[3:]
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and " -m beta" not in c])
+def test_every_command_of_the_readme_composes(command):
+    compose(_arguments(command))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", ["python -m dpo_kit", *COMMANDS])
+def test_every_command_of_the_readme_runs(written, command):
+    arguments = _arguments(written)
+    if "model=local" in arguments:
+        arguments += FOR_THE_TINY_MODEL
+    if "--config-dir" in arguments:
+        pytest.skip("runs in test_config with a folder of its own")
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(tmp_path):
+    (script,) = (block for language, block in BLOCKS if language == "python")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    accuracy, kl = map(float, done.stdout.splitlines()[-1].split())
+    assert accuracy > 0.6 and kl > 0
+
+
+def test_the_callbacks_example_reaches_the_numbers_that_it_states(tmp_path):
+    script = str(ROOT / "examples" / "plain_trl.py")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    accuracies = [float(value) for value in re.findall(r"'probe/accuracy': ([\d.]+)", done.stdout)]
+    assert accuracies[0] == 0.5 and accuracies[-1] > 0.6
+
+
+@pytest.mark.slow
+def test_the_comparison_of_methods_prints_its_table(tmp_path):
+    script = str(ROOT / "examples" / "compare_methods.py")
+    small = ["methods=ipo,orpo", "steps=4", "callbacks.pairs=16", "callbacks.prompts=8", "data.gold=null"]
+    done = subprocess.run([sys.executable, script, *small], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"│ (ipo|orpo)\s+│ (full|lora)", done.stdout)) == 4
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_its_table(tmp_path):
+    script = str(ROOT / "examples" / "benchmark" / "bench.py")
+    done = subprocess.run([sys.executable, script, "steps=6"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "probe, share of the run" in done.stdout, done.stderr

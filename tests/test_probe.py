@@ -1,0 +1,311 @@
+"""Scoring, sampling and the reference, against plain forward passes and enumeration."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from dpo_kit.drift import Drift, drift_metrics, kl_terms
+from dpo_kit.errors import DataError, ModelError
+from dpo_kit.probe import PairProbe, name_rows
+from dpo_kit.sampling import draw_samples, measuring
+from dpo_kit.scoring import Reference, completion_logits, length_sorted_batches, score
+from tests import oracle, tiny
+
+SEQUENCES = [([2, 3, 4], [5, 1]), ([2], [6, 7, 8, 9, 1]), ([5, 6, 7, 8, 9, 10], [1]), ([3, 3], [4, 4, 4, 1])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.saved_model(tmp_path_factory.mktemp("probe"))
+
+
+@pytest.fixture
+def dpo(folder: str, tmp_path: Path) -> Any:
+    return tiny.trainer("dpo", folder, tmp_path)
+
+
+def plain_logp(model: Any, prompt: list[int], completion: list[int]) -> float:
+    """Summed log-probability by a forward pass of one sequence, without padding, in float64."""
+    with torch.no_grad():
+        rows = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+    return sum(float(rows[len(prompt) - 1 + index, token]) for index, token in enumerate(completion))
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 10, 1000])
+def test_scores_are_plain_forward_log_probabilities(tokens_per_batch: int) -> None:
+    model = tiny.model().eval()
+    expected = [plain_logp(model, prompt, completion) for prompt, completion in SEQUENCES]
+    with torch.no_grad():
+        assert score(model, SEQUENCES, pad_id=0, tokens_per_batch=tokens_per_batch).tolist() == pytest.approx(
+            expected, abs=1e-5
+        )
+
+
+def test_only_completion_positions_pass_the_head_and_capped_logits_stay_capped() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=14, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5, initializer_range=1.0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    seen: list[tuple[int, ...]] = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, args, _out: seen.append(args[0].shape))
+    with torch.no_grad():
+        logits = completion_logits(model, SEQUENCES, pad_id=0)
+        assert seen == [(12, 16)] and logits.shape == (12, 14)
+        assert float(logits.abs().max()) <= 0.5
+        expected = [plain_logp(model, *each) for each in SEQUENCES]
+        assert score(model, SEQUENCES, pad_id=0).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_completion_token_that_nothing_precedes_is_left_out_as_in_trl() -> None:
+    model = tiny.model().eval()
+    with torch.no_grad():
+        assert score(model, [([], [5, 6, 1])], pad_id=0).item() == pytest.approx(
+            plain_logp(model, [5], [6, 1]), abs=1e-5
+        )
+
+
+def test_batches_hold_every_sequence_once_within_the_token_limit() -> None:
+    sequences = [([2] * (1 + index % 7), [3] * (index % 11)) for index in range(50)]
+    batches = length_sorted_batches(sequences, 40)
+    assert sorted(index for batch in batches for index in batch) == list(range(50))
+    longest = [max(len(sequences[i][0]) + len(sequences[i][1]) for i in batch) for batch in batches]
+    assert all(len(batch) * length <= 40 for batch, length in zip(batches, longest, strict=True))
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_a_trainer_patched_by_trl_under_bf16_autocast_scores_as_the_plain_model_does(
+    folder: str, tmp_path: Path
+) -> None:
+    trainer = tiny.trainer("dpo", folder, tmp_path, bf16=True)
+    clean = copy.deepcopy(tiny.LlamaForCausalLM.from_pretrained(folder)).eval()
+    with measuring(trainer):
+        found = score(trainer.model, SEQUENCES, pad_id=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [plain_logp(clean, *each) for each in SEQUENCES]
+    assert found.tolist() == pytest.approx(expected, abs=0.02)
+
+
+def test_measuring_leaves_no_trace(folder: str, tmp_path: Path) -> None:
+    trainer = tiny.trainer("dpo", folder, tmp_path, peft_config=tiny.LORA)
+    trainer.model.train()
+    trainer.model.base_model.model.model.layers[0].eval()  # a part that its owner froze
+    before = [module.training for module in trainer.model.modules()]
+    needed = [parameter.requires_grad for parameter in trainer.model.parameters()]
+    state = torch.random.get_rng_state()
+    reference = Reference(trainer)
+    with measuring(trainer), reference.active() as model:
+        assert not any(module.training for module in trainer.model.modules())
+        assert not torch.is_grad_enabled()
+        torch.rand(3)
+        score(model, SEQUENCES, pad_id=0)
+    assert [module.training for module in trainer.model.modules()] == before
+    assert [parameter.requires_grad for parameter in trainer.model.parameters()] == needed
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+HOSTILE = {
+    "repetition_penalty": 5.0,
+    "temperature": 0.2,
+    "top_k": 1,
+    "top_p": 0.1,
+    "min_length": 30,
+    "min_new_tokens": 6,
+    "suppress_tokens": [2, 3, 4],
+    "begin_suppress_tokens": [5, 6],
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 8,
+    "eos_token_id": [9, 10],
+    "bad_words_ids": [[11]],
+    "sequence_bias": [[[12], -50.0]],
+    "no_repeat_ngram_size": 1,
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "max_length": 4,
+    "use_cache": False,
+    "return_dict_in_generate": True,
+    "output_scores": True,
+    "exponential_decay_length_penalty": [1, 2.0],
+}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_hostile_generation_config_gives_the_same_samples_as_a_clean_one(
+    folder: str, tmp_path: Path, lora: bool
+) -> None:
+    trainer = tiny.trainer("dpo", folder, tmp_path, peft_config=tiny.LORA if lora else None)
+    base = trainer.model.get_base_model() if lora else trainer.model
+    drawn = []
+    for config in (GenerationConfig(), GenerationConfig(**HOSTILE)):
+        base.generation_config = config
+        with measuring(trainer, seed=3):
+            drawn.append(draw_samples(trainer.model, tiny.tokenizer(), tiny.pairs(20), max_new_tokens=8))
+        assert base.generation_config is config
+    assert drawn[0] == drawn[1]
+    lengths = {len(each.token_ids) for each in drawn[0]}
+    assert len(lengths) > 2 and len({tuple(each.token_ids) for each in drawn[0]}) > 10
+
+
+def test_samples_follow_the_models_own_distribution() -> None:
+    """Shares of the first token and of cut samples against exact probabilities, within four standard errors."""
+    model, tokenizer = tiny.model(oracle.VOCABULARY, scale=0.6).eval(), tiny.tokenizer(["a", "b", "c"])
+    rows, prompt = [{"prompt": "a b"}] * 2000, tokenizer("a b")["input_ids"]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        samples = draw_samples(model, tokenizer, rows, max_new_tokens=oracle.LIMIT, batch_size=1000)
+        first = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    for token in range(oracle.VOCABULARY):
+        share = sum(each.token_ids[0] == token for each in samples) / len(samples)
+        assert (
+            abs(share - first[token]) < 4 * (first[token] * (1 - first[token]) / len(samples)) ** 0.5 + 1e-3
+        )
+    cut, exact = sum(each.cut for each in samples) / len(samples), oracle.cut_probability(model, prompt)
+    assert abs(cut - exact) < 4 * (exact * (1 - exact) / len(samples)) ** 0.5 + 1e-3
+    assert all(each.cut == (each.token_ids[-1] != oracle.EOS) for each in samples)
+
+
+def oracle_trainer(p: Any) -> Any:
+    """The few parts of a trainer that measuring reads, around a model of five tokens."""
+    from accelerate import Accelerator
+
+    parts = {
+        "model": p,
+        "processing_class": tiny.tokenizer(["a", "b", "c"]),
+        "accelerator": Accelerator(cpu=True),
+    }
+    return type("Parts", (), parts | {"args": type("Arguments", (), {"max_length": None})})()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_measured_kl_agrees_with_enumeration_within_its_standard_errors(direction: str) -> None:
+    policy, start = (tiny.model(oracle.VOCABULARY, seed=seed, scale=0.4).eval() for seed in (0, 1))
+    trainer = oracle_trainer(policy)
+    rows = name_rows([{"prompt": "a b", "prompt_id": str(index)} for index in range(1500)])
+    reference = Reference(trainer, model=start, is_start=False)
+    drift = Drift(reference, rows, max_new_tokens=oracle.LIMIT, batch_size=1500, cache_bytes=2**24)
+    with measuring(trainer, start):
+        prepared = drift.prepare(0)
+        samples = prepared.samples if direction == "forward" else drift.draw(policy)
+        found = drift.forward(prepared) if direction == "forward" else drift.reverse(samples)
+    values = drift_metrics(direction, found, samples)
+    p, q = (start, policy) if direction == "forward" else (policy, start)
+    exact, prompt = oracle.exact_kl(p, q, [2, 3]), f"probe/kl_{direction}"
+    for estimator in ("rb", "k1"):
+        error = values[f"{prompt}_{estimator}_nats_se"]
+        assert abs(values[f"{prompt}_{estimator}_nats"] - exact) < 4 * error
+        assert 0 < error < exact
+    tokens = sum(len(each.token_ids) for each in samples) / len(samples)
+    assert values[f"{prompt}_rb_nats_per_token"] == pytest.approx(values[f"{prompt}_rb_nats"] / tokens)
+    assert values[f"{prompt}_rb_nats_cut_share"] == pytest.approx(oracle.cut_probability(p, [2, 3]), abs=0.05)
+
+
+def test_kl_terms_are_summed_in_chunks_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    p, q, targets = torch.randn(23, 9), torch.randn(23, 9), torch.randint(9, (23,))
+    whole = kl_terms(p, q, targets)
+    monkeypatch.setattr("dpo_kit.drift._CHUNK", 5)
+    chunked = kl_terms(p, q, targets)
+    logp, logq = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    exact = (logp.exp() * (logp - logq)).sum(-1)
+    for found in (whole, chunked):
+        assert found["rb"].tolist() == pytest.approx(exact.tolist(), abs=1e-5)
+        assert found["k1"].tolist() == pytest.approx((logp - logq)[range(23), targets].tolist(), abs=1e-5)
+
+
+def test_a_wrong_reference_is_refused_and_named(dpo: Any) -> None:
+    probe = PairProbe(dpo, tiny.pairs(4), reference=Reference(dpo, model=tiny.model(seed=5)))
+    with pytest.raises(ModelError, match=r"1e-3 nats a sequence.*differ by up to .* nats.*pass ref_model"):
+        probe.scores()
+
+
+def test_trl_loads_another_reference_than_an_edited_policy_and_the_identity_check_sees_it(
+    folder: str, tmp_path: Path
+) -> None:
+    """The upstream fault is still there: `ref_model=None` reads the path, not the weights in memory."""
+    edited = tiny.LlamaForCausalLM.from_pretrained(folder)
+    edited.lm_head.weight.data *= 1.5
+    with pytest.raises(ModelError, match="edited"):
+        PairProbe(tiny.trainer("dpo", folder, tmp_path, model=edited), tiny.pairs(4)).scores()
+
+
+def test_a_policy_of_nans_does_not_pass_the_identity_check(dpo: Any) -> None:
+    dpo.model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError):
+        PairProbe(dpo, tiny.pairs(4)).scores()
+
+
+def test_another_reference_given_on_purpose_is_measured_from(dpo: Any) -> None:
+    other = tiny.model(seed=5).eval()
+    probe = PairProbe(dpo, tiny.pairs(4), reference=Reference(dpo, model=other, is_start=False))
+    scores = probe.scores()
+    for index, (prompt, completion) in enumerate(probe._sequences[:4]):
+        expected = plain_logp(dpo.model.eval(), prompt, completion) - plain_logp(other, prompt, completion)
+        assert float(scores.logratio_chosen[index]) == pytest.approx(expected, abs=1e-4)
+    largest = max(scores.logratio_chosen.abs().max(), scores.logratio_rejected.abs().max())
+    assert probe.reference_offset_nats == pytest.approx(float(largest))
+
+
+def test_rows_whose_prompt_leaves_no_room_are_left_out(folder: str, tmp_path: Path) -> None:
+    trainer = tiny.trainer("dpo", folder, tmp_path, max_length=4)
+    rows = [{"prompt": "red", "chosen": " cat", "rejected": " dog"}]
+    full = [{"prompt": "red red red red", "chosen": " cat", "rejected": " dog"}]
+    probe = PairProbe(trainer, full + rows)
+    assert [row["pair_id"] for row in probe.rows] == ["1"]
+    assert probe._sequences == [([2], [8, 1]), ([2], [9, 1])]
+    with pytest.raises(DataError, match="max_length"):
+        PairProbe(trainer, full)
+
+
+def test_the_token_budget_keeps_the_first_rows(dpo: Any) -> None:
+    rows = tiny.pairs(40)
+    whole, part = PairProbe(dpo, rows), PairProbe(dpo, rows, max_tokens=120)
+    assert part.rows == whole.rows[: len(part.rows)] and 1 < len(part.rows) < 40
+    assert sum(len(p) + len(c) for p, c in part._sequences) <= 120
+    assert len(PairProbe(dpo, rows, max_tokens=1).rows) == 1
+
+
+def test_unary_rows_need_both_labels(dpo: Any) -> None:
+    with pytest.raises(DataError, match="both labels"):
+        PairProbe(dpo, [row for row in tiny.unary(8) if row["label"]])
+
+
+def test_probe_file_holds_every_pair_of_every_scoring_in_strict_json(dpo: Any, tmp_path: Path) -> None:
+    rows, path = tiny.pairs(5), tmp_path / "probe.jsonl"
+    probe = PairProbe(dpo, rows, path=path)
+    probe.scores()
+    dpo.model.lm_head.weight.data *= 1.1
+    dpo.state.global_step = 7
+    scores = probe.scores()
+    probe.scores()  # not written twice
+    lines = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in path.open()]
+    assert [(line["step"], line["pair_id"]) for line in lines] == [
+        (step, row["pair_id"]) for step in (0, 7) for row in rows
+    ]
+    assert lines[5] == {
+        "step": 7,
+        "pair_id": "p0",
+        "prompt_id": "x0",
+        "logratio_chosen_nats": float(scores.logratio_chosen[0]),
+        "logratio_rejected_nats": float(scores.logratio_rejected[0]),
+        "tokens_chosen": int(scores.tokens_chosen[0]),
+        "tokens_rejected": int(scores.tokens_rejected[0]),
+    }
+
+
+def test_a_resumed_run_replaces_the_lines_after_its_checkpoint(dpo: Any, tmp_path: Path) -> None:
+    path = tmp_path / "probe.jsonl"
+    path.write_text(
+        "".join(f'{{"step": {step}, "pair_id": "old"}}\n' for step in (0, 2, 4)) + '{"step": 4, "pa'
+    )
+    dpo.state.global_step = 4
+    PairProbe(dpo, tiny.pairs(2), path=path).scores()
+    assert [(line["step"], line["pair_id"]) for line in map(json.loads, path.open())] == [
+        (0, "old"), (2, "old"), (4, "p0"), (4, "p1")
+    ]  # fmt: skip

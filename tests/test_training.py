@@ -1,0 +1,220 @@
+"""Whole runs on the embedded lab: what a run directory holds, that the command and the API agree, how runs end and go on."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dpo_kit
+from dpo_kit import ConfigError, ModelError, Result, TrainingError, compose, train
+from dpo_kit.config import CONF
+from dpo_kit.history import read_metrics
+from dpo_kit.run import RunDirectory
+from dpo_kit.toy import MODEL, TRAIN
+
+METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
+FILES = {
+    "manifest.json",
+    "trl_config.json",
+    "data_report.json",
+    "metrics.jsonl",
+    "probe.jsonl",
+    "samples.jsonl",
+    "checkpoints",
+    "model",
+    "report.png",
+    "result.json",
+}
+KEYS = {
+    "probe/accuracy",
+    "probe/accuracy_low",
+    "probe/accuracy_high",
+    "probe/margin_nats",
+    "probe/logratio_chosen_nats",
+    "probe/logratio_rejected_nats",
+    *(f"probe/kl_{way}_rb_nats{end}" for way in ("forward", "reverse") for end in ("", "_se", "_per_token", "_cut_share")),
+    "gold/reward",
+    "gold/reward_low",
+    "gold/reward_high",
+    "gold/capability",
+}
+SMALL = [
+    "tracking=none",
+    "trl.max_steps=4",
+    "trl.eval_steps=2",
+    "trl.per_device_train_batch_size=4",
+    "callbacks.pairs=16",
+    "callbacks.prompts=8",
+]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """40 embedded pairs as a file, with the gold reward known: a run on them takes seconds."""
+    file = tmp_path_factory.mktemp("few") / "pairs.jsonl"
+    file.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:40]))
+    return [*SMALL, f"data.train={file}", "data.eval=null", "data.holdout=0.4"]
+
+
+@pytest.fixture(scope="module")
+def small_run(few, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    return folder, train(compose(few), folder)
+
+
+def test_a_run_directory_is_complete_and_the_result_is_written_last(small_run):
+    folder, result = small_run
+    assert {path.name for path in folder.iterdir()} >= FILES
+    newest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    assert newest.name == "result.json" and result.status == "done"
+    assert set(result.final) >= KEYS | {"probe/reward_margin", "probe/reward_chosen", "probe/reward_rejected"}
+    assert result.start["probe/accuracy"] == 0.5 and result.start["probe/kl_forward_rb_nats"] == 0
+    assert all(math.isfinite(value) for value in result.final.values())
+
+
+def test_every_file_of_a_run_is_strict_json(small_run):
+    def refuse(constant):
+        raise ValueError(constant)
+
+    for path in (path for path in small_run[0].iterdir() if path.suffix in (".json", ".jsonl")):
+        texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        assert all(json.loads(text, parse_constant=refuse) for text in texts), path.name
+
+
+def test_the_probe_is_scored_pair_by_pair_at_every_evaluation(small_run):
+    rows = [json.loads(line) for line in (small_run[0] / "probe.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {0, 2, 4}
+    assert len(rows) == 3 * len({row["pair_id"] for row in rows})
+    last = [row for row in rows if row["step"] == 4]
+    margin = sum(row["logratio_chosen_nats"] - row["logratio_rejected_nats"] for row in last) / len(last)
+    assert margin == pytest.approx(small_run[1].final["probe/margin_nats"], rel=1e-5)
+
+
+def test_the_saved_model_loads_in_plain_transformers_with_its_chat_template(small_run):
+    model = AutoModelForCausalLM.from_pretrained(small_run[0] / "model")
+    start = AutoModelForCausalLM.from_pretrained(MODEL)
+    assert AutoTokenizer.from_pretrained(small_run[0] / "model").chat_template
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    card = (small_run[0] / "model" / "README.md").read_text()
+    assert all(word in card for word in ("Direct Preference Optimization", "beta", "0.1", "KL", "margin"))
+
+
+def test_the_manifest_says_what_the_run_was_made_of(small_run):
+    manifest = json.loads((small_run[0] / "manifest.json").read_text())
+    assert manifest["versions"]["trl"] and manifest["config"]["beta"] == 0.1
+    assert manifest["data"]["train"]["rows"] == 24 and len(manifest["model"]["sha256"]) == 64
+    assert manifest["effective_batch"] == 4
+
+
+def test_a_finished_run_is_read_not_trained_again(small_run, few, monkeypatch):
+    monkeypatch.setattr("dpo_kit.training.load_policy", lambda *_: pytest.fail("trained again"))
+    assert train(compose(few), small_run[0]) == small_run[1] == Result.read(small_run[0])
+
+
+def test_a_directory_of_another_config_is_refused_with_the_difference(small_run, few):
+    with pytest.raises(ConfigError, match=r"beta: 0.1 there, 0.2 now"):
+        train(compose([*few, "beta=0.2"]), small_run[0])
+
+
+def test_the_command_gives_the_same_result_as_the_api(small_run, few, command, tmp_path):
+    done = command(*few, "hydra.run.dir=here")
+    assert done.returncode == 0, done.stderr
+    assert Result.read(tmp_path / "here").final == small_run[1].final
+    assert "held-out accuracy" in done.stdout and "next: python -m dpo_kit" in done.stdout
+    assert "Warning" not in done.stdout + done.stderr
+    again = command(*few, "hydra.run.dir=here")
+    assert again.returncode == 0 and "held-out accuracy" in again.stdout
+
+
+def test_callbacks_change_no_loss(small_run, few, tmp_path):
+    train(compose([*few, "callbacks=none"]), tmp_path)
+
+    def losses(folder):
+        return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+    assert losses(tmp_path) == losses(small_run[0])
+
+
+def test_a_stopped_run_goes_on_where_it_stood(small_run, few, tmp_path, monkeypatch):
+    from dpo_kit.recorder import Recorder
+
+    def stop(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Recorder, "on_step_end", stop, raising=False)
+        train(compose(few), tmp_path)
+    run = RunDirectory(tmp_path)
+    assert run.read_result()["status"] == "interrupted"
+    assert run.newest_checkpoint().name == "checkpoint-2"
+    resumed = train(compose(few), tmp_path)
+    assert resumed.final == small_run[1].final
+    assert [row["step"] for row in read_metrics(run.metrics) if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_weights_that_are_not_finite_are_never_saved(few, tmp_path, monkeypatch):
+    def poison(trainer):
+        with torch.no_grad():
+            next(trainer.model.parameters())[0, 0] = math.nan
+
+    import dpo_kit.finish
+
+    honest = dpo_kit.finish.refuse_non_finite
+    monkeypatch.setattr(dpo_kit.finish, "refuse_non_finite", lambda model: (model.get_input_embeddings().weight.data.fill_(math.nan), honest(model)))
+    with pytest.raises(TrainingError, match="not finite"):
+        train(compose([*few, "callbacks=none"]), tmp_path)
+    assert RunDirectory(tmp_path).read_result()["status"] == "failed" and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=local", "model.path=./nowhere"], "does not exist"),
+        (["model=local", "model.path=nobody/nothing"], "cannot be loaded"),
+        (["model.tuning=lora", "+model.lora.rankk=3"], "peft.LoraConfig refuses it"),
+        (["data.gold=dpo_kit.golld"], "cannot be imported"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_before_training(few, tmp_path, overrides, message):
+    allow = ["allow_learning_rate=true"]
+    with pytest.raises((ConfigError, ModelError), match=message):
+        train(compose([*few, *allow, *overrides]), tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_on_the_embedded_lab(method, few, tmp_path):
+    result = train(compose([*few, f"method={method}"]), tmp_path)
+    assert result.status == "done" and set(result.final) >= KEYS
+    assert ("probe/reward_margin" in result.final) == compose([f"method={method}"]).method.implicit_reward
+
+
+@pytest.mark.parametrize("tuning", ["lora", "qlora"])
+def test_adapters_are_tuned_and_saved(few, tmp_path, tuning):
+    result = train(compose([*few, f"model.tuning={tuning}", "method=dpo"]), tmp_path)
+    assert (tmp_path / "model" / "adapter_model.safetensors").exists() and result.final["probe/margin_nats"] != 0
+
+
+def test_unary_rows_give_auc_and_class_gap_instead_of_pair_accuracy(few, tmp_path):
+    rows = [json.loads(line) for line in TRAIN.read_text().splitlines()[:40]]
+    unary = [{"prompt": r["prompt"], "completion": r[side], "label": side == "chosen"} for r in rows for side in ("chosen", "rejected")]
+    (tmp_path / "thumbs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unary[:60]))
+    overrides = [o for o in few if not o.startswith("data.train")] + [f"data.train={tmp_path / 'thumbs.jsonl'}"]
+    final = train(compose([*overrides, "method=kto"]), tmp_path / "run").final
+    assert {"probe/auc", "probe/auc_low", "probe/class_gap_nats"} <= set(final) and "probe/accuracy" not in final
+
+
+def test_kto_s_class_weights_even_out_the_counts():
+    from dpo_kit.arguments import decide
+
+    trl = dict(compose(["method=kto"]).trl)
+    rows = [{"label": i < 20} for i in range(100)]
+    assert decide(trl, rows)["desirable_weight"] == 4.0
+    assert "desirable_weight" not in decide(trl | {"desirable_weight": 1.3}, rows)
+
+
+def test_the_public_api_is_what_the_readme_says():
+    assert callable(dpo_kit.train) and callable(dpo_kit.compose)
