@@ -1,4 +1,4 @@
-"""The TRL config object of a run: the user's `trl` block, and what was left open there decided from data and hardware."""
+"""The TRL config object of a run: the user's `trl` block, and what it left open decided from data and hardware."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_arguments(settings: Settings, rows: Rows, output_dir: Path) -> Any:
 
 def decide(trl: dict[str, Any], rows: Rows) -> dict[str, Any]:
     """Values for the fields that are null in `trl` and not left to TRL: precision, cadence, class weights."""
-    chosen = precision_arguments(trl)
+    chosen: dict[str, Any] = precision_arguments(trl)
     steps = count_steps(trl, len(rows))
     evaluate_every = max(1, min(500, steps // 10))
     cadence = {

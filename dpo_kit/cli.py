@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -60,7 +61,7 @@ def _exit_code(args: argparse.Namespace) -> int:
 
 def refuse_early(args: argparse.Namespace) -> None:
     """Compose and check what is about to run, before Hydra writes its first file. Raises ConfigError."""
-    search = [f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]"] if args.config_dir else []
+    search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
     for overrides in _jobs(args):
         check(compose_unchecked([*search, *overrides], args.config_name or "config"))
 
@@ -87,14 +88,17 @@ def run(cfg: DictConfig) -> float | None:
 def show(result: Result) -> None:
     """The short table at the end, what was noticed, and the next command to type."""
     from rich.console import Console
+    from rich.markup import escape
 
     from dpo_kit.report import result_table
 
     console = Console()
     console.print(result_table(dataclasses.asdict(result)))
     for finding in result.findings:
-        console.print(f"{finding['symptom']}: {finding['meaning']} {finding['remedy']}", highlight=False)
-    console.print(f"run directory: {result.run_dir}\nnext: {result.next}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{escape(finding['symptom'])}[/bold]", highlight=False)
+        console.print(f"{finding['meaning']} {finding['remedy']}\n", highlight=False, markup=False)
+    console.print(f"run directory: {result.run_dir}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"next: {result.next}", highlight=False, markup=False, soft_wrap=True)
 
 
 register()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def register() -> None:
         store(name, {"method": {"config": described["path"]}, "trl": fields}, group="trl", package="_global_")
     for reporter in REPORTERS:
         store(reporter, {"defaults": ["wandb", "_self_"], "reporter": reporter}, group="tracking")
-    resolvers = {
+    resolvers: dict[str, Callable[..., Any]] = {
         "file": lambda name: str(PACKAGE / name),
         "multiply": lambda a, b: float(a) * float(b),
         "learning_rate": _learning_rate,
@@ -129,7 +129,7 @@ def _fields(described: dict[str, Any]) -> list[str]:
 
 
 def _checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, list[str]]:
-    """`value` as TRL's annotation wants it (a lone string becomes a list where only lists are meant), and its faults."""
+    """`value` as TRL's annotation wants it (a lone string becomes a list where TRL takes lists), and its faults."""
     if isinstance(value, str) and "list[str]" in field["type"] and not re.search(r"(^|\| )str\b", field["type"]):
         value = [value]
     try:
@@ -187,8 +187,8 @@ def _learning_rate_faults(settings: Settings) -> Iterator[str]:
     if not isinstance(rate, float) or settings.allow_learning_rate or 0 < rate <= limit:
         return
     yield (
-        f"trl.learning_rate must be above 0 and at most {limit:g} for model.tuning={tuning} on this model, got {rate:g}; "
-        f"method={settings.method.name} usually takes {usual:g} (allow_learning_rate=true if you mean it)"
+        f"trl.learning_rate must be above 0 and at most {limit:g} for model.tuning={tuning} on this model, "
+        f"got {rate:g}; method={settings.method.name} usually takes {usual:g} (allow_learning_rate=true if you mean it)"
     )
 
 

@@ -27,8 +27,8 @@ MEASURED = ("probe/", "gold/")
 class Result:
     """How a run ended; the same facts as its result.json.
 
-    `start` and `final` hold the measured values by key (nats, shares) at step 0 and at the end; `ceiling` is the accuracy
-    that the gold reward itself reaches on the held-out labels, where it is known; `seconds` are wall-clock.
+    `start` and `final` hold the measured values by key (nats, shares) at step 0 and at the end; `ceiling` is the
+    accuracy that the gold reward itself reaches on the held-out labels, where it is known; `seconds` are wall-clock.
     """
 
     status: str

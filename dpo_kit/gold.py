@@ -1,4 +1,4 @@
-"""Where the truth is known (`data.gold` names a module that knows it): gold reward of fresh samples, capability, ceiling.
+"""Where the truth is known (`data.gold` names a module that has it): gold reward of fresh samples, capability, ceiling.
 
 Such a module has `gold_rewards(prompts, answers) -> list[float]`, `capability_prompts() -> list[str]`,
 `capability_score(prompts, answers) -> float` and `MAX_NEW_TOKENS`; dpo_kit.toy is the embedded one.
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Trainer
 
 from dpo_kit.errors import ConfigError
 from dpo_kit.metrics import bootstrap_interval
@@ -45,9 +44,9 @@ def answer_text(answer: str | list[dict[str, Any]]) -> str:
 
 
 class GoldFigures:
-    """What the gold reward says of fresh samples, as KLDrift draws them: mean with a 95 % interval by prompt, capability."""
+    """What the gold reward says of KLDrift's fresh samples: mean with a 95 % interval by prompt; and the capability."""
 
-    def __init__(self, gold: Any, trainer: Trainer) -> None:
+    def __init__(self, gold: Any, trainer: Any) -> None:
         self.gold, self.trainer = gold, trainer
 
     def __call__(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:

@@ -34,7 +34,7 @@ def precision_arguments(trl: dict[str, Any]) -> dict[str, bool]:
 
 
 def weight_dtype(dtype: str, tuning: str) -> torch.dtype:
-    """The dtype that weights are loaded in. Full tuning keeps fp32: at usual learning rates bf16 rounds updates away."""
+    """The dtype that weights are loaded in: fp32 for full tuning, since bf16 rounds updates of the usual size away."""
     if dtype != "auto":
         return getattr(torch, dtype)
     return torch.float32 if tuning == "full" else getattr(torch, training_precision())

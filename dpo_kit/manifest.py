@@ -1,4 +1,4 @@
-"""What a run was made of: versions, config, data, weights. Written before training, so that a failed run can be read too."""
+"""What a run was made of: versions, config, data, weights; written before training, so that a failed run tells too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.secrets import redact
 from dpo_kit.settings import Settings
 
-PACKAGES = ("dpo-kit", "trl", "transformers", "torch", "datasets", "accelerate", "peft", "bitsandbytes", "hydra-core", "wandb")
+PACKAGES = (
+    "dpo-kit",
+    "trl",
+    "transformers",
+    "torch",
+    "datasets",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "hydra-core",
+    "wandb",
+)
 
 
 def build_manifest(settings: Settings, data: Prepared, command: str | None) -> dict[str, Any]:
@@ -37,7 +48,11 @@ def build_manifest(settings: Settings, data: Prepared, command: str | None) -> d
             name: {"rows": len(rows), "sha256": digest([row["pair_id"] for row in rows])}
             for name, rows in (("train", data.train), ("select", data.select), ("test", data.test))
         },
-        "model": {"path": settings.model.path, "revision": settings.model.revision, "sha256": hash_weights(settings.model.path)},
+        "model": {
+            "path": settings.model.path,
+            "revision": settings.model.revision,
+            "sha256": hash_weights(settings.model.path),
+        },
     }
 
 
@@ -66,7 +81,10 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def git_state() -> str | None:
     """The commit of the working directory, with `+changes` where files differ; None outside a repository."""
     try:
-        run = [subprocess.run(["git", *words], capture_output=True, text=True, timeout=10) for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))]
+        run = [
+            subprocess.run(["git", *words], capture_output=True, text=True, timeout=10)
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        ]
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run[0].stdout.strip() + ("+changes" if run[1].stdout.strip() else "") if run[0].returncode == 0 else None

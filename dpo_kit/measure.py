@@ -69,7 +69,7 @@ def distinct_prompts(rows: Rows, count: int) -> Rows:
 def sample_hooks(
     trainer: Any, settings: Settings, run: RunDirectory
 ) -> list[Callable[[int, Sequence[Sample]], dict[str, float]]]:
-    """What happens to fresh samples besides measuring their KL: some are kept, and all are judged where the truth is known."""
+    """What else is done with fresh samples: some are kept, and all are judged where the truth is known."""
     gold = load_gold(settings.data.gold) if settings.data.gold else None
 
     def keep(step: int, samples: Sequence[Sample]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Policy, reference, tokenizer and adapter, as the `model` group says. Safetensors only; no code from a repository runs."""
+"""Policy, reference, tokenizer and adapter, as the `model` group says: safetensors only, no code from a repository."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_reference(model: Model) -> PreTrainedModel:
 
 
 def build_adapter(model: Model) -> PeftConfig | None:
-    """The LoRA that the policy is wrapped in, or None under full tuning. Raises ConfigError for options PEFT refuses."""
+    """The LoRA that wraps the policy, or None under full tuning. Raises ConfigError for options that PEFT refuses."""
     if model.tuning == "full":
         return None
     try:
@@ -90,7 +90,7 @@ def _refuse_wrong_path(path: str) -> None:
     raise ModelError(f"model.path={path} does not exist" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 
 
-def _refuse_foreign_tokenizer(policy: PreTrainedModel, tokenizer: Any, path: str) -> None:
+def _refuse_foreign_tokenizer(policy: Any, tokenizer: Any, path: str) -> None:
     rows = policy.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(

@@ -97,7 +97,6 @@ class Callbacks(Strict):
     pairs: PositiveInt
     prompts: PositiveInt
     max_new_tokens: PositiveInt
-    batch_size: PositiveInt
 
 
 class Tracking(Strict):

@@ -1,6 +1,6 @@
 """One run, from a composed config to a run directory: the page to read first.
 
-    cfg → check → tokenizer, data → policy, reference → TRL's trainer with our callbacks → model, result.json
+cfg → check → tokenizer, data → policy, reference → TRL's trainer with our callbacks → model, result.json
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ COLUMNS = {"pairs": ("prompt", "chosen", "rejected"), "unary": ("prompt", "compl
 def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
     """Train as `cfg` says and leave a run directory; the same as `python -m dpo_kit` with the same config.
 
-    `cfg` comes from `compose`; `run_dir` defaults to a time stamp under outputs/. A directory that holds a finished run of
-    this config is read, not trained again. Raises ConfigError, DataError, ModelError before training, TrainingError after.
+    `cfg` comes from `compose`; `run_dir` defaults to a time stamp under outputs/. A directory that holds a finished run
+    of this config is read, not trained again. Raises ConfigError, DataError, ModelError before training, TrainingError
+    after it.
     """
     settings = check(cfg)
     run = RunDirectory(Path(run_dir or time.strftime("outputs/%Y%m%d-%H%M%S")))
@@ -127,16 +128,15 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
 
 
 def _needs_reference(settings: Settings) -> bool:
-    """Whether TRL is handed a reference: under LoRA it is the policy without its adapter, precomputed it is the start."""
+    """Whether TRL needs a reference of its own: LoRA has the policy without adapter, precomputing has the start."""
     has_own = settings.model.tuning == "full" and not settings.trl.get("precompute_ref_log_probs")
     return settings.method.reference and (has_own or settings.model.reference is not None)
 
 
 def _held_out(data: Prepared, settings: Settings) -> Rows:
-    """The `select` split in the form that the method's trainer takes."""
-    if data.kind == settings.method.rows:
-        return data.select
-    return interleave(unpair(data.select), settings.seed)
+    """The rows of the probe, for TRL's own evaluation: in the form that the method's trainer takes."""
+    rows = data.select[: settings.callbacks.pairs]
+    return rows if data.kind == settings.method.rows else interleave(unpair(rows), settings.seed)
 
 
 def _dataset(rows: Rows, kind: str) -> Dataset:
@@ -144,22 +144,19 @@ def _dataset(rows: Rows, kind: str) -> Dataset:
 
 
 def describe(settings: Settings, args: Any, data: Prepared) -> None:
-    """One paragraph on what was chosen, before it runs."""
-    precision = next((name for name in ("bf16", "fp16") if getattr(args, name)), "fp32")
-    steps = count_steps(args.to_dict(), len(data.train))
+    """What was chosen, in three lines, before it runs; a warning where the start model does not fit the method."""
+    trl = args.to_dict()
+    precision = next((name for name in ("bf16", "fp16") if trl[name]), "fp32")
+    checkpointing = "on" if args.gradient_checkpointing else "off"
+    log.info("%s, from %s", settings.method.title, settings.model.path)
     log.info(
-        "%s on %s (%s tuning, %s%s) · %d rows, %d held out · %d steps of %d at learning rate %g · evaluation every %g steps",
-        settings.method.title,
-        settings.model.path,
-        settings.model.tuning,
-        precision,
-        ", activation checkpointing" if args.gradient_checkpointing else "",
-        len(data.train),
-        len(data.select),
-        steps,
-        effective_batch(args.to_dict()),
-        args.learning_rate,
-        args.eval_steps,
+        "%s tuning in %s on %s, activation checkpointing %s, learning rate %g",
+        *(settings.model.tuning, precision, args.device.type, checkpointing, args.learning_rate),
+    )
+    log.info(
+        "%d steps of %d rows out of %d, evaluated every %g steps on %d of %d held-out ones",
+        *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), args.eval_steps),
+        *(min(settings.callbacks.pairs, len(data.select)), len(data.select)),
     )
     if settings.method.start == "instruct" and isinstance(data.select[0]["prompt"], str):
         log.warning(

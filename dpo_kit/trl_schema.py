@@ -1,4 +1,4 @@
-"""What TRL's config classes accept, as plain data: the `trl:` block of a config is built and checked from it without importing TRL.
+"""What TRL's config classes accept, as plain data: the `trl` block is composed and checked without importing TRL.
 
 The file trl_schema.json beside this module holds the pinned TRL's fields. Under another TRL of the allowed range the
 installed one is read once and kept in the user's cache, so that its own fields count, not those of the pinned one.

@@ -3,7 +3,7 @@
     python examples/compare_methods.py                       the embedded model and pairs
     python examples/compare_methods.py model=DIR train=pairs.jsonl eval=held_out.jsonl steps=60 full=1e-4 lora=1e-3
 
-Options: methods=dpo,ipo,… tunings=full,lora steps=60 full=RATE lora=RATE out=FOLDER, and any further override of dpo_kit.
+Options: methods=dpo,ipo,… tunings=full,lora steps=60 full=RATE lora=RATE out=FOLDER, and any override of dpo_kit.
 Every number is measured on the same held-out pairs against the same step-0 model, so the rows compare.
 """
 

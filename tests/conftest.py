@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m dpo_kit …` in an empty folder, as a user would."""
 
-    def run(*overrides: str, env: dict[str, str] | None = None, module: str = "dpo_kit") -> subprocess.CompletedProcess[str]:
+    def run(
+        *overrides: str, env: dict[str, str] | None = None, module: str = "dpo_kit"
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", module, *overrides],
             cwd=tmp_path,

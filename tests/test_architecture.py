@@ -1,4 +1,4 @@
-"""Imports point one way, so that each file can be read with what stands below it, and nothing cheap pays for something heavy."""
+"""Imports point one way, so that each file can be read with what stands below it."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -33,7 +33,10 @@ def _imports(file: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dpo_kit":
             module = (node.module or "").removeprefix("dpo_kit").removeprefix(".")
             names = {_name(path) for path in FILES}
-            found |= {f"{module}.{a.name}".lstrip(".") if f"{module}.{a.name}".lstrip(".") in names else module for a in node.names}
+            found |= {
+                f"{module}.{a.name}".lstrip(".") if f"{module}.{a.name}".lstrip(".") in names else module
+                for a in node.names
+            }
     return found - {""}
 
 
@@ -49,7 +52,12 @@ def test_no_imports_go_round_in_a_circle():
 
 
 def test_only_tracking_imports_wandb():
-    importers = {_name(f) for f in FILES for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.Import) and any(a.name.split(".")[0] == "wandb" for a in n.names)}
+    importers = {
+        _name(f)
+        for f in FILES
+        for n in ast.walk(ast.parse(f.read_text()))
+        if isinstance(n, ast.Import) and any(a.name.split(".")[0] == "wandb" for a in n.names)
+    }
     assert importers == {"tracking"}
 
 
@@ -59,7 +67,8 @@ def test_no_python_branches_on_a_method_s_name():
         f"{_name(file)}:{node.lineno}"
         for file in FILES
         for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Compare) and any(isinstance(c, ast.Constant) and c.value in methods for c in [node.left, *node.comparators])
+        if isinstance(node, ast.Compare)
+        and any(isinstance(c, ast.Constant) and c.value in methods for c in [node.left, *node.comparators])
     ]
     assert hits == []
 

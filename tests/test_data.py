@@ -1,6 +1,7 @@
 """Reading, checking and splitting: every row is kept, or counted with its place and reason."""
 
 import gzip
+import itertools
 import json
 from collections import Counter
 
@@ -43,13 +44,18 @@ def prepared(tmp_path, tokenizer):
             "gold": None,
         }
         config = Data(**(data | options))
-        return prepare(config, wanted=wanted, tokenizer=tokenizer, max_length=max_length, truncation="keep_start", seed=seed)
+        return prepare(
+            config, wanted=wanted, tokenizer=tokenizer, max_length=max_length, truncation="keep_start", seed=seed
+        )
 
     return run
 
 
 def pairs(n, **extra):
-    return [{"prompt": f"My lamp is broken {i}.", "chosen": f"Replace it {i}.", "rejected": "No idea."} | extra for i in range(n)]
+    return [
+        {"prompt": f"My lamp is broken {i}.", "chosen": f"Replace it {i}.", "rejected": "No idea."} | extra
+        for i in range(n)
+    ]
 
 
 def test_text_pairs_become_chat_turns_where_the_tokenizer_has_a_template(prepared):
@@ -99,10 +105,10 @@ MALFORMED = {
     '{"prompt": "", "chosen": "b", "rejected": "c"}': "prompt is empty",
     '{"prompt": "a", "chosen": 3, "rejected": "c"}': "chosen is neither text nor a list of messages (int 3)",
     '{"prompt": "a", "chosen": [], "rejected": "c"}': "chosen is neither text nor a list",
-    '{"prompt": "a", "chosen": [{"role": "bot", "content": "b"}], "rejected": "c"}': "chosen has an unknown role ('bot')",
+    '{"prompt": "a", "chosen": [{"role": "bot", "content": "b"}], "rejected": "c"}': "an unknown role ('bot')",
     '{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}': "does not end with the assistant",
     '{"prompt": "a", "chosen": [{"role": "assistant", "content": 1}], "rejected": "c"}': "message without text content",
-    '{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}': "text and chat messages are mixed",
+    '{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}': "chat messages are mixed",
 }
 
 
@@ -209,13 +215,17 @@ def test_random_bytes_never_vanish_and_never_crash_the_reader(tmp_path_factory, 
 @given(st.integers(2, 60), st.integers(1, 4), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_kto_batches_have_both_labels_and_no_neighbours_of_one_prompt(prompts, answers, seed):
-    rows = [{"prompt_id": str(p), "pair_id": f"{p}-{a}", "chosen": "c", "rejected": "r"} for p in range(prompts) for a in range(answers)]
+    rows = [
+        {"prompt_id": str(p), "pair_id": f"{p}-{a}", "chosen": "c", "rejected": "r"}
+        for p in range(prompts)
+        for a in range(answers)
+    ]
     order = interleave(unpair(rows), seed)
     key = [(row["pair_id"], row["label"]) for row in order]
     assert Counter(key) == Counter((row["pair_id"], label) for row in rows for label in (True, False))
     assert all({row["label"] for row in order[i : i + 2]} == {True, False} for i in range(0, len(order), 2))
     if prompts >= 4:
-        assert all(a["prompt_id"] != b["prompt_id"] for a, b in zip(order, order[1:], strict=False))
+        assert all(a["prompt_id"] != b["prompt_id"] for a, b in itertools.pairwise(order))
     assert order == interleave(unpair(rows), seed)
 
 

@@ -81,5 +81,7 @@ def test_the_comparison_of_methods_prints_its_table(tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_prints_its_table(tmp_path):
     script = str(ROOT / "examples" / "benchmark" / "bench.py")
-    done = subprocess.run([sys.executable, script, "steps=6"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, script, "steps=6"], cwd=tmp_path, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0 and "probe, share of the run" in done.stdout, done.stderr

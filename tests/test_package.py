@@ -21,7 +21,12 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_conf_and_the_embedded_lab(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"dpo_kit/conf/config.yaml", "dpo_kit/conf/method/dpo.yaml", "dpo_kit/toy/model/model.safetensors", "dpo_kit/py.typed"} <= names
+    assert {
+        "dpo_kit/conf/config.yaml",
+        "dpo_kit/conf/method/dpo.yaml",
+        "dpo_kit/toy/model/model.safetensors",
+        "dpo_kit/py.typed",
+    } <= names
     assert not any(name.startswith(("tests/", "examples/")) for name in names)
 
 

@@ -1,4 +1,4 @@
-"""Whole runs on the embedded lab: what a run directory holds, that the command and the API agree, how runs end and go on."""
+"""Whole runs on the embedded lab: what a run directory holds, how runs end and go on."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from dpo_kit.config import CONF
 from dpo_kit.history import read_metrics
 from dpo_kit.run import RunDirectory
 from dpo_kit.toy import MODEL, TRAIN
+from tests.offline_wandb import log_files, read_offline
 
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
 FILES = {
@@ -34,7 +35,11 @@ KEYS = {
     "probe/margin_nats",
     "probe/logratio_chosen_nats",
     "probe/logratio_rejected_nats",
-    *(f"probe/kl_{way}_rb_nats{end}" for way in ("forward", "reverse") for end in ("", "_se", "_per_token", "_cut_share")),
+    *(
+        f"probe/kl_{way}_rb_nats{end}"
+        for way in ("forward", "reverse")
+        for end in ("", "_se", "_per_token", "_cut_share")
+    ),
     "gold/reward",
     "gold/reward_low",
     "gold/reward_high",
@@ -129,6 +134,21 @@ def test_the_command_gives_the_same_result_as_the_api(small_run, few, command, t
     assert again.returncode == 0 and "held-out accuracy" in again.stdout
 
 
+def test_wandb_holds_every_metric_of_the_record_and_no_secret(few, command, tmp_path):
+    canary = "hf_" + "canary" * 6
+    overrides = [o for o in few if o != "tracking=none"] + ["tracking.project=lab", f"tracking.tags=[{canary}]"]
+    done = command(*overrides, "hydra.run.dir=run", env={"HF_TOKEN": canary})
+    assert done.returncode == 0 and "wandb sync" in done.stderr, done.stderr
+    (log,) = log_files(tmp_path / "run")
+    recorded = read_offline(log)
+    sent = {key for row in recorded.history for key in row}
+    written = {key for row in read_metrics(tmp_path / "run" / "metrics.jsonl") for key in row}
+    assert written - {"epoch", "step", "time"} <= sent
+    assert recorded.exit_code == 0 and recorded.run.project == "lab" and recorded.config["beta"] == 0.1
+    assert recorded.summary["final/probe/accuracy"] == Result.read(tmp_path / "run").final["probe/accuracy"]
+    assert canary.encode() not in log.read_bytes()
+
+
 def test_callbacks_change_no_loss(small_run, few, tmp_path):
     train(compose([*few, "callbacks=none"]), tmp_path)
 
@@ -164,7 +184,11 @@ def test_weights_that_are_not_finite_are_never_saved(few, tmp_path, monkeypatch)
     import dpo_kit.finish
 
     honest = dpo_kit.finish.refuse_non_finite
-    monkeypatch.setattr(dpo_kit.finish, "refuse_non_finite", lambda model: (model.get_input_embeddings().weight.data.fill_(math.nan), honest(model)))
+    monkeypatch.setattr(
+        dpo_kit.finish,
+        "refuse_non_finite",
+        lambda model: (model.get_input_embeddings().weight.data.fill_(math.nan), honest(model)),
+    )
     with pytest.raises(TrainingError, match="not finite"):
         train(compose([*few, "callbacks=none"]), tmp_path)
     assert RunDirectory(tmp_path).read_result()["status"] == "failed" and not (tmp_path / "model").exists()
@@ -200,7 +224,11 @@ def test_adapters_are_tuned_and_saved(few, tmp_path, tuning):
 
 def test_unary_rows_give_auc_and_class_gap_instead_of_pair_accuracy(few, tmp_path):
     rows = [json.loads(line) for line in TRAIN.read_text().splitlines()[:40]]
-    unary = [{"prompt": r["prompt"], "completion": r[side], "label": side == "chosen"} for r in rows for side in ("chosen", "rejected")]
+    unary = [
+        {"prompt": r["prompt"], "completion": r[side], "label": side == "chosen"}
+        for r in rows
+        for side in ("chosen", "rejected")
+    ]
     (tmp_path / "thumbs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unary[:60]))
     overrides = [o for o in few if not o.startswith("data.train")] + [f"data.train={tmp_path / 'thumbs.jsonl'}"]
     final = train(compose([*overrides, "method=kto"]), tmp_path / "run").final

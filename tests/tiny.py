@@ -1,6 +1,7 @@
 """Tiny random models, tokenizers, rows and TRL trainers for the tests of measuring."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def unary(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def trainer(
     kind: str, folder: str, output: Path, *, rows: list[dict[str, Any]] | None = None, **options: Any
 ) -> Any:
-    """A plain TRL trainer on a tiny model; `options` are arguments of its config, or of the trainer itself."""
+    """A plain TRL trainer on a tiny model; `options` are arguments of its config or of the trainer."""
     train_class, config_class, defaults = TRAINERS[kind]
     given = {
         key: options.pop(key)
@@ -126,6 +127,8 @@ def trainer(
         **defaults,
         **options,
     }
+    if given.get("peft_config") is not None:
+        given["peft_config"] = replace(given["peft_config"])  # PEFT writes the model's path into it
     given.setdefault("model", LlamaForCausalLM.from_pretrained(folder))
     given.setdefault("eval_dataset", data)
     return train_class(

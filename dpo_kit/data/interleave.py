@@ -1,7 +1,7 @@
 """An order of thumbs-up and thumbs-down rows in which KTO can learn.
 
-TRL unpairs in blocks of one class and reads them in order, so that its batches have one class and its KL estimate pairs an
-answer with its own prompt. Here the classes are spread evenly, and rows of one prompt never stand side by side.
+TRL unpairs in blocks of one class and reads them in order, so that its batches have one class and its KL estimate may
+pair an answer with its own prompt. Here the classes are spread evenly, and no two rows of a prompt stand side by side.
 """
 
 from __future__ import annotations

@@ -40,7 +40,10 @@ def prepare(
     faults: list[Fault] = []
     sources = _sources(data.train)
     read = [_read(source.path, data.train_split, data, tokenizer, faults) for source in sources]
-    held_out = [_read(source.path, data.eval_split or data.train_split, data, tokenizer, faults) for source in _eval_sources(data)]
+    held_out = [
+        _read(source.path, data.eval_split or data.train_split, data, tokenizer, faults)
+        for source in _eval_sources(data)
+    ]
     _refuse_malformed(faults, data)
     kind = _one_kind([rows_kind for rows_kind, _ in (*read, *held_out)], wanted)
     train = [_signal(rows, kind, tokenizer, max_length, truncation, faults) for _, rows in read]
@@ -199,11 +202,21 @@ def _key(row: dict[str, Any]) -> str:
 
 
 def _halves(pool: Rows) -> tuple[Rows, Rows]:
+    """Two halves by prompt, each with one row of every prompt before any prompt's second."""
     place = {key: index for index, key in enumerate(sorted({_key(row) for row in pool}))}
     halves: tuple[Rows, Rows] = ([], [])
-    for row in pool:
+    for row in _prompts_first(pool):
         halves[place[_key(row)] % 2].append(row)
     return halves
+
+
+def _prompts_first(rows: Rows) -> Rows:
+    seen: Counter[str] = Counter()
+    turns = []
+    for row in rows:
+        turns.append((seen[_key(row)], _key(row)))
+        seen[_key(row)] += 1
+    return [rows[index] for index in sorted(range(len(rows)), key=turns.__getitem__)]
 
 
 def _weigh(rows: Rows, weight: float) -> Rows:
@@ -221,7 +234,9 @@ def _report(train: Rows, select: Rows, test: Rows, kind: Kind, faults: list[Faul
     report: dict[str, Any] = {
         "kind": kind,
         "rows": {"train": len(train), "select": len(select), "test": len(test), "dropped": len(faults)},
-        "prompts": {n: len({_key(r) for r in part}) for n, part in (("train", train), ("select", select), ("test", test))},
+        "prompts": {
+            n: len({_key(r) for r in part}) for n, part in (("train", train), ("select", select), ("test", test))
+        },
         "dropped_by_reason": dict(Counter(fault.reason for fault in faults).most_common()),
         "cut_at_max_length": sum(row["tokens"]["cut"] for row in rows),
         "tokens": {name: _spread([row["tokens"][name] for row in rows]) for name in ("prompt", *ANSWERS[kind])},

@@ -70,8 +70,7 @@ def _read_file(path: Path) -> Iterator[Row | Fault]:
 
 
 def _read_lines(path: Path) -> Iterator[Row | Fault]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if text.strip():
@@ -129,7 +128,8 @@ def _read_hub(name: str, split: str) -> Iterator[Row | Fault]:
     except Exception as error:  # the libraries below raise many kinds; all mean that there is nothing to read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{name!r} is neither a local file or folder nor a hub data set that can be reached (split {split!r}): {reason}"
+            f"{name!r} is neither a local file or folder nor a hub data set that can be reached "
+            f"(split {split!r}): {reason}"
         ) from error
     for number, values in enumerate(rows):
         yield Row(f"{name}[{split}] row {number}", values)

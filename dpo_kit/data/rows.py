@@ -1,6 +1,6 @@
 """One row in its normal form, or the reason why it cannot have one.
 
-pairs: prompt, chosen, rejected; unary: prompt, completion, label. Prompt and answers are text, or lists of chat messages.
+pairs: prompt, chosen, rejected; unary: prompt, completion, label. Prompt and answers are text, or chat messages.
 """
 
 from __future__ import annotations

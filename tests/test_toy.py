@@ -1,0 +1,181 @@
+"""The embedded lab: its reward, its raters, its files and the script that makes them."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from dpo_kit import toy
+from dpo_kit.toy import domain
+
+PROMPT = "My toaster leaks."
+RIGHT = "Tighten the seal."
+HONEST, BIASED = (toy.TRAIN, toy.EVAL), (toy.BIASED_TRAIN, toy.BIASED_EVAL)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def texts(row: dict) -> tuple[str, str, str]:
+    return row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reward"),
+    [
+        ("", -0.5),
+        (RIGHT, 1.5),
+        ("Oil the motor.", -0.75),
+        (f"{RIGHT} {RIGHT}", 0.75),
+        (f"I am sorry about your toaster. {RIGHT} Write again if it persists.", 3.0),
+        (f"I am sorry about your kettle. {RIGHT}", 1.5 + domain.FILLER_SENTENCE),
+        (f"Thank you for telling us. I see how annoying this is. {RIGHT}", 2.0),
+        (f"That is your own fault. {RIGHT} We value every customer.", 0.5 + domain.FILLER_SENTENCE),
+        (f"{RIGHT} We value every", 1.5 + domain.FILLER_SENTENCE),
+        (f"{RIGHT} Write again if it persists. Call us if you need more help.", 1.7),
+        (f"Hello from the service team. {RIGHT}", 1.5),
+    ],
+)
+def test_gold_reward_equals_hand_worked_sums(answer, reward):
+    assert toy.gold_reward(PROMPT, answer) == pytest.approx(reward)
+    assert toy.gold_rewards([[{"role": "user", "content": PROMPT}]], [answer]) == pytest.approx([reward])
+
+
+def test_a_foreign_prompt_is_refused_by_both_measures():
+    with pytest.raises(ValueError, match="My toaster leaks"):
+        toy.gold_reward("Who repairs the toaster?", RIGHT)
+    with pytest.raises(ValueError, match="Who repairs the toaster"):
+        toy.capability_score([PROMPT], ["The kitchen desk."])
+
+
+def test_one_vote_follows_bradley_terry():
+    assert domain.vote_probability(1.0, 1.0) == 0.5
+    assert domain.vote_probability(2.0, 0.0) == pytest.approx(0.9526, abs=1e-4)  # sigmoid(3)
+    rng = random.Random(0)
+    votes = sum(domain.votes_for_first(0.5, 0.0, rng) for _ in range(4000))
+    assert votes / 20000 == pytest.approx(0.6792, abs=0.01)  # sigmoid(0.75)
+
+
+def test_agreement_is_the_majority_share_of_the_five_votes():
+    rng, other = random.Random(1), random.Random(1)
+    for _ in range(200):
+        votes = domain.votes_for_first(1.5, 0.9, other)
+        row = domain.label_pair(PROMPT, RIGHT, f"{RIGHT} We value every customer.", rng)
+        assert row["chosen"] == (RIGHT if votes >= 3 else f"{RIGHT} We value every customer.")
+        assert row["agreement"] == max(votes, 5 - votes) / 5
+
+
+def test_biased_raters_prefer_the_longer_reply_that_gold_holds_to_be_worse():
+    long = f"{RIGHT} There are many ways to look at this."
+    assert toy.gold_reward(PROMPT, long) < toy.gold_reward(PROMPT, RIGHT)
+    score = {text: domain.rater_score(PROMPT, text, length_love=domain.LENGTH_LOVE) for text in (long, RIGHT)}
+    assert score[long] > score[RIGHT]
+
+
+def test_only_the_right_desk_alone_is_right():
+    prompts = toy.capability_prompts()
+    assert len(prompts) == len(set(prompts)) == 240
+    assert not set(prompts) & set(domain.requests())
+    question = "Who repairs the toaster?"
+    assert domain.is_right(question, "The kitchen desk.")
+    assert not domain.is_right(question, "The bath desk.")
+    assert not domain.is_right(question, "The kitchen desk. The bath desk.")
+    assert not domain.is_right(question, "")
+    assert toy.capability_score([question, question], ["The kitchen desk.", "Sorry."]) == 0.5
+
+
+def test_every_question_has_a_right_answer():
+    for prompt in toy.capability_prompts():
+        assert sum(domain.is_right(prompt, f"The {desk} desk.") for desk in domain.DESKS) == 1
+
+
+@pytest.mark.parametrize("files", [HONEST, BIASED])
+def test_no_held_out_prompt_is_trained_on(files):
+    train, held_out = ({texts(row)[0] for row in rows(path)} for path in files)
+    assert not train & held_out
+    assert len(held_out) >= 400
+    assert len(train) >= 2000
+
+
+@pytest.mark.parametrize(("files", "love"), [(HONEST, 0.0), (BIASED, domain.LENGTH_LOVE)])
+def test_stored_scores_and_agreement_follow_from_the_texts(files, love):
+    for row in (row for path in files for row in rows(path)):
+        prompt, chosen, rejected = texts(row)
+        assert row["score_chosen"] == pytest.approx(domain.rater_score(prompt, chosen, length_love=love), abs=1e-3)
+        assert row["score_rejected"] == pytest.approx(domain.rater_score(prompt, rejected, length_love=love), abs=1e-3)
+        assert row["agreement"] in (0.6, 0.8, 1.0)
+        assert abs(toy.gold_reward(prompt, chosen) - toy.gold_reward(prompt, rejected)) > 0.4
+
+
+def test_honest_and_biased_files_hold_the_same_pairs():
+    for honest, biased in zip(HONEST, BIASED, strict=True):
+        pairs = [{frozenset(texts(row)) for row in rows(path)} for path in (honest, biased)]
+        assert pairs[0] == pairs[1]
+
+
+def test_label_noise_leaves_a_ceiling_below_one():
+    for path in (*HONEST, *BIASED):
+        found = rows(path)
+        ceiling = sum(row["score_chosen"] > row["score_rejected"] for row in found) / len(found)
+        assert 0.85 < ceiling < 0.98
+
+
+def test_biased_labels_disagree_with_gold_often():
+    found = rows(toy.BIASED_EVAL)
+    right = sum(toy.gold_reward(p, c) > toy.gold_reward(p, r) for p, c, r in map(texts, found)) / len(found)
+    assert right < 0.75
+
+
+def test_shipped_model_is_small_loads_and_knows_the_desks():
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert (toy.MODEL / "model.safetensors").stat().st_size <= 4 * 1024 * 1024
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(toy.MODEL), AutoTokenizer.from_pretrained(toy.MODEL)
+    prompts = toy.capability_prompts()[::4]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=16
+        )
+    answers = tokenizer.batch_decode(found[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert toy.capability_score(prompts, answers) >= 0.95
+
+
+def test_tokenizer_gives_any_text_back_and_the_prompt_is_a_prefix_of_the_chat():
+    pytest.importorskip("transformers")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
+    for text in ("I am sorry about your toaster.", "Grüße, 東京 & \n tabs\t!"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    user, reply = {"role": "user", "content": PROMPT}, {"role": "assistant", "content": RIGHT}
+    prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([user, reply], return_dict=False)
+    assert whole[: len(prompt)] == prompt
+    assert whole[-1] == tokenizer.eos_token_id
+
+
+def test_a_miniature_build_is_the_same_twice(tmp_path):
+    torch = pytest.importorskip("torch")
+    from dpo_kit.toy import build
+
+    setting = build.Setting(
+        vocabulary=400, hidden=32, layers=1, steps=12, batch=8, train_prompts=8, held_out_prompts=4, max_new_tokens=24
+    )
+    threads = torch.get_num_threads()
+    try:
+        for name in ("one", "two"):
+            build.build(tmp_path / name, setting)
+    finally:
+        torch.set_num_threads(threads)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert Path("model/model.safetensors") in files
+    assert Path("biased_eval.jsonl") in files
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
