@@ -50,18 +50,14 @@ class _Measuring(TrainerCallback):
         else:
             self.prepare()
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Metrics | None = None, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Metrics | None = None, **_: Any) -> None:
         values = self._report("evaluation", state.global_step)
         if metrics is not None:
             metrics.update({f"eval_{key}": value for key, value in values.items()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        self._report(
-            "end", state.global_step, kept=bool(best) and state.best_global_step != state.global_step
-        )
+        self._report("end", state.global_step, kept=bool(best) and state.best_global_step != state.global_step)
 
     def _report(self, moment: str, step: int, kept: bool = False) -> Metrics:
         if self._logged != (step, kept) or moment == "start":
@@ -188,9 +184,7 @@ class KLDrift(_Measuring):
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._logged = (
-            None  # the last evaluation measured the forward direction only, which is not measured again
-        )
+        self._logged = None  # the last evaluation measured the forward direction only, which is not measured again
         super().on_train_end(args, state, control, **kwargs)
 
     def _forward(self, step: int, kept: bool) -> Metrics:
@@ -211,9 +205,7 @@ class KLDrift(_Measuring):
             self._check(step, divergence, samples)
             values |= drift_metrics("reverse", divergence, samples)
         else:
-            logger.warning(
-                "reverse KL is not measured: the start model is gone; pass Reference(trainer, reload=...)"
-            )
+            logger.warning("reverse KL is not measured: the start model is gone; pass Reference(trainer, reload=...)")
         for hook in self.on_samples:
             values |= hook(step, samples)
         return values

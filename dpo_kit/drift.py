@@ -119,13 +119,9 @@ class Drift:
             if fits:
                 rows.update(zip(indices, logits.cpu().split(lengths), strict=True))
         order = range(len(samples))
-        return ReferenceSamples(
-            samples, [logps[i] for i in order], [rows[i] for i in order] if fits else None
-        )
+        return ReferenceSamples(samples, [logps[i] for i in order], [rows[i] for i in order] if fits else None)
 
-    def _compare(
-        self, samples: list[Sample], prepared: ReferenceSamples | None, *, forward: bool
-    ) -> Divergence:
+    def _compare(self, samples: list[Sample], prepared: ReferenceSamples | None, *, forward: bool) -> Divergence:
         sums = {name: torch.full((len(samples),), torch.nan, dtype=torch.float64) for name in ("rb", "k1")}
         for indices, batch in self._batches(samples):
             targets, lengths = completion_targets(batch)
@@ -133,17 +129,13 @@ class Drift:
             if prepared is not None and prepared.rows is None and not self.reference.live:
                 terms = {"k1": torch.cat([prepared.logps[i] for i in indices]) - token_logps(policy, targets)}
             else:
-                reference = self._reference_logits(indices, batch, prepared)
-                terms = (
-                    kl_terms(reference, policy, targets) if forward else kl_terms(policy, reference, targets)
-                )
+                reference = self._reference_logits(indices, batch, prepared).to(policy.device)
+                terms = kl_terms(reference, policy, targets) if forward else kl_terms(policy, reference, targets)
             for name, values in terms.items():
                 sums[name][indices] = torch.stack([part.sum() for part in values.double().split(lengths)])
         return Divergence(sums["rb"] if "rb" in terms else None, sums["k1"])
 
-    def _reference_logits(
-        self, indices: list[int], batch: list[Tokens], prepared: ReferenceSamples | None
-    ) -> Tensor:
+    def _reference_logits(self, indices: list[int], batch: list[Tokens], prepared: ReferenceSamples | None) -> Tensor:
         if prepared is not None and prepared.rows is not None:
             return torch.cat([prepared.rows[index] for index in indices])
         with self.reference.active() as model:
@@ -160,10 +152,7 @@ class Drift:
         return fingerprint([[row["prompt"] for row in self.rows], self._draw_options, self.seed])
 
     def _keep(self, prepared: ReferenceSamples) -> None:
-        drawn = [
-            {name: value for name, value in asdict(each).items() if name != "row"}
-            for each in prepared.samples
-        ]
+        drawn = [{name: value for name, value in asdict(each).items() if name != "row"} for each in prepared.samples]
         # Rows are large: kept only where no model could give them again
         rows = None if self.reference.can_load else prepared.rows
         values = {"fingerprint": self._fingerprint, "samples": drawn, "logps": prepared.logps, "rows": rows}
@@ -185,9 +174,7 @@ def kl_terms(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> dict[str, T
     parts: dict[str, list[Tensor]] = {"rb": [], "k1": []}
     chunks = zip(p_logits.split(_CHUNK), q_logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
     for p_chunk, q_chunk, tokens in chunks:
-        logp, logq = (
-            chunk.to(p_logits.device, torch.float32).log_softmax(-1) for chunk in (p_chunk, q_chunk)
-        )
+        logp, logq = (chunk.to(p_logits.device, torch.float32).log_softmax(-1) for chunk in (p_chunk, q_chunk))
         at = tokens.to(p_logits.device)[:, None]
         parts["rb"].append(rao_blackwell_terms(logp, logq).cpu())
         parts["k1"].append((logp.gather(-1, at) - logq.gather(-1, at))[:, 0].cpu())

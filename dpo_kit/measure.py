@@ -35,6 +35,7 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
             saturation=settings.method.saturation,
             reference=reference,
             path=run.probe,
+            max_tokens=wanted.max_tokens,
         )
         if wanted.preference_margin:
             trainer.add_callback(PreferenceMargin(probe))

@@ -116,9 +116,7 @@ def spearman(first: Tensor, second: Tensor) -> float:
     return float(centred.prod(0).sum() / norm) if norm > 0 else math.nan
 
 
-def length_corrected_accuracy(
-    margins: Tensor, length_gaps: Tensor, ridge: float = 1e-2, steps: int = 50
-) -> float:
+def length_corrected_accuracy(margins: Tensor, length_gaps: Tensor, ridge: float = 1e-2, steps: int = 50) -> float:
     """σ(a) of the fit logit P(margin > 0) = a + b·tanh(gap / sd): the accuracy expected at equal lengths.
 
     The form of length-controlled AlpacaEval (arXiv:2404.04475) without its instruction difficulty. `margins`

@@ -55,9 +55,7 @@ class PairProbe:
         self.reference = reference or Reference(trainer)
         self.tokens_per_batch = tokens_per_batch
         self.paired = bool(rows) and "chosen" in rows[0]
-        self.rows, self._sequences, self._sides = _encode(
-            trainer, rows, self.paired, max_tokens, template_kwargs
-        )
+        self.rows, self._sequences, self._sides = _encode(trainer, rows, self.paired, max_tokens, template_kwargs)
         self._tokens = torch.tensor([len(completion) for _, completion in self._sequences])
         self._reference_logps: Tensor | None = None
         self._scored: tuple[Any, int, bool] | None = None
@@ -104,9 +102,7 @@ class PairProbe:
 
     def _score(self, model: Any) -> Tensor:
         tokenizer: Any = self.trainer.processing_class
-        return score(
-            model, self._sequences, pad_id=pad_token_id(tokenizer), tokens_per_batch=self.tokens_per_batch
-        )
+        return score(model, self._sequences, pad_id=pad_token_id(tokenizer), tokens_per_batch=self.tokens_per_batch)
 
     def _find_reference_logps(self, policy_logps: Tensor) -> Tensor:
         logps = policy_logps
@@ -157,10 +153,7 @@ def name_rows(rows: Sequence[Row]) -> list[Row]:
     """The rows with `pair_id` (the position) and `prompt_id` (equal where the prompt is) filled in where
     absent.
     """
-    return [
-        {"pair_id": str(index), "prompt_id": fingerprint(row["prompt"]), **row}
-        for index, row in enumerate(rows)
-    ]
+    return [{"pair_id": str(index), "prompt_id": fingerprint(row["prompt"]), **row} for index, row in enumerate(rows)]
 
 
 def _encode(
@@ -180,9 +173,7 @@ def _encode(
     cut = [[_truncate(trainer.args, prompt, each) for each in completions] for prompt, completions in encoded]
     usable = [index for index, row in enumerate(cut) if all(completion for _, completion in row)]
     if not usable:
-        raise DataError(
-            f"probe rows: none of {len(rows)} has a completion within max_length; give held-out rows"
-        )
+        raise DataError(f"probe rows: none of {len(rows)} has a completion within max_length; give held-out rows")
     if len(usable) < len(rows):
         logger.warning("probe: %d rows left out, their prompt fills max_length", len(rows) - len(usable))
     usable = _within(usable, [sum(len(p) + len(c) for p, c in row) for row in cut], max_tokens)
@@ -210,9 +201,7 @@ def _arrange(
         return rows, sequences, (list(indices), [len(rows) + index for index in indices])
     labels = [bool(row["label"]) for row in rows]
     if len(set(labels)) < 2:
-        raise DataError(
-            "probe rows: unary rows need both labels, true and false; give held-out rows of either class"
-        )
+        raise DataError("probe rows: unary rows need both labels, true and false; give held-out rows of either class")
     chosen = [index if label else None for index, label in zip(indices, labels, strict=True)]
     rejected = [None if label else index for index, label in zip(indices, labels, strict=True)]
     return rows, sequences, (chosen, rejected)

@@ -93,9 +93,7 @@ def pad_batch(
     return ids.to(device), mask.to(device)
 
 
-def _plain_generation_config(
-    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> GenerationConfig:
+def _plain_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
     return GenerationConfig(
         do_sample=True,
         temperature=1.0,

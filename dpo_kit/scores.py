@@ -55,10 +55,7 @@ def preference_metrics(scores: Scores, beta: float | None, saturation: str | Non
             "probe/brier": brier,
         }
         if saturation is not None:
-            gaps = (
-                scores.logratio_chosen / scores.tokens_chosen
-                - scores.logratio_rejected / scores.tokens_rejected
-            )
+            gaps = scores.logratio_chosen / scores.tokens_chosen - scores.logratio_rejected / scores.tokens_rejected
             values["probe/saturation"] = measures.SATURATION[saturation](margins, gaps, beta)
     return values
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -54,9 +53,7 @@ def completion_logits(model: Any, batch: Sequence[Tokens], pad_id: int) -> Tenso
     Only these positions pass the LM head, in whatever way the model scales or caps its logits. A completion
     token without any token before it (empty prompt, no BOS) has no prediction and is left out, as in TRL.
     """
-    ids, attention = pad_batch(
-        [[*prompt, *completion] for prompt, completion in batch], pad_id, model.device, "right"
-    )
+    ids, attention = pad_batch([[*prompt, *completion] for prompt, completion in batch], pad_id, model.device, "right")
     scored = torch.zeros_like(attention, dtype=torch.bool)
     for row, (prompt, completion) in enumerate(batch):
         scored[row, max(0, len(prompt) - 1) : len(prompt) + len(completion) - 1] = True
@@ -74,9 +71,7 @@ def completion_logits(model: Any, batch: Sequence[Tokens], pad_id: int) -> Tenso
 def completion_targets(batch: Sequence[Tokens]) -> tuple[Tensor, list[int]]:
     """The tokens that `completion_logits` predicts, in its order, and how many belong to each row."""
     rows = [completion if prompt else completion[1:] for prompt, completion in batch]
-    return torch.tensor([token for row in rows for token in row], dtype=torch.long), [
-        len(row) for row in rows
-    ]
+    return torch.tensor([token for row in rows for token in row], dtype=torch.long), [len(row) for row in rows]
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -87,9 +82,7 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([_log_softmax_at(rows, tokens) for rows, tokens in parts]).cpu()
 
 
-def score(
-    model: Any, sequences: Sequence[Tokens], *, pad_id: int, tokens_per_batch: int = TOKENS_PER_BATCH
-) -> Tensor:
+def score(model: Any, sequences: Sequence[Tokens], *, pad_id: int, tokens_per_batch: int = TOKENS_PER_BATCH) -> Tensor:
     """Summed completion log-probability of each sequence (EOS in), in nats: (sequences,), float64.
 
     Plain sums as in DPO's and KTO's loss; call inside `measuring`.
@@ -211,7 +204,7 @@ class Reference:
         self.state_dir.mkdir(parents=True, exist_ok=True)
         partial = self.state_dir / f".{name}.partial"
         torch.save(values, partial)
-        os.replace(partial, self.state_dir / f"{name}.pt")
+        partial.replace(self.state_dir / f"{name}.pt")
 
     def load(self, name: str, fingerprint: str) -> dict[str, Any] | None:
         """Values kept under this name, or None where there are none with the same `fingerprint` entry."""

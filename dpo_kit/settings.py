@@ -95,6 +95,7 @@ class Callbacks(Strict):
     implicit_reward: bool
     kl_drift: bool
     pairs: PositiveInt
+    max_tokens: PositiveInt
     prompts: PositiveInt
     max_new_tokens: PositiveInt
 

@@ -45,17 +45,10 @@ def encode_rows(
     if not prompts:
         return []
     prompt_ids = encode_prompts(tokenizer, prompts, template_kwargs)
-    wholes = [
-        _join(tokenizer, prompt, each)
-        for prompt, row in zip(prompts, completions, strict=True)
-        for each in row
-    ]
+    wholes = [_join(tokenizer, prompt, each) for prompt, row in zip(prompts, completions, strict=True) for each in row]
     whole_ids = _ids(tokenizer, wholes, add_generation_prompt=False, template_kwargs=template_kwargs)
     bounds = accumulate((len(row) for row in completions), initial=0)
-    return [
-        _split(ids, whole_ids[start:end])
-        for ids, (start, end) in zip(prompt_ids, pairwise(bounds), strict=True)
-    ]
+    return [_split(ids, whole_ids[start:end]) for ids, (start, end) in zip(prompt_ids, pairwise(bounds), strict=True)]
 
 
 def encode_prompts(

@@ -34,9 +34,7 @@ def watch(trainer: Any, rows: list[dict[str, Any]] = HELD_OUT, **options: Any) -
     """All three callbacks on a trainer; `options` go to KLDrift, those named below to the probe and the
     reference.
     """
-    reference = Reference(
-        trainer, **{key: options.pop(key) for key in ("reload", "state_dir") if key in options}
-    )
+    reference = Reference(trainer, **{key: options.pop(key) for key in ("reload", "state_dir") if key in options})
     given = {key: options.pop(key) for key in ("beta", "saturation", "path") if key in options}
     probe = PairProbe(trainer, rows, reference=reference, **given)
     drift = KLDrift(trainer, rows, reference=reference, **{"max_new_tokens": 6, **options})
@@ -53,12 +51,8 @@ def logged(trainer: Any, key: str) -> dict[int, float]:
 def own_logs(trainer: Any) -> list[dict[str, float]]:
     """What TRL itself logged, without timings."""
     timed = ("runtime", "per_second", "flos")
-    kept = [
-        entry for entry in trainer.state.log_history if not any(key.startswith("probe/") for key in entry)
-    ]
-    return [
-        {key: value for key, value in entry.items() if not any(t in key for t in timed)} for entry in kept
-    ]
+    kept = [entry for entry in trainer.state.log_history if not any(key.startswith("probe/") for key in entry)]
+    return [{key: value for key, value in entry.items() if not any(t in key for t in timed)} for entry in kept]
 
 
 VARIANTS = [(kind, False) for kind in tiny.TRAINERS] + [("dpo", True), ("orpo", True)]
@@ -71,9 +65,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without(
     ends = []
     for watched in (False, True):
         peft_config = tiny.LORA if lora else None
-        trainer = tiny.trainer(
-            kind, dropping_folder, tmp_path, disable_dropout=False, peft_config=peft_config
-        )
+        trainer = tiny.trainer(kind, dropping_folder, tmp_path, disable_dropout=False, peft_config=peft_config)
         if watched:
             watch(trainer, tiny.unary(8) if kind == "kto" else HELD_OUT)
         trainer.train()
@@ -104,9 +96,7 @@ def test_rewards_and_margins_are_those_that_dpo_logs(lora: bool, folder: str, tm
         expected = logged(trainer, f"eval_rewards/{theirs}")
         found = logged(trainer, f"probe/{ours}")
         assert set(found) == {0, 2, 4} and set(expected) == {2, 4}
-        assert [found[step] for step in (2, 4)] == pytest.approx(
-            [expected[step] for step in (2, 4)], abs=1e-4
-        )
+        assert [found[step] for step in (2, 4)] == pytest.approx([expected[step] for step in (2, 4)], abs=1e-4)
     assert abs(logged(trainer, "probe/reward_margin")[4]) > 1e-2
     assert logged(trainer, "probe/accuracy")[0] == 0.5
 
@@ -119,22 +109,16 @@ def test_class_rewards_are_those_that_kto_logs(folder: str, tmp_path: Path) -> N
     for side in ("chosen", "rejected"):
         expected, found = logged(trainer, f"eval_rewards/{side}"), logged(trainer, f"probe/reward_{side}")
         assert found[4] == pytest.approx(expected[4], abs=1e-4)
-    gap = (
-        logged(trainer, "probe/logratio_chosen_nats")[4] - logged(trainer, "probe/logratio_rejected_nats")[4]
-    )
+    gap = logged(trainer, "probe/logratio_chosen_nats")[4] - logged(trainer, "probe/logratio_rejected_nats")[4]
     assert logged(trainer, "probe/class_gap_nats")[4] == pytest.approx(gap)
     assert (
-        logged(trainer, "probe/auc_low")[4]
-        <= logged(trainer, "probe/auc")[4]
-        <= logged(trainer, "probe/auc_high")[4]
+        logged(trainer, "probe/auc_low")[4] <= logged(trainer, "probe/auc")[4] <= logged(trainer, "probe/auc_high")[4]
     )
     assert not logged(trainer, "probe/accuracy")
 
 
 @pytest.mark.parametrize("kind", ["orpo", "cpo", "simpo"])
-def test_methods_without_a_reference_are_measured_from_their_own_start(
-    kind: str, folder: str, tmp_path: Path
-) -> None:
+def test_methods_without_a_reference_are_measured_from_their_own_start(kind: str, folder: str, tmp_path: Path) -> None:
     rows = tiny.pairs(16)
     trainer = tiny.trainer(kind, folder, tmp_path, rows=rows)
     start = tiny.LlamaForCausalLM.from_pretrained(folder)
@@ -223,11 +207,7 @@ def test_evaluation_metrics_choose_the_checkpoint_and_the_kept_model_is_scored_a
     path = tmp_path / "probe.jsonl"
     watch(trainer, tiny.unary(8), path=path)
     trainer.train()
-    by_step = [
-        (e["step"], e["probe/class_gap_nats"])
-        for e in trainer.state.log_history
-        if "probe/class_gap_nats" in e
-    ]
+    by_step = [(e["step"], e["probe/class_gap_nats"]) for e in trainer.state.log_history if "probe/class_gap_nats" in e]
     best = dict(by_step[:-1])[1]
     assert trainer.state.best_global_step == 1  # KL only grows
     assert by_step[-1] == (4, pytest.approx(best, abs=1e-4)) and len(by_step) == 6
@@ -271,9 +251,7 @@ def test_a_resumed_run_whose_start_is_gone_is_refused(folder: str, tmp_path: Pat
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_rows_beyond_the_cache_give_k1_at_evaluations_and_reload_for_the_rest(
-    folder: str, tmp_path: Path
-) -> None:
+def test_rows_beyond_the_cache_give_k1_at_evaluations_and_reload_for_the_rest(folder: str, tmp_path: Path) -> None:
     loads: list[int] = []
 
     def reload() -> Any:
@@ -377,8 +355,6 @@ def test_metrics_of_pairs_agree_with_hand_worked_numbers() -> None:
 
 
 def test_without_a_beta_that_is_a_distance_nothing_is_scaled_by_one() -> None:
-    values = preference_metrics(scores([1.0], [0.5]), None, "dpo") | reward_metrics(
-        scores([1.0], [0.5]), None
-    )
+    values = preference_metrics(scores([1.0], [0.5]), None, "dpo") | reward_metrics(scores([1.0], [0.5]), None)
     assert not {key for key in values if "reward" in key or "saturation" in key or "brier" in key}
     assert values["probe/margin_nats"] == 0.5

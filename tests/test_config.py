@@ -140,9 +140,8 @@ def test_a_learning_rate_that_ruins_a_pretrained_model_is_refused():
 def test_a_user_s_own_method_needs_one_yaml_file_and_is_checked_like_ours(tmp_path):
     (tmp_path / "method").mkdir()
     mine = tmp_path / "method" / "mine.yaml"
-    mine.write_text(
-        "# @package _global_\ndefaults: [dpo, _self_]\nmethod: {name: mine}\ntrl: {loss_type: [exo_pair], label_smoothing: 0.001}\n"
-    )
+    header = "# @package _global_\ndefaults: [dpo, _self_]\nmethod: {name: mine}\n"
+    mine.write_text(header + "trl: {loss_type: [exo_pair], label_smoothing: 0.001}\n")
     assert compose(["method=mine"], config_dir=tmp_path).trl.loss_type == ["exo_pair"]
     mine.write_text(mine.read_text().replace("label_smoothing", "label_smothing"))
     with pytest.raises(ConfigError, match=r"did you mean trl\.label_smoothing"):

@@ -83,9 +83,7 @@ def test_length_correction_agrees_with_a_fit_by_scipy() -> None:
 
     rng = random.Random(0)
     gaps = torch.tensor([rng.gauss(0, 30) for _ in range(200)], dtype=torch.float64)
-    margins = torch.tensor(
-        [1.0 if rng.random() < 0.6 + 0.003 * g else -1.0 for g in gaps], dtype=torch.float64
-    )
+    margins = torch.tensor([1.0 if rng.random() < 0.6 + 0.003 * g else -1.0 for g in gaps], dtype=torch.float64)
     x = torch.tanh(gaps / gaps.std(correction=0)).numpy()
     won = (margins > 0).double().numpy()
 
@@ -106,9 +104,7 @@ def test_bootstrap_of_single_rows_agrees_with_the_textbook_standard_error() -> N
     names = [str(index) for index in range(400)]
     assert metrics.bootstrap_se(values, names) == pytest.approx(float(values.std()) / 20, rel=0.05)
     low, high = metrics.bootstrap_interval(values, names)
-    assert (low, high) == pytest.approx(
-        (-1.96 * float(values.std()) / 20, 1.96 * float(values.std()) / 20), rel=0.1
-    )
+    assert (low, high) == pytest.approx((-1.96 * float(values.std()) / 20, 1.96 * float(values.std()) / 20), rel=0.1)
 
 
 def test_clustering_by_prompt_widens_intervals_when_prompts_repeat() -> None:

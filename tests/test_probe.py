@@ -164,9 +164,7 @@ def test_samples_follow_the_models_own_distribution() -> None:
         first = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     for token in range(oracle.VOCABULARY):
         share = sum(each.token_ids[0] == token for each in samples) / len(samples)
-        assert (
-            abs(share - first[token]) < 4 * (first[token] * (1 - first[token]) / len(samples)) ** 0.5 + 1e-3
-        )
+        assert abs(share - first[token]) < 4 * (first[token] * (1 - first[token]) / len(samples)) ** 0.5 + 1e-3
     cut, exact = sum(each.cut for each in samples) / len(samples), oracle.cut_probability(model, prompt)
     assert abs(cut - exact) < 4 * (exact * (1 - exact) / len(samples)) ** 0.5 + 1e-3
     assert all(each.cut == (each.token_ids[-1] != oracle.EOS) for each in samples)
@@ -302,9 +300,7 @@ def test_probe_file_holds_every_pair_of_every_scoring_in_strict_json(dpo: Any, t
 
 def test_a_resumed_run_replaces_the_lines_after_its_checkpoint(dpo: Any, tmp_path: Path) -> None:
     path = tmp_path / "probe.jsonl"
-    path.write_text(
-        "".join(f'{{"step": {step}, "pair_id": "old"}}\n' for step in (0, 2, 4)) + '{"step": 4, "pa'
-    )
+    path.write_text("".join(f'{{"step": {step}, "pair_id": "old"}}\n' for step in (0, 2, 4)) + '{"step": 4, "pa')
     dpo.state.global_step = 4
     PairProbe(dpo, tiny.pairs(2), path=path).scores()
     assert [(line["step"], line["pair_id"]) for line in map(json.loads, path.open())] == [

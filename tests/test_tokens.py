@@ -61,9 +61,7 @@ def test_ids_are_those_that_dpo_trains_on(case: str) -> None:
     # TRL's preparation reads nothing of the trainer but its tokenizer
     trainer = type("Prepared", (tiny.DPOTrainer,), {"__init__": lambda self: None})()
     trainer._tokenizer = tokenizer
-    arguments = type(
-        "Arguments", (), {"dataset_num_proc": None, "max_length": None, "truncation_mode": "keep_start"}
-    )
+    arguments = type("Arguments", (), {"dataset_num_proc": None, "max_length": None, "truncation_mode": "keep_start"})
     expected = trainer._prepare_dataset(Dataset.from_list(rows), tokenizer, arguments, "train")
     encoded = encode_rows(
         tokenizer, [row["prompt"] for row in rows], [[row["chosen"], row["rejected"]] for row in rows]

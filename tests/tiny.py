@@ -95,16 +95,10 @@ def unary(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def trainer(
-    kind: str, folder: str, output: Path, *, rows: list[dict[str, Any]] | None = None, **options: Any
-) -> Any:
+def trainer(kind: str, folder: str, output: Path, *, rows: list[dict[str, Any]] | None = None, **options: Any) -> Any:
     """A plain TRL trainer on a tiny model; `options` are arguments of its config or of the trainer."""
     train_class, config_class, defaults = TRAINERS[kind]
-    given = {
-        key: options.pop(key)
-        for key in ("peft_config", "ref_model", "model", "eval_dataset")
-        if key in options
-    }
+    given = {key: options.pop(key) for key in ("peft_config", "ref_model", "model", "eval_dataset") if key in options}
     rows = rows or (unary(16) if kind == "kto" else pairs(16))
     columns = [key for key in rows[0] if not key.endswith("_id")]
     data = Dataset.from_list([{key: row[key] for key in columns} for row in rows])
@@ -131,6 +125,4 @@ def trainer(
         given["peft_config"] = replace(given["peft_config"])  # PEFT writes the model's path into it
     given.setdefault("model", LlamaForCausalLM.from_pretrained(folder))
     given.setdefault("eval_dataset", data)
-    return train_class(
-        args=config_class(**arguments), train_dataset=data, processing_class=tokenizer(), **given
-    )
+    return train_class(args=config_class(**arguments), train_dataset=data, processing_class=tokenizer(), **given)
