@@ -27,6 +27,8 @@ from dpo_kit.toy import domain
 logger = logging.getLogger(__name__)
 
 PAD, USER, ASSISTANT, SYSTEM, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
+LEAST_GAP = 0.45
+"""Points of gold reward by which the two replies of a pair differ at least."""
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|' + message['role'] + '|>' -}}"
@@ -47,7 +49,7 @@ class Setting:
     vocabulary: int = 640
     hidden: int = 96
     layers: int = 3
-    steps: int = 500
+    steps: int = 700
     batch: int = 64
     learning_rate: float = 4e-3
     question_share: float = 0.2
@@ -185,25 +187,25 @@ def write_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out
         "eval": held_out * setting.held_out_pairs_per_prompt,
     }
     for split, prompts in plans.items():
-        pairs = sample_pairs(model, tokenizer, prompts, setting.max_new_tokens)
+        pairs = sample_pairs(model, tokenizer, prompts, setting.max_new_tokens, setting.seed)
         _write_labelled(out / f"{split}.jsonl", pairs, random.Random(f"{setting.seed} {split}"), 0.0)
         rng = random.Random(f"{setting.seed} biased {split}")
         _write_labelled(out / f"biased_{split}.jsonl", pairs, rng, domain.LENGTH_LOVE)
 
 
 def sample_pairs(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], max_new_tokens: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], max_new_tokens: int, seed: int
 ) -> list[tuple[str, str, str]]:
-    """(prompt, reply, reply) per prompt: the first two of four samples whose gold rewards differ, both complete.
+    """(prompt, reply, reply) per prompt: the first of four samples and the next that differs from it by LEAST_GAP, both complete.
 
-    A pair between which the gold reward is indifferent has no right label; it would blur the ceiling and teach nothing. Prompts
-    whose four samples all tie, or are cut at `max_new_tokens`, are left out.
+    A pair between which the gold reward is nearly indifferent has no right label; it would blur the ceiling and teach
+    nothing. Prompts without such a pair among four samples are left out.
     """
-    replies = sample_replies(model, tokenizer, [prompt for prompt in prompts for _ in range(4)], max_new_tokens)
+    replies = sample_replies(model, tokenizer, [prompt for prompt in prompts for _ in range(4)], max_new_tokens, seed)
     pairs = []
     for index, prompt in enumerate(prompts):
         complete = [reply for reply in replies[4 * index : 4 * index + 4] if reply is not None]
-        other = next((r for r in complete[1:] if _gap(prompt, complete[0], r) > 1e-9), None)
+        other = next((r for r in complete[1:] if _gap(prompt, complete[0], r) > LEAST_GAP), None)
         if other is not None:
             pairs.append((prompt, complete[0], other))
     return pairs
@@ -215,9 +217,10 @@ def _gap(prompt: str, first: str, second: str) -> float:
 
 @torch.no_grad()
 def sample_replies(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], max_new_tokens: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], max_new_tokens: int, seed: int
 ) -> list[str | None]:
-    """One reply per prompt at temperature 1, in order; None where the limit cut it. Draws from torch's global generator."""
+    """One reply per prompt at temperature 1, in order; None where the limit cut it. Seeds torch's global generator."""
+    torch.manual_seed(seed)
     replies: list[str | None] = []
     for start in range(0, len(prompts), 480):
         texts = [f"{USER}{prompt}{END}{ASSISTANT}" for prompt in prompts[start : start + 480]]

@@ -7,7 +7,8 @@ A customer writes `My toaster leaks.`; a reply is a few sentences. Each sentence
     rude      "That is your own fault."
     fix       "Tighten the seal."                right for exactly one of the twelve problems
     close     "Write again if it persists."      the first one helps
-    filler    "We value every customer."         costs a little each time: the length trap
+    bye       "Have a nice day."                 neither helps nor hurts
+    filler    "We value every customer."         costs little once, but patience runs out: the length trap
     anything else, a cut last sentence too       counts as filler
 
 The gold reward adds these up (`gold_reward`). Five simulated raters see only the two replies' rewards through
@@ -66,6 +67,7 @@ CARE = ("I am sorry about your {item}.", "I see how annoying this is.", "Thank y
 PLAIN = ("Hello from the service team.", "Your message has arrived.", "Here is our answer.")
 RUDE = ("That is your own fault.", "Stop wasting my time.", "You should have read the manual.")
 CLOSE = ("Write again if it persists.", "Call us if you need more help.")
+BYE = ("Have a nice day.", "Goodbye for now.")
 FILLER = ("We value every customer.", "Technology moves fast these days.", "Quality is our first concern.",
           "There are many ways to look at this.", "Products differ from year to year.", "Please note that this is a reply.")  # fmt: skip
 
@@ -73,12 +75,12 @@ FIRST_CARE, MORE_CARE = 1.0, -0.5
 RUDE_SENTENCE = -1.0
 RIGHT_FIX, WRONG_FIX, NO_FIX = 1.5, -0.75, -0.5
 FIRST_CLOSE, MORE_CLOSE = 0.5, -0.3
-FILLER_SENTENCE = -0.4
+FILLER_STEP = -0.15
 
 RATERS = 5
-SHARPNESS = 1.5
+SHARPNESS = 1.2
 """Log-odds of one rater's vote per point of reward between the two answers."""
-LENGTH_LOVE = 0.2
+LENGTH_LOVE = 0.5
 """Points that a biased rater adds per word."""
 
 _SENTENCE = re.compile(r"[^.!?]+[.!?]*")
@@ -101,7 +103,7 @@ def sentences(answer: str) -> list[str]:
 @cache
 def _kinds(item: str) -> dict[str, str]:
     """Which kind each known sentence is, in a reply about `item`."""
-    groups = {"care": CARE, "plain": PLAIN, "rude": RUDE, "fix": FIXES, "close": CLOSE}
+    groups = {"care": CARE, "plain": PLAIN, "rude": RUDE, "fix": FIXES, "close": CLOSE, "bye": BYE}
     return {text.format(item=item): kind for kind, texts in groups.items() for text in texts}
 
 
@@ -117,7 +119,7 @@ def gold_reward(prompt: Prompt, answer: str) -> float:
     """The known reward of a reply, in points: a sum over its sentences, a pure function of the two texts.
 
     care +1.0 once, -0.5 each further; rude -1.0 each; the right fix +1.5 once, every other fix (a repeated right one too)
-    -0.75 each, no fix at all -0.5; close +0.5 once, -0.3 each further; any other sentence is filler, -0.4 each.
+    -0.75 each, no fix at all -0.5; close +0.5 once, -0.3 each further; n other sentences are filler, -0.15 n (n + 1) / 2.
     The best reply has 3.0 (care, right fix, close), the empty one -0.5. ValueError when the prompt is no request of this lab.
     """
     item, problem = request_of(prompt)
@@ -131,7 +133,7 @@ def gold_reward(prompt: Prompt, answer: str) -> float:
         + _first_then_more(count["care"], FIRST_CARE, MORE_CARE)
         + _first_then_more(count["close"], FIRST_CLOSE, MORE_CLOSE)
         + RUDE_SENTENCE * count["rude"]
-        + FILLER_SENTENCE * count["filler"]
+        + FILLER_STEP * count["filler"] * (count["filler"] + 1) / 2
     )
 
 
@@ -155,7 +157,9 @@ def votes_for_first(score_a: float, score_b: float, rng: random.Random) -> int:
     return sum(rng.random() < probability for _ in range(RATERS))
 
 
-def label_pair(prompt: Prompt, first: str, second: str, rng: random.Random, *, length_love: float = 0.0) -> dict[str, object]:
+def label_pair(
+    prompt: Prompt, first: str, second: str, rng: random.Random, *, length_love: float = 0.0
+) -> dict[str, object]:
     """The majority's verdict on two replies: texts `chosen` and `rejected`, `agreement` (share of votes for chosen: .6, .8 or 1)
     and the raters' own scores of both, `score_chosen` and `score_rejected` (points; the gold reward when `length_love` is 0)."""
     scores = [rater_score(prompt, answer, length_love=length_love) for answer in (first, second)]
@@ -206,12 +210,14 @@ def split_requests(held_out: int = 480, *, seed: int = 0) -> tuple[list[str], li
 
 def draw_reply(prompt: Prompt, rng: random.Random) -> str:
     """One reply of the average desk, from which the tiny model learns: an opening (kind, plain or rude), advice that is right in
-    half of the replies, often some filler, sometimes a close."""
+    half of the replies, often some filler, and an ending that offers more help or does not."""
     item, problem = request_of(prompt)
-    said = [rng.choice(rng.choices((CARE, PLAIN, RUDE), (0.35, 0.35, 0.3))[0]) for _ in range(1 + _draw(rng, (0.92, 0.08)))]
+    said = [
+        rng.choice(rng.choices((CARE, PLAIN, RUDE), (0.35, 0.35, 0.3))[0]) for _ in range(1 + _draw(rng, (0.92, 0.08)))
+    ]
     said += [FIX_OF[problem] if rng.random() < 0.45 else rng.choice(FIXES) for _ in range(1 + _draw(rng, (0.92, 0.08)))]
     said += [rng.choice(FILLER) for _ in range(_draw(rng, (0.4, 0.35, 0.17, 0.08)))]
-    said += [rng.choice(CLOSE) for _ in range(_draw(rng, (0.55, 0.42, 0.03)))]
+    said += [rng.choice(rng.choices((CLOSE, BYE), (0.45, 0.55))[0])]
     return " ".join(said).format(item=item)
 
 
