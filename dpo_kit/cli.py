@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import sys
@@ -78,7 +80,8 @@ def run(cfg: DictConfig) -> float | None:
     """One run; returns what a sweeper may maximise: the held-out accuracy."""
     directory = HydraConfig.get().runtime.output_dir
     log.info("method=%s beta=%g seed=%d → %s", cfg.method.name, cfg.beta, cfg.seed, directory)
-    from dpo_kit.training import train
+    with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
+        from dpo_kit.training import train
 
     result = train(cfg, directory)
     show(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import traceback
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def finish_run(
     """Save the model, draw the report, write the result."""
     refuse_non_finite(trainer.model)
     trainer.save_model(str(run.model))
-    history = read_metrics(run.metrics)
+    history, manifest = read_metrics(run.metrics), read_json(run.manifest)
     result = Result(
         status="done",
         run_dir=str(run.root),
@@ -68,12 +69,12 @@ def finish_run(
         ceiling=ceiling,
         seconds={"train": round(seconds, 2)},
         findings=[dataclasses.asdict(finding) for finding in diagnose(history, settings.method.model_dump())],
-        next=next_command(settings),
+        next=next_command(settings, manifest["command"]),
         **identity(settings),
     )
     title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
     draw_report(run.root, title=title, ceiling=ceiling)
-    write_card(run.root, dataclasses.asdict(result), read_json(run.manifest))
+    write_card(run.root, dataclasses.asdict(result), manifest)
     report_to_tracker(tracker, run, result)
     write_json(run.result, dataclasses.asdict(result))
     return result
@@ -114,10 +115,12 @@ def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result) -> No
         tracker.table("samples", list(samples[0]), [list(sample.values()) for sample in samples])
 
 
-def next_command(settings: Settings) -> str:
-    """The sweep over beta that would show whether this one was a good choice."""
+def next_command(settings: Settings, command: str | None) -> str:
+    """The sweep over beta that would show whether this one was a good choice: what was typed, with beta's grid."""
+    typed = shlex.split(command)[3:] if command else [f"method={settings.method.name}"]
+    kept = [word for word in typed if not word.startswith(("beta=", "hydra."))]
     grid = ",".join(f"{value:g}" for value in settings.method.beta.grid)
-    return f"python -m dpo_kit -m method={settings.method.name} beta={grid}"
+    return shlex.join(["python", "-m", "dpo_kit", "-m", *kept, f"beta={grid}"])
 
 
 def write_failure(run: RunDirectory, settings: Settings, error: BaseException) -> None:

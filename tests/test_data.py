@@ -94,6 +94,7 @@ def test_rows_without_signal_are_dropped_and_counted(prepared):
         "prompt fills max_length": 1,
     }
     assert sum(report["rows"].values()) == len(rows)
+    assert [fault.place.rpartition(":")[2] for fault in prepared(rows).dropped] == ["11", "12", "13"]
 
 
 MALFORMED = {

@@ -128,7 +128,9 @@ def test_the_command_gives_the_same_result_as_the_api(small_run, few, command, t
     done = command(*few, "hydra.run.dir=here")
     assert done.returncode == 0, done.stderr
     assert Result.read(tmp_path / "here").final == small_run[1].final
-    assert "held-out accuracy" in done.stdout and "next: python -m dpo_kit" in done.stdout
+    assert Result.read(tmp_path / "here").next != small_run[1].next  # from Python nothing was typed
+    assert "held-out accuracy" in done.stdout
+    assert "next: python -m dpo_kit -m tracking=none" in done.stdout and "beta=0.05,0.1,0.2,0.5" in done.stdout
     assert "Warning" not in done.stdout + done.stderr
     again = command(*few, "hydra.run.dir=here")
     assert again.returncode == 0 and "held-out accuracy" in again.stdout

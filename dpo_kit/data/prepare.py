@@ -80,7 +80,9 @@ def _read(path: str, split: str, data: Data, tokenizer: Any, faults: list[Fault]
     kind = _kind(path, rows, data.columns)
     normal = [normalise(row, kind, data.columns) for row in rows]
     faults += [fault for fault in normal if isinstance(fault, Fault)]
-    return kind, _in_one_form(path, [row.values for row in normal if isinstance(row, Row)], kind, data, tokenizer)
+    return kind, _in_one_form(
+        path, [row.values | {"_place": row.place} for row in normal if isinstance(row, Row)], kind, data, tokenizer
+    )
 
 
 def _kind(path: str, rows: list[Row], columns: dict[str, str]) -> Kind:
@@ -152,7 +154,7 @@ def _signal(
     for row, (prompt, answers) in zip(rows, encoded, strict=True):
         cut = [_cut(prompt, answer, max_length, truncation) for answer in answers]
         if reason := _no_signal(answers, cut):
-            faults.append(Fault(str(row["prompt"])[:80], reason, f"{len(prompt)} prompt tokens"))
+            faults.append(Fault(row["_place"], reason, f"{len(prompt)} prompt tokens"))
         else:
             lengths = {"prompt": len(prompt), **{k: len(ids) for k, ids in zip(ANSWERS[kind], answers, strict=True)}}
             kept.append(row | {"tokens": lengths | {"cut": cut != answers}})
@@ -185,7 +187,7 @@ def _part(
     if separate:
         held = {_key(row) for row in pool}
         leaks = [row for rows in train for row in rows if _key(row) in held]
-        faults += [Fault(str(row["prompt"])[:80], "prompt is held out", "in train and eval") for row in leaks]
+        faults += [Fault(row["_place"], "prompt is held out", "in train and eval") for row in leaks]
     else:
         prompts = sorted({_key(row) for rows in train for row in rows})
         held = set(prompts[: max(2, round(share * len(prompts)))])
