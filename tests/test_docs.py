@@ -82,6 +82,6 @@ def test_the_comparison_of_methods_prints_its_table(tmp_path):
 def test_the_benchmark_prints_its_table(tmp_path):
     script = str(ROOT / "examples" / "benchmark" / "bench.py")
     done = subprocess.run(
-        [sys.executable, script, "steps=6"], cwd=tmp_path, capture_output=True, text=True, timeout=280
+        [sys.executable, script, "measured_steps=6"], cwd=tmp_path, capture_output=True, text=True, timeout=280
     )
-    assert done.returncode == 0 and "probe, share of the run" in done.stdout, done.stderr
+    assert done.returncode == 0 and "the probe's share" in done.stdout, done.stderr

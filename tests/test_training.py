@@ -248,3 +248,31 @@ def test_kto_s_class_weights_even_out_the_counts():
 
 def test_the_public_api_is_what_the_readme_says():
     assert callable(dpo_kit.train) and callable(dpo_kit.compose)
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_it_promises(tmp_path):
+    result = train(compose(["tracking=none"]), tmp_path)
+    start, final = result.start, result.final
+    assert (final["probe/accuracy"] - 0.5) / (result.ceiling - 0.5) >= 0.65
+    assert final["gold/reward_low"] > start["gold/reward_high"] + 0.5
+    assert 0.5 < final["probe/kl_reverse_rb_nats"] < 15
+    assert final["gold/capability"] >= start["gold/capability"] - 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_works_on_the_embedded_lab_with_its_defaults(method, tmp_path):
+    result = train(compose([f"method={method}", "tracking=none"]), tmp_path)
+    start, final = result.start, result.final
+    assert final["probe/margin_nats_low"] > 0 and final["probe/accuracy_low"] > 0.55
+    assert final["gold/reward_low"] > start["gold/reward_high"]
+    assert final["probe/kl_reverse_rb_nats"] < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo"])
+def test_lora_works_on_the_embedded_lab_with_its_defaults(method, tmp_path):
+    result = train(compose([f"method={method}", "model.tuning=lora", "tracking=none"]), tmp_path)
+    assert result.final["probe/margin_nats_low"] > 0 and result.final["probe/accuracy_low"] > 0.55
+    assert result.final["probe/kl_reverse_rb_nats"] < 30
