@@ -1,6 +1,6 @@
 """Start-up seconds and the cost of the probe, as `make bench` prints them.
 
-    python examples/benchmark/bench.py [model=DIR train=FILE eval=FILE] [measured_steps=300] [out=bench.json]
+    python examples/benchmark/bench.py [model=DIR train=FILE eval=FILE measured_steps=300 out=bench.json]
 
 Without arguments the embedded model and pairs are measured. The probe's share is the time inside its callbacks over the
 time of a run of 300 steps with evaluations every 100, both taken in one run; where `measured_steps` is smaller, that many
@@ -18,7 +18,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-
 
 STEPS = 300
 
