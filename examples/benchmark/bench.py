@@ -3,8 +3,8 @@
     python examples/benchmark/bench.py [model=DIR train=FILE eval=FILE measured_steps=300 out=bench.json]
 
 Without arguments the embedded model and pairs are measured. The probe's share is the time inside its callbacks over the
-time of a run of 300 steps with evaluations every 100, both taken in one run; where `measured_steps` is smaller, that many
-steps are run, with the same number of evaluations, and the time of a step is multiplied.
+time of a run of 300 steps with evaluations every 100, both taken in one run; where `measured_steps` is smaller, that
+many steps are run, with the same number of evaluations, and the time of a step is multiplied.
 """
 
 import json
