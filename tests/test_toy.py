@@ -35,7 +35,8 @@ def texts(row: dict) -> tuple[str, str, str]:
         (f"That is your own fault. {RIGHT} We value every customer.", 0.35),
         (f"{RIGHT} We value every", 1.35),
         (f"{RIGHT} Write again if it persists. Call us if you need more help.", 1.7),
-        (f"Hello from the service team. {RIGHT}", 1.5),
+        (f"Hello from the service team. {RIGHT} Have a nice day.", 1.5),
+        (f"{RIGHT} We value every customer. We value every customer. Xyz", 0.6),  # filler: .15 * (1 + 2 + 3)
     ],
 )
 def test_gold_reward_equals_hand_worked_sums(answer, reward):
@@ -52,16 +53,16 @@ def test_a_foreign_prompt_is_refused_by_both_measures():
 
 def test_one_vote_follows_bradley_terry():
     assert domain.vote_probability(1.0, 1.0) == 0.5
-    assert domain.vote_probability(2.0, 0.0) == pytest.approx(0.9526, abs=1e-4)  # sigmoid(3)
+    assert domain.vote_probability(2.0, 0.0) == pytest.approx(0.9168, abs=1e-4)  # sigmoid(2.4)
     rng = random.Random(0)
     votes = sum(domain.votes_for_first(0.5, 0.0, rng) for _ in range(4000))
-    assert votes / 20000 == pytest.approx(0.6792, abs=0.01)  # sigmoid(0.75)
+    assert votes / 20000 == pytest.approx(0.6457, abs=0.01)  # sigmoid(0.6)
 
 
 def test_agreement_is_the_majority_share_of_the_five_votes():
     rng, other = random.Random(1), random.Random(1)
     for _ in range(200):
-        votes = domain.votes_for_first(1.5, 0.9, other)
+        votes = domain.votes_for_first(1.5, 1.35, other)
         row = domain.label_pair(PROMPT, RIGHT, f"{RIGHT} We value every customer.", rng)
         assert row["chosen"] == (RIGHT if votes >= 3 else f"{RIGHT} We value every customer.")
         assert row["agreement"] == max(votes, 5 - votes) / 5

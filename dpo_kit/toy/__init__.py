@@ -1,6 +1,7 @@
 """The embedded default: a tiny chat model, preference pairs sampled from it, and the gold reward that labels them.
 
-`MODEL`, `TRAIN`, `EVAL`, `BIASED_TRAIN` and `BIASED_EVAL` are the files; `domain.py` says what they mean and `build.py` makes them.
+`MODEL`, `TRAIN`, `EVAL`, `BIASED_TRAIN` and `BIASED_EVAL` are the files; `domain.py` says what they mean and
+`build.py` makes them.
 """
 
 from collections.abc import Sequence
@@ -21,12 +22,12 @@ MAX_NEW_TOKENS = 64
 
 
 def gold_rewards(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-    """The gold reward of each answer, in points. ValueError when the lengths differ or a prompt is no request of this lab."""
+    """The gold reward of each answer, in points. ValueError: unequal lengths, or a foreign prompt."""
     return [gold_reward(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def capability_score(prompts: Sequence[Prompt], answers: Sequence[str]) -> float:
-    """Share (0 to 1) of `capability_prompts()` answered rightly. ValueError when the lengths differ or there is no prompt."""
+    """Share (0 to 1) of `capability_prompts()` answered rightly. ValueError: unequal lengths, or no prompt at all."""
     if not prompts:
         raise ValueError("capability_score needs at least one prompt; take them from capability_prompts()")
     right = [domain.is_right(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]

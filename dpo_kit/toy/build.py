@@ -10,7 +10,6 @@ Each file is replaced atomically once it is whole.
 
 import json
 import logging
-import os
 import random
 import sys
 import tempfile
@@ -101,7 +100,7 @@ def build_tokenizer(setting: Setting) -> PreTrainedTokenizerFast:
 
 
 def _draw_turns(requests: list[str], rng: random.Random, question_share: float) -> tuple[str, str]:
-    """(prompt, answer): now and then a question of the skill with its right answer, else a request with an average reply."""
+    """(prompt, answer): sometimes a question of the skill and its right answer, else a request and an average reply."""
     if rng.random() < question_share:
         item = rng.choice(domain.ITEMS)
         return rng.choice(domain.QUESTIONS).format(item=item), domain.desk_answer(item)
@@ -180,7 +179,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path
 
 
 def write_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, setting: Setting) -> None:
-    """Samples pairs for the train and the held-out prompts and writes them twice: with honest and with biased labels."""
+    """Samples pairs for the train and the held-out prompts and writes them twice: with honest and biased labels."""
     train, held_out = domain.split_requests(setting.held_out_prompts, seed=setting.seed)
     plans = {
         "train": train[: setting.train_prompts] * setting.train_pairs_per_prompt,
@@ -196,7 +195,7 @@ def write_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out
 def sample_pairs(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], max_new_tokens: int, seed: int
 ) -> list[tuple[str, str, str]]:
-    """(prompt, reply, reply) per prompt: the first of four samples and the next that differs from it by LEAST_GAP, both complete.
+    """(prompt, reply, reply) per prompt: the first complete one of four samples, and the next LEAST_GAP apart from it.
 
     A pair between which the gold reward is nearly indifferent has no right label; it would blur the ceiling and teach
     nothing. Prompts without such a pair among four samples are left out.
@@ -225,10 +224,10 @@ def sample_replies(
     for start in range(0, len(prompts), 480):
         texts = [f"{USER}{prompt}{END}{ASSISTANT}" for prompt in prompts[start : start + 480]]
         batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        rows = model.generate(**batch, max_new_tokens=max_new_tokens)[:, batch.input_ids.shape[1] :]
+        rows = model.generate(**batch, max_new_tokens=max_new_tokens)[:, batch.input_ids.shape[1] :]  # type: ignore[misc]
         for row in rows.tolist():
             end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else None
-            replies.append(None if end is None else tokenizer.decode(row[:end]))
+            replies.append(None if end is None else str(tokenizer.decode(row[:end])))
     return replies
 
 
@@ -246,7 +245,8 @@ def _replace(scratch: Path, out: Path) -> None:
     for source in sorted(path for path in scratch.rglob("*") if path.is_file()):
         target = out / source.relative_to(scratch)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, target)
+        source.chmod(0o644)
+        source.replace(target)
 
 
 def main(arguments: list[str]) -> None:

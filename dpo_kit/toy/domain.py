@@ -69,7 +69,8 @@ RUDE = ("That is your own fault.", "Stop wasting my time.", "You should have rea
 CLOSE = ("Write again if it persists.", "Call us if you need more help.")
 BYE = ("Have a nice day.", "Goodbye for now.")
 FILLER = ("We value every customer.", "Technology moves fast these days.", "Quality is our first concern.",
-          "There are many ways to look at this.", "Products differ from year to year.", "Please note that this is a reply.")  # fmt: skip
+          "There are many ways to look at this.", "Products differ from year to year.",
+          "Please note that this is a reply.")  # fmt: skip
 
 FIRST_CARE, MORE_CARE = 1.0, -0.5
 RUDE_SENTENCE = -1.0
@@ -80,7 +81,7 @@ FILLER_STEP = -0.15
 RATERS = 5
 SHARPNESS = 1.2
 """Log-odds of one rater's vote per point of reward between the two answers."""
-LENGTH_LOVE = 0.5
+LENGTH_LOVE = 1.0
 """Points that a biased rater adds per word."""
 
 _SENTENCE = re.compile(r"[^.!?]+[.!?]*")
@@ -118,9 +119,10 @@ def request_of(prompt: Prompt) -> tuple[str, str]:
 def gold_reward(prompt: Prompt, answer: str) -> float:
     """The known reward of a reply, in points: a sum over its sentences, a pure function of the two texts.
 
-    care +1.0 once, -0.5 each further; rude -1.0 each; the right fix +1.5 once, every other fix (a repeated right one too)
-    -0.75 each, no fix at all -0.5; close +0.5 once, -0.3 each further; n other sentences are filler, -0.15 n (n + 1) / 2.
-    The best reply has 3.0 (care, right fix, close), the empty one -0.5. ValueError when the prompt is no request of this lab.
+    care +1.0 once, -0.5 each further; rude -1.0 each; the right fix +1.5 once, every other fix (a repeated right
+    one too) -0.75 each, no fix at all -0.5; close +0.5 once, -0.3 each further; plain and bye 0; n sentences of any
+    other kind are filler, -0.15 n (n + 1) / 2 together. The best reply has 3.0 (care, right fix, close), the empty
+    one -0.5. ValueError when the prompt is no request of this lab.
     """
     item, problem = request_of(prompt)
     said = sentences(answer)
@@ -160,10 +162,12 @@ def votes_for_first(score_a: float, score_b: float, rng: random.Random) -> int:
 def label_pair(
     prompt: Prompt, first: str, second: str, rng: random.Random, *, length_love: float = 0.0
 ) -> dict[str, object]:
-    """The majority's verdict on two replies: texts `chosen` and `rejected`, `agreement` (share of votes for chosen: .6, .8 or 1)
-    and the raters' own scores of both, `score_chosen` and `score_rejected` (points; the gold reward when `length_love` is 0)."""
+    """The majority's verdict on two replies: the texts `chosen` and `rejected`, `agreement` (share of votes for
+    chosen: .6, .8 or 1), and what the raters feel about each, `score_chosen` and `score_rejected` (points; the gold
+    reward when `length_love` is 0).
+    """
     scores = [rater_score(prompt, answer, length_love=length_love) for answer in (first, second)]
-    votes = votes_for_first(*scores, rng)
+    votes = votes_for_first(scores[0], scores[1], rng)
     order = (0, 1) if 2 * votes > RATERS else (1, 0)
     answers = (first, second)
     return {
@@ -186,7 +190,7 @@ def capability_prompts() -> list[str]:
 
 
 def is_right(prompt: Prompt, answer: str) -> bool:
-    """Whether the answer is the right desk, as one sentence and nothing else. ValueError when the prompt is no such question."""
+    """Whether the answer is the right desk and nothing else. ValueError when the prompt is no such question."""
     found = _QUESTION.match(text_of(prompt))
     item = next((group for group in found.groups() if group), "") if found else ""
     if item not in DESK_OF:
@@ -209,8 +213,9 @@ def split_requests(held_out: int = 480, *, seed: int = 0) -> tuple[list[str], li
 
 
 def draw_reply(prompt: Prompt, rng: random.Random) -> str:
-    """One reply of the average desk, from which the tiny model learns: an opening (kind, plain or rude), advice that is right in
-    half of the replies, often some filler, and an ending that offers more help or does not."""
+    """One reply of the average desk, from which the tiny model learns: an opening (care, plain or rude), advice that is
+    right in half of the replies, often some filler, and an ending that offers more help or does not.
+    """
     item, problem = request_of(prompt)
     said = [
         rng.choice(rng.choices((CARE, PLAIN, RUDE), (0.35, 0.35, 0.3))[0]) for _ in range(1 + _draw(rng, (0.92, 0.08)))
