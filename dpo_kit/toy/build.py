@@ -84,8 +84,8 @@ def build_tokenizer(setting: Setting) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    rng = random.Random(setting.seed)
-    texts = [text for _ in range(4000) for text in _draw_turns(domain.requests(), rng, setting.question_share)]
+    rng, requests = random.Random(setting.seed), domain.requests()
+    texts = [text for _ in range(4000) for text in _draw_turns(requests, rng, setting.question_share)]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
