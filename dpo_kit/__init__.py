@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError, TrainingError
+from dpo_kit.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from dpo_kit.callbacks import ImplicitReward, KLDrift, PreferenceMargin
@@ -48,4 +49,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dpo_kit' has no attribute {name!r}")
+    quiet_imports()
     return getattr(importlib.import_module(_HOMES[name]), name)

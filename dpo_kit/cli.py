@@ -81,7 +81,7 @@ def run(cfg: DictConfig) -> float | None:
     directory = HydraConfig.get().runtime.output_dir
     log.info("method=%s beta=%g seed=%d → %s", cfg.method.name, cfg.beta, cfg.seed, directory)
     with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
-        from dpo_kit.training import train
+        from dpo_kit import train
 
     result = train(cfg, directory)
     show(result)

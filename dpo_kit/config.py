@@ -160,7 +160,7 @@ def _wrong_choice(key: str, value: Any, choices: list[str]) -> str:
 def _method_faults(settings: Settings) -> Iterator[str]:
     method, trl = settings.method, settings.trl
     low, high = method.beta.range
-    if not (low <= settings.beta <= high or settings.allow_beta):
+    if not (low <= settings.beta <= high or (settings.allow_beta and settings.beta > 0)):
         grid = ", ".join(f"{value:g}" for value in method.beta.grid)
         yield (
             f"beta must lie in [{low:g}, {high:g}] for method={method.name} ({method.beta.meaning}), "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from dpo_kit.callbacks import ImplicitReward, KLDrift, PreferenceMargin
 from dpo_kit.data.prepare import Prepared, Rows
+from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.gold import GoldFigures, answer_text, load_gold
 from dpo_kit.history import append_row
 from dpo_kit.model import load_reference
@@ -26,7 +29,7 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
     wanted = settings.callbacks
     trainer.add_callback(Recorder(run.metrics, tracker))
     reference = build_reference(trainer, settings, run)
-    rows = data.select[: wanted.pairs]
+    rows = probe_rows(data, settings)
     if wanted.preference_margin or wanted.implicit_reward:
         probe = PairProbe(
             trainer,
@@ -35,7 +38,6 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
             saturation=settings.method.saturation,
             reference=reference,
             path=run.probe,
-            max_tokens=wanted.max_tokens,
         )
         if wanted.preference_margin:
             trainer.add_callback(PreferenceMargin(probe))
@@ -48,6 +50,17 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
             KLDrift(trainer, prompts, reference=reference, max_new_tokens=wanted.max_new_tokens, on_samples=hooks)
         )
     show_progress(trainer)
+
+
+def probe_rows(data: Prepared, settings: Settings) -> Rows:
+    """The held-out rows that an evaluation takes: `callbacks.pairs`, or as many as `callbacks.max_tokens` allows."""
+    rows = data.select[: settings.callbacks.pairs]
+    totals = accumulate(_tokens(row["tokens"], data.kind, settings.trl["max_length"]) for row in rows)
+    return rows[: max(1, sum(total <= settings.callbacks.max_tokens for total in totals))]
+
+
+def _tokens(lengths: dict[str, int], kind: Kind, max_length: int | None) -> int:
+    return sum(min(lengths["prompt"] + lengths[name], max_length or sys.maxsize) for name in ANSWERS[kind])
 
 
 def build_reference(trainer: Any, settings: Settings, run: RunDirectory) -> Reference:

@@ -61,8 +61,21 @@ def _load_weights(model: Model, path: str) -> PreTrainedModel:
         options["quantization_config"] = _quantization(model)
         options["device_map"] = {"": torch.cuda.current_device() if has_accelerator() else "cpu"}
     weights = _load(AutoModelForCausalLM, path, model, **options)
+    if getattr(weights, "is_loaded_in_4bit", False):
+        _keep_4bit_weights_as_they_are(weights)
     weights.config.use_cache = False  # scoring and training never read it; sampling turns it on for itself
     return weights
+
+
+def _keep_4bit_weights_as_they_are(weights: PreTrainedModel) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes repacks them in place at the first evaluation: the rounded scales change
+    training, and a width that is no multiple of the block size fails (bitsandbytes-foundation/bitsandbytes#1804).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in weights.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(model: Model) -> BitsAndBytesConfig:

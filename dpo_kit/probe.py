@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ class PairProbe:
 
     `beta` is the method's distance to the reference and turns logratios into rewards; None (ORPO, CPO, SimPO,
     where beta is no such distance) logs no rewards. `saturation` names the family of `metrics.SATURATION` or
-    None. `path` is where probe.jsonl goes: one line per scoring and row. `max_tokens` bounds the cost: only
-    the first rows that fit in so many tokens are taken (at least one).
+    None. `path` is where probe.jsonl goes: one line per scoring and row.
     """
 
     def __init__(
@@ -47,7 +45,6 @@ class PairProbe:
         saturation: str | None = None,
         reference: Reference | None = None,
         path: Path | None = None,
-        max_tokens: int | None = None,
         tokens_per_batch: int = TOKENS_PER_BATCH,
         template_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -55,7 +52,7 @@ class PairProbe:
         self.reference = reference or Reference(trainer)
         self.tokens_per_batch = tokens_per_batch
         self.paired = bool(rows) and "chosen" in rows[0]
-        self.rows, self._sequences, self._sides = _encode(trainer, rows, self.paired, max_tokens, template_kwargs)
+        self.rows, self._sequences, self._sides = _encode(trainer, rows, self.paired, template_kwargs)
         self._tokens = torch.tensor([len(completion) for _, completion in self._sequences])
         self._reference_logps: Tensor | None = None
         self._scored: tuple[Any, int, bool] | None = None
@@ -160,7 +157,6 @@ def _encode(
     trainer: Any,
     rows: Sequence[Row],
     paired: bool,
-    max_tokens: int | None,
     template_kwargs: dict[str, Any] | None,
 ) -> tuple[list[Row], list[Tokens], tuple[list[int | None], list[int | None]]]:
     """Rows that can be scored, their sequences, and for chosen and rejected the sequence of each row (or
@@ -176,14 +172,7 @@ def _encode(
         raise DataError(f"probe rows: none of {len(rows)} has a completion within max_length; give held-out rows")
     if len(usable) < len(rows):
         logger.warning("probe: %d rows left out, their prompt fills max_length", len(rows) - len(usable))
-    usable = _within(usable, [sum(len(p) + len(c) for p, c in row) for row in cut], max_tokens)
     return _arrange([rows[index] for index in usable], [cut[index] for index in usable], paired)
-
-
-def _within(indices: list[int], tokens: list[int], max_tokens: int | None) -> list[int]:
-    totals = accumulate(tokens[index] for index in indices)
-    fitting = sum(1 for total in totals if max_tokens is None or total <= max_tokens)
-    return indices[: max(1, fitting)]
 
 
 def _truncate(args: Any, prompt_ids: list[int], completion_ids: list[int]) -> Tokens:

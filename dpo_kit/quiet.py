@@ -6,10 +6,15 @@ import logging
 import os
 
 
-def quiet_libraries() -> None:
-    """Silence progress bars and notices of the libraries below; their warnings go to the log file."""
+def quiet_imports() -> None:
+    """Before the libraries are imported: silence what they say while they are."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for a package that only 4-bit inference uses
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and notices of the libraries below; their warnings go to the log file."""
     import datasets
     import transformers
 
@@ -17,5 +22,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
+    if not logging.getLogger().handlers:  # from Python there is no log file
+        transformers.utils.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
     logging.captureWarnings(True)

@@ -114,7 +114,7 @@ class Tracking(Strict):
 class Settings(Strict):
     """A whole run, checked."""
 
-    beta: PositiveFloat
+    beta: float
     seed: NonNegativeInt
     resume: str
     allow_beta: bool

@@ -24,7 +24,7 @@ from dpo_kit.errors import ConfigError
 from dpo_kit.finish import Result, finish_run, write_failure
 from dpo_kit.gold import label_ceiling, load_gold
 from dpo_kit.manifest import build_manifest, refuse_other_run
-from dpo_kit.measure import add_callbacks
+from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.run import RunDirectory, write_json, write_jsonl
@@ -135,7 +135,7 @@ def _needs_reference(settings: Settings) -> bool:
 
 def _held_out(data: Prepared, settings: Settings) -> Rows:
     """The rows of the probe, for TRL's own evaluation: in the form that the method's trainer takes."""
-    rows = data.select[: settings.callbacks.pairs]
+    rows = probe_rows(data, settings)
     return rows if data.kind == settings.method.rows else interleave(unpair(rows), settings.seed)
 
 
@@ -156,7 +156,7 @@ def describe(settings: Settings, args: Any, data: Prepared) -> None:
     log.info(
         "%d steps of %d rows out of %d, evaluated every %g steps on %d of %d held-out ones",
         *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), args.eval_steps),
-        *(min(settings.callbacks.pairs, len(data.select)), len(data.select)),
+        *(len(probe_rows(data, settings)), len(data.select)),
     )
     if settings.method.start == "instruct" and isinstance(data.select[0]["prompt"], str):
         log.warning(

@@ -262,14 +262,6 @@ def test_rows_whose_prompt_leaves_no_room_are_left_out(folder: str, tmp_path: Pa
         PairProbe(trainer, full)
 
 
-def test_the_token_budget_keeps_the_first_rows(dpo: Any) -> None:
-    rows = tiny.pairs(40)
-    whole, part = PairProbe(dpo, rows), PairProbe(dpo, rows, max_tokens=120)
-    assert part.rows == whole.rows[: len(part.rows)] and 1 < len(part.rows) < 40
-    assert sum(len(p) + len(c) for p, c in part._sequences) <= 120
-    assert len(PairProbe(dpo, rows, max_tokens=1).rows) == 1
-
-
 def test_unary_rows_need_both_labels(dpo: Any) -> None:
     with pytest.raises(DataError, match="both labels"):
         PairProbe(dpo, [row for row in tiny.unary(8) if row["label"]])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_kit
 from dpo_kit import ConfigError, ModelError, Result, TrainingError, compose, train
-from dpo_kit.config import CONF
+from dpo_kit.config import CONF, check
 from dpo_kit.history import read_metrics
+from dpo_kit.measure import probe_rows
+from dpo_kit.model import load_tokenizer
 from dpo_kit.run import RunDirectory
 from dpo_kit.toy import MODEL, TRAIN
+from dpo_kit.training import prepare_data
 from tests.offline_wandb import log_files, read_offline
 
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
@@ -151,13 +155,14 @@ def test_wandb_holds_every_metric_of_the_record_and_no_secret(few, command, tmp_
     assert canary.encode() not in log.read_bytes()
 
 
-def test_callbacks_change_no_loss(small_run, few, tmp_path):
-    train(compose([*few, "callbacks=none"]), tmp_path)
+@pytest.mark.parametrize("tuning", ["full", "lora", "qlora"])
+def test_callbacks_change_no_loss(few, tmp_path, tuning):
+    def losses(callbacks):
+        run = [*few, f"model.tuning={tuning}", f"callbacks={callbacks}"]
+        train(compose(run), tmp_path / callbacks)
+        return [row["loss"] for row in read_metrics(tmp_path / callbacks / "metrics.jsonl") if "loss" in row]
 
-    def losses(folder):
-        return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-
-    assert losses(tmp_path) == losses(small_run[0])
+    assert losses("default") == losses("none")
 
 
 def test_a_stopped_run_goes_on_where_it_stood(small_run, few, tmp_path, monkeypatch):
@@ -176,6 +181,20 @@ def test_a_stopped_run_goes_on_where_it_stood(small_run, few, tmp_path, monkeypa
     resumed = train(compose(few), tmp_path)
     assert resumed.final == small_run[1].final
     assert [row["step"] for row in read_metrics(run.metrics) if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_an_evaluation_takes_no_more_rows_and_tokens_than_allowed(few, tmp_path):
+    def probed(*overrides):
+        settings = check(compose([*few, *overrides]))
+        return probe_rows(prepare_data(settings, load_tokenizer(settings.model), RunDirectory(tmp_path)), settings)
+
+    lengths = [row["tokens"] for row in probed()]
+    totals = list(accumulate(2 * each["prompt"] + each["chosen"] + each["rejected"] for each in lengths))
+    assert len(totals) == 8 and len(probed("callbacks.pairs=3")) == 3
+    assert len(probed(f"callbacks.max_tokens={totals[4]}")) == 5
+    assert len(probed(f"callbacks.max_tokens={totals[4] - 1}")) == 4
+    assert len(probed("callbacks.max_tokens=1")) == 1
+    assert len(probed("trl.max_length=30", "callbacks.max_tokens=180")) == 3  # 3 pairs of 2 x 30 tokens, cut to that
 
 
 def test_weights_that_are_not_finite_are_never_saved(few, tmp_path, monkeypatch):
