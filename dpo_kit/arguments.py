@@ -24,6 +24,8 @@ def import_class(path: str) -> Any:
 def build_arguments(settings: Settings, rows: Rows, output_dir: Path) -> Any:
     """An object of the method's TRL config class, for training on `rows`."""
     given = settings.trl | decide(settings.trl, rows)
+    if uses_store(settings, rows):
+        given["precompute_ref_log_probs"] = True
     fields = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["fields"]
     meant = {key: value for key, value in given.items() if value is not None or "None" in fields[key]["type"]}
     reporter = settings.tracking.reporter
@@ -33,6 +35,13 @@ def build_arguments(settings: Settings, rows: Rows, output_dir: Path) -> Any:
         "report_to": "none" if reporter in ("wandb", "none") else [reporter],  # wandb is a sink of our own
     }
     return import_class(settings.method.config)(**meant, **own)
+
+
+def uses_store(settings: Settings, rows: Rows) -> bool:
+    """Whether the reference's log-probabilities come from the store that runs share (see reference.py)."""
+    fixed = settings.method.reference and not settings.trl.get("sync_ref_model")
+    sees_all = count_steps(settings.trl, len(rows)) * effective_batch(settings.trl) >= len(rows)
+    return fixed and (sees_all if settings.speed.reference_store == "auto" else settings.speed.reference_store)
 
 
 def decide(trl: dict[str, Any], rows: Rows) -> dict[str, Any]:

@@ -52,6 +52,12 @@ class RunDirectory:
         return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
+def cache_folder(name: str) -> Path:
+    """Where things are kept that several runs share: under `DPO_KIT_CACHE`, else under the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("DPO_KIT_CACHE") or user / "dpo_kit") / name
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 

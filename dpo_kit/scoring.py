@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from tqdm import tqdm
 from transformers import Trainer
 
 from dpo_kit.errors import ModelError
@@ -82,13 +84,21 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([_log_softmax_at(rows, tokens) for rows, tokens in parts]).cpu()
 
 
-def score(model: Any, sequences: Sequence[Tokens], *, pad_id: int, tokens_per_batch: int = TOKENS_PER_BATCH) -> Tensor:
+def score(
+    model: Any,
+    sequences: Sequence[Tokens],
+    *,
+    pad_id: int,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    description: str | None = None,
+) -> Tensor:
     """Summed completion log-probability of each sequence (EOS in), in nats: (sequences,), float64.
 
-    Plain sums as in DPO's and KTO's loss; call inside `measuring`.
+    Plain sums as in DPO's and KTO's loss; call inside `measuring`. With a `description` a terminal shows a bar.
     """
     logps = torch.zeros(len(sequences), dtype=torch.float64)
-    for indices in length_sorted_batches(sequences, batch_size_in_tokens(model, tokens_per_batch)):
+    batches = length_sorted_batches(sequences, batch_size_in_tokens(model, tokens_per_batch))
+    for indices in tqdm(batches, description, disable=not (description and sys.stderr.isatty()), leave=False):
         batch = [sequences[index] for index in indices]
         targets, lengths = completion_targets(batch)
         terms = token_logps(completion_logits(model, batch, pad_id), targets).double()
@@ -221,10 +231,14 @@ class Reference:
         Shapes (sequences,) twice.
         """
         largest = float(logratios.abs().max())
-        limit = torch.full_like(logratios, 1e-3) if self._is_fp32 else 0.01 * tokens
-        if self.is_start and not bool((logratios.abs() <= limit).all()):
+        if self.is_start and not self.agrees(logratios, tokens):
             raise ModelError(_WRONG_REFERENCE.format(largest=largest, limit=self._limit_text))
         return largest
+
+    def agrees(self, differences: Tensor, tokens: Tensor) -> bool:
+        """Whether log-probabilities that differ by so many nats may come from the same model; shapes (sequences,)."""
+        limit = torch.full_like(differences, 1e-3) if self._is_fp32 else 0.01 * tokens
+        return bool((differences.abs() <= limit).all())
 
     @property
     def _is_fp32(self) -> bool:

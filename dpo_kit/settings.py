@@ -88,6 +88,12 @@ class Data(Strict):
     gold: str | None
 
 
+class Speed(Strict):
+    """What is done to be fast; none of it changes what is trained."""
+
+    reference_store: Literal["auto"] | bool
+
+
 class Callbacks(Strict):
     """What the probe measures and on how much."""
 
@@ -122,6 +128,7 @@ class Settings(Strict):
     method: Method
     model: Model
     data: Data
+    speed: Speed
     callbacks: Callbacks
     tracking: Tracking
     trl: dict[str, Any]

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpo_kit import tracking
-from dpo_kit.arguments import build_arguments, count_steps, effective_batch, import_class
+from dpo_kit.arguments import build_arguments, count_steps, effective_batch, import_class, uses_store
 from dpo_kit.config import check
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.prepare import Prepared, Rows, prepare
@@ -27,7 +27,8 @@ from dpo_kit.manifest import build_manifest, refuse_other_run
 from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
 from dpo_kit.quiet import quiet_libraries
-from dpo_kit.run import RunDirectory, write_json, write_jsonl
+from dpo_kit.reference import with_store
+from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
 from dpo_kit.secrets import redact_argv
 from dpo_kit.settings import Settings
 
@@ -114,9 +115,12 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     args = build_arguments(settings, data.train, run.checkpoints)
     write_json(run.trl_config, args.to_dict())
     policy = load_policy(settings.model, tokenizer)
-    given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings) else {}
+    given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings, args) else {}
     describe(settings, args, data)
-    return import_class(settings.method.trainer)(
+    trainer = import_class(settings.method.trainer)
+    if uses_store(settings, data.train):
+        trainer = with_store(trainer, cache_folder("reference"))
+    return trainer(
         model=policy,
         args=args,
         train_dataset=_dataset(data.train, settings.method.rows),
@@ -127,10 +131,12 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     )
 
 
-def _needs_reference(settings: Settings) -> bool:
+def _needs_reference(settings: Settings, args: Any) -> bool:
     """Whether TRL needs a reference of its own: LoRA has the policy without adapter, precomputing has the start."""
-    has_own = settings.model.tuning == "full" and not settings.trl.get("precompute_ref_log_probs")
-    return settings.method.reference and (has_own or settings.model.reference is not None)
+    if not settings.method.reference:
+        return False
+    has_none = settings.model.tuning == "full" and not args.precompute_ref_log_probs
+    return has_none or settings.model.reference is not None
 
 
 def _held_out(data: Prepared, settings: Settings) -> Rows:

@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.run import cache_folder
+
 CONFIG_CLASSES = (
     "trl.DPOConfig",
     "trl.KTOConfig",
@@ -51,8 +53,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def _cached_schema(versions: dict[str, str]) -> Schema:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = root / "dpo_kit" / ("trl_schema-" + "-".join(versions.values()) + ".json")
+    file = cache_folder("trl_schema") / ("-".join(versions.values()) + ".json")
     if file.exists():
         return json.loads(file.read_text())
     schema = derive_schema()

@@ -8,11 +8,13 @@ os.environ.pop("WANDB_API_KEY", None)
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+os.environ["DPO_KIT_CACHE"] = tempfile.mkdtemp()  # what the user has cached plays no part
 ROOT = Path(__file__).resolve().parent.parent
 
 

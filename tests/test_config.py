@@ -232,7 +232,7 @@ def test_another_trl_is_read_once_and_cached(tmp_path, monkeypatch):
     import dpo_kit.trl_schema as trl_schema
 
     calls = []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path))
     monkeypatch.setattr(trl_schema, "installed_versions", lambda: {"trl": "1.99", "transformers": "5.99"})
     monkeypatch.setattr(trl_schema, "derive_schema", lambda: calls.append(1) or {"versions": "new", "classes": {}})
     for _ in range(2):

@@ -95,8 +95,17 @@ def unary(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def trainer(kind: str, folder: str, output: Path, *, rows: list[dict[str, Any]] | None = None, **options: Any) -> Any:
-    """A plain TRL trainer on a tiny model; `options` are arguments of its config or of the trainer."""
+def trainer(
+    kind: str,
+    folder: str,
+    output: Path,
+    *,
+    rows: list[dict[str, Any]] | None = None,
+    wrap: Any = lambda cls: cls,
+    **options: Any,
+) -> Any:
+    """A plain TRL trainer on a tiny model; `options` are arguments of its config or of the trainer; `wrap` may change
+    its class."""
     train_class, config_class, defaults = TRAINERS[kind]
     given = {key: options.pop(key) for key in ("peft_config", "ref_model", "model", "eval_dataset") if key in options}
     rows = rows or (unary(16) if kind == "kto" else pairs(16))
@@ -125,4 +134,5 @@ def trainer(kind: str, folder: str, output: Path, *, rows: list[dict[str, Any]] 
         given["peft_config"] = replace(given["peft_config"])  # PEFT writes the model's path into it
     given.setdefault("model", LlamaForCausalLM.from_pretrained(folder))
     given.setdefault("eval_dataset", data)
+    train_class = wrap(train_class)
     return train_class(args=config_class(**arguments), train_dataset=data, processing_class=tokenizer(), **given)
