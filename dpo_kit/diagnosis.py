@@ -64,14 +64,14 @@ def loss_flat(history: Rows, method: Mapping[str, Any]) -> Finding | None:
 
 
 def both_fall(history: Rows, method: Mapping[str, Any]) -> Finding | None:
-    """The margin rises while chosen and rejected answers both lose likelihood, and chosen is still falling."""
+    """The margin rises while both answers lose likelihood: chosen at least half of the margin, and still falling."""
     chosen, rejected = (
         list(series(history, f"probe/logratio_{side}_nats").values()) for side in ("chosen", "rejected")
     )
     if min(len(chosen), len(rejected)) < 4 or not _learned(history):
         return None
     half, end = chosen[len(chosen) // 2], chosen[-1]
-    if end > -1 or rejected[-1] > -1 or half - end < 0.25 * abs(end) or chosen[-1] > chosen[-2]:
+    if end > -max(1, 0.5 * (end - rejected[-1])) or half - end < 0.25 * abs(end) or chosen[-1] > chosen[-2]:
         return None
     return Finding(
         f"The margin rises while both answers lose likelihood (chosen {end:.1f} nats, and still falling).",

@@ -1,12 +1,13 @@
 """KL between policy and reference along samples of either; the reference's samples are kept from step 0."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from dpo_kit.metrics import bootstrap_se, rao_blackwell_terms
 from dpo_kit.sampling import Sample, draw_samples, pad_token_id
@@ -72,15 +73,15 @@ class Drift:
             "batch_size": batch_size,
             "template_kwargs": template_kwargs,
         }
-        self._policy: Any = reference.trainer.model
+        self.policy: Any = reference.trainer.model
         self._tokenizer: Any = reference.trainer.processing_class
 
-    def draw(self, model: Any) -> list[Sample]:
+    def draw(self, model: Any, processor: Callable[[Tensor], LogitsProcessor] | None = None) -> list[Sample]:
         """One sample per row, with the same seed each time, so that neighbouring models are compared on like
         draws.
         """
         torch.manual_seed(self.seed)
-        return draw_samples(model, self._tokenizer, self.rows, **self._draw_options)
+        return draw_samples(model, self._tokenizer, self.rows, processor=processor, **self._draw_options)
 
     def prepare(self, step: int) -> ReferenceSamples:
         """The reference's samples: drawn and recorded at step 0, read back or made again after a resume.
@@ -103,9 +104,12 @@ class Drift:
         """
         return self._compare(prepared.samples, prepared, forward=True)
 
-    def reverse(self, samples: list[Sample]) -> Divergence:
-        """KL(policy‖reference) on samples of the policy; the reference must be live, or the step 0."""
-        return self._compare(samples, None, forward=False)
+    def reverse(self, samples: list[Sample], share: float = 1.0) -> Divergence:
+        """KL(policy‖reference) on samples of the policy; the reference must be live, or the step 0.
+
+        With a `share` below 1 the policy is the mix (1 − share)·reference + share·policy of the logits.
+        """
+        return self._compare(samples, None, forward=False, share=share)
 
     def _record(self, model: Any, samples: list[Sample]) -> ReferenceSamples:
         positions = sum(len(sample.token_ids) for sample in samples)
@@ -121,15 +125,18 @@ class Drift:
         order = range(len(samples))
         return ReferenceSamples(samples, [logps[i] for i in order], [rows[i] for i in order] if fits else None)
 
-    def _compare(self, samples: list[Sample], prepared: ReferenceSamples | None, *, forward: bool) -> Divergence:
+    def _compare(
+        self, samples: list[Sample], prepared: ReferenceSamples | None, *, forward: bool, share: float = 1.0
+    ) -> Divergence:
         sums = {name: torch.full((len(samples),), torch.nan, dtype=torch.float64) for name in ("rb", "k1")}
         for indices, batch in self._batches(samples):
             targets, lengths = completion_targets(batch)
-            policy = completion_logits(self._policy, batch, pad_token_id(self._tokenizer))
+            policy = completion_logits(self.policy, batch, pad_token_id(self._tokenizer))
             if prepared is not None and prepared.rows is None and not self.reference.live:
                 terms = {"k1": torch.cat([prepared.logps[i] for i in indices]) - token_logps(policy, targets)}
             else:
                 reference = self._reference_logits(indices, batch, prepared).to(policy.device)
+                policy = policy if share == 1 else torch.lerp(reference.to(policy), policy, share)
                 terms = kl_terms(reference, policy, targets) if forward else kl_terms(policy, reference, targets)
             for name, values in terms.items():
                 sums[name][indices] = torch.stack([part.sum() for part in values.double().split(lengths)])
@@ -143,7 +150,7 @@ class Drift:
 
     def _batches(self, samples: list[Sample]) -> Iterator[tuple[list[int], list[Tokens]]]:
         sequences = [(sample.prompt_ids, sample.token_ids) for sample in samples]
-        size = batch_size_in_tokens(self._policy, self.tokens_per_batch)
+        size = batch_size_in_tokens(self.policy, self.tokens_per_batch)
         for indices in length_sorted_batches(sequences, size):
             yield indices, [sequences[index] for index in indices]
 

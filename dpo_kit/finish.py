@@ -22,6 +22,7 @@ from dpo_kit.settings import Settings
 from dpo_kit.tracking import Tracker
 
 MEASURED = ("probe/", "gold/")
+SHOWN_PROMPTS = 8  # of samples.jsonl, in the tracker's table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,9 @@ def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result) -> No
     tracker.image("report", run.picture)
     if run.samples.exists():
         samples = read_metrics(run.samples)
-        tracker.table("samples", list(samples[0]), [list(sample.values()) for sample in samples])
+        shown = {row["prompt_id"] for row in samples[:SHOWN_PROMPTS]}
+        rows = [list(row.values()) for row in samples if row["prompt_id"] in shown]
+        tracker.table("samples", list(samples[0]), rows)
 
 
 def next_command(settings: Settings, command: str | None) -> str:

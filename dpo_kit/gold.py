@@ -50,14 +50,13 @@ class GoldFigures:
         self.gold, self.trainer = gold, trainer
 
     def __call__(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
+        return self.reward(samples) | {"gold/capability": self._capability()}
+
+    def reward(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """The mean gold reward of `samples` and its interval."""
         rewards = self.gold.gold_rewards([s.row["prompt"] for s in samples], [s.text for s in samples])
         low, high = bootstrap_interval(torch.tensor(rewards), [s.row["prompt_id"] for s in samples])
-        return {
-            "gold/reward": statistics.fmean(rewards),
-            "gold/reward_low": low,
-            "gold/reward_high": high,
-            "gold/capability": self._capability(),
-        }
+        return {"gold/reward": statistics.fmean(rewards), "gold/reward_low": low, "gold/reward_high": high}
 
     def _capability(self) -> float:
         prompts = self.gold.capability_prompts()

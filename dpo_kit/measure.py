@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, repeat
 from typing import Any
 
 from dpo_kit.callbacks import ImplicitReward, KLDrift, PreferenceMargin
@@ -13,6 +13,7 @@ from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.gold import GoldFigures, answer_text, load_gold
 from dpo_kit.history import append_row
 from dpo_kit.model import load_reference
+from dpo_kit.preview import Preview
 from dpo_kit.probe import PairProbe
 from dpo_kit.recorder import Recorder, show_progress
 from dpo_kit.run import RunDirectory
@@ -20,8 +21,6 @@ from dpo_kit.sampling import Sample
 from dpo_kit.scoring import Reference
 from dpo_kit.settings import Settings
 from dpo_kit.tracking import Tracker
-
-SHOWN_SAMPLES = 8
 
 
 def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDirectory, tracker: Tracker) -> None:
@@ -46,10 +45,19 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
     if wanted.kl_drift:
         prompts = distinct_prompts(data.select, wanted.prompts)
         hooks = sample_hooks(trainer, settings, run)
-        trainer.add_callback(
-            KLDrift(trainer, prompts, reference=reference, max_new_tokens=wanted.max_new_tokens, on_samples=hooks)
-        )
+        drift = KLDrift(trainer, prompts, reference=reference, max_new_tokens=wanted.max_new_tokens, on_samples=hooks)
+        trainer.add_callback(drift)
+        if predicts(settings):
+            judge = GoldFigures(load_gold(str(settings.data.gold)), trainer).reward
+            trainer.add_callback(Preview(drift.drift, settings.beta, wanted.preview, run.preview, judge))
     show_progress(trainer)
+
+
+def predicts(settings: Settings) -> bool:
+    """Whether this run predicts those of `callbacks.preview`: the one of least beta, where beta is a distance to the
+    reference and the truth about samples is known."""
+    below = settings.beta < min(settings.callbacks.preview, default=0.0)
+    return below and settings.method.implicit_reward and settings.data.gold is not None
 
 
 def probe_rows(data: Prepared, settings: Settings) -> Rows:
@@ -83,18 +91,21 @@ def distinct_prompts(rows: Rows, count: int) -> Rows:
 def sample_hooks(
     trainer: Any, settings: Settings, run: RunDirectory
 ) -> list[Callable[[int, Sequence[Sample]], dict[str, float]]]:
-    """What else is done with fresh samples: some are kept, and all are judged where the truth is known."""
+    """What else is done with fresh samples: they are kept, and judged where the truth is known."""
     gold = load_gold(settings.data.gold) if settings.data.gold else None
 
     def keep(step: int, samples: Sequence[Sample]) -> dict[str, float]:
-        for sample in samples[:SHOWN_SAMPLES]:
-            append_row(run.samples, describe_sample(step, sample, gold))
+        for row in describe_samples(step, samples, gold):
+            append_row(run.samples, row)
         return {}
 
     return [keep, *([GoldFigures(gold, trainer)] if gold else [])]
 
 
-def describe_sample(step: int, sample: Sample, gold: Any) -> dict[str, Any]:
-    prompt = sample.row["prompt"]
-    described = {"step": step, "prompt": answer_text(prompt), "answer": sample.text, "cut": sample.cut}
-    return described | ({"gold_reward": gold.gold_rewards([prompt], [sample.text])[0]} if gold else {})
+def describe_samples(step: int, samples: Sequence[Sample], gold: Any) -> Iterator[dict[str, Any]]:
+    """Rows of samples.jsonl: one sample of each prompt, so that runs can be paired by prompt later."""
+    prompts, answers = [each.row["prompt"] for each in samples], [each.text for each in samples]
+    rewards = [{"gold_reward": reward} for reward in gold.gold_rewards(prompts, answers)] if gold else repeat({})
+    for sample, reward in zip(samples, rewards, strict=False):
+        row = {"step": step, "prompt_id": sample.row["prompt_id"], "prompt": answer_text(sample.row["prompt"])}
+        yield row | {"answer": sample.text, "tokens": len(sample.token_ids), "cut": sample.cut} | reward

@@ -30,6 +30,7 @@ class RunDirectory:
     probe = property(lambda self: self.root / "probe.jsonl")
     probe_state = property(lambda self: self.root / "probe_state")
     samples = property(lambda self: self.root / "samples.jsonl")
+    preview = property(lambda self: self.root / "preview.json")
     checkpoints = property(lambda self: self.root / "checkpoints")
     model = property(lambda self: self.root / "model")
     picture = property(lambda self: self.root / "report.png")

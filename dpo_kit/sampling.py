@@ -2,14 +2,14 @@
 traces.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, Trainer
 
 from dpo_kit.tokens import encode_prompts
 
@@ -55,12 +55,14 @@ def draw_samples(
     max_new_tokens: int,
     batch_size: int = 64,
     template_kwargs: dict[str, Any] | None = None,
+    processor: Callable[[Tensor], LogitsProcessor] | None = None,
 ) -> list[Sample]:
     """One completion per row (`prompt`: text or messages), drawn from the model itself; in the order of the
     rows.
 
     Temperature 1, no top-k, top-p, penalty, ban or forced token, whatever `model.generation_config` holds.
-    EOS is the tokenizer's and the model config's. Draws from torch's global random state: call it inside
+    EOS is the tokenizer's and the model config's. `processor` makes, from the attention mask of a batch's prompts, what
+    changes the logits on purpose. Draws from torch's global random state: call it inside
     `measuring`.
     """
     prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], template_kwargs)
@@ -70,7 +72,7 @@ def draw_samples(
     with _generation_config(model, config):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            drawn.update(zip(batch, _generate(model, [prompts[i] for i in batch], config), strict=True))
+            drawn.update(zip(batch, _generate(model, [prompts[i] for i in batch], config, processor), strict=True))
     return [_sample(tokenizer, rows[i], prompts[i], drawn[i], config) for i in range(len(rows))]
 
 
@@ -112,9 +114,15 @@ def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({each for each in ids if each is not None})
 
 
-def _generate(model: Any, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+def _generate(
+    model: Any,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    processor: Callable[[Tensor], LogitsProcessor] | None,
+) -> list[list[int]]:
     ids, mask = pad_batch(prompts, config.pad_token_id, model.device, "left")
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    own = [processor(mask)] if processor else []
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=own)
     return out[:, ids.shape[1] :].tolist()
 
 

@@ -104,6 +104,7 @@ class Callbacks(Strict):
     max_tokens: PositiveInt
     prompts: PositiveInt
     max_new_tokens: PositiveInt
+    preview: list[PositiveFloat]
 
 
 class Tracking(Strict):

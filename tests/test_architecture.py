@@ -25,7 +25,7 @@ LAYERS = [
         "reference",
     },
     {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},
-    {"callbacks"},
+    {"callbacks", "preview"},
     {"measure", "finish"},
     {"training"},
     {"cli", "__main__", "__init__"},

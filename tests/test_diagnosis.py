@@ -106,6 +106,11 @@ def test_a_fall_that_has_come_to_rest_or_a_rejected_side_that_rises_is_no_findin
         probe__logratio_chosen_nats=[0, -1, -3, -6, -10, -15], probe__logratio_rejected_nats=[0, 1, 1, 1, 1, 1]
     )
     assert diagnose(risen, CLOSER) == []
+    slight = healthy(
+        probe__logratio_chosen_nats=[0, -0.2, -0.5, -0.9, -1.4, -2],
+        probe__logratio_rejected_nats=[0, -1, -2, -3.5, -5, -7],
+    )
+    assert diagnose(slight, CLOSER) == []
 
 
 def test_accuracy_of_one_at_once_is_suspicious_and_the_length_is_named_where_it_explains_it() -> None:

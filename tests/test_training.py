@@ -101,6 +101,16 @@ def test_the_probe_is_scored_pair_by_pair_at_every_evaluation(small_run):
     assert margin == pytest.approx(small_run[1].final["probe/margin_nats"], rel=1e-5)
 
 
+def test_fresh_samples_are_kept_one_of_each_prompt_so_that_runs_can_be_paired(small_run):
+    rows = read_metrics(small_run[0] / "samples.jsonl")
+    by_step = {step: [row for row in rows if row["step"] == step] for step in (0, 2, 4)}
+    assert sum(map(len, by_step.values())) == len(rows) and {len(part) for part in by_step.values()} == {8}
+    assert len({tuple(row["prompt_id"] for row in part) for part in by_step.values()}) == 1
+    reward = sum(row["gold_reward"] for row in by_step[4]) / 8
+    assert reward == pytest.approx(small_run[1].final["gold/reward"])
+    assert all(row["tokens"] > 0 and row["answer"] for row in by_step[0])
+
+
 def test_the_saved_model_loads_in_plain_transformers_with_its_chat_template(small_run):
     model = AutoModelForCausalLM.from_pretrained(small_run[0] / "model")
     start = AutoModelForCausalLM.from_pretrained(MODEL)
