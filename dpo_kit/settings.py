@@ -111,6 +111,13 @@ class Tracking(Strict):
     name: str
 
 
+class Choose(Strict):
+    """What a run must keep to be recommended at the end of a sweep."""
+
+    kl_budget_nats: PositiveFloat = 10.0  # reverse KL to the reference, per answer
+    max_regression: float = Field(default=0.03, ge=0, le=1)  # capability lost, a share
+
+
 class Settings(Strict):
     """A whole run, checked."""
 
@@ -123,5 +130,6 @@ class Settings(Strict):
     model: Model
     data: Data
     callbacks: Callbacks
+    choose: Choose
     tracking: Tracking
     trl: dict[str, Any]

@@ -15,6 +15,8 @@ LAYERS = [
     {"data", "data.read", "data.rows", "data.interleave", "data.prepare", "arguments", "model", "scoring", "scores"},
     {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},
     {"callbacks"},
+    {"sweep", "sweep.runs", "sweep.evidence", "sweep.choice", "sweep.table", "sweep.labels"},
+    {"sweep.frontier", "sweep.curves", "sweep.summary", "sweep.advice", "sweep.__main__"},
     {"measure", "finish"},
     {"training"},
     {"cli", "__main__", "__init__"},
