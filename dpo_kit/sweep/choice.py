@@ -89,7 +89,9 @@ def choose(runs: Sequence[RunRecord], limits: Choose) -> Choice:
     for run in finished:
         models.setdefault(run.start_model, []).append(run)
     choice = _choose_within(finished, limits) if len(models) < 2 else _choose_nothing(models, limits)
-    return replace(choice, notes=(*choice.notes, *_notes(runs, finished, choice)), means=_means(finished, choice.quality))
+    return replace(
+        choice, notes=(*choice.notes, *_notes(runs, finished, choice)), means=_means(finished, choice.quality)
+    )
 
 
 def _choose_nothing(models: dict[tuple[str, ...], list[RunRecord]], limits: Choose) -> Choice:
@@ -152,7 +154,8 @@ def _quality_fault(found: Interval | None, gain: Difference | None, quality: Qua
         return f"the {quality.name} was not measured"
     if gain.low > 0:
         return None
-    return f"the {quality.name} does not beat the reference (difference {gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}])"
+    seen = f"{gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}]"
+    return f"the {quality.name} does not beat the reference (difference {seen})"
 
 
 def _kl_fault(kl: float | None, budget: float) -> str | None:
@@ -226,15 +229,19 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
     """What a reader must know beside the choice, a sentence each."""
     checks = (
         _note_unfinished(runs, finished),
-        f"Provisional: {choice.quality.name} alone can prefer the weaker policy (arXiv:2405.19534); judge fresh samples."
-        if choice.quality.provisional and finished
-        else None,
+        _note_provisional(choice.quality) if finished else None,
         _note_seeds(finished),
         _note_saturation(finished),
         _note_unpaired(choice),
         _note_cut(choice.recommended),
     )
     return [note for note in checks if note]
+
+
+def _note_provisional(quality: Quality) -> str | None:
+    if not quality.provisional:
+        return None
+    return f"Provisional: {quality.name} alone can prefer the weaker policy (arXiv:2405.19534); judge fresh samples."
 
 
 def _note_unfinished(runs: Sequence[RunRecord], finished: Sequence[RunRecord]) -> str | None:
@@ -276,7 +283,7 @@ def _note_cut(run: RunRecord | None) -> str | None:
 
 def _means(finished: Sequence[RunRecord], quality: Quality) -> tuple[dict[str, Any], ...]:
     """Mean quality and KL over the seeds of each method, beta and further swept value, where there are several."""
-    extra = {key: values for key, values in swept_keys(list(finished)).items()}
+    extra = swept_keys(finished)
     groups: dict[tuple[Any, ...], list[RunRecord]] = {}
     for run in finished:
         key = (run.method, run.beta, *(str(values.get(run.path)) for values in extra.values()))

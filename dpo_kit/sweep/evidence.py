@@ -50,7 +50,13 @@ def paired_bootstrap(first: Mapping[str, float], second: Mapping[str, float], se
     below, above = (int((means <= 0).sum()), int((means >= 0).sum()))
     p = min(1.0, 2 * (min(below, above) + 1) / (DRAWS + 1))
     return Difference(
-        float(gaps.mean()), float(low), float(high), p, len(common), "paired bootstrap by prompt", needed_mean(gaps)
+        float(gaps.mean()),
+        float(low),
+        float(high),
+        p,
+        len(common),
+        "paired bootstrap by prompt",
+        needed_mean(gaps.tolist()),
     )
 
 

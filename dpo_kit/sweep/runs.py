@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -245,7 +245,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     return (value, None) if isinstance(value, dict) else ({}, f"{path.name} is not a JSON object")
 
 
-def swept_keys(runs: list[RunRecord]) -> dict[str, dict[str, Any]]:
+def swept_keys(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
     """{key: {run path: value}} of the keys beside method, beta and seed in which the runs differ.
 
     From what was typed where that is recorded for every run, else from the configs of runs of the same method.
