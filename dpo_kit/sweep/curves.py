@@ -23,7 +23,7 @@ PANELS = (
     ),
     (
         "KL drift (nats per answer)",
-        (("probe/kl_forward_rb_nats", "probe/kl_reverse_rb_nats"), ("probe/kl_forward_k1_nats", "probe/kl_reverse_k1_nats")),
+        tuple((f"probe/kl_forward_{kind}_nats", f"probe/kl_reverse_{kind}_nats") for kind in ("rb", "k1")),
         ("forward", "reverse"),
     ),
 )  # fmt: skip
@@ -32,12 +32,12 @@ LOG_RATIOS: Keys = ("probe/logratio_chosen_nats", "probe/logratio_rejected_nats"
 
 
 def draw_curves(sweep_dir: str | Path, runs: Sequence[RunRecord]) -> Path:
-    """Draw `sweep_dir`/curves.png, 1200 pixels wide, from the runs' metrics.jsonl; unfinished runs as far as they got."""
+    """Draw `sweep_dir`/curves.png, 1200 pixels wide, from metrics.jsonl; unfinished runs as far as they got."""
     names = series_names(runs, swept_keys(runs))
     with_data = [run for run in runs if run.history]
     rows = list(dict.fromkeys(names[run.path] for run in with_data))
     colors = beta_colors(runs)
-    figure = new_figure(0.9 + 3.7 * max(1, len(rows)))
+    figure = new_figure(0.2 + 4.0 * max(1, len(rows)))
     for number, name in enumerate(rows):
         members = [run for run in with_data if names[run.path] == name]
         for column, panel in enumerate(PANELS):
@@ -45,13 +45,13 @@ def draw_curves(sweep_dir: str | Path, runs: Sequence[RunRecord]) -> Path:
             _draw_panel(axes, panel, members, colors)
             if column == 0:
                 axes.annotate(
-                    name, (-0.13, 1.16), xycoords="axes fraction", fontsize=18, fontweight="bold", annotation_clip=False
+                    name, (-0.13, 1.28), xycoords="axes fraction", fontsize=18, fontweight="bold", annotation_clip=False
                 )
     if not rows:
         figure.text(0.5, 0.45, "no run has measured anything yet", ha="center", fontsize=18, color=GREY)
     height = figure.get_figheight()
     figure.subplots_adjust(
-        left=0.05, right=0.925, bottom=0.65 / height, top=1 - 0.85 / height, wspace=0.48, hspace=0.55
+        left=0.05, right=0.925, bottom=0.65 / height, top=1 - 1.05 / height, wspace=0.48, hspace=0.66
     )
     return save(figure, Path(sweep_dir) / "curves.png")
 
@@ -104,7 +104,7 @@ def _draw_run(axes: Axes, run: RunRecord, keys: Keys, color: Any) -> list[tuple[
 
 
 def _label_betas(axes: Axes, ends: Sequence[tuple[RunRecord, float, bool]], colors: dict[float | None, Any]) -> None:
-    """Each beta once beside the end of its solid curve (the mean over its seeds), pushed apart where they would touch."""
+    """Each beta once beside its solid curve's end (the mean over its seeds), pushed apart where they would touch."""
     found: dict[float | None, list[float]] = {}
     for run, value, dashed in ends:
         if not dashed:

@@ -35,7 +35,35 @@ AXIS = {
     "held-out accuracy": "accuracy on held-out pairs",
     "held-out AUC": "AUC on held-out answers",
 }
-TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 5000)
+RING = 11.0  # pixels that the recommended run's ring takes around its point
+TICKS = (
+    0,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1,
+    2,
+    3,
+    5,
+    7,
+    10,
+    15,
+    20,
+    30,
+    50,
+    70,
+    100,
+    150,
+    200,
+    300,
+    500,
+    1000,
+    2000,
+    5000,
+)
 
 
 @dataclass(frozen=True)
@@ -154,14 +182,14 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mappin
         _error_bar(axes, Point(lines[0].runs[0], (0, 0, 0), reference), GREY, "D")
     predictions = [each for line in lines for each in _draw_predictions(axes, line, choice.quality)]
     widest = _limit_x(axes, lines, trails, predictions, choice.limits.kl_budget_nats)
-    labels = _point_labels(lines, choice) + [Label(each.x, each.y, each.text, each.color, 13) for each in predictions]
-    labels += [Label(0, reference[0], "reference", GREY)] if reference else []
+    labels = [*_point_labels(lines, choice), *(each for each in predictions if each.text)]
+    labels += [Label(0, reference[0], "reference", GREY, clear=5)] if reference else []
     labels += _draw_ideal(axes, ideal, widest)
     axes.margins(y=0.14)
     axes.autoscale_view(scalex=False)
     _mark_winner(axes, lines, choice)
     _draw_budget(axes, choice.limits.kl_budget_nats, widest)
-    place_labels(axes, labels, _obstacles(lines, reference))
+    place_labels(axes, labels, [*_obstacles(lines, reference), *((p.x, p.y, p.x, p.y) for p in predictions)])
     _draw_legend(axes, lines)
 
 
@@ -230,8 +258,11 @@ def _draw_predictions(axes: Axes, line: Line, quality: Quality) -> list[Label]:
             [kl for _, kl, _ in points], [gold for _, _, gold in points], color=line.color, linewidth=1.8,
             linestyle=(0, (4, 2.5)), marker=line.marker, markersize=8, markerfacecolor="white", zorder=3.5,
         )  # fmt: skip
-        new = [point for point in points if point[0] not in trained] or points[-1:]
-        labels += [Label(kl, gold, f"β {beta:g} predicted", line.color) for beta, kl, gold in new]
+        named = {point[0] for point in points} - trained or {points[-1][0]}
+        labels += [
+            Label(kl, gold, f"β {beta:g} predicted" if beta in named else "", line.color, 13)
+            for beta, kl, gold in points
+        ]
     return labels
 
 
@@ -274,18 +305,19 @@ def _ticks(widest: float) -> list[float]:
 
 def _point_labels(lines: Sequence[Line], choice: Choice) -> list[Label]:
     """Beta beside each point (once per beta, at the mean over its seeds); the recommended run says so."""
-    labels = []
-    for line in lines:
-        betas = list(dict.fromkeys(point.run.beta for point in line.points))
-        for beta, (x, y) in zip(betas, _means(line) if line.points else [], strict=True):
-            text = f"β {beta:g}" if beta is not None else "?"
-            labels.append(Label(x, y, text, line.color))
     won = _winner(lines, choice)
-    if won is None:
-        return labels
-    line, point = won
-    text = "recommended" + ("\n(provisional)" if choice.quality.provisional else "")
-    return [*labels, Label(point.kl[0], point.quality[0], text, "black", 16, bold=True)]
+    ring = won[1] if won else None
+    labels = []
+    if ring:
+        text = "recommended" + ("\n(provisional)" if choice.quality.provisional else "")
+        labels.append(Label(ring.kl[0], ring.quality[0], text, "black", 16, bold=True, clear=RING))
+    for line in lines:
+        betas = dict.fromkeys(point.run.beta for point in line.points)
+        for beta, (x, y) in zip(betas, _means(line), strict=True):
+            text = f"β {beta:g}" if beta is not None else "?"
+            clear = RING if ring and (x, y) == (ring.kl[0], ring.quality[0]) else 0
+            labels.append(Label(x, y, text, line.color, clear=clear))
+    return labels
 
 
 def _winner(lines: Sequence[Line], choice: Choice) -> tuple[Line, Point] | None:
@@ -353,5 +385,6 @@ def _draw_legend(axes: Axes, lines: Sequence[Line]) -> None:
     ]
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "ncols": 4 if len(lines) <= 4 else 3}
     axes.legend(handles=handles, **place, frameon=False, fontsize=15, handlelength=1.6, columnspacing=1.4)
-    note = "bars: 95 % intervals · faint: on the way there"
+    drawn, runs = sum(len(line.points) for line in lines), sum(len(line.runs) for line in lines)
+    note = (f"{drawn} of {runs} runs so far · " if drawn < runs else "") + "bars: 95 % intervals · faint: on the way"
     axes.text(1.0, 1.12, note, transform=axes.transAxes, ha="right", fontsize=14, color=GREY)

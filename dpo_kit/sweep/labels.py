@@ -27,7 +27,7 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 @dataclass(frozen=True)
 class Label:
-    """A text beside a point, both in data units."""
+    """A text beside a point, in data units; `clear` pixels around the point are taken by what marks it."""
 
     x: float
     y: float
@@ -35,6 +35,7 @@ class Label:
     color: str
     size: float = 15
     bold: bool = False
+    clear: float = 0.0
 
 
 def new_figure(height: float) -> Figure:
@@ -66,29 +67,38 @@ def series_names(runs: Sequence[RunRecord], swept: dict[str, dict[str, Any]]) ->
 
 def place_labels(axes: Axes, labels: Iterable[Label], obstacles: Iterable[Box]) -> None:
     """Write each label beside its point where it covers least: of other labels, of `obstacles` (data units)."""
+    from matplotlib.patheffects import withStroke
+
     taken = [_pixels(axes, box) for box in obstacles]
     for label in labels:
         text = axes.annotate(
             label.text, (label.x, label.y), (0, 0), textcoords="offset pixels", color=label.color, fontsize=label.size,
             fontweight="bold" if label.bold else "normal", ha="center", va="center", zorder=6, linespacing=0.95,
+            path_effects=[withStroke(linewidth=3.5, foreground="white")],
         )  # fmt: skip
         size = text.get_window_extent(axes.figure.canvas.get_renderer())  # type: ignore[attr-defined]
         x, y = axes.transData.transform((label.x, label.y))
-        best = min(_candidates(size.width, size.height), key=lambda o: _cost(o, (x, y), size, taken, axes))
+        best = min(_candidates(size.width, size.height, label.clear), key=lambda o: _cost(o, (x, y), size, taken, axes))
         text.set_position(best)
         taken.append(_around(x + best[0], y + best[1], size.width, size.height))
         if max(abs(best[0]) - size.width / 2, abs(best[1]) - size.height / 2) > FAR:
-            axes.annotate("", (label.x, label.y), best, textcoords="offset pixels", arrowprops=_leader(label.color))
+            edge = [_towards_zero(best[0], size.width / 2), _towards_zero(best[1], size.height / 2)]
+            axes.annotate("", (label.x, label.y), edge, textcoords="offset pixels", arrowprops=_leader(label))
 
 
-def _leader(color: str) -> dict[str, Any]:
-    return {"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkA": 10, "shrinkB": 5}
+def _towards_zero(middle: float, half: float) -> float:
+    """The side of a label, reaching `half` around `middle`, that is nearest to its point at 0."""
+    return math.copysign(max(0.0, abs(middle) - half), middle)
 
 
-def _candidates(width: float, height: float) -> list[tuple[float, float]]:
+def _leader(label: Label) -> dict[str, Any]:
+    return {"arrowstyle": "-", "color": label.color, "linewidth": 0.9, "shrinkA": 1, "shrinkB": 5 + label.clear}
+
+
+def _candidates(width: float, height: float, clear: float) -> list[tuple[float, float]]:
     """Offsets of the label's middle, nearest first."""
     # On the diagonals a corner of the label is nearest to the point, so that it keeps clear of the point's bars
-    return [(x * (r + width / 2), y * (r + height / 2)) for r in DISTANCES for x, y in SIDES]
+    return [(x * (r + clear + width / 2), y * (r + clear + height / 2)) for r in DISTANCES for x, y in SIDES]
 
 
 def _cost(offset: tuple[float, float], at: tuple[float, float], size: Any, taken: list[Box], axes: Axes) -> float:
