@@ -247,7 +247,10 @@ def _reference(lines: Sequence[Line], quality: Quality) -> Interval | None:
 
 
 def _draw_predictions(axes: Axes, line: Line, quality: Quality) -> list[Label]:
-    """What one run predicts of neighbouring betas (preview.json; DeRa, arXiv:2402.02992), dashed; returns labels."""
+    """What one run predicts of neighbouring betas (preview.json; DeRa, arXiv:2402.02992), dashed.
+
+    Returns where they lie; those of betas that were not trained carry a text.
+    """
     labels = []
     trained = {run.beta for run in line.runs}
     for run in line.runs if quality.key == "gold/reward" else ():

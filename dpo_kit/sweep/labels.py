@@ -82,7 +82,7 @@ def place_labels(axes: Axes, labels: Iterable[Label], obstacles: Iterable[Box]) 
         text.set_position(best)
         taken.append(_around(x + best[0], y + best[1], size.width, size.height))
         if max(abs(best[0]) - size.width / 2, abs(best[1]) - size.height / 2) > FAR:
-            edge = [_towards_zero(best[0], size.width / 2), _towards_zero(best[1], size.height / 2)]
+            edge = (_towards_zero(best[0], size.width / 2), _towards_zero(best[1], size.height / 2))
             axes.annotate("", (label.x, label.y), edge, textcoords="offset pixels", arrowprops=_leader(label))
 
 
