@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_kit.run import write_json
+from dpo_kit.run import read_json, write_json
 from dpo_kit.sweep.summary import Summary, summarize
 from tests.sweeps import MODEL, rewards, write_jobs, write_run
 
@@ -247,10 +247,19 @@ def test_a_partial_sweep_is_judged_by_what_has_finished(tmp_path: Path) -> None:
     assert "1 of 3 runs count here (1 running, 1 waiting)." in found.choice.notes
 
 
+def test_different_held_out_data_are_pointed_out(tmp_path: Path) -> None:
+    gold_run(tmp_path, "a", 1.0, 2.0)
+    gold_run(tmp_path, "b", 1.2, 2.0)
+    assert not any("different held-out data" in note for note in summarize(tmp_path).choice.notes)
+    manifest = read_json(tmp_path / "a" / "manifest.json") | {"data": {"select": {"rows": 9, "sha256": "c"}}}
+    write_json(tmp_path / "a" / "manifest.json", manifest)
+    assert any("different held-out data" in note for note in summarize(tmp_path).choice.notes)
+
+
 def test_no_finished_run_no_choice(tmp_path: Path) -> None:
     gold_run(tmp_path, "a", 1.0, 2.0, status="failed", error="ValueError: no")
     found = summarize(tmp_path)
-    assert found.recommended is None and found.choice.reason == "No run has finished yet."
+    assert found.recommended is None and found.choice.reason == "No run has ended well so far."
 
 
 def test_a_lower_bound_of_the_drift_is_called_one(tmp_path: Path) -> None:

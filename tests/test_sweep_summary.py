@@ -254,6 +254,14 @@ def test_a_sweep_without_a_finished_run_has_pictures_that_say_so(
     assert "no run has measured anything yet" in texts[3]
 
 
+def test_the_picture_counts_the_runs_it_lacks(tmp_path: Path, texts: list[list[str]]) -> None:
+    four(tmp_path)
+    write_run(tmp_path, "failed", status="failed", error="no")
+    write_jobs(tmp_path, {"dir": "waiting", "state": "waiting"})
+    write_summary(tmp_path)
+    assert any(text.startswith("4 of 6 runs so far") for text in texts[0])
+
+
 def test_labels_are_spread_and_stay_within_the_axes() -> None:
     placed = spread([1.0, 1.0, 0.99, 5.0], 0.5, 0.0, 1.2)
     assert placed[2] < placed[0] < placed[3] and max(placed) <= 1.2 + 0.5

@@ -207,7 +207,7 @@ def _say_why(
 
 def _say_why_none(verdicts: Sequence[Verdict], quality: Quality) -> tuple[str, int | None]:
     if not verdicts:
-        return "No run has finished yet.", None
+        return "No run has ended well so far.", None
     faults = "; ".join(f"{verdict.run.path}: {', '.join(verdict.why_not)}" for verdict in verdicts)
     short = [v for v in verdicts if len(v.why_not) == 1 and v.gain and v.gain.low <= 0 < v.gain.value]
     nearest = min(short, key=lambda v: v.gain.needed or float("inf") if v.gain else 0.0, default=None)
@@ -232,6 +232,7 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
         _note_provisional(choice.quality) if finished else None,
         _note_seeds(finished),
         _note_saturation(finished),
+        _note_data(finished),
         _note_unpaired(choice),
         _note_cut(choice.recommended),
     )
@@ -266,6 +267,13 @@ def _note_saturation(finished: Sequence[RunRecord]) -> str | None:
         f"Under-trained: beta not identified. Nothing saturates (at most {max(known):.2f} of 1), so that runs of "
         "different beta differ by chance: train longer before reading an order into them."
     )
+
+
+def _note_data(finished: Sequence[RunRecord]) -> str | None:
+    held_out = {((run.manifest.get("data") or {}).get("select") or {}).get("sha256") for run in finished}
+    if len(held_out) < 2:
+        return None
+    return "The runs were measured on different held-out data: compare their values with care."
 
 
 def _note_unpaired(choice: Choice) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,6 +36,7 @@ AXIS = {
     "held-out accuracy": "accuracy on held-out pairs",
     "held-out AUC": "AUC on held-out answers",
 }
+ROW = 0.33  # inches that a further row of the legend takes
 RING = 11.0  # pixels that the recommended run's ring takes around its point
 TICKS = (
     0,
@@ -94,9 +96,10 @@ def draw_frontier(
     for run in runs:
         if run.manifest:
             models.setdefault(run.start_model, []).append(run)
-    panels = list(models.values()) or [list(runs)]
-    figure = new_figure(7.4 * len(panels))
+    panels = list(models.values()) if len(models) > 1 else [list(runs)]
     lines = build_lines(runs, choice.quality)
+    extra = math.ceil(len(lines) / _legend_columns(lines)) - 1  # rows of the legend beyond the first
+    figure = new_figure((7.4 + ROW * extra) * len(panels))
     best = find_ideal(Path(sweep_dir), runs, ideal) if choice.quality.key == "gold/reward" else {}
     for number_, group in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, number_ + 1)
@@ -105,10 +108,21 @@ def draw_frontier(
         picked = choice if len(panels) == 1 else choice.within[number_][1] if number_ < len(choice.within) else choice
         _draw_panel(axes, [_only(line, inside) for line in shown], picked, best)
         title = "Quality against drift" + (f", from {group[0].start_name}" if len(panels) > 1 else "")
-        axes.set_title(title, loc="left", fontsize=21, fontweight="bold", pad=42)
-    height = figure.get_figheight()
-    figure.subplots_adjust(left=0.085, right=0.975, bottom=0.85 / height, top=1 - 1.02 / height, hspace=0.36)
+        axes.set_title(title, loc="left", fontsize=21, fontweight="bold", pad=42 + 24 * extra)
+        axes.set_title(
+            _note([_only(line, inside) for line in shown]), loc="right", fontsize=14, color=GREY, pad=42 + 24 * extra
+        )
+    height, top = figure.get_figheight(), 1.02 + ROW * extra
+    figure.subplots_adjust(
+        left=0.085, right=0.975, bottom=0.85 / height, top=1 - top / height, hspace=0.36 + ROW * extra / 5.5
+    )
     return save(figure, Path(sweep_dir) / "frontier.png")
+
+
+def _note(lines: Sequence[Line]) -> str:
+    """How to read the picture, and how many of the runs it has."""
+    drawn, runs = sum(len(line.points) for line in lines), sum(len(line.runs) for line in lines)
+    return (f"{drawn} of {runs} runs so far · " if drawn < runs else "") + "bars: 95 % intervals · faint: on the way"
 
 
 def _only(line: Line, paths: set[str]) -> Line:
@@ -123,7 +137,7 @@ def build_lines(runs: Sequence[RunRecord], quality: Quality) -> list[Line]:
     for index, name in enumerate(dict.fromkeys(names.values())):
         members = tuple(run for run in runs if names[run.path] == name)
         points = tuple(point for run in members if (point := _point(run, quality)))
-        style = (PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
+        style = (PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)])
         lines.append(Line(name, *style, points, members))
     return lines
 
@@ -378,16 +392,19 @@ def _between(x0: float, y0: float, x1: float, y1: float, part: float) -> Box:
     return (x, y, x, y)
 
 
+def _legend_columns(lines: Sequence[Line]) -> int:
+    """As many names as fit into a row of about 95 characters."""
+    longest = max((len(line.name) for line in lines), default=1)
+    return max(1, min(len(lines), 95 // (longest + 6)))
+
+
 def _draw_legend(axes: Axes, lines: Sequence[Line]) -> None:
-    """Methods by name, colour and marker in one row above; and how to read the picture."""
+    """Lines by name, colour and marker above the axes."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=line.color, marker=line.marker, markersize=11, linewidth=2.6, label=line.name)
         for line in lines
     ]
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "ncols": 4 if len(lines) <= 4 else 3}
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "ncols": _legend_columns(lines)}
     axes.legend(handles=handles, **place, frameon=False, fontsize=15, handlelength=1.6, columnspacing=1.4)
-    drawn, runs = sum(len(line.points) for line in lines), sum(len(line.runs) for line in lines)
-    note = (f"{drawn} of {runs} runs so far · " if drawn < runs else "") + "bars: 95 % intervals · faint: on the way"
-    axes.text(1.0, 1.12, note, transform=axes.transAxes, ha="right", fontsize=14, color=GREY)
