@@ -32,6 +32,7 @@ def write_run(
     reference: str | None = None,
     trl: dict[str, Any] | None = None,
     choose: dict[str, Any] | None = None,
+    started: str = "2026-01-01",
     test: dict[str, float] | None = None,
     by_prompt: bool = True,
 ) -> Path:
@@ -49,7 +50,7 @@ def write_run(
         "trl": {"num_train_epochs": 1, "max_steps": -1, **(trl or {})},
     }
     command = f"python -m dpo_kit method={method} beta={beta:g} seed={seed}"
-    manifest = {"started": "2026-01-01", "command": command, "config": config, "model": model or MODEL}
+    manifest = {"started": started, "command": command, "config": config, "model": model or MODEL}
     write_json(run / "manifest.json", manifest | ({"choose": choose} if choose else {}))
     for step, share in ((0, 0.0), (50, 0.6), (100, 1.0)):
         append_row(run / "metrics.jsonl", {"step": step, **_between(start, final, share)})

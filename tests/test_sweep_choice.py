@@ -85,7 +85,8 @@ def test_the_most_accurate_run_loses_to_the_better_samples(tmp_path: Path) -> No
 
 
 def test_limits_come_from_the_run_started_last_unless_given(tmp_path: Path) -> None:
-    gold_run(tmp_path, "a", 1.0, 6.0, choose={"kl_budget_nats": 5.0, "max_regression": 0.1})
+    gold_run(tmp_path, "a", 1.0, 6.0, choose={"kl_budget_nats": 5.0, "max_regression": 0.1}, started="2026-01-02")
+    gold_run(tmp_path, "b", 0.9, 6.0, choose={"kl_budget_nats": 8.0, "max_regression": 0.2}, started="2026-01-01")
     assert summarize(tmp_path).choice.limits.model_dump() == {"kl_budget_nats": 5.0, "max_regression": 0.1}
     assert summarize(tmp_path).recommended is None
     assert summarize(tmp_path, kl_budget_nats=7).choice.limits.max_regression == 0.1
