@@ -16,7 +16,7 @@ LAYERS = [
     {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},
     {"callbacks"},
     {"sweep", "sweep.runs", "sweep.evidence", "sweep.labels"},
-    {"sweep.quality", "sweep.table"},
+    {"sweep.quality", "sweep.rows"},
     {"sweep.choice", "sweep.curves"},
     {"sweep.advice", "sweep.frontier"},
     {"sweep.summary"},

@@ -129,7 +129,7 @@ def test_a_failed_run_is_listed_with_its_error_and_log(tmp_path: Path) -> None:
     write_run(tmp_path, "4-bad", beta=1.0, status="failed", error="RuntimeError: out of memory\nmore | lines")
     write_jobs(
         tmp_path,
-        {"dir": str(tmp_path / "4-bad"), "state": "failed", "log": "4-bad/job.log", "seconds": 3.0},
+        {"dir": "4-bad", "state": "failed", "log": "4-bad/job.log", "seconds": 3.0},
         {"dir": "5-killed", "state": "killed", "method": "dpo", "beta": 2.0, "seed": 0, "error": "killed by signal 9"},
         command="python -m dpo_kit beta-sweep=standard",
     )
@@ -138,7 +138,7 @@ def test_a_failed_run_is_listed_with_its_error_and_log(tmp_path: Path) -> None:
     assert (bad["status"], bad["gold_reward"], bad["seconds"]) == ("failed", "", "3.0")
     assert bad["error"].startswith("RuntimeError: out of memory")
     assert (killed["status"], killed["path"], killed["error"]) == ("killed", "5-killed", "killed by signal 9")
-    assert "4-bad failed: RuntimeError: out of memory (log: 4-bad/job.log)" in describe(found)
+    assert f"4-bad failed: RuntimeError: out of memory (log: {tmp_path}/4-bad/job.log)" in describe(found)
     assert found.next == "python -m dpo_kit beta-sweep=standard"
     assert "more \\| lines" in (tmp_path / "summary.md").read_text()
 

@@ -10,7 +10,7 @@ from dpo_kit.run import write_json, write_text
 from dpo_kit.sweep.advice import next_command
 from dpo_kit.sweep.choice import Choice, choose, read_limits
 from dpo_kit.sweep.runs import RunRecord, read_runs, read_sweep
-from dpo_kit.sweep.table import Row, summary_rows, terminal_table, to_csv, to_markdown
+from dpo_kit.sweep.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,15 +86,15 @@ def describe(summary: Summary) -> list[str]:
     head = f"Recommended: {summary.recommended}" if summary.recommended else "Nothing recommended"
     provisional = " (provisional)" if choice.quality.provisional and summary.recommended else ""
     lines = [f"{head}{provisional}. {choice.reason}", *choice.notes]
-    lines += [f"{run.path} {run.status}: {_first_line(run)}" for run in summary.runs if run.error]
+    lines += [f"{run.path} {run.status}: {_first_line(summary, run)}" for run in summary.runs if run.error]
     lines.append(f"table and pictures: {summary.sweep_dir} (summary.md, frontier.png, curves.png, best.json)")
     if choice.recommended:
         lines.append(f"model: {choice.recommended.root / 'model'}")
     return [*lines, *([f"next: {summary.next}"] if summary.next else [])]
 
 
-def _first_line(run: RunRecord) -> str:
-    log = f" (log: {run.job['log']})" if run.job.get("log") else ""
+def _first_line(summary: Summary, run: RunRecord) -> str:
+    log = f" (log: {summary.sweep_dir / run.job['log']})" if run.job.get("log") else ""
     return str(run.error).strip().splitlines()[0] + log
 
 
