@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from dpo_kit.run import write_json, write_text
 from dpo_kit.sweep.advice import next_command
 from dpo_kit.sweep.choice import Choice, choose, read_limits
-from dpo_kit.sweep.runs import RunRecord, read_runs, read_sweep
 from dpo_kit.sweep.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
+from dpo_kit.sweep.runs import RunRecord, read_runs, read_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
