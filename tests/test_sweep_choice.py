@@ -241,7 +241,10 @@ def test_a_partial_sweep_is_judged_by_what_has_finished(tmp_path: Path) -> None:
     gold_run(tmp_path, "a", 1.0, 2.0)
     gold_run(tmp_path, "b", 9.0, 2.0, status=None)  # its metrics.jsonl says how good it is; it has not ended
     write_jobs(
-        tmp_path, {"dir": "a", "state": "done"}, {"dir": "b", "state": "running"}, {"dir": "c", "state": "waiting"}
+        tmp_path,
+        {"dir": str(tmp_path / "a"), "state": "done"},
+        {"dir": "b", "state": "running"},
+        {"dir": "c", "state": "waiting"},
     )
     found = summarize(tmp_path)
     assert found.recommended == "a"
