@@ -142,4 +142,7 @@ def test_prompts_needed_find_the_effect_in_four_of_five_trials() -> None:
     draw = np.random.default_rng(0)
     p = stats.ttest_1samp(draw.normal(0.5, 1, (4000, count)), 0, axis=1).pvalue
     assert float((p < 0.05).mean()) == pytest.approx(0.78, abs=0.03)  # t is a little weaker than the normal at 32
+    assert (
+        needed_mean([3 * gap for gap in gaps]) == needed_mean([-gap for gap in gaps]) == 32
+    )  # scale and sign are free
     assert needed_mean([1.0, -1.0]) is None

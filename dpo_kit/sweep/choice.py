@@ -98,7 +98,7 @@ def _choose_nothing(models: dict[tuple[str, ...], list[RunRecord]], limits: Choo
     quality = quality_of([run for group in models.values() for run in group])
     names = {key: group[0].start_name for key, group in models.items()}
     if len(set(names.values())) < len(names):  # two folders of one name
-        names = {key: f"{name} ({key[0][:8]})" for key, name in names.items()}
+        names = {key: f"{name} (model {place})" for place, (key, name) in enumerate(names.items(), start=1)}
     within = tuple((names[key], _choose_within(group, limits)) for key, group in models.items())
     alone = [f"from {name}, {each.recommended.path}" for name, each in within if each.recommended]
     reason = (
