@@ -279,6 +279,13 @@ def test_the_terminal_shows_table_choice_and_next_command_in_eighty_columns(tmp_
     assert f"Recommended: {found.recommended}." in shown and "next: python -m dpo_kit -m" in shown
 
 
+def test_without_a_choice_the_reason_is_shown_and_no_model(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", gold=rewards(0.0, 64), gold_start=START)
+    lines = describe(show_summary(tmp_path, console=Console(file=io.StringIO())))
+    assert lines[0].startswith("Nothing recommended. No run is eligible.")
+    assert not any(line.startswith("model:") for line in lines)
+
+
 def run_main(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     code = (
         "import sys; from dpo_kit.sweep.__main__ import main; code = main(); print('torch' in sys.modules); exit(code)"
