@@ -44,6 +44,7 @@ def build_manifest(settings: Settings, data: Prepared, command: str | None) -> d
         "config": config,
         "config_hash": digest(config),
         "effective_batch": effective_batch(settings.trl),
+        "choose": settings.choose.model_dump(),
         "data": {
             name: {"rows": len(rows), "sha256": digest([row["pair_id"] for row in rows])}
             for name, rows in (("train", data.train), ("select", data.select), ("test", data.test))
@@ -58,7 +59,7 @@ def build_manifest(settings: Settings, data: Prepared, command: str | None) -> d
 
 def comparable(settings: Settings) -> dict[str, Any]:
     """The resolved config without what may differ between two starts of one run."""
-    return redact(settings.model_dump(mode="json", exclude={"resume": True, "tracking": True}))
+    return redact(settings.model_dump(mode="json", exclude={"resume": True, "tracking": True, "choose": True}))
 
 
 def refuse_other_run(run: RunDirectory, settings: Settings) -> None:

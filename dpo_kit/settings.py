@@ -118,6 +118,13 @@ class Tracking(Strict):
     name: str
 
 
+class Choose(Strict):
+    """What a run must keep to be recommended at the end of a sweep."""
+
+    kl_budget_nats: PositiveFloat = 10.0  # reverse KL to the reference, per answer
+    max_regression: float = Field(default=0.03, ge=0, le=1)  # capability lost, a share
+
+
 class Settings(Strict):
     """A whole run, checked."""
 
@@ -131,5 +138,6 @@ class Settings(Strict):
     data: Data
     speed: Speed
     callbacks: Callbacks
+    choose: Choose
     tracking: Tracking
     trl: dict[str, Any]
