@@ -53,7 +53,7 @@ def _terminate(number: int, frame: object) -> None:
 def _exit_code(args: argparse.Namespace) -> int:
     try:
         if not (args.hydra_help or args.shell_completion or args.info):
-            sys.argv[1:] += refuse_early(args)
+            sys.argv[1:] = refuse_early(args)
         run()
     except (ConfigError, DataError, ModelError) as error:
         sys.stderr.write(f"dpo_kit: refused: {error}\n")
@@ -68,17 +68,18 @@ def _exit_code(args: argparse.Namespace) -> int:
 
 
 def refuse_early(args: argparse.Namespace) -> list[str]:
-    """Compose and check what is about to run, before Hydra writes its first file; returns words for its command line.
+    """Compose and check what is about to run, before Hydra writes its first file; returns the command line for Hydra.
 
     Raises ConfigError.
     """
     search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
     implied = means_multirun(args)
-    if not (args.multirun or implied or "hydra.mode=MULTIRUN" in args.overrides) or args.cfg:
+    if args.cfg or not (args.multirun or implied or "hydra.mode=MULTIRUN" in args.overrides):
         check(compose_unchecked([*search, *args.overrides], args.config_name or "config"))
-        return []
+        return sys.argv[1:]
     named = plan_sweep(args.overrides, search, args.config_name or "config")
-    return ["--multirun", *named] if implied else named
+    flags = [word for word in sys.argv[1:] if word not in args.overrides]  # argparse wants the overrides in one piece
+    return [*flags, *(["--multirun"] if implied else []), *args.overrides, *named]
 
 
 def task(cfg: DictConfig) -> float | None:
