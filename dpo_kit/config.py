@@ -81,9 +81,7 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
     return cfg
 
 
-def compose_unchecked(
-    overrides: Sequence[str], config_name: str = "config", *, with_hydra: bool = False
-) -> DictConfig:
+def compose_unchecked(overrides: Sequence[str], config_name: str = "config", *, with_hydra: bool = False) -> DictConfig:
     register()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="dpo_kit"):

@@ -99,7 +99,10 @@ def typed_command() -> str | None:
     """What was typed to start this run, secrets redacted; None from Python."""
     if not HydraConfig.initialized():
         return None
-    return shlex.join(["python", "-m", "dpo_kit", *redact_argv(HydraConfig.get().overrides.task)])
+    words = [
+        word for word in HydraConfig.get().overrides.task if not word.startswith("beta-sweep=")
+    ]  # of this run only
+    return shlex.join(["python", "-m", "dpo_kit", *redact_argv(words)])
 
 
 def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirectory) -> tracking.Tracker:

@@ -16,12 +16,14 @@ from hydra.core.hydra_config import HydraConfig
 from dpo_kit import cli
 from dpo_kit.config import CONF
 from dpo_kit.run import write_json
+from dpo_kit.sweep import launcher, processes
 
 
 def task(cfg):
     directory = Path(HydraConfig.get().runtime.output_dir)
     with (directory / "starts").open("a") as file:
-        file.write(f"{os.getpid()} {time.time()}\n")
+        given = [os.environ.get(name, "-") for name in ("CUDA_VISIBLE_DEVICES", "RANK", "WANDB_RUN_GROUP", "MARK")]
+        file.write(" ".join([str(os.getpid()), str(time.time()), *given]) + "\n")
     print("a line on stdout")
     deeds = dict(word.split("=") for word in os.environ.get("FAKE", "").split())
     deed = deeds.get(f"{cfg.beta:g}")
@@ -59,8 +61,9 @@ DEEDS = {
 
 
 def main():
-    from tests import fake_sweep
+    from tests import fake_sweep  # not __main__: a job must find the task by its name
 
+    processes.PRELOAD, launcher.GRACE_SECONDS = ["dpo_kit.cli"], 2.0
     cli.run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(fake_sweep.task)
     cli.main()
 

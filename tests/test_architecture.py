@@ -13,10 +13,14 @@ LAYERS = [
     {"errors", "history", "metrics", "run", "secrets", "toy", "toy.domain", "toy.build"},
     {"trl_schema", "settings", "config", "help", "hardware", "tokens", "sampling", "tracking", "quiet"},
     {"data", "data.read", "data.rows", "data.interleave", "data.prepare", "arguments", "model", "scoring", "scores"},
+    {"identity"},
     {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},
     {"callbacks"},
     {"measure", "finish"},
     {"training"},
+    {"sweep", "sweep.plan", "sweep.devices", "sweep.record", "sweep.progress", "sweep.job"},
+    {"sweep.processes", "sweep.table"},
+    {"sweep.launcher", "sweep.warm"},
     {"cli", "__main__", "__init__"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -109,8 +109,12 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _end_without(parent: int) -> None:
-    """A sweep that was killed takes its jobs along: no second start may find one still writing."""
-    while _alive(parent):
+    """A sweep that was killed takes its jobs along: no second start may find one still writing.
+
+    `parent` may be a zombie for long; what started this process directly is gone from getppid at once.
+    """
+    above = os.getppid()
+    while os.getppid() == above and _alive(parent):
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(GRACE_SECONDS)
@@ -128,4 +132,6 @@ def _alive(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_file(Path(sys.argv[1])))
+    from dpo_kit.sweep import job  # an answer pickled from __main__ could not be read
+
+    sys.exit(job.run_file(Path(sys.argv[1])))

@@ -26,7 +26,7 @@ from dpo_kit.sweep.job import GRACE_SECONDS, INTERRUPTED, TERMINATED, JobFile, a
 from dpo_kit.sweep.plan import without_hydra
 from dpo_kit.sweep.processes import Process, Starter, choose_starter, send
 from dpo_kit.sweep.record import LOG, JobRecord, State, only_writer, read_jobs, write_jobs
-from dpo_kit.sweep.table import View, open_view
+from dpo_kit.sweep.table import View, near, open_view
 
 POLL_SECONDS = 0.1
 OBJECTIVE = "probe/accuracy"
@@ -124,8 +124,8 @@ def refuse_shared_directories(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if other := by_directory.get(job.directory):
             raise ConfigError(
-                f"hydra.sweep.subdir must differ between jobs, got {job.record.dir} for {' '.join(job.record.overrides)}"
-                f" and for {' '.join(other.record.overrides)}: name in it what is swept"
+                f"hydra.sweep.subdir must differ between jobs, got {job.record.dir} for both "
+                f"{' '.join(job.record.overrides)} and {' '.join(other.record.overrides)}: name in it what is swept"
             )
         by_directory[job.directory] = job
 
@@ -147,13 +147,9 @@ def is_done(job: Job) -> bool:
 def describe_failures(sweep_dir: Path, jobs: Sequence[Job]) -> SweepError:
     """The error that names every job which did not end well, with its log."""
     failed = [job.record for job in jobs if job.record.state != "done"]
-    lines = [f"  job {r.number} {r.state}: {r.error}\n    log: {_near(sweep_dir / r.log)}" for r in failed]
+    lines = [f"  job {r.number} {r.state}: {r.error}\n    log: {near(sweep_dir / r.log)}" for r in failed]
     head = f"{len(failed)} of {len(jobs)} jobs did not end well; the same command runs them again, and only them"
     return SweepError("\n".join([head, *lines]))
-
-
-def _near(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 class Sweep:
@@ -177,19 +173,20 @@ class Sweep:
         self.threads = max(1, (os.cpu_count() or 1) // len(self.free)) if len(self.free) > 1 and not devices else None
         self.waiting: list[Job] = []
         self.running: list[Running] = []
+        self.stale = False
         self.view: View | None = None
 
     def run(self) -> None:
-        """Until every job has ended; on Ctrl-C or SIGTERM the running ones are ended first."""
+        """Run until every job has ended; on Ctrl-C or SIGTERM the running ones are ended first."""
         self._sort_out_done()
         self.write()
         self.view = open_view(self.sweep_dir, [job.record for job in self.jobs])
         try:
-            for job in self.jobs:
-                if job.record.before:
-                    self.view.changed(job.record)
-            while self.waiting or self.running:
+            while self.waiting or self.running or self.stale:
                 self._start_ready()
+                if self.stale:  # after the next job has started: drawing takes a second or two
+                    self.stale = False
+                    self.on_change(self.sweep_dir)
                 self._look()
                 self.view.tick()
                 time.sleep(POLL_SECONDS)
@@ -210,6 +207,7 @@ class Sweep:
                 record.state, record.before, record.exit_code, record.seconds = "done", True, 0, took.get(record.dir)
             else:
                 self.waiting.append(job)
+        self.stale = len(self.waiting) < len(self.jobs)
 
     def _start_ready(self) -> None:
         while self.waiting and self.free:
@@ -251,12 +249,11 @@ class Sweep:
         if code == 0 and answer is not None and answer.error is None:
             job.value, state = answer.value, "done"
         else:
-            state, job.record.error = self._verdict(one, code, answer and answer.error, stopped)
+            state, job.record.error = self._verdict(one, code, answer.error if answer else None, stopped)
         for path in (job.file, answer_path(job.file)):
             path.unlink(missing_ok=True)
         self._change(job, state)  # type: ignore[arg-type]
-        if not stopped:
-            self.on_change(self.sweep_dir)
+        self.stale = True
 
     def _verdict(self, one: Running, code: int, error: str | None, stopped: bool) -> tuple[State, str]:
         """The state of a job that did not end well, and why, in one line."""

@@ -50,13 +50,14 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
     """
     refuse_inside_ranks(overrides)
     parsed = parse_overrides(overrides)
-    fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+    fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     base = compose_unchecked([*search, *fixed], config_name, with_hydra=True)
     refuse_missing_launcher(base)
-    swept = [override.input_line for override in parsed if override.is_sweep_override()]
+    swept = [str(override.input_line) for override in parsed if override.is_sweep_override()]
     if not base.hydra.sweeper.get("_target_", "").endswith(".BasicSweeper"):
-        grid = [*swept, *_params(base)]
-        return _name_directory(base, [{"fixed": comparable(check(without_hydra(base))), "swept": sorted(grid)}])
+        grid = [*_params(base), *swept]
+        content = {"fixed": comparable(check(without_hydra(base))), "swept": sorted(grid)}
+        return [*_name_directory(base, [content]), *_add_axes(base, grid, prefix="${hydra.job.num}-")]
     jobs = [compose_job(job, search, config_name) for job in split_jobs([*_params(base), *overrides])]
     refuse_doubles(jobs)
     return [*_name_directory(base, [job.config for job in jobs]), *_name_subdirectories(base, jobs, swept)]
@@ -140,10 +141,15 @@ def _name_subdirectories(base: DictConfig, jobs: Sequence[Job], swept: Sequence[
     names = [job.subdir for job in jobs]
     if None in names or len({*names}) == len(names):
         return []
-    keys = [word.partition("=")[0].lstrip("+") for word in swept]
+    return _add_axes(base, swept)
+
+
+def _add_axes(base: DictConfig, swept: Sequence[str], prefix: str = "") -> list[str]:
     written = OmegaConf.to_container(base.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
-    axes = [f"-{_short(key)}" + "${dpo_kit.file_name:${" + _node(base, key) + "}}" for key in keys if key not in written]
-    return [f"hydra.sweep.subdir={quote(written + ''.join(axes))}"]
+    keys = [word.partition("=")[0].lstrip("+") for word in swept]
+    added = [key for key in keys if "${" + key + "}" not in written and not key.startswith(("method", "hydra"))]
+    axes = "".join(f"-{_short(key)}" + "${dpo_kit.file_name:${" + _node(base, key) + "}}" for key in added)
+    return [f"hydra.sweep.subdir={quote(prefix + written + axes)}"]
 
 
 def _short(key: str) -> str:

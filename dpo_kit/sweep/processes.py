@@ -16,6 +16,8 @@ from typing import Protocol
 
 from dpo_kit.sweep.job import run_file
 
+PRELOAD = ["dpo_kit.sweep.warm"]
+
 
 class Process(Protocol):
     """A started job."""
@@ -70,9 +72,9 @@ def find_program(name: str) -> str:
 class ForkStarter:
     """A fork of a server that has imported all that a run needs: the second job starts at once."""
 
-    def __init__(self, preload: Sequence[str] = ("dpo_kit.sweep.warm",)) -> None:
+    def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(list(preload))
+        self.context.set_forkserver_preload(PRELOAD)
 
     def __call__(self, file: Path, log: Path, environment: Mapping[str, str]) -> Process:
         process = self.context.Process(target=run_forked, args=(file, log, dict(environment)), daemon=False)

@@ -50,6 +50,7 @@ class Board:
         self.jobs, self.labels = jobs, label_jobs(jobs)
         self.progress = {job.number: Progress(sweep_dir / job.dir) for job in jobs}
         self.started: dict[int, float] = {}
+        self.place = near(sweep_dir)
 
     def note_start(self, job: JobRecord) -> None:
         """Figures of an earlier start stay until this one writes its own."""
@@ -62,12 +63,14 @@ class Board:
 
     def table(self) -> Table:
         """One row per job."""
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        done = sum(job.state == "done" for job in self.jobs)
+        title = f"{done} of {len(self.jobs)} jobs done · {self.place}"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
         table.add_column("job", justify="right")
-        table.add_column("swept", overflow="ellipsis", no_wrap=True, max_width=36)
-        table.add_column("state", no_wrap=True)
-        for name in ("step", "held-out\naccuracy", "KL, nats\n(forward)", "time\n"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("swept", overflow="ellipsis", no_wrap=True, max_width=28)
+        table.add_column("state", no_wrap=True, min_width=11)  # fixed widths: nothing jumps while it runs
+        for name, width in (("step", 12), ("held-out\naccuracy", 8), ("KL, nats\n(forward)", 9), ("time", 12)):
+            table.add_column(name, justify="right", no_wrap=True, min_width=width)
         for job, label in zip(self.jobs, self.labels, strict=True):
             table.add_row(*self._cells(job, label))
         return table
@@ -89,7 +92,7 @@ class Board:
     def _time(self, job: JobRecord, progress: Progress) -> str:
         if job.state == "running":
             left = progress.seconds_left()
-            return "" if left is None else f"{format_seconds(left)} left"
+            return "" if left is None else f"{format_seconds(left, coarse=True)} left"
         return "before" if job.before else "" if job.seconds is None else format_seconds(job.seconds)
 
 
@@ -125,6 +128,8 @@ class Lines:
 
     def __init__(self, board: Board, console: Console) -> None:
         self.board, self.console = board, console
+        if before := sum(job.before for job in board.jobs):
+            log.info("%d of %d jobs were done by an earlier start", before, len(board.jobs))
 
     def changed(self, job: JobRecord) -> None:
         label = self.board.labels[[each.number for each in self.board.jobs].index(job.number)]
@@ -135,8 +140,6 @@ class Lines:
         log.info("job %d, %s: %s%s", job.number, label, job.state, self._outcome(job))
 
     def _outcome(self, job: JobRecord) -> str:
-        if job.before:
-            return " by an earlier start"
         if job.error:
             return f" after {format_seconds(job.seconds or 0)}: {job.error}"
         accuracy, drift = (self.board.read(job).figure(keys) for keys in (ACCURACY, DRIFT))
@@ -164,9 +167,16 @@ def label_jobs(jobs: Sequence[JobRecord]) -> list[str]:
     return [" ".join(words) or f"beta={job.beta}" for words, job in zip(own, jobs, strict=True)]
 
 
-def format_seconds(seconds: float) -> str:
-    """12 s, 3 min 05 s, 2 h 10 min."""
+def near(path: Path) -> Path:
+    """`path` as one would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def format_seconds(seconds: float, *, coarse: bool = False) -> str:
+    """12 s, 3 min 05 s, 2 h 10 min; `coarse` for what is only estimated: 3 min, 2 h 10."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 60:
+        return f"{minutes} min" if coarse else f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d}" + ("" if coarse else " min")

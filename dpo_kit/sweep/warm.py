@@ -10,15 +10,34 @@ import contextlib
 import gc
 import importlib
 import io
-import logging
 
 from dpo_kit.quiet import quiet_imports
 
 MODULES = (
     "dpo_kit.cli",
     "dpo_kit.training",
+    "dpo_kit.toy.domain",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.kto_trainer",
+    "trl.experimental.cpo",
+    "trl.experimental.orpo",
+    "transformers.models.auto.processing_auto",
+    "transformers.models.auto.feature_extraction_auto",
+    "transformers.models.auto.image_processing_auto",
+    "transformers.models.auto.video_processing_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "torch.utils.serialization.config",
+    "peft.tuners.lora",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "rich.console",
+    "rich.progress",
+    "pydantic.type_adapter",
+    "hydra.core.plugins",
+    "wandb",
+    "PIL.PngImagePlugin",
 )
-log = logging.getLogger(__name__)
 
 
 def warm_up() -> None:

@@ -4,7 +4,7 @@
 # look up annotations that are strings, and every start of every Hydra program would fail.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, List, Optional
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
@@ -18,16 +18,14 @@ class ProcessLauncherConf:
     """The options under hydra.launcher."""
 
     _target_: str = "hydra_plugins.dpo_kit_launcher.launcher.ProcessLauncher"
-    jobs: Optional[int] = None  # at a time; null: one per device slot, one on a machine without GPU
-    devices: Optional[List[str]] = None  # null: every visible GPU; one named twice takes two jobs at a time
+    jobs: int | None = None  # at a time; null: one per device slot, one on a machine without GPU
+    devices: list[str] | None = None  # null: every visible GPU; one named twice takes two jobs at a time
     devices_per_job: int = 1
-    command: List[str] = field(default_factory=list)  # before `python -m …`, such as [accelerate, launch, …]
-    timeout_minutes: Optional[float] = None  # a job beyond it is ended
+    command: list[str] = field(default_factory=list)  # before `python -m …`, such as [accelerate, launch, …]
+    timeout_minutes: float | None = None  # a job beyond it is ended
 
 
-ConfigStore.instance().store(
-    group="hydra/launcher", name="processes", node=ProcessLauncherConf, provider="dpo_kit"
-)
+ConfigStore.instance().store(group="hydra/launcher", name="processes", node=ProcessLauncherConf, provider="dpo_kit")
 
 
 class ProcessLauncher(Launcher):
@@ -35,9 +33,9 @@ class ProcessLauncher(Launcher):
 
     def __init__(self, **options: Any) -> None:
         self.options = options
-        self.hydra_context: Optional[HydraContext] = None
-        self.task_function: Optional[TaskFunction] = None
-        self.config: Optional[DictConfig] = None
+        self.hydra_context: HydraContext | None = None
+        self.task_function: TaskFunction | None = None
+        self.config: DictConfig | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what `launch` needs."""
