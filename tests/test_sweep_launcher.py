@@ -20,7 +20,7 @@ from dpo_kit.config import compose
 from dpo_kit.errors import ConfigError, SweepError
 from dpo_kit.run import RunDirectory, write_json
 from dpo_kit.sweep.devices import device_slots, visible_devices
-from dpo_kit.sweep.launcher import Job
+from dpo_kit.sweep.launcher import Job, threads_per_job
 from dpo_kit.sweep.plan import means_multirun, plan_sweep, split_jobs
 from dpo_kit.sweep.progress import Progress
 from dpo_kit.sweep.record import JobRecord
@@ -88,6 +88,12 @@ def test_the_same_jobs_have_the_same_directory_in_any_order_and_other_jobs_have_
     assert directory("beta=0.1,0.5", "tracking=none", "resume=never") == here
     others = [["beta=0.1,0.2"], ["beta=0.1,0.5", "seed=1"], ["beta=0.1,0.5", "trl.max_steps=9"], ["beta=0.1"]]
     assert len({here, *(directory(*words) for words in others)}) == 5
+
+
+def test_methods_and_a_beta_sweep_make_every_combination():
+    jobs = split_jobs(["beta=0.05,0.1,0.2,0.5", "method=dpo,ipo,kto", "beta-sweep=standard"])
+    assert len(jobs) == 12 and ["beta=0.1", "method=kto", "beta-sweep=standard"] in jobs
+    assert directory("method=dpo,ipo", "beta-sweep=standard") != directory("beta-sweep=standard")
 
 
 def test_a_directory_of_one_s_own_wins():
@@ -237,9 +243,25 @@ def test_a_job_is_called_by_what_tells_it_from_the_others():
     assert label_jobs([record(1), record(2)]) == ["beta=0.1 trl.learning_rate=1e-6", "beta=0.2 trl.learning_rate=2e-6"]
 
 
+def test_a_summary_that_fails_is_logged_and_ends_no_sweep(tmp_path, monkeypatch, caplog):
+    import dpo_kit.sweep
+
+    monkeypatch.setattr(dpo_kit.sweep, "_write_summary", lambda folder: 1 / 0)
+    dpo_kit.sweep.refresh(tmp_path)
+    assert "could not be written" in caplog.text
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(5.2, "5 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s")])
 def test_times_are_said_in_words(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_forked_jobs_share_the_cores_unless_the_user_has_said(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [threads_per_job(jobs) for jobs in (1, 2, 16)] == [None, 4, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_per_job(2) is None
 
 
 def test_other_sweepers_get_a_value_for_what_is_done_and_an_error_for_what_is_not(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -109,13 +110,13 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _end_without(parent: int) -> None:
-    """A sweep that was killed takes its jobs along: no second start may find one still writing.
-
-    `parent` may be a zombie for long; what started this process directly is gone from getppid at once.
-    """
-    above = os.getppid()
-    while os.getppid() == above and _alive(parent):
-        time.sleep(1.0)
+    """A sweep that was killed takes its jobs along: no second start may find one still writing."""
+    if forked_by := multiprocessing.parent_process():
+        forked_by.join()
+    else:
+        above = os.getppid()  # changes at once; `parent`, further up under a launcher, may stay a zombie for a while
+        while os.getppid() == above and _alive(parent):
+            time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(GRACE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

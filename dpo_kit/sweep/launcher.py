@@ -152,6 +152,13 @@ def describe_failures(sweep_dir: Path, jobs: Sequence[Job]) -> SweepError:
     return SweepError("\n".join([head, *lines]))
 
 
+def threads_per_job(jobs: int) -> int | None:
+    """Jobs that share a processor slow each other down unless they share its cores; None: no need, or said already."""
+    if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+        return None
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
 class Sweep:
     """Jobs waiting, running and ended; one thread, which looks at all of them ten times a second."""
 
@@ -170,7 +177,7 @@ class Sweep:
         self.free = device_slots(list(devices), options["devices_per_job"], options["jobs"])
         self.starter: Starter = choose_starter(list(devices), list(options["command"]))
         self.limit = options["timeout_minutes"] and 60 * options["timeout_minutes"]
-        self.threads = max(1, (os.cpu_count() or 1) // len(self.free)) if len(self.free) > 1 and not devices else None
+        self.threads = threads_per_job(len(self.free)) if not devices else None
         self.waiting: list[Job] = []
         self.running: list[Running] = []
         self.stale = False

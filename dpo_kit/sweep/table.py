@@ -66,8 +66,8 @@ class Board:
         done = sum(job.state == "done" for job in self.jobs)
         title = f"{done} of {len(self.jobs)} jobs done · {self.place}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        table.add_column("job", justify="right")
-        table.add_column("swept", overflow="ellipsis", no_wrap=True, max_width=28)
+        table.add_column("job", justify="right", min_width=3)
+        table.add_column("swept", overflow="ellipsis", no_wrap=True, max_width=26)
         table.add_column("state", no_wrap=True, min_width=11)  # fixed widths: nothing jumps while it runs
         for name, width in (("step", 12), ("held-out\naccuracy", 8), ("KL, nats\n(forward)", 9), ("time", 12)):
             table.add_column(name, justify="right", no_wrap=True, min_width=width)
@@ -162,9 +162,10 @@ def open_view(sweep_dir: Path, jobs: Sequence[JobRecord]) -> View:
 
 def label_jobs(jobs: Sequence[JobRecord]) -> list[str]:
     """What tells each job from the others: its overrides that not all of them have."""
-    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
-    own = [[word for word in job.overrides if word not in common] for job in jobs]
-    return [" ".join(words) or f"beta={job.beta}" for words, job in zip(own, jobs, strict=True)]
+    if len(jobs) == 1:
+        return [f"beta={jobs[0].beta}"]
+    common = set.intersection(*(set(job.overrides) for job in jobs))
+    return [" ".join(word for word in job.overrides if word not in common) for job in jobs]
 
 
 def near(path: Path) -> Path:
