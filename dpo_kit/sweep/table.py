@@ -65,11 +65,13 @@ class Board:
         """One row per job."""
         done = sum(job.state == "done" for job in self.jobs)
         title = f"{done} of {len(self.jobs)} jobs done · {self.place}"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table = Table(
+            title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+        )
         table.add_column("job", justify="right", min_width=3)
-        table.add_column("swept", overflow="ellipsis", no_wrap=True, max_width=26)
+        table.add_column("swept", overflow="ellipsis", no_wrap=True, max_width=34)
         table.add_column("state", no_wrap=True, min_width=11)  # fixed widths: nothing jumps while it runs
-        for name, width in (("step", 12), ("held-out\naccuracy", 8), ("KL, nats\n(forward)", 9), ("time", 12)):
+        for name, width in (("step", 11), ("held-out\naccuracy", 8), ("KL, nats\n(forward)", 9), ("time", 12)):
             table.add_column(name, justify="right", no_wrap=True, min_width=width)
         for job, label in zip(self.jobs, self.labels, strict=True):
             table.add_row(*self._cells(job, label))
@@ -78,7 +80,7 @@ class Board:
     def _cells(self, job: JobRecord, label: str) -> list[Text | str]:
         progress = self.read(job)
         accuracy, drift, steps = progress.figure(ACCURACY), progress.figure(DRIFT), progress.steps()
-        done = f"{progress.step} of {steps}" if steps else ""
+        done = f"{progress.step}/{steps}" if steps else ""
         return [
             str(job.number),
             Text(label),
@@ -165,7 +167,12 @@ def label_jobs(jobs: Sequence[JobRecord]) -> list[str]:
     if len(jobs) == 1:
         return [f"beta={jobs[0].beta}"]
     common = set.intersection(*(set(job.overrides) for job in jobs))
-    return [" ".join(word for word in job.overrides if word not in common) for job in jobs]
+    return [" ".join(_brief(word) for word in job.overrides if word not in common) for job in jobs]
+
+
+def _brief(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return key.rpartition(".")[2] + equals + value
 
 
 def near(path: Path) -> Path:
