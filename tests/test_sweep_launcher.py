@@ -462,8 +462,8 @@ def test_a_warm_job_imports_nothing_that_takes_time(tmp_path):
         "methods = [file.stem for file in (CONF / 'method').glob('*.yaml')]\n"
         "[import_class(compose([f'method={name}']).method.trainer) for name in methods]\n"
         "heavy = ('torch', 'trl', 'transformers', 'datasets', 'matplotlib', 'peft', 'accelerate', 'wandb', 'pandas')\n"
-        "print([m for m in set(sys.modules) - before if m.split('.')[0] in heavy])"
+        "print(*[m for m in set(sys.modules) - before if m.split('.')[0] in heavy])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    late = done.stdout.splitlines()[-1]
-    assert len(eval(late)) <= 3, late  # a module or two that only one version has
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
+    late = set(done.stdout.split())
+    assert late <= {"torch.profiler._cupti_monitor"}  # imported with the first profile, in no time
