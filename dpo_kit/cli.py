@@ -8,31 +8,31 @@ import dataclasses
 import io
 import logging
 import os
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from dpo_kit.config import CONF, check, compose_unchecked, register
 from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
 from dpo_kit.help import help_text
+from dpo_kit.sweep.plan import means_multirun, plan_sweep
 
 if TYPE_CHECKING:
     from dpo_kit.finish import Result
 
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 log = logging.getLogger("dpo_kit")
 
 
 def main() -> None:
-    """`python -m dpo_kit` and `dpo-kit`: exits 0 done, 1 failed, 2 refused, 130 on Ctrl-C."""
+    """`python -m dpo_kit` and `dpo-kit`: exits 0 done, 1 failed, 2 refused, 130 on Ctrl-C, 143 on SIGTERM."""
     if "--version" in sys.argv[1:]:  # Hydra would print its own
         sys.stdout.write(f"dpo_kit {version('dpo-kit')}\n")
         return
@@ -41,13 +41,19 @@ def main() -> None:
         sys.stdout.write(help_text(args.config_dir))
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_exit_code(args))
+
+
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM unwinds like Ctrl-C, so that the run says that it was interrupted."""
+    raise SystemExit(TERMINATED)
 
 
 def _exit_code(args: argparse.Namespace) -> int:
     try:
         if not (args.hydra_help or args.shell_completion or args.info):
-            refuse_early(args)
+            sys.argv[1:] = refuse_early(args)
         run()
     except (ConfigError, DataError, ModelError) as error:
         sys.stderr.write(f"dpo_kit: refused: {error}\n")
@@ -61,22 +67,22 @@ def _exit_code(args: argparse.Namespace) -> int:
     return DONE
 
 
-def refuse_early(args: argparse.Namespace) -> None:
-    """Compose and check what is about to run, before Hydra writes its first file. Raises ConfigError."""
+def refuse_early(args: argparse.Namespace) -> list[str]:
+    """Compose and check what is about to run, before Hydra writes its first file; returns the command line for Hydra.
+
+    Raises ConfigError.
+    """
     search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
-    for overrides in _jobs(args):
-        check(compose_unchecked([*search, *overrides], args.config_name or "config"))
+    implied = means_multirun(args)
+    if args.cfg or not (args.multirun or implied or "hydra.mode=MULTIRUN" in args.overrides):
+        check(compose_unchecked([*search, *args.overrides], args.config_name or "config"))
+        return sys.argv[1:]
+    named = plan_sweep(args.overrides, search, args.config_name or "config")
+    flags = [word for word in sys.argv[1:] if word not in args.overrides]  # argparse wants the overrides in one piece
+    return [*flags, *(["--multirun"] if implied else []), *args.overrides, *named]
 
 
-def _jobs(args: argparse.Namespace) -> list[list[str]]:
-    if not args.multirun:
-        return [args.overrides]
-    parsed = OverridesParser.create().parse_overrides(args.overrides)
-    return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def run(cfg: DictConfig) -> float | None:
+def task(cfg: DictConfig) -> float | None:
     """One run; returns what a sweeper may maximise: the held-out accuracy."""
     directory = HydraConfig.get().runtime.output_dir
     log.info("method=%s beta=%g seed=%d → %s", cfg.method.name, cfg.beta, cfg.seed, directory)
@@ -86,6 +92,9 @@ def run(cfg: DictConfig) -> float | None:
     result = train(cfg, directory)
     show(result)
     return result.final.get("probe/accuracy")
+
+
+run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
 
 
 def show(result: Result) -> None:

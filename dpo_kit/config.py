@@ -59,6 +59,8 @@ def register() -> None:
         "file": lambda name: str(PACKAGE / name),
         "multiply": lambda a, b: float(a) * float(b),
         "learning_rate": _learning_rate,
+        "file_name": lambda value: re.sub(r"[^\w.+-]+", "_", str(value).rstrip("/").rpartition("/")[2]),
+        "sweep_id": lambda: "unnamed",  # the command line puts the hash of the jobs here
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(f"dpo_kit.{name}", resolver, replace=True)
@@ -79,11 +81,11 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
     return cfg
 
 
-def compose_unchecked(overrides: Sequence[str], config_name: str = "config") -> DictConfig:
+def compose_unchecked(overrides: Sequence[str], config_name: str = "config", *, with_hydra: bool = False) -> DictConfig:
     register()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="dpo_kit"):
-            return hydra.compose(config_name, overrides=list(overrides))
+            return hydra.compose(config_name, overrides=list(overrides), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
 
@@ -216,6 +218,8 @@ def _loss_faults(settings: Settings) -> Iterator[str]:
 def explain(error: Exception) -> ConfigError:
     """Hydra's and OmegaConf's errors in our words: what was refused, and the near miss."""
     text = str(error)
+    if "hydra/launcher/submitit_" in text:
+        return ConfigError("this launcher needs hydra-submitit-launcher: pip install 'dpo-kit[slurm]'")
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(_wrong_choice(group, option, [str(o) for o in error.options]))

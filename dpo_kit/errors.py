@@ -4,7 +4,8 @@
     ├── ConfigError (also ValueError)   a key, a value or a combination that cannot train as meant
     ├── DataError   (also ValueError)   a file, a row or a column that cannot be trained on
     ├── ModelError  (also ValueError)   weights, tokenizer or reference that do not fit
-    └── TrainingError                   training ended in a state that must not be kept
+    ├── TrainingError                   training ended in a state that must not be kept
+    └── SweepError                      some jobs of a sweep did not end well; the others are complete
 
 A message names the key (or file and line), the rule, the value found and the remedy.
 """
@@ -28,3 +29,7 @@ class ModelError(DpoKitError, ValueError):
 
 class TrainingError(DpoKitError):
     """Training ended in a state that must not be kept, such as weights that are not finite."""
+
+
+class SweepError(DpoKitError):
+    """Some jobs of a sweep did not end well; the others are complete."""

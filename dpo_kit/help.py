@@ -21,7 +21,8 @@ usage: python -m dpo_kit [group=option | key=value] …
   python -m dpo_kit method=ipo beta=0.2           another method, another beta
   python -m dpo_kit model=local model.path=DIR data=jsonl data.train=pairs.jsonl
   python -m dpo_kit trl.num_train_epochs=2        any field of TRL's own config
-  python -m dpo_kit -m beta=0.05,0.1,0.2,0.5      one run for each
+  python -m dpo_kit beta-sweep=standard           one run for each beta of a grid, each in its own process
+  python -m dpo_kit -m beta=0.1,0.5 seed=0,1,2    any values of any keys; the same command goes on where it stopped
   python -m dpo_kit --cfg job                     print the composed config and stop
   python -m dpo_kit --config-dir DIR method=mine  add your own options to the groups
 
@@ -31,7 +32,7 @@ groups and their options (the first line of an option's file says what it is):
 what beta means (default; grid):
 {betas}
 """
-GROUPS = ("method", "model", "data", "beta-sweep", "callbacks", "tracking", "experiment")
+GROUPS = ("method", "model", "data", "beta-sweep", "callbacks", "tracking", "experiment", "hydra/launcher")
 PULL = {
     "closer": "Higher stays closer to the reference.",
     "stronger": "Higher pulls harder at the preferences.",
@@ -41,7 +42,7 @@ PULL = {
 def help_text(config_dir: str | None = None) -> str:
     """Usage, groups with their options (those of `config_dir` too), and what beta means in each method."""
     roots = [CONF, *([Path(config_dir)] if config_dir else [])]
-    groups = [_entry(group, ", ".join(_options(group, roots)), 13) for group in GROUPS]
+    groups = [_entry(group, ", ".join(_options(group, roots)), 17) for group in GROUPS]
     betas = [_beta_entry(name, tuple(roots)) for name in _options("method", roots)]
     return USAGE.format(groups="\n".join(groups), betas="\n".join(betas))
 
@@ -58,7 +59,7 @@ def _entry(name: str, text: str, column: int) -> str:
 
 
 def _options(group: str, roots: list[Path]) -> list[str]:
-    added = REPORTERS if group == "tracking" else ()
+    added = {"tracking": REPORTERS, "hydra/launcher": ("processes",)}.get(group, ())
     return sorted({*(file.stem for root in roots for file in (root / group).glob("*.yaml")), *added})
 
 

@@ -13,9 +13,7 @@ from typing import Any
 from dpo_kit.arguments import effective_batch
 from dpo_kit.data.prepare import Prepared
 from dpo_kit.data.rows import digest
-from dpo_kit.errors import ConfigError
-from dpo_kit.run import RunDirectory, read_json
-from dpo_kit.secrets import redact
+from dpo_kit.identity import comparable
 from dpo_kit.settings import Settings
 
 PACKAGES = (
@@ -55,28 +53,6 @@ def build_manifest(settings: Settings, data: Prepared, command: str | None) -> d
             "sha256": hash_weights(settings.model.path),
         },
     }
-
-
-def comparable(settings: Settings) -> dict[str, Any]:
-    """The resolved config without what may differ between two starts of one run."""
-    return redact(settings.model_dump(mode="json", exclude={"resume": True, "tracking": True, "choose": True}))
-
-
-def refuse_other_run(run: RunDirectory, settings: Settings) -> None:
-    """ConfigError where the directory already holds a run of another config; names the keys that differ."""
-    if not run.manifest.exists():
-        return
-    there, here = _flat(read_json(run.manifest)["config"]), _flat(comparable(settings))
-    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    if differing:
-        shown = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} now" for key in differing[:5])
-        raise ConfigError(f"{run.root} holds a run of another config ({shown}): choose another hydra.run.dir")
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.removesuffix("."): tree}
-    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
 
 
 def git_state() -> str | None:

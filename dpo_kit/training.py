@@ -23,7 +23,8 @@ from dpo_kit.data.prepare import Prepared, Rows, prepare
 from dpo_kit.errors import ConfigError
 from dpo_kit.finish import Result, finish_run, write_failure
 from dpo_kit.gold import label_ceiling, load_gold
-from dpo_kit.manifest import build_manifest, refuse_other_run
+from dpo_kit.identity import refuse_other_run
+from dpo_kit.manifest import build_manifest
 from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
 from dpo_kit.quiet import quiet_libraries
@@ -48,6 +49,7 @@ def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
     refuse_other_run(run, settings)
     if (ended := run.read_result()) and ended["status"] == "done":
         return Result.read(run.root)
+    run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
     data = prepare_data(settings, tokenizer, run)
@@ -98,7 +100,10 @@ def typed_command() -> str | None:
     """What was typed to start this run, secrets redacted; None from Python."""
     if not HydraConfig.initialized():
         return None
-    return shlex.join(["python", "-m", "dpo_kit", *redact_argv(HydraConfig.get().overrides.task)])
+    words = [
+        word for word in HydraConfig.get().overrides.task if not word.startswith("beta-sweep=")
+    ]  # of this run only
+    return shlex.join(["python", "-m", "dpo_kit", *redact_argv(words)])
 
 
 def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirectory) -> tracking.Tracker:

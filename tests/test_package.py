@@ -26,6 +26,7 @@ def test_the_wheel_holds_conf_and_the_embedded_lab(wheel):
         "dpo_kit/conf/method/dpo.yaml",
         "dpo_kit/toy/model/model.safetensors",
         "dpo_kit/py.typed",
+        "hydra_plugins/dpo_kit_launcher/launcher.py",
     } <= names
     assert not any(name.startswith(("tests/", "examples/")) for name in names)
 

@@ -1,1 +1,1 @@
-"""Sweeps: many runs side by side under one folder, and what they say together."""
+"""Sweeps: many runs side by side under one folder, how they are started and what they say together."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from dpo_kit.sweep.runs import RunRecord, read_runs, read_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,14 @@ def write_summary(sweep_dir: str | Path, *, ideal: str | Path | None = None, **l
     draw_frontier(summary.sweep_dir, summary.runs, summary.choice, ideal=ideal)
     draw_curves(summary.sweep_dir, summary.runs)
     return summary
+
+
+def refresh(sweep_dir: str | Path) -> None:
+    """`write_summary` after a job of a sweep that goes on: a failure here is logged and never ends the sweep."""
+    try:
+        write_summary(sweep_dir)
+    except Exception:
+        log.warning("the summary of %s could not be written", sweep_dir, exc_info=True)
 
 
 def show_summary(

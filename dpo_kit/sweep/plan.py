@@ -1,0 +1,166 @@
+"""What a command line is about to sweep: every job composed and checked, the directories named. Nothing is written."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_kit.config import check, compose_unchecked, explain
+from dpo_kit.errors import ConfigError
+from dpo_kit.identity import comparable, sweep_id
+
+SWEEP_ID = "${dpo_kit.sweep_id:}"
+OPTION = "beta-sweep"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep: its overrides, what makes it the same run as another, the name of its directory."""
+
+    overrides: list[str]
+    config: dict[str, Any]
+    subdir: str | None  # None: known only when it is launched
+
+
+def means_multirun(args: argparse.Namespace) -> bool:
+    """Whether `beta-sweep=<option>` asks for a sweep without -m: Hydra 1.4 lets no option say so itself."""
+    asks_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    chosen = [word.split("=", 1)[1] for word in args.overrides if word.lstrip("+").startswith(f"{OPTION}=")]
+    decided = args.multirun or args.run or any(word.startswith("hydra.mode=") for word in args.overrides)
+    return bool(chosen) and chosen[-1] not in ("none", "null", "") and not (asks_only or decided)
+
+
+def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str) -> list[str]:
+    """Check every job that `overrides` ask for; returns the overrides that name the directories.
+
+    Under a sweeper that draws its values while it runs (Optuna) only what is not swept can be checked.
+    Raises ConfigError.
+    """
+    refuse_inside_ranks(overrides)
+    parsed = parse_overrides(overrides)
+    fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    base = compose_unchecked([*search, *fixed], config_name, with_hydra=True)
+    refuse_missing_launcher(base)
+    swept = [str(override.input_line) for override in parsed if override.is_sweep_override()]
+    if not base.hydra.sweeper.get("_target_", "").endswith(".BasicSweeper"):
+        grid = [*_params(base), *swept]
+        content = {"fixed": comparable(check(without_hydra(base))), "swept": sorted(grid)}
+        return [*_name_directory(base, [content]), *_add_axes(base, grid, prefix="${hydra.job.num}-")]
+    jobs = [compose_job(job, search, config_name) for job in split_jobs([*_params(base), *overrides])]
+    refuse_doubles(jobs)
+    return [*_name_directory(base, [job.config for job in jobs]), *_name_subdirectories(base, jobs, swept)]
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's reading of `overrides`; ConfigError where it cannot read them, or where several grids are asked for."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise explain(error) from error
+    if grids := [o.input_line for o in parsed if o.is_sweep_override() and o.key_or_group == OPTION]:
+        raise ConfigError(f"beta-sweep takes one option, got {grids[0]}: list the values instead, beta=0.05,0.1,0.5")
+    return parsed
+
+
+def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job, as Hydra's own sweeper combines them: later words win over earlier ones."""
+    try:
+        batches = BasicSweeper.split_arguments(parse_overrides(overrides), None)
+    except HydraException as error:
+        raise explain(error) from error
+    return [list(job) for batch in batches for job in batch]
+
+
+def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -> Job:
+    """The job of `overrides`, checked."""
+    cfg = compose_unchecked([*search, *overrides], config_name, with_hydra=True)
+    try:
+        subdir = str(cfg.hydra.sweep.subdir)
+    except OmegaConfBaseException:  # speaks of the job's number, say
+        subdir = None
+    return Job(overrides, comparable(check(without_hydra(cfg))), subdir)
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """`cfg` as a job's task sees it."""
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+    return cfg
+
+
+def refuse_inside_ranks(overrides: Sequence[str]) -> None:
+    """ConfigError under torchrun or accelerate: each rank would sweep, and the second job finds no process group."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        prefix = f'hydra.launcher.command=[accelerate,launch,--num_processes,"{ranks}",--main_process_port,"0"]'
+        remedy = shlex.join(["python", "-m", "dpo_kit", "-m", *overrides, f"hydra.launcher.devices_per_job={ranks}"])
+        raise ConfigError(
+            "a sweep cannot run inside torchrun or accelerate: sweep outside, and let each job be started by it: "
+            f"{remedy} {shlex.quote(prefix)}"
+        )
+
+
+def refuse_missing_launcher(base: DictConfig) -> None:
+    """ConfigError where the chosen launcher's package is not installed."""
+    package = ".".join(str(base.hydra.launcher.get("_target_", "")).split(".")[:2])
+    if package == "hydra_plugins.hydra_ray_launcher" and importlib.util.find_spec(package) is None:
+        raise ConfigError("hydra/launcher=ray needs hydra-ray-launcher: pip install 'dpo-kit[ray]'")
+
+
+def refuse_doubles(jobs: Sequence[Job]) -> None:
+    """ConfigError where two jobs are the same run."""
+    for number, job in enumerate(jobs):
+        if any(job.config == earlier.config for earlier in jobs[:number]):
+            raise ConfigError(f"two jobs of this sweep are the same run ({' '.join(job.overrides)}): name each once")
+
+
+def _params(base: DictConfig) -> list[str]:
+    return [f"{key}={value}" for key, value in (base.hydra.sweeper.get("params") or {}).items()]
+
+
+def _name_directory(base: DictConfig, configs: list[dict[str, Any]]) -> list[str]:
+    written = OmegaConf.to_container(base.hydra.sweep, resolve=False)["dir"]  # type: ignore[index,call-overload]
+    return [f"hydra.sweep.dir={quote(written.replace(SWEEP_ID, sweep_id(configs)))}"] if SWEEP_ID in written else []
+
+
+def _name_subdirectories(base: DictConfig, jobs: Sequence[Job], swept: Sequence[str]) -> list[str]:
+    """Where two jobs would share a directory, further axes go into its name."""
+    names = [job.subdir for job in jobs]
+    if None in names or len({*names}) == len(names):
+        return []
+    return _add_axes(base, swept)
+
+
+def _add_axes(base: DictConfig, swept: Sequence[str], prefix: str = "") -> list[str]:
+    written = OmegaConf.to_container(base.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+    keys = [word.partition("=")[0].lstrip("+") for word in swept]
+    added = [key for key in keys if "${" + key + "}" not in written and not key.startswith(("method", "hydra"))]
+    axes = "".join(f"-{_short(key)}" + "${dpo_kit.file_name:${" + _node(base, key) + "}}" for key in added)
+    return [f"hydra.sweep.subdir={quote(prefix + written + axes)}"]
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2].rpartition("/")[2]
+
+
+def _node(base: DictConfig, key: str) -> str:
+    """Where the value of an axis stands in a job's config: a group's choice, or the key itself."""
+    return f"hydra.runtime.choices.{key}" if key in base.hydra.runtime.choices else key
+
+
+def quote(text: str) -> str:
+    """`text` as one value in Hydra's grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
