@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from dpo_kit.arguments import effective_batch
 from dpo_kit.data.prepare import Prepared
 from dpo_kit.data.rows import digest
 from dpo_kit.identity import comparable
+from dpo_kit.run import hash_weights
 from dpo_kit.settings import Settings
 
 PACKAGES = (
@@ -65,13 +64,3 @@ def git_state() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run[0].stdout.strip() + ("+changes" if run[1].stdout.strip() else "") if run[0].returncode == 0 else None
-
-
-def hash_weights(path: str) -> str | None:
-    """sha256 over the safetensors files of a local folder; None for a hub id (its revision names the weights)."""
-    files = sorted(Path(path).expanduser().glob("*.safetensors"))
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            total.update(hashlib.file_digest(opened, "sha256").digest())
-    return total.hexdigest() if files else None

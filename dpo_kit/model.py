@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from dpo_kit.errors import ConfigError, ModelError
@@ -36,6 +36,13 @@ def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:
 def load_reference(model: Model) -> PreTrainedModel:
     """The reference: the policy's own start, or `model.reference`; frozen."""
     return _load_weights(model, model.reference or model.path).eval().requires_grad_(False)
+
+
+def load_tuned(model: Model, folder: Path) -> PreTrainedModel:
+    """What a run left in `folder`: the tuned weights, or its adapter on the weights that it started from."""
+    if model.tuning == "full":
+        return _load_weights(model, str(folder))
+    return PeftModel.from_pretrained(_load_weights(model, model.path), folder)  # type: ignore[return-value]
 
 
 def build_adapter(model: Model) -> PeftConfig | None:

@@ -6,6 +6,7 @@ written last, so that it means "this run has ended, and this is how".
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -35,6 +36,7 @@ class RunDirectory:
     model = property(lambda self: self.root / "model")
     picture = property(lambda self: self.root / "report.png")
     result = property(lambda self: self.root / "result.json")
+    test = property(lambda self: self.root / "test.json")
 
     def read_result(self) -> dict[str, Any] | None:
         """How the run ended, or None where it has not."""
@@ -81,6 +83,16 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def hash_weights(path: str | Path) -> str | None:
+    """sha256 over the safetensors files of a local folder; None for a hub id (its revision names the weights)."""
+    files = sorted(Path(path).expanduser().glob("*.safetensors"))
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest() if files else None
 
 
 def finite(value: Any) -> Any:

@@ -58,7 +58,9 @@ def write_run(
     write_jsonl(run / "probe.jsonl", _pairs(margins or []))
     result = {"status": status, "method": method, "beta": beta, "seed": seed, "tuning": "full"}
     if status == "done":
-        result |= {"start": start, "final": final, "seconds": {"train": 12.5}} | ({"test": test} if test else {})
+        result |= {"start": start, "final": final, "seconds": {"train": 12.5}}
+    if test:
+        write_json(run / "test.json", test)
     if error:
         result["error"] = error
     if status:

@@ -10,13 +10,13 @@ import dpo_kit
 
 PACKAGE = Path(dpo_kit.__file__).parent
 LAYERS = [
-    {"errors", "history", "metrics", "run", "secrets", "toy", "toy.domain", "toy.build"},
+    {"errors", "history", "metrics", "run", "secrets", "toy", "toy.domain", "toy.build", "toy.ideal"},
     {"trl_schema", "settings", "config", "help", "hardware", "tokens", "sampling", "tracking", "quiet"},
     {"data", "data.read", "data.rows", "data.interleave", "data.prepare", "arguments", "model", "scoring", "scores"},
     {"identity", "reference"},
     {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},
     {"callbacks", "preview"},
-    {"measure", "finish"},
+    {"measure", "finish", "held_out"},
     {"training"},
     {"sweep", "sweep.runs", "sweep.evidence", "sweep.labels", "sweep.plan", "sweep.devices", "sweep.record"},
     {"sweep.quality", "sweep.rows", "sweep.progress", "sweep.job"},

@@ -230,13 +230,17 @@ def test_runs_of_two_models_have_a_panel_each(tmp_path: Path, texts: list[list[s
 
 def test_predictions_are_drawn_as_such_and_the_ideal_where_it_is_known(tmp_path: Path, texts: list[list[str]]) -> None:
     four(tmp_path)
-    points = [{"beta": b, "kl_reverse_nats": kl, "gold_reward": 1.0} for b, kl in ((0.2, 4.1), (1.0, 1.5))]
+    points = [{"beta": b, "probe/kl_reverse_rb_nats": kl, "gold/reward": 1.0} for b, kl in ((0.2, 4.1), (1.0, 1.5))]
     write_json(tmp_path / "1-dpo-beta0.1" / "preview.json", {"from_beta": 0.1, "points": points})
     ideal = {"ideal": [[0, 0.2], [4, 2.0], [8, 2.5]], "best_of_n": [[4, 0.6, 0.9], [1000, 5.9, 2.0]]}
     write_json(tmp_path / "ideal.json", ideal)
     write_summary(tmp_path)
     assert "β 1 predicted" in texts[0] and "β 0.2 predicted" not in texts[0]
     assert "ideal" in texts[0] and "best of 1000" in texts[0]
+    write_json(tmp_path / "ideal.json", ideal | {"model_sha256": "of other weights"})
+    texts.clear()
+    write_summary(tmp_path)
+    assert "ideal" not in texts[0]
     (tmp_path / "elsewhere.json").write_text('{"ideal": [[1]]}')
     with pytest.raises(DataError, match="best_of_n"):
         write_summary(tmp_path, ideal=tmp_path / "elsewhere.json")

@@ -1,6 +1,7 @@
 """The embedded lab: its reward, its raters, its files and the script that makes them."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -162,12 +163,46 @@ def test_tokenizer_gives_any_text_back_and_the_prompt_is_a_prefix_of_the_chat():
     assert whole[-1] == tokenizer.eos_token_id
 
 
+def test_the_ideal_curve_is_the_optimum_where_every_answer_can_be_enumerated():
+    """Two answers of reward 0 and 1, equally likely under the reference: tilted by e^{1/λ}, KL and reward by hand."""
+    torch = pytest.importorskip("torch")
+    from dpo_kit.toy.ideal import best_of_n, ideal_curve
+
+    rewards = torch.tensor([0.0, 1.0]).repeat(3, 32)
+    for kl, reward in ideal_curve(rewards):
+        expected = math.log(2) + reward * math.log(reward) + ((1 - reward) * math.log(1 - reward) if reward < 1 else 0)
+        assert kl == pytest.approx(expected, abs=1e-4)
+    near = ideal_curve(rewards)[0]
+    assert near[1] == pytest.approx(1 / (1 + math.exp(-1 / 10**1.5)), abs=1e-4)
+    picked = {n: reward for n, _, reward in best_of_n(torch.rand(1, 64).sort().values * 0 + torch.arange(64.0))}
+    assert picked[1] == pytest.approx(31.5) and picked[2] == pytest.approx(65 * 2 / 3 - 1, abs=1e-3)
+
+
+def test_the_shipped_ideal_curve_belongs_to_the_shipped_model_and_beats_best_of_n():
+    from dpo_kit.run import hash_weights
+
+    found = json.loads(toy.IDEAL.read_text())
+    assert found["model_sha256"] == hash_weights(toy.MODEL)
+    kls, rewards = zip(*found["ideal"], strict=True)
+    assert list(kls) == sorted(kls) and list(rewards) == sorted(rewards) and rewards[-1] <= 3.0
+    for n, kl, reward in found["best_of_n"][:4]:
+        assert next(ideal for far, ideal in found["ideal"] if far >= kl) > reward, n
+
+
 def test_a_miniature_build_is_the_same_twice(tmp_path):
     torch = pytest.importorskip("torch")
     from dpo_kit.toy import build
 
     setting = build.Setting(
-        vocabulary=400, hidden=32, layers=1, steps=12, batch=8, train_prompts=8, held_out_prompts=4, max_new_tokens=24
+        vocabulary=400,
+        hidden=32,
+        layers=1,
+        steps=12,
+        batch=8,
+        train_prompts=8,
+        held_out_prompts=4,
+        max_new_tokens=24,
+        ideal_samples=16,
     )
     threads = torch.get_num_threads()
     try:
@@ -177,6 +212,6 @@ def test_a_miniature_build_is_the_same_twice(tmp_path):
         torch.set_num_threads(threads)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert Path("model/model.safetensors") in files
-    assert Path("biased_eval.jsonl") in files
+    assert {Path("biased_eval.jsonl"), Path("ideal.json")} <= set(files)
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file

@@ -121,6 +121,23 @@ def test_the_saved_model_loads_in_plain_transformers_with_its_chat_template(smal
     assert all(word in card for word in ("Direct Preference Optimization", "beta", "0.1", "KL", "margin"))
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_finished_run_is_measured_once_on_the_split_that_no_choice_has_seen(few, tmp_path, tuning, monkeypatch):
+    from dpo_kit.held_out import measure_test_split
+
+    run = train(compose([*few, f"model.tuning={tuning}", "trl.learning_rate=5e-3"]), tmp_path)
+    measured = measure_test_split(tmp_path)
+    assert set(measured) >= {"probe/accuracy", "probe/margin_nats_low", "gold/reward", "gold/capability"}
+    assert measured["probe/margin_nats"] != run.final["probe/margin_nats"]  # other rows
+    config = check(compose([*few, f"model.tuning={tuning}"]))
+    data = prepare_data(config, load_tokenizer(config.model), RunDirectory(tmp_path / "again"))
+    monkeypatch.setattr("dpo_kit.held_out.read_test_rows", lambda *_: data.select)
+    RunDirectory(tmp_path).test.unlink()
+    on_select = measure_test_split(tmp_path)  # on the rows of the run's own probe it finds what the run found
+    for key in ("probe/accuracy", "probe/margin_nats", "probe/logratio_chosen_nats", "probe/reward_margin"):
+        assert on_select[key] == pytest.approx(run.final[key], abs=1e-4), key
+
+
 def test_the_manifest_says_what_the_run_was_made_of(small_run):
     manifest = json.loads((small_run[0] / "manifest.json").read_text())
     assert manifest["versions"]["trl"] and manifest["config"]["beta"] == 0.1

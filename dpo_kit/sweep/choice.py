@@ -333,7 +333,7 @@ def _evidence(verdict: Verdict, choice: Choice) -> dict[str, Any]:
         "below_best": _difference(verdict.against_best),
         "tied_with_best": verdict.tied,
     }
-    test = run.result.get("test") if choice.recommended is run else None
+    test = run.test if choice.recommended is run else None
     return row | ({"test": {key: number(item) for key, item in test.items()}} if test else {})
 
 

@@ -153,6 +153,8 @@ def _point(run: RunRecord, quality: Quality) -> Point | None:
 def find_ideal(sweep_dir: Path, runs: Sequence[RunRecord], given: str | Path | None) -> dict[str, Any]:
     """The best possible frontier: from the file named, else ideal.json in the sweep or beside the gold module; or {}.
 
+    One that names its weights (`model_sha256`) holds for runs that start from these.
+
     Raises:
         DataError: the file named is not there or not of that form.
     """
@@ -160,7 +162,9 @@ def find_ideal(sweep_dir: Path, runs: Sequence[RunRecord], given: str | Path | N
         return _read_ideal(Path(given))
     module = next((m for run in runs if (m := (run.config.get("data") or {}).get("gold"))), None)
     found = next((path for path in (sweep_dir / "ideal.json", *_beside(module)) if path.exists()), None)
-    return _read_ideal(found) if found else {}
+    read = _read_ideal(found) if found else {}
+    weights = {(run.manifest.get("model") or {}).get("sha256") for run in runs if run.manifest}
+    return read if read.get("model_sha256") is None or weights == {read["model_sha256"]} else {}
 
 
 def _beside(module: str | None) -> list[Path]:
@@ -179,7 +183,7 @@ def _read_ideal(path: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
         form = '{"ideal": [[kl, gold], …], "best_of_n": [[n, kl, gold], …]}'
         raise DataError(f"ideal={path} must hold {form}: {error}") from error
-    return {"ideal": curve, "best_of_n": best_of}
+    return {"ideal": curve, "best_of_n": best_of, "model_sha256": read.get("model_sha256")}
 
 
 def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mapping[str, Any]) -> None:
@@ -291,7 +295,7 @@ def read_preview(run: RunRecord) -> list[tuple[float, float, float]]:
     except (OSError, json.JSONDecodeError, AttributeError) as error:
         log.warning("%s is left out: %s", path, error)
         return []
-    keys = ("beta", "kl_reverse_nats", "gold_reward")
+    keys = ("beta", "probe/kl_reverse_rb_nats", "gold/reward")
     found = [tuple(number(row.get(key)) for key in keys) for row in rows]
     return sorted(((b, kl, gold) for b, kl, gold in found if None not in (b, kl, gold)), key=lambda p: p[1])  # type: ignore
 

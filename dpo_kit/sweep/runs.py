@@ -40,6 +40,7 @@ class RunRecord:
     result: Mapping[str, Any] = field(default_factory=dict)
     job: Mapping[str, Any] = field(default_factory=dict)
     judged: Mapping[str, Any] = field(default_factory=dict)
+    test: Mapping[str, Any] = field(default_factory=dict)
     fault: str | None = None
 
     @property
@@ -228,11 +229,11 @@ def _relative(root: Path, path: str) -> str:
 def read_run(root: Path, path: str, job: Mapping[str, Any]) -> RunRecord:
     """One run; a file that cannot be read is named in its `fault` and does not stop the others."""
     folder = root / path
-    names = ("manifest.json", "result.json", "evaluation/result.json")
+    names = ("manifest.json", "result.json", "evaluation/result.json", "test.json")
     read = {name: _read(folder / name) for name in names}
     fault = next((fault for _, fault in read.values() if fault), None)
-    manifest, result, judged = (read[name][0] for name in names)
-    return RunRecord(folder, path, manifest, result, job, judged, fault)
+    manifest, result, judged, test = (read[name][0] for name in names)
+    return RunRecord(folder, path, manifest, result, job, judged, test, fault)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:

@@ -1,6 +1,6 @@
 """The embedded default: a tiny chat model, preference pairs sampled from it, and the gold reward that labels them.
 
-`MODEL`, `TRAIN`, `EVAL`, `BIASED_TRAIN` and `BIASED_EVAL` are the files; `domain.py` says what they mean and
+`MODEL`, `TRAIN`, `EVAL`, `BIASED_TRAIN`, `BIASED_EVAL` and `IDEAL` are the files; `domain.py` says what they mean and
 `build.py` makes them.
 """
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from dpo_kit.toy import domain
 from dpo_kit.toy.domain import Prompt, capability_prompts, gold_reward
 
-__all__ = ["BIASED_EVAL", "BIASED_TRAIN", "EVAL", "MAX_NEW_TOKENS", "MODEL", "TRAIN", "Prompt", "capability_prompts",
-           "capability_score", "gold_reward", "gold_rewards"]  # fmt: skip
+__all__ = ["BIASED_EVAL", "BIASED_TRAIN", "EVAL", "IDEAL", "MAX_NEW_TOKENS", "MODEL", "TRAIN", "Prompt",
+           "capability_prompts", "capability_score", "gold_reward", "gold_rewards"]  # fmt: skip
 
 _HERE = Path(__file__).parent
 MODEL = _HERE / "model"
 TRAIN, EVAL = _HERE / "train.jsonl", _HERE / "eval.jsonl"
+IDEAL = _HERE / "ideal.json"
 BIASED_TRAIN, BIASED_EVAL = _HERE / "biased_train.jsonl", _HERE / "biased_eval.jsonl"
 MAX_NEW_TOKENS = 64
 """Tokens after which a sample is cut; the model's own replies end well before."""

@@ -1,8 +1,9 @@
-"""Builds the embedded lab from nothing: `python -m dpo_kit.toy.build [out=DIR]` (a few minutes on two cores, seeded).
+"""Builds the embedded lab from nothing: `python -m dpo_kit.toy.build [out=DIR] [only=ideal]` (some minutes, seeded).
 
 1. a byte-level BPE tokenizer with a chat template, trained on the domain's texts;
 2. a tiny Llama (under 4 MB of weights), trained from scratch on average replies and on the skill outside the reward;
-3. pairs: two replies to each prompt, sampled *from that model* and labelled by five raters, honest and biased.
+3. pairs: two replies to each prompt, sampled *from that model* and labelled by five raters, honest and biased;
+4. the ideal curve of gold reward over KL, from many more samples (`only=ideal` makes this alone).
 
 The seed and the number of threads are fixed, so the same versions on the same kind of processor give the same files.
 Each file is replaced atomically once it is whole.
@@ -21,7 +22,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dpo_kit.run import hash_weights
 from dpo_kit.toy import domain
+from dpo_kit.toy.ideal import ROUNDS, best_of_n, ideal_curve
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Setting:
     train_pairs_per_prompt: int = 1
     held_out_pairs_per_prompt: int = 2
     max_new_tokens: int = 64
+    ideal_samples: int = ROUNDS
 
 
 def build(out: Path, setting: Setting) -> None:
@@ -69,6 +73,7 @@ def build(out: Path, setting: Setting) -> None:
         model = train_model(tokenizer, setting)
         save_model(model, tokenizer, Path(scratch) / "model", setting)
         write_pairs(model, tokenizer, Path(scratch), setting)
+        write_ideal(model, tokenizer, Path(scratch), setting)
         _replace(Path(scratch), out)
 
 
@@ -241,6 +246,18 @@ def _write_labelled(path: Path, pairs: list[tuple[str, str, str]], rng: random.R
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_ideal(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, setting: Setting) -> None:
+    """Writes `ideal.json`: what is possible on the held-out prompts at each KL, and which weights it holds for."""
+    _, prompts = domain.split_requests(setting.held_out_prompts, seed=setting.seed)
+    asked = [prompt for prompt in prompts for _ in range(setting.ideal_samples)]
+    replies = sample_replies(model, tokenizer, asked, setting.max_new_tokens, setting.seed)
+    rewards = [domain.gold_reward(prompt, reply or "") for prompt, reply in zip(asked, replies, strict=True)]
+    table = torch.tensor(rewards).view(len(prompts), setting.ideal_samples)
+    found: dict[str, object] = {"ideal": ideal_curve(table), "best_of_n": list(best_of_n(table))}
+    found["model_sha256"] = hash_weights(out / "model")
+    (out / "ideal.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def _replace(scratch: Path, out: Path) -> None:
     for source in sorted(path for path in scratch.rglob("*") if path.is_file()):
         target = out / source.relative_to(scratch)
@@ -250,10 +267,15 @@ def _replace(scratch: Path, out: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m dpo_kit.toy.build [out=DIR]`; without `out` the files beside this module are replaced."""
+    """`python -m dpo_kit.toy.build [out=DIR] [only=ideal]`; without `out` the files beside this module are replaced."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = dict(argument.split("=", 1) for argument in arguments)
-    build(Path(options.get("out", Path(__file__).parent)), Setting())
+    out = Path(options.get("out", Path(__file__).parent))
+    if options.get("only") == "ideal":
+        model = LlamaForCausalLM.from_pretrained(out / "model")
+        write_ideal(model, PreTrainedTokenizerFast.from_pretrained(out / "model"), out, Setting())
+    else:
+        build(out, Setting())
 
 
 if __name__ == "__main__":
