@@ -20,9 +20,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpo_kit.config import CONF, check, compose_unchecked, register
-from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
+from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError, SweepError
 from dpo_kit.help import help_text
-from dpo_kit.sweep.plan import means_multirun, plan_sweep
+from dpo_kit.sweep.plan import Plan, means_multirun, plan_sweep
 
 if TYPE_CHECKING:
     from dpo_kit.finish import Result
@@ -53,8 +53,10 @@ def _terminate(number: int, frame: object) -> None:
 def _exit_code(args: argparse.Namespace) -> int:
     try:
         if not (args.hydra_help or args.shell_completion or args.info):
-            sys.argv[1:] = refuse_early(args)
-        run()
+            plan = refuse_early(args)
+            _run(plan)
+        else:
+            run()
     except (ConfigError, DataError, ModelError) as error:
         sys.stderr.write(f"dpo_kit: refused: {error}\n")
         return REFUSED
@@ -67,19 +69,37 @@ def _exit_code(args: argparse.Namespace) -> int:
     return DONE
 
 
-def refuse_early(args: argparse.Namespace) -> list[str]:
-    """Compose and check what is about to run, before Hydra writes its first file; returns the command line for Hydra.
+def _run(plan: Plan | None) -> None:
+    """Hydra's run of one job, or of the sweep `plan` with what it ends with, whether all its jobs ended well or not."""
+    try:
+        run()
+    except SweepError:
+        _conclude(plan)
+        raise
+    _conclude(plan)
 
-    Raises ConfigError.
+
+def _conclude(plan: Plan | None) -> None:
+    if plan is not None:
+        from dpo_kit.sweep.conclude import conclude
+
+        conclude(plan.directory, plan.tracking, measure=plan.local)
+
+
+def refuse_early(args: argparse.Namespace) -> Plan | None:
+    """Compose and check what is about to run, before Hydra writes its first file; the plan where it is a sweep.
+
+    A sweep's directories are added to the command line that Hydra will read. Raises ConfigError.
     """
     search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
     implied = means_multirun(args)
     if args.cfg or not (args.multirun or implied or "hydra.mode=MULTIRUN" in args.overrides):
         check(compose_unchecked([*search, *args.overrides], args.config_name or "config"))
-        return sys.argv[1:]
-    named = plan_sweep(args.overrides, search, args.config_name or "config")
+        return None
+    plan = plan_sweep(args.overrides, search, args.config_name or "config")
     flags = [word for word in sys.argv[1:] if word not in args.overrides]  # argparse wants the overrides in one piece
-    return [*flags, *(["--multirun"] if implied else []), *args.overrides, *named]
+    sys.argv[1:] = [*flags, *(["--multirun"] if implied else []), *args.overrides, *plan.named]
+    return plan
 
 
 def task(cfg: DictConfig) -> float | None:

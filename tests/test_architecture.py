@@ -23,7 +23,8 @@ LAYERS = [
     {"sweep.choice", "sweep.curves", "sweep.processes", "sweep.table"},
     {"sweep.advice", "sweep.frontier"},
     {"sweep.summary", "sweep.warm"},
-    {"sweep.launcher", "sweep.__main__"},
+    {"sweep.launcher", "sweep.conclude"},
+    {"sweep.__main__"},
     {"cli", "__main__", "__init__"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -21,6 +21,8 @@ COMMANDS = [
     if line.startswith("python -m dpo_kit")
 ]
 STAND_INS = {"path/to/model": str(MODEL), "pairs.jsonl": str(TRAIN)}
+SWEEPS = [command for command in COMMANDS if "sweep=" in command or " -m beta" in command]
+SHORT = ["trl.max_steps=4", "callbacks.pairs=16", "callbacks.prompts=8"]
 FOR_THE_TINY_MODEL = ["allow_learning_rate=true", "trl.learning_rate=1e-4", "trl.num_train_epochs=0.1"]
 
 
@@ -34,13 +36,25 @@ def test_the_readme_has_commands():
     assert len(COMMANDS) >= 5
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and " -m beta" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS])
 def test_every_command_of_the_readme_composes(command):
     compose(_arguments(command))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written", ["python -m dpo_kit", *COMMANDS])
+@pytest.mark.parametrize("written", [command for command in SWEEPS if "dpo_kit.sweep" not in command])
+def test_every_sweep_of_the_readme_runs_and_is_summed_up_again(written, command, tmp_path):
+    done = command(*_arguments(written), *SHORT, "hydra.sweep.dir=swept")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr + done.stdout and "kernels" not in done.stderr
+    assert "python -m dpo_kit.sweep sweep=outputs/sweep-0123abcd" in SWEEPS
+    before = (tmp_path / "swept" / "best.json").read_text()
+    again = command("sweep=swept", module="dpo_kit.sweep")
+    assert again.returncode == 0 and (tmp_path / "swept" / "best.json").read_text() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", ["python -m dpo_kit", *(command for command in COMMANDS if command not in SWEEPS)])
 def test_every_command_of_the_readme_runs(written, command):
     arguments = _arguments(written)
     if "model=local" in arguments:

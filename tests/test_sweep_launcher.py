@@ -16,7 +16,7 @@ from hydra._internal.utils import get_args_parser
 from rich.console import Console
 
 from dpo_kit import training
-from dpo_kit.config import compose
+from dpo_kit.config import compose, compose_unchecked
 from dpo_kit.errors import ConfigError, SweepError
 from dpo_kit.run import RunDirectory, write_json
 from dpo_kit.sweep.devices import device_slots, visible_devices
@@ -43,7 +43,7 @@ GRIDS = {"standard": [0.05, 0.1, 0.2, 0.5], "wide": [0.01, 0.05, 0.1, 0.2, 0.5, 
 
 
 def plan(*overrides):
-    return plan_sweep(overrides, [], "config")
+    return plan_sweep(overrides, [], "config").named
 
 
 def directory(*overrides):
@@ -53,8 +53,9 @@ def directory(*overrides):
 @pytest.mark.parametrize("option", GRIDS)
 def test_an_option_of_beta_sweep_is_the_grid_that_it_says(option):
     method = "simpo" if option == "simpo" else "dpo"
-    written = directory(f"method={method}", f"beta-sweep={option}")
-    assert written == directory(f"method={method}", "beta=" + ",".join(map(str, GRIDS[option])))
+    base = compose_unchecked([f"method={method}", f"beta-sweep={option}"], with_hydra=True)
+    assert [float(beta) for beta in base.hydra.sweeper.params.beta.split(",")] == GRIDS[option]
+    assert base.speed.reference_store is True
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,8 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["sweep=SWEEP", "choose.kl_budget=3"], "unknown key choose.kl_budget; did you mean choose.kl_budget_nats?"),
-        (["sweep=SWEEP", "zzz=3"], "the keys are sweep, ideal, choose.kl_budget_nats, choose.max_regression"),
+        (["sweep=SWEEP", "test=yes"], "test must be true or false, got yes"),
+        (["sweep=SWEEP", "zzz=3"], "the keys are sweep, test, ideal, choose.kl_budget_nats, choose.max_regression"),
         (["SWEEP"], "did you mean sweep="),
         ([], "sweep is missing: add sweep=DIR"),
         (["sweep=SWEEP/none"], "is not a folder"),

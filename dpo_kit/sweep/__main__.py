@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dpo_kit.errors import ConfigError, DpoKitError
 from dpo_kit.settings import Choose
+from dpo_kit.sweep.conclude import measure_recommended
 from dpo_kit.sweep.summary import show_summary
 
 DONE, REFUSED = 0, 2
@@ -17,13 +18,14 @@ USAGE = """\
 usage: python -m dpo_kit.sweep sweep=DIR [key=value] …
 
   sweep=DIR                    a folder whose subfolders are runs
+  test=true                    measure the recommended run on the test split first (it loads the model)
   choose.kl_budget_nats=10     reverse KL at most, nats per answer (default: as the runs were started)
   choose.max_regression=0.03   capability that may be lost, a share (default: as the runs were started)
   ideal=FILE                   the best possible frontier to draw: {"ideal": [[kl, gold], …], "best_of_n": [[n, kl, gold], …]}
 
 Writes summary.csv, summary.md, best.json, frontier.png and curves.png into DIR.
 """  # noqa: E501
-KEYS = ("sweep", "ideal", *(f"choose.{name}" for name in Choose.model_fields))
+KEYS = ("sweep", "test", "ideal", *(f"choose.{name}" for name in Choose.model_fields))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         values = parse(given)
         budget, regression = (_number(values.get(f"choose.{name}")) for name in ("kl_budget_nats", "max_regression"))
+        if values.get("test") == "true":
+            measure_recommended(values["sweep"])
         show_summary(values["sweep"], ideal=values.get("ideal"), kl_budget_nats=budget, max_regression=regression)
     except DpoKitError as error:
         sys.stderr.write(f"dpo_kit.sweep: refused: {error}\n")
@@ -60,6 +64,8 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
         values[key] = value
     if not values.get("sweep"):
         raise ConfigError("sweep is missing: add sweep=DIR, a folder whose subfolders are runs")
+    if values.get("test", "false") not in ("true", "false"):
+        raise ConfigError(f"test must be true or false, got {values['test']}")
     _check_limits({key: value for key, value in values.items() if key.startswith("choose.")})
     return values
 

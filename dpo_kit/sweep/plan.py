@@ -8,6 +8,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -20,9 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_kit.config import check, compose_unchecked, explain
 from dpo_kit.errors import ConfigError
 from dpo_kit.identity import comparable, sweep_id
+from dpo_kit.settings import Tracking
 
 SWEEP_ID = "${dpo_kit.sweep_id:}"
 OPTION = "beta-sweep"
+LOCAL = ("processes", "basic")  # launchers whose jobs run on this machine
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,19 @@ class Job:
     subdir: str | None  # None: known only when it is launched
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that is about to run: the overrides that name its directories, where it writes, how it is tracked.
+
+    `local` says that its jobs run on this machine.
+    """
+
+    named: list[str]
+    directory: Path
+    tracking: Tracking
+    local: bool
+
+
 def means_multirun(args: argparse.Namespace) -> bool:
     """Whether `beta-sweep=<option>` asks for a sweep without -m: Hydra 1.4 lets no option say so itself."""
     asks_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
@@ -42,8 +58,8 @@ def means_multirun(args: argparse.Namespace) -> bool:
     return bool(chosen) and chosen[-1] not in ("none", "null", "") and not (asks_only or decided)
 
 
-def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str) -> list[str]:
-    """Check every job that `overrides` ask for; returns the overrides that name the directories.
+def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str) -> Plan:
+    """Check every job that `overrides` ask for.
 
     Under a sweeper that draws its values while it runs (Optuna) only what is not swept can be checked.
     Raises ConfigError.
@@ -57,10 +73,23 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
     if not base.hydra.sweeper.get("_target_", "").endswith(".BasicSweeper"):
         grid = [*_params(base), *swept]
         content = {"fixed": comparable(check(without_hydra(base))), "swept": sorted(grid)}
-        return [*_name_directory(base, [content]), *_add_axes(base, grid, prefix="${hydra.job.num}-")]
+        return _plan(base, [content], _add_axes(base, grid, prefix="${hydra.job.num}-"))
     jobs = [compose_job(job, search, config_name) for job in split_jobs([*_params(base), *overrides])]
     refuse_doubles(jobs)
-    return [*_name_directory(base, [job.config for job in jobs]), *_name_subdirectories(base, jobs, swept)]
+    return _plan(base, [job.config for job in jobs], _name_subdirectories(base, jobs, swept))
+
+
+def _plan(base: DictConfig, configs: list[dict[str, Any]], subdirectories: list[str]) -> Plan:
+    directory = _directory(base).replace(SWEEP_ID, sweep_id(configs))
+    named = [f"hydra.sweep.dir={quote(directory)}"] if SWEEP_ID in _directory(base) else []
+    written = OmegaConf.create({"at": directory, "hydra": base.hydra}).at
+    local = base.hydra.runtime.choices["hydra/launcher"] in LOCAL
+    return Plan([*named, *subdirectories], Path(written), Tracking(**base.tracking), local)
+
+
+def _directory(base: DictConfig) -> str:
+    """hydra.sweep.dir as it is written."""
+    return OmegaConf.to_container(base.hydra.sweep, resolve=False)["dir"]  # type: ignore[index,call-overload,return-value]
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -129,11 +158,6 @@ def refuse_doubles(jobs: Sequence[Job]) -> None:
 
 def _params(base: DictConfig) -> list[str]:
     return [f"{key}={value}" for key, value in (base.hydra.sweeper.get("params") or {}).items()]
-
-
-def _name_directory(base: DictConfig, configs: list[dict[str, Any]]) -> list[str]:
-    written = OmegaConf.to_container(base.hydra.sweep, resolve=False)["dir"]  # type: ignore[index,call-overload]
-    return [f"hydra.sweep.dir={quote(written.replace(SWEEP_ID, sweep_id(configs)))}"] if SWEEP_ID in written else []
 
 
 def _name_subdirectories(base: DictConfig, jobs: Sequence[Job], swept: Sequence[str]) -> list[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_kit.report import TABLE, interval_text
 from dpo_kit.run import write_json, write_text
 from dpo_kit.sweep.advice import next_command
 from dpo_kit.sweep.choice import Choice, choose, read_limits
 from dpo_kit.sweep.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
-from dpo_kit.sweep.runs import RunRecord, read_runs, read_sweep
+from dpo_kit.sweep.runs import RunRecord, number, read_runs, read_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,10 +100,21 @@ def describe(summary: Summary) -> list[str]:
     provisional = " (provisional)" if choice.quality.provisional and summary.recommended else ""
     lines = [f"{head}{provisional}. {choice.reason}", *choice.notes]
     lines += [f"{run.path} {run.status}: {_first_line(summary, run)}" for run in summary.runs if run.error]
+    if test := choice.recommended and choice.recommended.test:
+        lines.append(f"On the test split, which played no part in the choice: {_measured(test)}.")
     lines.append(f"table and pictures: {summary.sweep_dir} (summary.md, frontier.png, curves.png, best.json)")
     if choice.recommended:
         lines.append(f"model: {choice.recommended.root / 'model'}")
     return [*lines, *([f"next: {summary.next}"] if summary.next else [])]
+
+
+def _measured(values: Mapping[str, Any]) -> str:
+    """The measured quantities with their intervals, in one line."""
+    shown = ("probe/accuracy", "probe/auc", "gold/reward", "gold/capability")
+    rows = [(label, key, form) for key, label, form in TABLE if key in shown and number(values.get(key)) is not None]
+    return ", ".join(
+        f"{label} {values[key]:{form}} {interval_text(values, key, form)}".rstrip() for label, key, form in rows
+    )
 
 
 def _first_line(summary: Summary, run: RunRecord) -> str:
