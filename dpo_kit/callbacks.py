@@ -13,6 +13,7 @@ works with every method. They change nothing in training: no gradients, a forked
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +124,8 @@ class KLDrift(_Measuring):
 
     Full-vocabulary rows of the reference are cached up to `cache_bytes`; beyond that, where the reference
     cannot be run beside the policy, evaluations log k1 alone and `Reference(reload=...)` serves start,
-    half-way and end.
+    half-way and end. `shared` is a folder that runs from this very reference have in common: its samples are drawn once
+    for all of them.
 
     Each of `on_samples` is called as `hook(step, samples)` with the fresh policy samples; what it returns is
     logged.
@@ -143,6 +145,7 @@ class KLDrift(_Measuring):
         seed: int = 0,
         on_samples: Sequence[Callable[[int, list[Sample]], Metrics]] = (),
         template_kwargs: dict[str, Any] | None = None,
+        shared: Path | None = None,
     ) -> None:
         super().__init__(trainer)
         self.reference = reference or Reference(trainer)
@@ -156,6 +159,7 @@ class KLDrift(_Measuring):
             cache_bytes=cache_bytes,
             template_kwargs=template_kwargs,
             seed=seed,
+            shared=shared,
         )
         self.on_samples = list(on_samples)
         self._prepared: ReferenceSamples | None = None

@@ -1,8 +1,10 @@
 """KL between policy and reference along samples of either; the reference's samples are kept from step 0."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from dpo_kit.scoring import (
     length_sorted_batches,
     token_logps,
 )
+from dpo_kit.tokens import encode_prompts
 
 logger = logging.getLogger(__name__)
 _CHUNK = 1024  # positions whose fp32 log-probabilities under both models are held at once
@@ -51,7 +54,8 @@ class ReferenceSamples:
 class Drift:
     """Draws samples of policy and reference and measures KL along them. Its methods run inside `measuring`.
 
-    `rows` hold the prompts; `cache_bytes` bounds the reference's full-vocabulary rows.
+    `rows` hold the prompts; `cache_bytes` bounds the reference's full-vocabulary rows. `shared` is a folder that runs
+    from this very reference have in common: its samples are drawn once for all of them.
     """
 
     def __init__(
@@ -65,8 +69,9 @@ class Drift:
         tokens_per_batch: int = TOKENS_PER_BATCH,
         template_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
+        shared: Path | None = None,
     ) -> None:
-        self.reference, self.rows, self.seed = reference, rows, seed
+        self.reference, self.rows, self.seed, self.shared = reference, rows, seed, shared
         self.cache_bytes, self.tokens_per_batch = cache_bytes, tokens_per_batch
         self._draw_options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -93,7 +98,7 @@ class Drift:
             return saved
         source = self.reference.active() if step == 0 else self.reference.required(step)
         with source as model:
-            prepared = self._record(model, saved.samples if saved else self.draw(model))
+            prepared = self._record(model, saved.samples if saved else self._reference_samples(model))
         if step == 0:
             self._keep(prepared)
         return prepared
@@ -154,12 +159,28 @@ class Drift:
         for indices in length_sorted_batches(sequences, size):
             yield indices, [sequences[index] for index in indices]
 
+    def _reference_samples(self, model: Any) -> list[Sample]:
+        if self.shared is None:
+            return self.draw(model)
+        prompts = [row["prompt"] for row in self.rows]
+        ids = encode_prompts(self._tokenizer, prompts, self._draw_options["template_kwargs"])
+        file = (
+            self.shared
+            / f"samples-{fingerprint([ids, self._tokenizer.eos_token_id, self._draw_options, self.seed])}.pt"
+        )
+        if not file.exists():
+            drawn = self.draw(model)
+            partial = file.with_suffix(f".{os.getpid()}")
+            torch.save(_plain(drawn), partial)
+            partial.replace(file)
+        return _with_rows(self.rows, torch.load(file, weights_only=True))
+
     @property
     def _fingerprint(self) -> str:
         return fingerprint([[row["prompt"] for row in self.rows], self._draw_options, self.seed])
 
     def _keep(self, prepared: ReferenceSamples) -> None:
-        drawn = [{name: value for name, value in asdict(each).items() if name != "row"} for each in prepared.samples]
+        drawn = _plain(prepared.samples)
         # Rows are large: kept only where no model could give them again
         rows = None if self.reference.can_load else prepared.rows
         values = {"fingerprint": self._fingerprint, "samples": drawn, "logps": prepared.logps, "rows": rows}
@@ -169,8 +190,15 @@ class Drift:
         saved = self.reference.load("samples", self._fingerprint)
         if saved is None:
             return None
-        samples = [Sample(row=row, **drawn) for row, drawn in zip(self.rows, saved["samples"], strict=True)]
-        return ReferenceSamples(samples, saved["logps"], saved["rows"])
+        return ReferenceSamples(_with_rows(self.rows, saved["samples"]), saved["logps"], saved["rows"])
+
+
+def _plain(samples: list[Sample]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in asdict(each).items() if name != "row"} for each in samples]
+
+
+def _with_rows(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list[Sample]:
+    return [Sample(row=row, **drawn) for row, drawn in zip(rows, plain, strict=True)]
 
 
 def kl_terms(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from dpo_kit.model import load_reference
 from dpo_kit.preview import Preview
 from dpo_kit.probe import PairProbe
 from dpo_kit.recorder import Recorder, show_progress
+from dpo_kit.reference import StoredReference
 from dpo_kit.run import RunDirectory
 from dpo_kit.sampling import Sample
 from dpo_kit.scoring import Reference
@@ -45,7 +46,14 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
     if wanted.kl_drift:
         prompts = distinct_prompts(data.select, wanted.prompts)
         hooks = sample_hooks(trainer, settings, run)
-        drift = KLDrift(trainer, prompts, reference=reference, max_new_tokens=wanted.max_new_tokens, on_samples=hooks)
+        drift = KLDrift(
+            trainer,
+            prompts,
+            reference=reference,
+            max_new_tokens=wanted.max_new_tokens,
+            on_samples=hooks,
+            shared=trainer.folder if isinstance(trainer, StoredReference) else None,
+        )
         trainer.add_callback(drift)
         if predicts(settings):
             judge = GoldFigures(load_gold(str(settings.data.gold)), trainer).reward

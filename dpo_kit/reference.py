@@ -86,6 +86,7 @@ class StoredReference:
     """Mixin before a TRL trainer with `precompute_ref_log_probs`: its pass goes through the store under `root`."""
 
     root: Path
+    folder: Path | None = None  # of this reference, once its key is known
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """`dataset` with the reference's columns; overrides the trainer's method of the same name."""
@@ -93,8 +94,9 @@ class StoredReference:
         rows = [_cut(self.args, dataset["prompt_ids"], dataset[column]) for column in answers]  # type: ignore[attr-defined]
         ld_alpha = getattr(self, "ld_alpha", None)
         heads = [_heads(own, rows) for own in rows] if ld_alpha is not None else []
+        sequences = [tokens for part in (*rows, *heads) for tokens in part]
         with self.accelerator.main_process_first():  # type: ignore[attr-defined]
-            logps = reference_logps(self, [tokens for part in (*rows, *heads) for tokens in part], self.root, name)
+            logps, self.folder = reference_logps(self, sequences, self.root, name)
         parts = torch.tensor(logps, dtype=torch.float64).view(-1, len(dataset))
         if ld_alpha is not None:
             parts = ld_alpha * parts[: len(rows)] + (1 - ld_alpha) * parts[len(rows) :]
@@ -108,8 +110,8 @@ def with_store(trainer: type, root: Path) -> type:
     return type(trainer.__name__, (StoredReference, trainer), {"root": root})
 
 
-def reference_logps(trainer: Any, sequences: Sequence[Tokens], root: Path, name: str) -> list[float]:
-    """Summed completion log-probability of each sequence under `trainer`'s reference at step 0, in nats.
+def reference_logps(trainer: Any, sequences: Sequence[Tokens], root: Path, name: str) -> tuple[list[float], Path]:
+    """Summed completion log-probability of each sequence under `trainer`'s reference at step 0, in nats; its folder.
 
     Read from the store under `root` where it has them, computed and stored otherwise. ModelError where the reference
     gives a value that is not finite.
@@ -123,7 +125,7 @@ def reference_logps(trainer: Any, sequences: Sequence[Tokens], root: Path, name:
             values = _checked(store, trainer, model, reference, wanted)
             missing = [address for address in wanted if address not in values]
             values |= _computed(store, trainer, model, wanted, missing, name)
-    return [values[_address(tokens)] for tokens in sequences]
+    return [values[_address(tokens)] for tokens in sequences], store.folder
 
 
 def _checked(

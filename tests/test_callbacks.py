@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from dpo_kit.callbacks import ImplicitReward, KLDrift, PreferenceMargin
+from dpo_kit.drift import Drift
 from dpo_kit.errors import ModelError
 from dpo_kit.probe import PairProbe
 from dpo_kit.sampling import Sample
@@ -155,6 +156,25 @@ def test_cadence_is_pairs_and_forward_at_each_evaluation_and_reverse_at_start_ha
     assert logged(trainer, "probe/kl_reverse_rb_nats").keys() == {0, 3, 6}
     margins = [entry["step"] for entry in trainer.state.log_history if "probe/margin_nats" in entry]
     assert margins == list(range(7))  # each step once
+
+
+def test_runs_of_one_reference_draw_its_samples_once_and_measure_on_the_same(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    honest = Drift.draw
+    monkeypatch.setattr(Drift, "draw", lambda self, model, *a: (drawn.append(1), honest(self, model, *a))[1])
+    samples = []
+    for beta in (0.1, 0.3):
+        trainer = tiny.trainer("dpo", folder, tmp_path, beta=beta)
+        _, drift = watch(trainer, shared=tmp_path)
+        drift.prepare()
+        assert drift._prepared is not None
+        samples.append([each.token_ids for each in drift._prepared.samples])
+    assert samples[0] == samples[1] and len(drawn) == 1
+    _, other = watch(tiny.trainer("dpo", folder, tmp_path), shared=tmp_path, max_new_tokens=5)
+    other.prepare()
+    assert len(drawn) == 2  # another limit, other samples
 
 
 def test_without_evaluations_there_are_still_start_and_end(folder: str, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""How much gold reward the choice of a sweep gives away, over seeds.
+
+    python examples/benchmark/regret.py [seeds=10 out=FOLDER data=toy]
+
+For each seed a sweep of the embedded lab over the standard grid, chosen by the rule on the `select` split. Every run is
+then judged on the `test` split, which the choice has not seen; the regret is the gold reward of the best run there less
+that of the chosen one, and its share is of the gain that the best run has over the untrained model.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_kit.held_out import measure_test_split
+from dpo_kit.run import read_json
+
+BETAS = (0.05, 0.1, 0.2, 0.5)
+
+
+def main(arguments):
+    options = {"seeds": "10", "out": "", "data": "toy"} | dict(argument.split("=", 1) for argument in arguments)
+    folder = Path(options["out"] or tempfile.mkdtemp())
+    console = Console(width=100)
+    table = Table("seed", *(f"gold, beta {beta:g}" for beta in BETAS), "chosen", "regret", "share of the gain")
+    shares = []
+    for seed in range(int(options["seeds"])):
+        golds, start, chosen = judge(sweep(folder / f"seed{seed}", seed, options["data"]))
+        best = max(golds.values())
+        regret = best - golds[chosen] if chosen is not None else best - start
+        shares.append(regret / (best - start))
+        name = "none" if chosen is None else f"{chosen:g}"
+        table.add_row(str(seed), *(f"{golds[beta]:.2f}" for beta in BETAS), name, f"{regret:.3f}", f"{shares[-1]:.1%}")
+    console.print(table)
+    error = statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else float("nan")
+    console.print(f"mean regret: {statistics.fmean(shares):.1%} ± {1.96 * error:.1%} of the gold gain")
+
+
+def sweep(folder, seed, data):
+    words = [f"seed={seed}", f"data={data}", "tracking=none", f"hydra.sweep.dir={folder}"]
+    command = [sys.executable, "-m", "dpo_kit", "beta-sweep=standard", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return folder
+
+
+def judge(folder):
+    """({beta: gold reward on the test split}, gold reward of the untrained model, chosen beta) of one sweep."""
+    golds, starts = {}, []
+    for run in sorted(path.parent for path in folder.glob("*/result.json")):
+        result = read_json(run / "result.json")
+        golds[result["beta"]] = measure_test_split(run)["gold/reward"]
+        starts.append(result["start"]["gold/reward"])
+    recommended = read_json(folder / "best.json")["recommended"]
+    chosen = read_json(folder / recommended / "result.json")["beta"] if recommended else None
+    return golds, statistics.fmean(starts), chosen
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
