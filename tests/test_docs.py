@@ -66,6 +66,20 @@ def test_every_command_of_the_readme_runs(written, command):
     assert "Warning" not in done.stderr + done.stdout
 
 
+def _table(text):
+    """{measure: (end, low, high)} of a run's table, the interval open where it has none."""
+    rows = re.findall(r"│ ([a-zA-Z][^│]*?) +│ +\S+ │ +(\S+) │ (?:\[(\S+), (\S+)\])?", text.replace("−", "-"))
+    return {name: (float(end), float(low or "-inf"), float(high or "inf")) for name, end, low, high in rows}
+
+
+@pytest.mark.slow
+def test_the_demo_prints_the_table_of_the_readme(command):
+    """Other processors round differently, so: the same measures, each end within the interval that the README shows."""
+    shown, found = _table(README), _table(command().stdout)
+    assert list(found) == list(shown) and len(shown) == 8
+    assert all(shown[name][1] <= end <= shown[name][2] for name, (end, _, _) in found.items())
+
+
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs(tmp_path):
     (script,) = (block for language, block in BLOCKS if language == "python")
