@@ -58,16 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         values = parse(given)
         require_extra()
         require_key()
-    except ConfigError as error:
-        sys.stderr.write(f"dpo_kit.dashboard: refused: {error}\n")
-        return REFUSED
-    try:
         sys.stdout.write(f"{save(values)}\n")
     except ConfigError as error:
         sys.stderr.write(f"dpo_kit.dashboard: refused: {error}\n")
         return REFUSED
     except Exception as error:  # whatever wandb raises: a lost network, a project that is not there
-        sys.stderr.write(f"dpo_kit.dashboard: failed: {_describe(error, values)}\n")
+        sys.stderr.write(f"dpo_kit.dashboard: failed: {_describe(error)}\n")
         return FAILED
     return DONE
 
@@ -211,10 +207,10 @@ def _coordinates(title: str, *keys: str) -> Any:
     return wr.ParallelCoordinatesPlot(title=title, columns=[*settings, *ends])
 
 
-def _describe(error: Exception, values: Mapping[str, str]) -> str:
+def _describe(error: Exception) -> str:
     text = " ".join(str(error).split()) or "no message"
-    where = "/".join(values[key] for key in ("entity", "project") if values.get(key))
-    return redact_text(f"{where} could not be given a workspace ({type(error).__name__}: {text[:200]}); {ELSEWHERE}")
+    said = redact_text(f"{type(error).__name__}: {text[:200]}")
+    return f"the workspace was not saved ({said}); are the network, project and entity right?"
 
 
 if __name__ == "__main__":
