@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import dpo_kit
 from dpo_kit import cli
 from dpo_kit.config import compose, compose_unchecked
 from dpo_kit.errors import ConfigError, SweepError
@@ -18,7 +20,7 @@ from dpo_kit.sweep.plan import Plan, plan_sweep
 from dpo_kit.toy import TRAIN
 from tests import fake_slurm
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is validated against ConfigStore")  # as the command line does
+pytestmark = pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher/ray' is validated")  # as the command line does
 MARK = "DPO_KIT_TEST_MARK"
 WORDS = [
     "-m",
@@ -163,6 +165,31 @@ def test_our_slurm_option_is_the_plugin_s_with_other_defaults():
     ).hydra.launcher
     assert launcher._target_.endswith("submitit_launcher.SlurmLauncher") and launcher.partition == "gpu"
     assert (launcher.timeout_min, launcher.max_num_timeout, launcher.array_parallelism) == (720, 3, 4)
+
+
+@pytest.mark.parametrize("own_folder", [False, True])
+def test_a_job_goes_to_the_folder_of_the_command_unless_it_runs_in_one_of_its_own(own_folder, tmp_path, monkeypatch):
+    home, elsewhere, seen = tmp_path / "home", tmp_path / "elsewhere", []
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    runtime = SimpleNamespace(output_dir="run", cwd=str(home))
+    told = SimpleNamespace(runtime=runtime, job=SimpleNamespace(chdir=own_folder))
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: told)
+    monkeypatch.setattr(cli, "show", lambda result: seen.append(Path.cwd()))
+    monkeypatch.setattr(dpo_kit, "train", lambda cfg, run_dir: SimpleNamespace(final={}), raising=False)
+    cli.task(compose())
+    assert seen == [elsewhere if own_folder else home]
+
+
+def test_a_process_that_was_left_behind_would_be_seen(tmp_path):
+    left = subprocess.Popen(["sleep", "20"], env=os.environ | {MARK: str(tmp_path)})
+    try:
+        assert processes_of(tmp_path)[0][0] == left.pid
+    finally:
+        left.kill()
+        left.wait()
+    assert processes_of(tmp_path) == []
 
 
 @pytest.mark.parametrize(
