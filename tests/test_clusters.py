@@ -19,9 +19,11 @@ from dpo_kit.settings import Tracking
 from dpo_kit.sweep.plan import Plan, plan_sweep
 from dpo_kit.toy import TRAIN
 from tests import fake_slurm
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher/ray' is validated")  # as the command line does
 MARK = "DPO_KIT_TEST_MARK"
+QUIET = {"WANDB_MODE": "offline", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 WORDS = [
     "-m",
     "beta=0.05,0.5",
@@ -44,11 +46,10 @@ def needs(package, extra):
 def run_sweep(folder, *words, **env):
     """The command in `folder`, its paths relative to it; every process that it starts inherits a mark."""
     (folder / "pairs.jsonl").write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:40]))
-    quiet = {"WANDB_MODE": "offline", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", MARK: str(folder)}
     done = subprocess.run(
         [sys.executable, "-m", "dpo_kit", *WORDS, *words],
         cwd=folder,
-        env=os.environ | quiet | env,
+        env=os.environ | QUIET | {MARK: str(folder)} | env,
         capture_output=True,
         text=True,
         timeout=200,
@@ -99,6 +100,10 @@ def check(folder, expected):
     assert groups(folder) == ["swept"] * 3
     best = json.loads((folder / "swept" / "best.json").read_text())
     assert best["recommended"] is None and (folder / "swept" / "frontier.png").stat().st_size > 0
+    refuse_left_processes(folder)
+
+
+def refuse_left_processes(folder):
     until = time.monotonic() + 20
     while (left := processes_of(folder)) and time.monotonic() < until:
         time.sleep(0.5)
@@ -131,6 +136,28 @@ def test_a_sweep_through_a_local_ray_ends_with_the_summary_of_the_default_launch
     needs("hydra_plugins.hydra_ray_launcher", "ray")
     run_sweep(tmp_path, "hydra/launcher=ray", "hydra.launcher.ray.remote.num_cpus=1")
     check(tmp_path, expected)
+
+
+@pytest.mark.slow
+def test_a_job_whose_process_is_killed_is_started_again_by_ray(tmp_path):
+    needs("hydra_plugins.hydra_ray_launcher", "ray")
+    (tmp_path / "marks").mkdir()
+    fake = {"FAKE": "0.1=kill", "FAKE_ONCE": str(tmp_path / "marks"), "PYTHONPATH": str(ROOT)}
+    words = ["-m", "beta=0.1,0.2", "hydra/launcher=ray", "tracking=none", "hydra.sweep.dir=swept"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fake_sweep", *words],
+        cwd=tmp_path,
+        env=os.environ | QUIET | fake | {MARK: str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    starts = [
+        len((tmp_path / "swept" / f"dpo-beta{beta}-seed0" / "starts").read_text().splitlines()) for beta in (0.1, 0.2)
+    ]
+    assert starts == [2, 1]
+    refuse_left_processes(tmp_path)
 
 
 # --- what a cluster needs to be told ------------------------------------------------------------------------------
