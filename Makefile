@@ -13,7 +13,7 @@ demo: $(VENV)/installed  ## train the embedded model on embedded pairs (90 s on 
 test: $(VENV)/installed  ## the quick tests (6 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(VENV)/installed  ## every test, whole runs of every method among them (60 minutes)
+test-all: $(VENV)/installed-all  ## every test, whole runs of every method among them (60 minutes)
 	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/installed  ## format, lint and types; changes nothing
@@ -36,6 +36,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/installed-all: $(VENV)/installed
+	@echo "installing the extras dashboard, slurm and ray (a minute the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,slurm,ray]'
 	@touch $@
 
 .PHONY: help demo test test-all check format bench clean

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpo_kit.config import CONF, check, compose_unchecked, register
-from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError, SweepError
+from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
 from dpo_kit.help import help_text
 from dpo_kit.sweep.plan import Plan, means_multirun, plan_sweep
 
@@ -41,6 +42,9 @@ def main() -> None:
         sys.stdout.write(help_text(args.config_dir))
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
+    warnings.filterwarnings(
+        "ignore", message=r"\s*'hydra/launcher/ray' is validated"
+    )  # our option has the plugin's name
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_exit_code(args))
 
@@ -73,8 +77,9 @@ def _run(plan: Plan | None) -> None:
     """Hydra's run of one job, or of the sweep `plan` with what it ends with, whether all its jobs ended well or not."""
     try:
         run()
-    except SweepError:
-        _conclude(plan)
+    except Exception as error:  # a cluster's launchers raise the error of the first job that failed
+        if plan is not None and not (plan.local and isinstance(error, ConfigError)):
+            _conclude(plan)
         raise
     _conclude(plan)
 
@@ -104,7 +109,10 @@ def refuse_early(args: argparse.Namespace) -> Plan | None:
 
 def task(cfg: DictConfig) -> float | None:
     """One run; returns what a sweeper may maximise: the held-out accuracy."""
-    directory = HydraConfig.get().runtime.output_dir
+    hydra_config = HydraConfig.get()
+    directory = hydra_config.runtime.output_dir
+    if not hydra_config.job.chdir:
+        os.chdir(hydra_config.runtime.cwd)  # a Ray worker starts where its cluster was started: paths may be relative
     log.info("method=%s beta=%g seed=%d → %s", cfg.method.name, cfg.beta, cfg.seed, directory)
     with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
         from dpo_kit import train

@@ -1,4 +1,4 @@
-"""A W&B server for tests, on 127.0.0.1: it accepts one client's runs and remembers what was sent."""
+"""A W&B server for tests, on 127.0.0.1: it accepts one client's runs and views and remembers what was sent."""
 
 import gzip
 import json
@@ -19,6 +19,7 @@ class FakeWandb(ThreadingHTTPServer):
         self.bodies: list[str] = []
         self.history: list[dict[str, Any]] = []
         self.runs: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []
         self.exit_code: int | None = None
 
     def __enter__(self) -> "FakeWandb":
@@ -52,6 +53,9 @@ class FakeWandb(ThreadingHTTPServer):
             project = {"id": "p", "name": variables["project"], "entity": entity}
             bucket = {"id": "b", "name": variables["name"], "displayName": variables["name"], "project": project}
             return {"upsertBucket": {"bucket": bucket | {"historyLineCount": 0}, "inserted": True}}
+        if "upsertView(" in query:
+            self.views.append(variables)
+            return {"upsertView": {"view": {"id": "v", "name": variables["name"]}, "inserted": True}}
         if "createRunFiles(" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}

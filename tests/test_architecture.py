@@ -11,7 +11,7 @@ import dpo_kit
 PACKAGE = Path(dpo_kit.__file__).parent
 LAYERS = [
     {"errors", "history", "metrics", "run", "secrets", "toy", "toy.domain", "toy.build", "toy.ideal"},
-    {"trl_schema", "settings", "config", "help", "hardware", "tokens", "sampling", "tracking", "quiet"},
+    {"trl_schema", "settings", "config", "help", "hardware", "tokens", "sampling", "tracking", "dashboard", "quiet"},
     {"data", "data.read", "data.rows", "data.interleave", "data.prepare", "arguments", "model", "scoring", "scores"},
     {"identity", "reference"},
     {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},
@@ -59,14 +59,21 @@ def test_no_imports_go_round_in_a_circle():
     TopologicalSorter({_name(file): _imports(file) for file in FILES}).prepare()
 
 
-def test_only_tracking_imports_wandb():
+def test_only_tracking_and_dashboard_import_wandb_and_its_packages():
     importers = {
-        _name(f)
-        for f in FILES
-        for n in ast.walk(ast.parse(f.read_text()))
-        if isinstance(n, ast.Import) and any(a.name.split(".")[0] == "wandb" for a in n.names)
+        _name(file)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        for name in _imported(node)
+        if name.startswith("wandb")
     }
-    assert importers == {"tracking"}
+    assert importers == {"tracking", "dashboard"}
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def test_no_python_branches_on_a_method_s_name():

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from dpo_kit import dashboard
 from dpo_kit.config import compose
+from dpo_kit.sweep.plan import plan_sweep
 from dpo_kit.toy import MODEL, TRAIN
 from tests.conftest import ROOT
 
@@ -21,7 +23,10 @@ COMMANDS = [
     if line.startswith("python -m dpo_kit")
 ]
 STAND_INS = {"path/to/model": str(MODEL), "pairs.jsonl": str(TRAIN)}
-SWEEPS = [command for command in COMMANDS if "sweep=" in command or " -m beta" in command]
+CLUSTERS = [command for command in COMMANDS if "hydra/launcher=" in command]
+ACCOUNTS = [command for command in COMMANDS if "dpo_kit.dashboard" in command]
+NOT_RUN = [*CLUSTERS, *ACCOUNTS]
+SWEEPS = [c for c in COMMANDS if ("sweep=" in c or " -m beta" in c) and c not in NOT_RUN]
 SHORT = ["trl.max_steps=4", "callbacks.pairs=16", "callbacks.prompts=8"]
 FOR_THE_TINY_MODEL = ["allow_learning_rate=true", "trl.learning_rate=1e-4", "trl.num_train_epochs=0.1"]
 
@@ -36,9 +41,29 @@ def test_the_readme_has_commands():
     assert len(COMMANDS) >= 5
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN])
 def test_every_command_of_the_readme_composes(command):
     compose(_arguments(command))
+
+
+def test_what_needs_a_cluster_or_an_account_says_that_it_was_not_run():
+    assert len(CLUSTERS) == 2 and len(ACCOUNTS) == 1
+    for line in README.splitlines():
+        if line.split("#")[0].strip() in NOT_RUN:
+            assert "# not run: needs" in line
+
+
+@pytest.mark.parametrize("command", CLUSTERS)
+@pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher/ray' is validated")
+def test_a_sweep_of_the_readme_for_a_cluster_can_be_planned(command):
+    package = "submitit" if "slurm" in command else "ray"
+    pytest.importorskip(f"hydra_plugins.hydra_{package}_launcher", reason="needs the extras slurm and ray")
+    assert not plan_sweep(_arguments(command), [], "config").local
+
+
+@pytest.mark.parametrize("command", ACCOUNTS)
+def test_the_dashboard_of_the_readme_is_understood(command):
+    assert dashboard.parse(_arguments(command))["group"] == "sweep-0123abcd"
 
 
 @pytest.mark.slow
@@ -54,7 +79,7 @@ def test_every_sweep_of_the_readme_runs_and_is_summed_up_again(written, command,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written", ["python -m dpo_kit", *(command for command in COMMANDS if command not in SWEEPS)])
+@pytest.mark.parametrize("written", ["python -m dpo_kit", *(c for c in COMMANDS if c not in SWEEPS + NOT_RUN)])
 def test_every_command_of_the_readme_runs(written, command):
     arguments = _arguments(written)
     if "model=local" in arguments:

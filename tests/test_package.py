@@ -1,12 +1,16 @@
 """The wheel: conf/ travels in it, and the command works from any folder."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 
@@ -57,3 +61,39 @@ def test_the_console_script_answers_and_completes():
         text=True,
     )
     assert query.stdout.split() == ["method=ipo"]
+
+
+def _installed(name, extras, seen):
+    """{package: version} of what is installed of `name[extras]` and all that it needs."""
+    key = re.sub(r"[-_.]+", "-", name).lower()
+    try:
+        found = distribution(name)
+    except PackageNotFoundError:  # an extra that this environment does without
+        return
+    if extras <= seen.get(key, (None, frozenset()))[1] and key in seen:
+        return
+    seen[key] = (found.version.partition("+")[0], extras)
+    for text in found.requires or []:
+        need = Requirement(text)
+        if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras | {""}):
+            _installed(need.name, frozenset(need.extras), seen)
+
+
+def test_the_constraints_pin_exactly_what_is_installed_here_with_every_extra():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    pins = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower(): line.split("==")[1] for line in lines}
+    found = {}
+    _installed("dpo-kit", frozenset({"dev", "dashboard", "slurm", "ray"}), found)
+    open_ones = {"dpo-kit", "cloudpickle", "setuptools"}  # this, what constraints.txt says, what came with Python
+    differing = {name: version for name, (version, _) in found.items() if pins.get(name) != version}
+    assert differing.keys() - open_ones == set() and len(found) > 60
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_only_make_test_all_installs_the_extras(tmp_path):
+    def told(target):
+        words = ["make", "-n", "-C", str(ROOT), f"VENV={tmp_path / 'none'}", target]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    assert "'.[dev,dashboard,slurm,ray]'" in told("test-all")
+    assert "'.[dev]'" in told("test") and "ray" not in told("test") + told("demo")

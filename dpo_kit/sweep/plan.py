@@ -82,9 +82,18 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
 def _plan(base: DictConfig, configs: list[dict[str, Any]], subdirectories: list[str]) -> Plan:
     directory = _directory(base).replace(SWEEP_ID, sweep_id(configs))
     named = [f"hydra.sweep.dir={quote(directory)}"] if SWEEP_ID in _directory(base) else []
-    written = OmegaConf.create({"at": directory, "hydra": base.hydra}).at
+    written = Path(OmegaConf.create({"at": directory, "hydra": base.hydra}).at)
     local = base.hydra.runtime.choices["hydra/launcher"] in LOCAL
-    return Plan([*named, *subdirectories], Path(written), Tracking(**base.tracking), local)
+    if not local:
+        named = _for_a_cluster(written)
+    return Plan([*named, *subdirectories], written, Tracking(**base.tracking), local)
+
+
+def _for_a_cluster(directory: Path) -> list[str]:
+    """A cluster's job may start in another folder and without this process's environment: name both."""
+    group = os.environ.get("WANDB_RUN_GROUP", directory.name)
+    absolute = f"hydra.sweep.dir={quote(str(directory.absolute()))}"
+    return [absolute, f"++hydra.job.env_set.WANDB_RUN_GROUP={quote(group)}"]
 
 
 def _directory(base: DictConfig) -> str:
