@@ -8,6 +8,7 @@ import dataclasses
 import io
 import logging
 import os
+import runpy
 import signal
 import sys
 import warnings
@@ -29,11 +30,18 @@ if TYPE_CHECKING:
     from dpo_kit.finish import Result
 
 DONE, FAILED, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+TOOLS = {"dashboard", "sweep"}
 log = logging.getLogger("dpo_kit")
 
 
 def main() -> None:
-    """`python -m dpo_kit` and `dpo-kit`: exits 0 done, 1 failed, 2 refused, 130 on Ctrl-C, 143 on SIGTERM."""
+    """`python -m dpo_kit` and `dpo-kit`: exits 0 done, 1 failed, 2 refused, 130 on Ctrl-C, 143 on SIGTERM.
+
+    `dpo-kit sweep …` is `python -m dpo_kit.sweep …`, and so for each of TOOLS.
+    """
+    if set(sys.argv[1:2]) & TOOLS:
+        runpy.run_module(f"dpo_kit.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
+        return
     if "--version" in sys.argv[1:]:  # Hydra would print its own
         sys.stdout.write(f"dpo_kit {version('dpo-kit')}\n")
         return
@@ -42,9 +50,8 @@ def main() -> None:
         sys.stdout.write(help_text(args.config_dir))
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
-    warnings.filterwarnings(
-        "ignore", message=r"\s*'hydra/launcher/ray' is validated"
-    )  # our option has the plugin's name
+    # our option has the plugin's name
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated")
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_exit_code(args))
 

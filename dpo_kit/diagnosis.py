@@ -71,7 +71,9 @@ def both_fall(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     if min(len(chosen), len(rejected)) < 4 or not _learned(history):
         return None
     half, end = chosen[len(chosen) // 2], chosen[-1]
-    if end > -max(1, 0.5 * (end - rejected[-1])) or half - end < 0.25 * abs(end) or chosen[-1] > chosen[-2]:
+    if max(end, rejected[-1]) > -1 or end > -0.5 * (end - rejected[-1]):
+        return None
+    if half - end < 0.25 * abs(end) or end > chosen[-2]:
         return None
     return Finding(
         f"The margin rises while both answers lose likelihood (chosen {end:.1f} nats, and still falling).",

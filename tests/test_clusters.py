@@ -104,7 +104,7 @@ def check(folder, expected):
 
 
 def refuse_left_processes(folder):
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while (left := processes_of(folder)) and time.monotonic() < until:
         time.sleep(0.5)
     assert left == []

@@ -53,6 +53,8 @@ def test_the_console_script_answers_and_completes():
     script = str(Path(sys.executable).parent / "dpo-kit")
     version = subprocess.run([script, "--version"], capture_output=True, text=True)
     assert version.stdout.startswith("dpo_kit 0.")
+    tool = subprocess.run([script, "sweep", "swep=x"], capture_output=True, text=True)
+    assert tool.returncode == 2 and "did you mean sweep?" in tool.stderr
     line = "dpo-kit method=ip"
     query = subprocess.run(
         [script, "-sc", "query=bash"],
