@@ -75,6 +75,7 @@ def _exit_code(args: argparse.Namespace) -> int:
         sys.stderr.write(f"dpo_kit: failed: {error}\n")
         return FAILED
     except KeyboardInterrupt:
+        exec("")  # clears CPython's mark of an interrupt inside an exec (many an import), with which it dies of SIGINT
         sys.stderr.write("dpo_kit: interrupted\n")
         return INTERRUPTED
     return DONE

@@ -387,6 +387,13 @@ def test_an_interrupted_sweep_ends_its_jobs_shows_the_table_and_goes_on_later(sw
     assert [len(starts_of(tmp_path, beta)) for beta in (0.1, 0.2, 0.5)] == [1, 2, 1]
 
 
+def test_ctrl_c_in_the_middle_of_an_import_exits_with_its_own_code_too(tmp_path):
+    script = "from dpo_kit import cli\ncli.run = lambda: exec('raise KeyboardInterrupt')\ncli.main()\n"
+    (tmp_path / "interrupted.py").write_text(script)
+    done = subprocess.run([sys.executable, "-m", "interrupted", "tracking=none"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 130, done.stderr
+
+
 def test_a_sweep_that_is_killed_takes_its_jobs_along(sweep, tmp_path):
     running = sweep("-m", "beta=0.1,0.2", fake="0.1=hang", wait=False)
     pid = wait_for_start(tmp_path, 0.1)
