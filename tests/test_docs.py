@@ -93,7 +93,7 @@ def test_every_command_of_the_readme_runs(written, command):
 
 def _table(text):
     """{measure: (end, low, high)} of a run's table, the interval open where it has none."""
-    rows = re.findall(r"│ ([a-zA-Z][^│]*?) +│ +\S+ │ +(\S+) │ (?:\[(\S+), (\S+)\])?", text.replace("−", "-"))
+    rows = re.findall(r"│ ([a-zA-Z][^│]*?) +│ +\S+ │ +(\S+) │ +(?:\[(\S+), (\S+)\])?", text.replace("−", "-"))
     return {name: (float(end), float(low or "-inf"), float(high or "inf")) for name, end, low, high in rows}
 
 
