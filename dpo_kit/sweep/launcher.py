@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,6 +160,16 @@ def threads_per_job(jobs: int) -> int | None:
     return max(1, (os.cpu_count() or 1) // jobs)
 
 
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end: one that lands in a finaliser or callback of a library would be lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Sweep:
     """Jobs waiting, running and ended; one thread, which looks at all of them ten times a second."""
 
@@ -193,7 +204,8 @@ class Sweep:
                 self._start_ready()
                 if self.stale:  # after the next job has started: drawing takes a second or two
                     self.stale = False
-                    self.on_change(self.sweep_dir)
+                    with signals_deferred():
+                        self.on_change(self.sweep_dir)
                 self._look()
                 self.view.tick()
                 time.sleep(POLL_SECONDS)
