@@ -6,21 +6,20 @@ its own; views saved before are left alone.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.errors import ConfigError
+from dpo_kit.errors import ConfigError, DpoKitError
 from dpo_kit.secrets import redact_text
+from dpo_kit.tool import Values, parse, run_tool
 from dpo_kit.tracking import STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
-DONE, FAILED, REFUSED = 0, 1, 2
 KEYS = ("project", "entity", "group", "name")
 USAGE = """\
 usage: python -m dpo_kit.dashboard project=NAME [key=value] …
@@ -50,39 +49,27 @@ MOST_RUNS = 100  # a panel's own limit of 10 hides part of a sweep over methods 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 where the server does not take the workspace, 2 where arguments, extra or key are missing."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    if {"--help", "-h"} & set(given):
-        sys.stdout.write(USAGE)
-        return DONE
+    return run_tool("dashboard", USAGE, arguments, print_address)
+
+
+def print_address(arguments: Sequence[str]) -> None:
+    """Save the workspace that `arguments` ask for and print where it is.
+
+    Raises ConfigError, and DpoKitError where the server does not take it.
+    """
+    values = parse_words(arguments)
+    require_extra()
+    require_key()
     try:
-        values = parse(given)
-        require_extra()
-        require_key()
-        sys.stdout.write(f"{save(values)}\n")
-    except ConfigError as error:
-        sys.stderr.write(f"dpo_kit.dashboard: refused: {error}\n")
-        return REFUSED
+        address = save(values)
     except Exception as error:  # whatever wandb raises: a lost network, a project that is not there
-        sys.stderr.write(f"dpo_kit.dashboard: failed: {_describe(error)}\n")
-        return FAILED
-    return DONE
+        raise DpoKitError(_describe(error)) from error
+    sys.stdout.write(f"{address}\n")
 
 
-def parse(arguments: Sequence[str]) -> dict[str, str]:
-    """{key: value} of `key=value` arguments. ConfigError names what is wrong and what was probably meant."""
-    values: dict[str, str] = {}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"arguments are key=value, got {word}; did you mean project={word}?")
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}"
-            raise ConfigError(f"unknown key {key}; {hint}")
-        values[key] = value
-    if not values.get("project"):
-        raise ConfigError("project is missing: add project=NAME, the wandb project of the runs (tracking.project)")
-    return values
+def parse_words(arguments: Sequence[str]) -> Values:
+    """{key: value} of the command line. Raises ConfigError."""
+    return parse(arguments, KEYS, needed="project", meaning="NAME, the wandb project of the runs (tracking.project)")
 
 
 def require_extra() -> None:

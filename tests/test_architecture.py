@@ -11,7 +11,19 @@ import dpo_kit
 PACKAGE = Path(dpo_kit.__file__).parent
 LAYERS = [
     {"errors", "history", "metrics", "run", "secrets", "toy", "toy.domain", "toy.build", "toy.ideal"},
-    {"trl_schema", "settings", "config", "help", "hardware", "tokens", "sampling", "tracking", "dashboard", "quiet"},
+    {
+        "trl_schema",
+        "settings",
+        "config",
+        "help",
+        "hardware",
+        "tokens",
+        "sampling",
+        "tracking",
+        "tool",
+        "dashboard",
+        "quiet",
+    },
     {"data", "data.read", "data.rows", "data.interleave", "data.prepare", "arguments", "model", "scoring", "scores"},
     {"identity", "reference"},
     {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},

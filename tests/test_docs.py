@@ -63,7 +63,7 @@ def test_a_sweep_of_the_readme_for_a_cluster_can_be_planned(command):
 
 @pytest.mark.parametrize("command", ACCOUNTS)
 def test_the_dashboard_of_the_readme_is_understood(command):
-    assert dashboard.parse(_arguments(command))["group"] == "sweep-0123abcd"
+    assert dashboard.parse_words(_arguments(command))["group"] == "sweep-0123abcd"
 
 
 @pytest.mark.slow

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from dpo_kit.errors import ConfigError, DpoKitError
+from dpo_kit.errors import ConfigError
 from dpo_kit.settings import Choose
 from dpo_kit.sweep.conclude import measure_recommended
 from dpo_kit.sweep.summary import show_summary
+from dpo_kit.tool import Values, parse, run_tool
 
-DONE, REFUSED = 0, 2
 USAGE = """\
 usage: python -m dpo_kit.sweep sweep=DIR [key=value] …
 
@@ -30,44 +29,29 @@ KEYS = ("sweep", "test", "ideal", *(f"choose.{name}" for name in Choose.model_fi
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 where the arguments or the folder are refused."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    if {"--help", "-h"} & set(given):
-        sys.stdout.write(USAGE)
-        return DONE
-    try:
-        values = parse(given)
-        budget, regression = (_number(values.get(f"choose.{name}")) for name in ("kl_budget_nats", "max_regression"))
-        if values.get("test") == "true":
-            measure_recommended(values["sweep"])
-        show_summary(values["sweep"], ideal=values.get("ideal"), kl_budget_nats=budget, max_regression=regression)
-    except DpoKitError as error:
-        sys.stderr.write(f"dpo_kit.sweep: refused: {error}\n")
-        return REFUSED
-    return DONE
+    return run_tool("sweep", USAGE, arguments, summarise)
 
 
-def _number(text: str | None) -> float | None:
-    return None if text is None else float(text)
+def summarise(arguments: Sequence[str]) -> None:
+    """Write and show the summary that `arguments` ask for."""
+    values = parse_words(arguments)
+    budget, regression = (_number(values.get(f"choose.{name}")) for name in ("kl_budget_nats", "max_regression"))
+    if values.get("test") == "true":
+        measure_recommended(values["sweep"])
+    show_summary(values["sweep"], ideal=values.get("ideal"), kl_budget_nats=budget, max_regression=regression)
 
 
-def parse(arguments: Sequence[str]) -> dict[str, str]:
-    """{key: value} of `key=value` arguments. ConfigError names what is wrong and what was probably meant."""
-    values: dict[str, str] = {}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"arguments are key=value, got {word}; did you mean sweep={word}?")
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(KEYS)}"
-            raise ConfigError(f"unknown key {key}; {hint}")
-        values[key] = value
-    if not values.get("sweep"):
-        raise ConfigError("sweep is missing: add sweep=DIR, a folder whose subfolders are runs")
+def parse_words(arguments: Sequence[str]) -> Values:
+    """{key: value} of the command line. Raises ConfigError."""
+    values = parse(arguments, KEYS, needed="sweep", meaning="DIR, a folder whose subfolders are runs")
     if values.get("test", "false") not in ("true", "false"):
         raise ConfigError(f"test must be true or false, got {values['test']}")
     _check_limits({key: value for key, value in values.items() if key.startswith("choose.")})
     return values
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float(text)
 
 
 def _check_limits(limits: dict[str, str]) -> None:

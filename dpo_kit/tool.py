@@ -1,0 +1,52 @@
+"""What the tools beside training share: `key=value` arguments, `--help`, and how they end."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
+
+DONE, FAILED, REFUSED = 0, 1, 2
+Values = dict[str, str]
+
+
+def run_tool(name: str, usage: str, arguments: Sequence[str] | None, work: Callable[[Sequence[str]], None]) -> int:
+    """Exit code of `work`, called with `arguments` (None: those of the command line): 0, 1 failed, 2 refused.
+
+    `--help` prints `usage` instead. What is wrong is said in one line on the error output.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if {"--help", "-h"} & set(given):
+        sys.stdout.write(usage)
+        return DONE
+    try:
+        work(given)
+    except (ConfigError, DataError, ModelError) as error:
+        sys.stderr.write(f"dpo_kit.{name}: refused: {error}\n")
+        return REFUSED
+    except DpoKitError as error:
+        sys.stderr.write(f"dpo_kit.{name}: failed: {error}\n")
+        return FAILED
+    return DONE
+
+
+def parse(arguments: Sequence[str], keys: Sequence[str], *, needed: str, meaning: str) -> Values:
+    """{key: value} of `key=value` arguments. ConfigError names what is wrong and what was probably meant.
+
+    `needed` is the key that must be there, `meaning` what its value is.
+    """
+    values: Values = {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"arguments are key=value, got {word}; did you mean {needed}={word}?")
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+            raise ConfigError(f"unknown key {key}; {hint}")
+        values[key] = value
+    if not values.get(needed):
+        raise ConfigError(f"{needed} is missing: add {needed}={meaning}")
+    return values
