@@ -23,7 +23,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m dpo_kit …` in an empty folder, as a user would."""
 
     def run(
-        *overrides: str, env: dict[str, str] | None = None, module: str = "dpo_kit"
+        *overrides: str, env: dict[str, str] | None = None, module: str = "dpo_kit", timeout: float = 280
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", module, *overrides],
@@ -31,7 +31,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             env=os.environ | {"WANDB_MODE": "offline"} | (env or {}),
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=timeout,
         )
 
     return run
