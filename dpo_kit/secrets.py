@@ -107,9 +107,15 @@ def _redact(value: Any, key: str, known: Sequence[str]) -> Any:
         value = value.decode(errors="replace")
     if value in (None, "") or isinstance(value, bool) or not isinstance(value, str | int | float):
         return value
-    if is_secret_key(key) and (isinstance(value, str) or not key.lower().endswith(("token", "tokens"))):
+    if is_secret_key(key) and not _is_count(value, key.lower()):
         return REDACTED
     return _redact_text(value, known, commits=bool(_COMMIT_KEY.search(key))) if isinstance(value, str) else value
+
+
+def _is_count(value: Any, key: str) -> bool:
+    """Whether a number is one of tokens (`num_tokens: 7`, `max_tokens=7` on a command line) rather than a secret."""
+    counted = value.replace(",", "").isdecimal() if isinstance(value, str) else True
+    return counted and key.endswith("tokens" if isinstance(value, str) else ("token", "tokens"))
 
 
 def _redact_key(key: Any, known: Sequence[str]) -> Any:

@@ -139,6 +139,15 @@ def test_a_data_set_s_scripts_are_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.fault("pickled weights that the first look misses, as on the hub", promise="P11")
+def test_pickled_weights_are_refused_by_transformers_as_well(folder, tmp_path, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny.model().state_dict(), folder / "pytorch_model.bin")
+    monkeypatch.setattr("dpo_kit.origin._refuse_pickles", lambda *_: None)
+    with pytest.raises(ModelError, match="Only safetensors are loaded, no pickles"):
+        load(f"model.path={folder}")
+
+
 # --- secrets ------------------------------------------------------------------------------------------------------
 
 
