@@ -64,8 +64,13 @@ def has_marks(value: Any) -> bool:
 
 
 def _pattern(tokenizer: Any) -> re.Pattern[str]:
+    """What matches a control token; kept, since some tokenizers have thousands of added tokens to ask for each row."""
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    return _get_control_token_patterns(tokenizer._get_control_tokens(template))[0]
+    kept = vars(tokenizer).get("_dpo_kit_pattern", (None, None))
+    if kept[0] != (template, len(tokenizer)):
+        pattern = _get_control_token_patterns(tokenizer._get_control_tokens(template))[0]
+        kept = tokenizer._dpo_kit_pattern = ((template, len(tokenizer)), pattern)
+    return kept[1]
 
 
 def _texts(value: Any) -> list[str]:

@@ -152,19 +152,18 @@ def _control_tokens(rows: Rows, kind: Kind, tokenizer: Any) -> dict[str, Any]:
     from dpo_kit.control_tokens import count_control_tokens
     from dpo_kit.template import refuse_hostile_template
 
-    chat = bool(rows) and not isinstance(rows[0]["prompt"], str)
-    if chat:
-        prompts = [(row["prompt"], True) for row in rows]
-        wholes = [([*row["prompt"], *row[name]], False) for row in rows for name in ANSWERS[kind]]
-        refuse_hostile_template(tokenizer, [*prompts, *wholes])
+    chats = [row for row in rows if not isinstance(row["prompt"], str)]
+    prompts = [(row["prompt"], True) for row in chats]
+    wholes = [([*row["prompt"], *row[name]], False) for row in chats for name in ANSWERS[kind]]
+    refuse_hostile_template(tokenizer, [*prompts, *wholes])
     counts = [count_control_tokens(tokenizer, _texts_of(row, kind, tokenizer.eos_token)) for row in rows]
     found: Counter[str] = sum(counts, Counter())
-    rows_held, read_as = sum(map(bool, counts)), "text" if chat else "tokens"
+    rows_held, read_as = sum(map(bool, counts)), "text" if chats else "tokens"
     if found:
         log.warning(
             "%d rows hold control tokens in their text (%s); they are read as %s%s",
             *(rows_held, ", ".join(found), read_as),
-            "" if chat else ", since raw text is taken as rendered already: for text as typed, data.wrap_as_chat=true",
+            "" if chats else ", since raw text is taken as rendered already: for text as typed, data.wrap_as_chat=true",
         )
     return {"rows": rows_held, "tokens": dict(found), "read_as": read_as}
 
