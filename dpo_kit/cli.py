@@ -11,9 +11,11 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import hydra
@@ -24,7 +26,8 @@ from omegaconf import DictConfig
 from dpo_kit.config import CONF, check, compose_unchecked, register
 from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
 from dpo_kit.help import help_text
-from dpo_kit.sweep.plan import Plan, means_multirun, plan_sweep
+from dpo_kit.secrets import redact_text, refuse_secrets
+from dpo_kit.sweep.plan import Plan, means_multirun, plan_sweep, without_hydra
 
 if TYPE_CHECKING:
     from dpo_kit.finish import Result
@@ -53,7 +56,12 @@ def main() -> None:
     # our option has the plugin's name
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated")
     signal.signal(signal.SIGTERM, _terminate)
+    sys.excepthook = _show_without_secrets
     sys.exit(_exit_code(args))
+
+
+def _show_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(redact_text("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -63,16 +71,17 @@ def _terminate(number: int, frame: object) -> None:
 
 def _exit_code(args: argparse.Namespace) -> int:
     try:
+        refuse_secrets({}, sys.argv[1:])
         if not (args.hydra_help or args.shell_completion or args.info):
             plan = refuse_early(args)
             _run(plan)
         else:
             run()
     except (ConfigError, DataError, ModelError) as error:
-        sys.stderr.write(f"dpo_kit: refused: {error}\n")
+        sys.stderr.write(f"dpo_kit: refused: {redact_text(str(error))}\n")
         return REFUSED
     except DpoKitError as error:
-        sys.stderr.write(f"dpo_kit: failed: {error}\n")
+        sys.stderr.write(f"dpo_kit: failed: {redact_text(str(error))}\n")
         return FAILED
     except KeyboardInterrupt:
         exec("")  # clears CPython's mark of an interrupt inside an exec (many an import), with which it dies of SIGINT
@@ -107,7 +116,8 @@ def refuse_early(args: argparse.Namespace) -> Plan | None:
     search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
     implied = means_multirun(args)
     if args.cfg or not (args.multirun or implied or "hydra.mode=MULTIRUN" in args.overrides):
-        check(compose_unchecked([*search, *args.overrides], args.config_name or "config"))
+        cfg = compose_unchecked([*search, *args.overrides], args.config_name or "config", with_hydra=True)
+        check(without_hydra(cfg))
         return None
     plan = plan_sweep(args.overrides, search, args.config_name or "config")
     flags = [word for word in sys.argv[1:] if word not in args.overrides]  # argparse wants the overrides in one piece

@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dpo_kit.errors import ConfigError
-from dpo_kit.settings import Rates, Settings, Strict
+from dpo_kit.secrets import refuse_secrets
+from dpo_kit.settings import Model, Rates, Settings, Strict
 from dpo_kit.trl_schema import load_schema
 
 PACKAGE = Path(__file__).resolve().parent
@@ -85,9 +86,11 @@ def compose_unchecked(overrides: Sequence[str], config_name: str = "config", *, 
     register()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="dpo_kit"):
-            return hydra.compose(config_name, overrides=list(overrides), return_hydra_config=with_hydra)
+            cfg = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
+    refuse_secrets(OmegaConf.to_container(cfg, resolve=False), overrides)
+    return cfg
 
 
 def check(cfg: DictConfig) -> Settings:
@@ -96,11 +99,12 @@ def check(cfg: DictConfig) -> Settings:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise explain(error) from error
+    refuse_secrets(values)
     try:
         settings = Settings(**values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
-    faults = [*_trl_faults(settings), *_method_faults(settings)]
+    faults = [*_trl_faults(settings), *_method_faults(settings), *_model_faults(settings.model)]
     if faults:
         raise ConfigError("\n".join(faults))
     return settings
@@ -179,6 +183,25 @@ def _method_faults(settings: Settings) -> Iterator[str]:
         yield (
             "trl.sync_ref_model needs a reference model of its own, which model.tuning="
             f"{settings.model.tuning} has not: use model.tuning=full or trl.sync_ref_model=false"
+        )
+
+
+def _model_faults(model: Model) -> Iterator[str]:
+    """Code from elsewhere runs only where the config names whose it is, and which."""
+    if model.trust_remote_code and Path(model.path).expanduser().is_dir():
+        yield (
+            f"model.trust_remote_code=true needs a repository and its commit, but model.path={model.path} is a folder: "
+            "name the repository, model.path=org/name, or load a model whose code transformers has"
+        )
+    elif model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
+        yield (
+            "model.trust_remote_code=true runs code of a repository, so model.revision must be a full commit hash "
+            f"(40 hex digits) whose code you have read, got {model.revision}"
+        )
+    if model.attn_implementation and "/" in model.attn_implementation:
+        yield (
+            f"model.attn_implementation={model.attn_implementation} would download code and run it: take sdpa, eager "
+            "or flash_attention_2"
         )
 
 

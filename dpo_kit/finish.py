@@ -60,6 +60,7 @@ def finish_run(
     """Save the model, draw the report, write the result."""
     refuse_non_finite(trainer.model)
     trainer.save_model(str(run.model))
+    (run.model / "training_args.bin").unlink(missing_ok=True)  # a pickle with every argument, useless to a reader
     history, manifest = read_metrics(run.metrics), read_json(run.manifest)
     result = Result(
         status="done",

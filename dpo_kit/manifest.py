@@ -12,8 +12,10 @@ from dpo_kit.arguments import effective_batch
 from dpo_kit.data.prepare import Prepared
 from dpo_kit.data.rows import digest
 from dpo_kit.identity import comparable
+from dpo_kit.origin import find_parent
 from dpo_kit.run import hash_weights
-from dpo_kit.settings import Settings
+from dpo_kit.settings import Model, Settings
+from dpo_kit.template import template_hash
 
 PACKAGES = (
     "dpo-kit",
@@ -29,7 +31,7 @@ PACKAGES = (
 )
 
 
-def build_manifest(settings: Settings, data: Prepared, command: str | None) -> dict[str, Any]:
+def build_manifest(settings: Settings, data: Prepared, command: str | None, tokenizer: Any) -> dict[str, Any]:
     """The facts of a run that do not change while it trains; secrets redacted."""
     config = comparable(settings)
     return {
@@ -46,11 +48,21 @@ def build_manifest(settings: Settings, data: Prepared, command: str | None) -> d
             name: {"rows": len(rows), "sha256": digest([row["pair_id"] for row in rows])}
             for name, rows in (("train", data.train), ("select", data.select), ("test", data.test))
         },
-        "model": {
-            "path": settings.model.path,
-            "revision": settings.model.revision,
-            "sha256": hash_weights(settings.model.path),
-        },
+        "model": describe_start(settings.model, tokenizer),
+    }
+
+
+def describe_start(model: Model, tokenizer: Any) -> dict[str, Any]:
+    """Which weights, template and code training starts from, and which run they come from where they are a run's."""
+    reference = {"reference_parent": find_parent("model.reference", model.reference)} if model.reference else {}
+    return {
+        "path": model.path,
+        "revision": model.revision,
+        "sha256": hash_weights(model.path),
+        "chat_template_sha256": template_hash(tokenizer),
+        "remote_code": {"repository": model.path, "commit": model.revision} if model.trust_remote_code else None,
+        "parent": find_parent("model.path", model.path),
+        **reference,
     }
 
 

@@ -20,7 +20,9 @@ from dpo_kit.reference import StoredReference
 from dpo_kit.run import RunDirectory
 from dpo_kit.sampling import Sample
 from dpo_kit.scoring import Reference
+from dpo_kit.secrets import redact_text
 from dpo_kit.settings import Settings
+from dpo_kit.start import StartCheck
 from dpo_kit.tracking import Tracker
 
 
@@ -29,6 +31,7 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
     wanted = settings.callbacks
     trainer.add_callback(Recorder(run.metrics, tracker))
     reference = build_reference(trainer, settings, run)
+    trainer.add_callback(StartCheck(trainer, reference))
     rows = probe_rows(data, settings)
     if wanted.preference_margin or wanted.implicit_reward:
         probe = PairProbe(
@@ -115,5 +118,6 @@ def describe_samples(step: int, samples: Sequence[Sample], gold: Any) -> Iterato
     prompts, answers = [each.row["prompt"] for each in samples], [each.text for each in samples]
     rewards = [{"gold_reward": reward} for reward in gold.gold_rewards(prompts, answers)] if gold else repeat({})
     for sample, reward in zip(samples, rewards, strict=False):
-        row = {"step": step, "prompt_id": sample.row["prompt_id"], "prompt": answer_text(sample.row["prompt"])}
-        yield row | {"answer": sample.text, "tokens": len(sample.token_ids), "cut": sample.cut} | reward
+        prompt = redact_text(answer_text(sample.row["prompt"]))
+        row = {"step": step, "prompt_id": sample.row["prompt_id"], "prompt": prompt}
+        yield row | {"answer": redact_text(sample.text), "tokens": len(sample.token_ids), "cut": sample.cut} | reward

@@ -10,20 +10,29 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from dpo_kit.control_tokens import neutralised
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.hardware import has_accelerator, weight_dtype
+from dpo_kit.origin import find_parent, refuse_unsafe
 from dpo_kit.settings import Model
 
 
 def load_tokenizer(model: Model) -> Any:
-    """The model's tokenizer with a padding token. Raises ModelError where the path holds none."""
-    _refuse_wrong_path(model.path)
+    """The model's tokenizer with a padding token, which reads control tokens in messages as text.
+
+    ModelError where the path holds none, is part of an unfinished run, or where the reference's vocabulary is another.
+    """
+    for key, path in (("model.path", model.path), ("model.reference", model.reference)):
+        if path:
+            find_parent(key, path)
     tokenizer = _load(AutoTokenizer, model.path, model)
     if tokenizer.eos_token is None:
         raise ModelError(f"the tokenizer of {model.path} has no EOS token, so that no answer would ever end: set one")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    if model.reference:
+        _refuse_other_vocabulary(model, tokenizer)
+    return neutralised(tokenizer)
 
 
 def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:
@@ -53,11 +62,6 @@ def build_adapter(model: Model) -> PeftConfig | None:
         return LoraConfig(task_type="CAUSAL_LM", **model.lora)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.lora: peft.LoraConfig refuses it: {error}") from error
-
-
-def describe_architecture(model: Model) -> dict[str, Any]:
-    """The model's own config, as a manifest records it."""
-    return _load(AutoConfig, model.path, model).to_dict()
 
 
 def _load_weights(model: Model, path: str) -> PreTrainedModel:
@@ -93,21 +97,68 @@ def _quantization(model: Model) -> BitsAndBytesConfig:
 
 
 def _load(auto_class: Any, path: str, model: Model, **options: Any) -> Any:
-    revision = model.revision if path == model.path else None
+    key = "model.reference" if path == model.reference and path != model.path else "model.path"
+    options |= {"revision": model.revision, "code_revision": model.revision} if path == model.path else {}
+    _refuse_wrong_path(key, path)
+    refuse_unsafe(key, path, options.get("revision"))
+    trusted = model.trust_remote_code and path == model.path  # the commit is that of model.path's repository
     try:
-        return auto_class.from_pretrained(path, revision=revision, trust_remote_code=model.trust_remote_code, **options)
+        return auto_class.from_pretrained(path, trust_remote_code=trusted, **options)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{key}={path} cannot be loaded: {reason}{_remedy(reason)}") from error
 
 
-def _refuse_wrong_path(path: str) -> None:
+def _remedy(reason: str) -> str:
+    if "custom code" in reason:
+        return (
+            " Its code is not run: take a model of the kinds that transformers knows, or read the code and then name "
+            "repository and commit: model.path=org/name model.revision=<40 hex digits> model.trust_remote_code=true"
+        )
+    if "safetensors" in reason:
+        return (
+            " Only safetensors are loaded, no pickles: take a revision that has them, or convert the weights yourself"
+        )
+    return ""
+
+
+def _refuse_wrong_path(key: str, path: str) -> None:
     """A path that is meant to be local but is not there, before the hub is asked for it."""
     local = Path(path).expanduser()
     if local.exists() or not path.startswith((".", "/", "~")):
         return
     siblings = [entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else []
     near = difflib.get_close_matches(local.name, siblings, n=2)
-    raise ModelError(f"model.path={path} does not exist" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    raise ModelError(f"{key}={path} does not exist" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+
+
+SAMPLE = ("Hello, world!", "naïve café, 東京 🙂", "  two  spaces\n\tand a tab", "x = 3.14159 * 2**10  # code", "don't")
+"""Texts that tokenizers of one vocabulary but other merges or normalisation encode differently."""
+
+
+def _refuse_other_vocabulary(model: Model, tokenizer: Any) -> None:
+    """ModelError where the reference reads token ids otherwise than the policy, so that its log-probabilities would be
+    those of other texts.
+    """
+    other = _load(AutoTokenizer, str(model.reference), model)
+    rows, rows_there = (_load(AutoConfig, path, model).get_text_config().vocab_size for path in _both(model))
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    names = (("eos_token_id", tokenizer.eos_token_id, other.eos_token_id), ("rows of the embedding", rows, rows_there))
+    moved = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+    differing = [f"{name}: {here} and {there}" for name, here, there in names if here != there]
+    differing += [f"token {moved[0]!r}: {mine.get(moved[0])} and {theirs.get(moved[0])}"] if moved else []
+    ids = [[each(text, add_special_tokens=False)["input_ids"] for text in SAMPLE] for each in (tokenizer, other)]
+    differing += [f"{text!r} is encoded differently" for text, a, b in zip(SAMPLE, *ids, strict=True) if a != b][:1]
+    if differing:
+        raise ModelError(
+            f"model.reference={model.reference} has another vocabulary than model.path={model.path} "
+            f"({'; '.join(differing)}): its log-probabilities would be those of other texts. Take a reference of the "
+            "same tokenizer, or resize and save both models alike"
+        )
+
+
+def _both(model: Model) -> tuple[str, str]:
+    return model.path, str(model.reference)
 
 
 def _refuse_foreign_tokenizer(policy: Any, tokenizer: Any, path: str) -> None:

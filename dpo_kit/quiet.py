@@ -7,7 +7,8 @@ import os
 
 
 def quiet_imports() -> None:
-    """Before the libraries are imported: silence what they say while they are."""
+    """Before the libraries are imported: silence what they say while they are, and have no bot convert pickles."""
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for a package that only 4-bit inference uses

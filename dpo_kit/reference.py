@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +90,31 @@ class StoredReference:
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """`dataset` with the reference's columns; overrides the trainer's method of the same name."""
-        answers = [column for column in COLUMNS if column in dataset.column_names]
-        rows = [_cut(self.args, dataset["prompt_ids"], dataset[column]) for column in answers]  # type: ignore[attr-defined]
-        ld_alpha = getattr(self, "ld_alpha", None)
-        heads = [_heads(own, rows) for own in rows] if ld_alpha is not None else []
-        sequences = [tokens for part in (*rows, *heads) for tokens in part]
-        with self.accelerator.main_process_first():  # type: ignore[attr-defined]
+
+        def through_store(sequences: Sequence[Tokens]) -> Tensor:
             logps, self.folder = reference_logps(self, sequences, self.root, name)
-        parts = torch.tensor(logps, dtype=torch.float64).view(-1, len(dataset))
-        if ld_alpha is not None:
-            parts = ld_alpha * parts[: len(rows)] + (1 - ld_alpha) * parts[len(rows) :]
-        for column, values in zip(answers, parts.tolist(), strict=True):
-            dataset = dataset.add_column(COLUMNS[column], values)
+            return torch.tensor(logps, dtype=torch.float64)
+
+        with self.accelerator.main_process_first():  # type: ignore[attr-defined]
+            columns = column_logps(self, dataset, through_store)
+        for column, values in columns.items():
+            dataset = dataset.add_column(column, values.tolist())
         return dataset
+
+
+def column_logps(trainer: Any, dataset: Dataset, scorer: Callable[[Sequence[Tokens]], Tensor]) -> dict[str, Tensor]:
+    """What TRL's columns of the reference hold for `dataset` where `scorer` gives each sequence's log-probability.
+
+    {column: (rows,) in nats}; empty for datasets of trainers without a reference.
+    """
+    answers = [column for column in COLUMNS if column in dataset.column_names]
+    rows = [_cut(trainer.args, dataset["prompt_ids"], dataset[column]) for column in answers]
+    ld_alpha = getattr(trainer, "ld_alpha", None)
+    heads = [_heads(own, rows) for own in rows] if ld_alpha is not None else []
+    parts = scorer([tokens for part in (*rows, *heads) for tokens in part]).view(-1, len(dataset))
+    if ld_alpha is not None:
+        parts = ld_alpha * parts[: len(rows)] + (1 - ld_alpha) * parts[len(rows) :]
+    return {COLUMNS[column]: values for column, values in zip(answers, parts, strict=True)}
 
 
 def with_store(trainer: type, root: Path) -> type:

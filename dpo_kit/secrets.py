@@ -1,13 +1,21 @@
-"""Keep secret values out of everything that is written or sent. Pure; standard library only.
+"""Keep secret values out of everything that is written or sent. Standard library only.
 
-A value is taken for a secret when its key says so (`hub_token`, `api_key`, `password`, ...) or when its shape does
+A value is taken for a secret when its key says so (`hub_token`, `api_key`, `password`, ...), when its shape does
 (Hugging Face, OpenAI and Anthropic, W&B, AWS, GitHub, GitLab, Slack, Google keys, JSON web tokens, private keys,
-credentials in a URL). Names of environment variables (`api_key_env`) and special tokens (`pad_token`) are no secrets.
+credentials in a URL), or when it is the value of an environment variable with such a name. Names of environment
+variables (`api_key_env`) and special tokens (`pad_token`) are no secrets.
+
+A config or a command line that holds one is refused before anything is written; the rest of this file redacts, for
+texts that come from elsewhere.
 """
 
+import logging
+import os
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dpo_kit.errors import ConfigError
 
 REDACTED = "<redacted>"
 
@@ -65,22 +73,12 @@ def redact(value: Any, key: str = "") -> Any:
     Under a secret-named key every string goes, and so does a number where the key names a password; under any other
     key what looks like a token does.
     """
-    if isinstance(value, dict):
-        return {_redact_key(k): redact(v, key if is_secret_key(key) else str(k)) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [redact(item, key) for item in value]
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if value in (None, "") or isinstance(value, bool) or not isinstance(value, str | int | float):
-        return value
-    if is_secret_key(key) and (isinstance(value, str) or not key.lower().endswith(("token", "tokens"))):
-        return REDACTED
-    return _redact_text(value, commits=bool(_COMMIT_KEY.search(key))) if isinstance(value, str) else value
+    return _redact(value, key, environment_secrets())
 
 
 def redact_text(text: str) -> str:
-    """`text` with known token shapes and the credentials of URLs replaced by `<redacted>`."""
-    return _redact_text(text, commits=False)
+    """`text` without known token shapes, credentials of URLs and secrets of the environment: `<redacted>` instead."""
+    return _redact_text(text, environment_secrets())
 
 
 def redact_argv(argv: Sequence[str]) -> list[str]:
@@ -98,11 +96,35 @@ def redact_argv(argv: Sequence[str]) -> list[str]:
     return clean
 
 
-def _redact_key(key: Any) -> Any:
-    return redact_text(key) if isinstance(key, str) else key
+def _redact(value: Any, key: str, known: Sequence[str]) -> Any:
+    if isinstance(value, dict):
+        return {
+            _redact_key(k, known): _redact(v, key if is_secret_key(key) else str(k), known) for k, v in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redact(item, key, known) for item in value]
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if value in (None, "") or isinstance(value, bool) or not isinstance(value, str | int | float):
+        return value
+    if is_secret_key(key) and not _is_count(value, key.lower()):
+        return REDACTED
+    return _redact_text(value, known, commits=bool(_COMMIT_KEY.search(key))) if isinstance(value, str) else value
 
 
-def _redact_text(text: str, *, commits: bool) -> str:
+def _is_count(value: Any, key: str) -> bool:
+    """Whether a number is one of tokens (`num_tokens: 7`, `max_tokens=7` on a command line) rather than a secret."""
+    counted = value.replace(",", "").isdecimal() if isinstance(value, str) else True
+    return counted and key.endswith("tokens" if isinstance(value, str) else ("token", "tokens"))
+
+
+def _redact_key(key: Any, known: Sequence[str]) -> Any:
+    return _redact_text(key, known) if isinstance(key, str) else key
+
+
+def _redact_text(text: str, known: Iterable[str], *, commits: bool = False) -> str:
+    for value in known:
+        text = text.replace(value, REDACTED)
     text = _SHAPES.sub(REDACTED, text)
     text = _URL_QUERY.sub(rf"\1{REDACTED}", _URL_USER.sub(REDACTED, text))
     return text if commits else _HEX40.sub(_redact_hex, text)
@@ -110,3 +132,112 @@ def _redact_text(text: str, *, commits: bool) -> str:
 
 def _redact_hex(match: re.Match[str]) -> str:
     return match.group() if match["commit"] else REDACTED
+
+
+class RedactingFormatter(logging.Formatter):
+    """Log lines without secrets, those of libraries and their tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_text(super().format(record))
+
+
+# --- refusing ----------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """A secret in a config: where it stands, and why it is taken for one. Never its value."""
+
+    key: str
+    reason: str
+
+
+STORES = {
+    "hf": "run `hf auth login`, or set HF_TOKEN in the environment",
+    "hub": "run `hf auth login`, or set HF_TOKEN in the environment",
+    "wandb": "run `wandb login`, or set WANDB_API_KEY in the environment",
+    "openai": "set OPENAI_API_KEY in the environment",
+    "anthropic": "set ANTHROPIC_API_KEY in the environment",
+    "aws": "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment",
+    "github": "use git's credential helper",
+    "url": "leave user and password out of the address: git, pip and curl read them from their own stores (~/.netrc)",
+}
+_SHAPE_STORES = {"hf_": "hf", "api_org_": "hf", "wandb_": "wandb", "local-": "wandb", "sk-ant-": "anthropic"}
+_SHAPE_STORES |= {"sk-": "openai", "AKIA": "aws", "ASIA": "aws", "gh": "github"}
+_PLAIN_WORD = re.compile(r"/|.{0,7}$|[a-z]{0,11}$")  # found in any text: true, disabled, a path
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([\w.]+)")
+
+
+def environment_secrets() -> list[str]:
+    """Values of environment variables whose name says that they are secret, longest first; no paths, no plain words."""
+    found = {value for name, value in os.environ.items() if is_secret_key(name) and not _PLAIN_WORD.match(value)}
+    return sorted(found, key=len, reverse=True)
+
+
+def refuse_secrets(config: Any, argv: Sequence[str] = ()) -> None:
+    """ConfigError where a composed config (plain containers, interpolations as written or resolved) or a command line
+    holds a secret: the key, why, and where it belongs instead. The value is never repeated.
+    """
+    found = [*_in_argv(argv), *_in_config(config, "")]
+    lines = {
+        f"{key}: {reason}, and it would be written to the run directory; instead, {_remedy(key, reason)}"
+        for key, reason in found
+    }
+    if lines:
+        raise ConfigError("\n".join(sorted(lines)))
+
+
+def _in_config(value: Any, key: str) -> Iterator[Found]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if redact_text(str(name)) != str(name):
+                yield Found(key or "config", "a key of it is a secret itself")
+            yield from _in_config(item, key if is_secret_key(key) else f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _in_config(item, key)
+    elif reason := _reason(value, key):
+        yield Found(key, reason)
+
+
+def _reason(value: Any, key: str) -> str | None:
+    """Why the scalar `value` under `key` is a secret; None where it is not."""
+    if isinstance(value, str):
+        named = [name for name in _ENVIRONMENT.findall(value) if is_secret_key(name)]
+        if named:
+            return f"it copies the environment variable {named[0]} into the config"
+        if found := _shape(value, key):
+            return found
+        if any(secret in value for secret in environment_secrets()):
+            return "it holds the value of an environment variable that is named like a secret"
+    return "its name says that it is a secret" if redact(value, key) == REDACTED else None
+
+
+def _shape(text: str, key: str) -> str | None:
+    if match := _SHAPES.search(text):
+        start = next((f" ({start}…)" for start in _SHAPE_STORES if match.group().startswith(start)), "")
+        return f"it has the shape of a key{start}"
+    if _URL_USER.search(text) or _URL_QUERY.search(text):
+        return "it is a URL with credentials"
+    if not _COMMIT_KEY.search(key) and _HEX40.sub(_redact_hex, text) != text:
+        return "it has the shape of a key (40 hex digits)"
+    return None
+
+
+def _in_argv(argv: Sequence[str]) -> Iterator[Found]:
+    for word, clean in zip(argv, redact_argv(argv), strict=True):
+        name, _, value = word.partition("=")
+        name = redact_text(name.lstrip("-+~"))
+        if reason := _reason(value, name.replace("-", "_")):
+            yield Found(name, reason)
+        elif clean != word:
+            yield Found("the command line", _shape(word, "") or "a word after a secret-named option")
+
+
+def _remedy(key: str, reason: str) -> str:
+    """Where the secret belongs, by what its shape or its key says of its owner."""
+    if "URL" in reason:
+        return STORES["url"]
+    shape = re.search(r"\((\S+)…\)", reason)
+    words = [_SHAPE_STORES[shape[1]]] if shape else re.split(r"[._\-]", _CAMEL.sub("_", key).lower())
+    known = [STORES[word] for word in words if word in STORES]
+    return [*known, "hand it over in an environment variable, or in the store of the program that needs it"][0]

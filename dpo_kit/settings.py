@@ -3,9 +3,11 @@
 The `trl` block is not described here: it is TRL's own, see trl_schema.py.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+FileName = Annotated[str, Field(pattern=r"^[\w+-][\w.+-]*$")]  # becomes part of a path: no separators, no dots alone
 
 
 class Strict(BaseModel):
@@ -36,7 +38,7 @@ class Beta(Strict):
 class Method(Strict):
     """One method file: everything in which methods differ."""
 
-    name: str
+    name: FileName
     title: str
     paper: str
     equation: str

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
+from dpo_kit.secrets import redact_text, refuse_secrets
 
 DONE, FAILED, REFUSED = 0, 1, 2
 Values = dict[str, str]
@@ -22,12 +23,13 @@ def run_tool(name: str, usage: str, arguments: Sequence[str] | None, work: Calla
         sys.stdout.write(usage)
         return DONE
     try:
+        refuse_secrets({}, given)
         work(given)
     except (ConfigError, DataError, ModelError) as error:
-        sys.stderr.write(f"dpo_kit.{name}: refused: {error}\n")
+        sys.stderr.write(f"dpo_kit.{name}: refused: {redact_text(str(error))}\n")
         return REFUSED
     except DpoKitError as error:
-        sys.stderr.write(f"dpo_kit.{name}: failed: {error}\n")
+        sys.stderr.write(f"dpo_kit.{name}: failed: {redact_text(str(error))}\n")
         return FAILED
     return DONE
 

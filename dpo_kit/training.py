@@ -30,7 +30,7 @@ from dpo_kit.model import build_adapter, load_policy, load_reference, load_token
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.reference import with_store
 from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
-from dpo_kit.secrets import redact_argv
+from dpo_kit.secrets import redact, redact_argv
 from dpo_kit.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
     data = prepare_data(settings, tokenizer, run)
-    manifest = start_record(settings, data, run)
+    manifest = start_record(settings, data, tokenizer, run)
     tracker = start_tracking(settings, manifest, run)
     try:
         trainer = build_trainer(settings, data, tokenizer, run)
@@ -84,14 +84,14 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
         data.report["ceiling"] = label_ceiling(load_gold(settings.data.gold), data.select)
     write_json(run.data_report, data.report)
     if data.dropped:
-        write_jsonl(run.dropped_rows, (vars(fault) for fault in data.dropped))
+        write_jsonl(run.dropped_rows, (redact(vars(fault)) for fault in data.dropped))
         log.info("%d rows dropped: %s", len(data.dropped), data.report["dropped_by_reason"])
     return data
 
 
-def start_record(settings: Settings, data: Prepared, run: RunDirectory) -> dict[str, Any]:
+def start_record(settings: Settings, data: Prepared, tokenizer: Any, run: RunDirectory) -> dict[str, Any]:
     """The manifest, written before anything heavy is loaded."""
-    manifest = build_manifest(settings, data, typed_command())
+    manifest = build_manifest(settings, data, typed_command(), tokenizer)
     write_json(run.manifest, manifest)
     return manifest
 
@@ -118,7 +118,7 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     """TRL's trainer for the method: one keyword call serves them all."""
     adapter = build_adapter(settings.model)
     args = build_arguments(settings, data.train, run.checkpoints)
-    write_json(run.trl_config, args.to_dict())
+    write_json(run.trl_config, redact(args.to_dict()))
     policy = load_policy(settings.model, tokenizer)
     given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings, args) else {}
     describe(settings, args, data)

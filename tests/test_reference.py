@@ -144,6 +144,7 @@ def test_the_address_of_a_sequence_is_its_tokens_and_where_the_answer_begins():
     assert len(addresses) == 4
 
 
+@pytest.mark.fault("a damaged file of stored reference values", promise="P8")
 def test_a_damaged_file_is_set_aside_and_computed_again(stored, computed, tmp_path, caplog):
     first = columns(stored())
     known = len(computed["computed"])
@@ -156,6 +157,7 @@ def test_a_damaged_file_is_set_aside_and_computed_again(stored, computed, tmp_pa
     assert list((tmp_path / "store").rglob("*.damaged"))
 
 
+@pytest.mark.fault("stored values that belong to another model", promise="P8")
 def test_values_of_another_model_are_found_out_by_the_sample(stored, computed, tmp_path):
     first = columns(stored())
     (file,) = (tmp_path / "store").rglob("*.safetensors")
@@ -165,6 +167,7 @@ def test_values_of_another_model_are_found_out_by_the_sample(stored, computed, t
     assert columns(stored()) == first
 
 
+@pytest.mark.fault("a reference of weights that are not finite", promise="P7")
 def test_a_reference_that_is_not_finite_is_refused_and_nothing_is_stored(folder, stored, tmp_path):
     broken = LlamaForCausalLM.from_pretrained(folder)
     broken.lm_head.weight.data.fill_(torch.nan)

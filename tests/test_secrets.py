@@ -84,6 +84,10 @@ def test_settings_that_look_like_secrets_are_kept() -> None:
 
 
 def test_a_number_is_hidden_under_a_password_but_not_under_a_count() -> None:
+    assert redact_argv(["callbacks.max_tokens=100,200", "password=100"]) == [
+        "callbacks.max_tokens=100,200",
+        f"password={REDACTED}",
+    ]
     assert redact({"password": 1234, "num_tokens": 1234, "tokens": 1234}) == {
         "password": REDACTED,
         "num_tokens": 1234,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import statistics
 from collections import Counter
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from dpo_kit.data.rows import ANSWERS, Kind, as_chat, digest, identify, normalis
 from dpo_kit.errors import DataError
 from dpo_kit.settings import Data, Source
 
+log = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
 
 
@@ -46,12 +48,13 @@ def prepare(
     ]
     _refuse_malformed(faults, data)
     kind = _one_kind([rows_kind for rows_kind, _ in (*read, *held_out)], wanted)
+    control_tokens = _control_tokens([row for _, rows in (*read, *held_out) for row in rows], kind, tokenizer)
     train = [_signal(rows, kind, tokenizer, max_length, truncation, faults) for _, rows in read]
     pool = [row for _, rows in held_out for row in _signal(rows, kind, tokenizer, max_length, truncation, faults)]
     train, pool = _part(train, pool, data.holdout, faults, separate=bool(held_out))
     select, test = _halves(pool)
     weighed = [row for rows, source in zip(train, sources, strict=True) for row in _weigh(rows, source.weight)]
-    report = _report(weighed, select, test, kind, faults)
+    report = _report(weighed, select, test, kind, faults) | {"control_tokens": control_tokens}
     trained = list(identify(weighed, kind))
     if wanted == "unary":
         trained = interleave(unpair(trained) if kind == "pairs" else trained, seed)
@@ -136,6 +139,39 @@ def _one_kind(kinds: list[Kind], wanted: Kind) -> Kind:
     if kinds[0] == "unary" and wanted == "pairs":
         raise DataError("rows with completion and label train method=kto or method=kto_apo; this method needs pairs")
     return kinds[0]
+
+
+# --- what the text may do ----------------------------------------------------------------------------------------
+
+
+def _control_tokens(rows: Rows, kind: Kind, tokenizer: Any) -> dict[str, Any]:
+    """How many rows hold control tokens in their text, which ones, and how they are read; said in the log too.
+
+    First the chat template is tried on the chats of all rows. ModelError where it is hostile.
+    """
+    from dpo_kit.control_tokens import count_control_tokens
+    from dpo_kit.template import refuse_hostile_template
+
+    chats = [row for row in rows if not isinstance(row["prompt"], str)]
+    prompts = [(row["prompt"], True) for row in chats]
+    wholes = [([*row["prompt"], *row[name]], False) for row in chats for name in ANSWERS[kind]]
+    refuse_hostile_template(tokenizer, [*prompts, *wholes])
+    counts = [count_control_tokens(tokenizer, _texts_of(row, kind, tokenizer.eos_token)) for row in rows]
+    found: Counter[str] = sum(counts, Counter())
+    rows_held, read_as = sum(map(bool, counts)), "text" if chats else "tokens"
+    if found:
+        log.warning(
+            "%d rows hold control tokens in their text (%s); they are read as %s%s",
+            *(rows_held, ", ".join(found), read_as),
+            "" if chats else ", since raw text is taken as rendered already: for text as typed, data.wrap_as_chat=true",
+        )
+    return {"rows": rows_held, "tokens": dict(found), "read_as": read_as}
+
+
+def _texts_of(row: dict[str, Any], kind: Kind, eos: str) -> list[Any]:
+    """The texts of a row; of raw answers without the EOS that ends them."""
+    answers = [row[name] for name in ANSWERS[kind]]
+    return [row["prompt"], *(text.removesuffix(eos) if isinstance(text, str) else text for text in answers)]
 
 
 # --- rows without signal -----------------------------------------------------------------------------------------

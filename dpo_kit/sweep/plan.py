@@ -128,6 +128,8 @@ def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -
         subdir = str(cfg.hydra.sweep.subdir)
     except OmegaConfBaseException:  # speaks of the job's number, say
         subdir = None
+    if subdir is not None and (Path(subdir).is_absolute() or ".." in Path(subdir).parts):
+        raise ConfigError(f"hydra.sweep.subdir must stay inside hydra.sweep.dir, got {subdir}: name a plain folder")
     return Job(overrides, comparable(check(without_hydra(cfg))), subdir)
 
 

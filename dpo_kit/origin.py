@@ -1,0 +1,134 @@
+"""Where a model comes from, and what is refused before anything is loaded: adapters, unfinished runs, code, pickles.
+
+Nothing of a repository is executed: weights are safetensors, code runs only from a repository at a commit that the
+config names (`model.trust_remote_code` with `model.revision`, see config.py).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.errors import ModelError
+from dpo_kit.run import RunDirectory, read_json
+from dpo_kit.secrets import redact_text
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def refuse_unsafe(key: str, path: str, revision: str | None = None) -> None:
+    """ModelError where `path` (a folder or hub id, given as `key`) is an adapter, pickled, or asks for foreign code."""
+    _refuse_adapter(key, path, revision)
+    _refuse_pickles(key, Path(path).expanduser())
+    config = _read(path, "config.json", revision)
+    kernel = str(config.get("attn_implementation") or config.get("_attn_implementation") or "")
+    if "/" in kernel:
+        raise ModelError(
+            f"{key}={path}: its config.json wants attention code from {kernel}, which would be downloaded and run: "
+            "take that line out of config.json and set model.attn_implementation=sdpa"
+        )
+    foreign = sorted({str(code).split("--")[0] for code in _code(config) if "--" in str(code)} - {path})
+    if foreign:
+        raise ModelError(
+            f"{key}={path}: its code lies in another repository, {foreign[0]}, whose commit cannot be named here: load "
+            "it from there, with model.revision"
+        )
+    if secret := next((name for name, text in _texts(config) if redact_text(text) != text), None):
+        raise ModelError(
+            f"{key}={path}: {secret} in its config.json looks like a secret, and would be saved with every checkpoint "
+            "and with the tuned model: take it out"
+        )
+
+
+def find_parent(key: str, path: str) -> dict[str, Any] | None:
+    """The finished run whose policy `path` is (run, method, beta, seed, config_hash), or None where it is no run's.
+
+    ModelError for a run that has not ended well, for a checkpoint and for a run directory itself: what was meant is
+    named.
+    """
+    folder = Path(path).expanduser().resolve()
+    if RunDirectory(folder).manifest.exists() and not (folder / "config.json").exists():
+        raise ModelError(f"{key}={path} is a run directory; did you mean its policy, {key}={Path(path) / 'model'}?")
+    if folder.parent.name == "checkpoints" and RunDirectory(folder.parents[1]).manifest.exists():
+        above = folder.parents[1]
+        raise ModelError(
+            f"{key}={path} is a checkpoint in the middle of the run {above}: go on with that run (its command, with "
+            f"hydra.run.dir={above}), or start from its end, {key}={above / 'model'}. If this checkpoint is meant as a "
+            "start, copy its folder out of the run first"
+        )
+    run = RunDirectory(folder.parent)
+    if folder.name != run.model.name or not run.manifest.exists():
+        return None
+    result, manifest = run.read_result() or {"status": "running or killed"}, read_json(run.manifest)
+    if result["status"] != "done":
+        raise ModelError(
+            f"{key}={path} belongs to a run that has not ended well (status: {result['status']}): finish it with "
+            f"hydra.run.dir={run.root}, or name another model"
+        )
+    return {name: result[name] for name in ("method", "beta", "seed", "model")} | {
+        "run": str(run.root),
+        "config_hash": manifest["config_hash"],
+    }
+
+
+def _refuse_adapter(key: str, path: str, revision: str | None) -> None:
+    """transformers would load the adapter's base with the adapter in it, and peft would tune on top, without a word."""
+    adapter = _read(path, "adapter_config.json", revision)
+    if not adapter:
+        return
+    base = adapter.get("base_model_name_or_path")
+    raise ModelError(
+        f"{key}={path} is an adapter on {base}, not a model: name the base itself ({key}={base}), or merge the adapter "
+        f"into it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(base)!r}), {path!r})"
+        ".merge_and_unload().save_pretrained('merged')"
+    )
+
+
+def _refuse_pickles(key: str, folder: Path) -> None:
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
+        raise ModelError(
+            f"{key}={folder} has its weights in {pickles[0]}, a pickle, which can run any code when it is read; only "
+            "safetensors are loaded. If you trust whoever made it: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained('converted')"
+        )
+
+
+def _read(path: str, name: str, revision: str | None) -> dict[str, Any]:
+    """A JSON file of a folder or repository; empty where it is not to be had (loading will say what is missing)."""
+    file = Path(path).expanduser() / name
+    found = (file if file.exists() else None) if file.parent.is_dir() else _download(path, name, revision)
+    try:
+        return json.loads(found.read_text(encoding="utf-8")) if found else {}
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+
+
+@lru_cache
+def _download(repository: str, name: str, revision: str | None) -> Path | None:
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(repository, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def _code(config: dict[str, Any]) -> list[Any]:
+    """What `auto_map` names: `file.Class`, or `other/repository--file.Class`."""
+    mapped = config.get("auto_map") or {}
+    return [code for value in mapped.values() for code in (value if isinstance(value, list) else [value])]
+
+
+def _texts(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Every string of nested containers with the key above it; commits and paths are left out."""
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in _texts(item, str(key))]
+    if isinstance(value, list):
+        return [pair for item in value for pair in _texts(item, name)]
+    plain = isinstance(value, str) and not name.endswith(("hash", "_path", "version"))
+    return [(name, value)] if plain else []

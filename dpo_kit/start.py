@@ -1,0 +1,63 @@
+"""Step 0: before the first step, policy and reference agree on a sample of the training rows, or nothing is trained.
+
+The probe checks the same on held-out rows, where it is on; this looks at what the loss itself will read: TRL's
+reference model, the policy without its adapter, or the stored columns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from dpo_kit.reference import COLUMNS, column_logps
+from dpo_kit.sampling import measuring, pad_token_id
+from dpo_kit.scoring import Reference, Tokens, score
+
+log = logging.getLogger(__name__)
+ROWS = 16
+
+
+class StartCheck(TrainerCallback):
+    """Refuse (ModelError) a reference that is not the policy's start; report how far another one, meant, is from it.
+
+    Limits: Reference.check_start. A resumed run skips it: its policy has moved on.
+    """
+
+    def __init__(self, trainer: Any, reference: Reference) -> None:
+        self.trainer, self.reference = trainer, reference
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        dataset = self.trainer.train_dataset
+        if state.global_step > 0 or not set(COLUMNS) & set(dataset.column_names):
+            return
+        sample = dataset.select(range(0, len(dataset), max(1, len(dataset) // ROWS))[:ROWS])
+        with measuring(self.trainer, *self.reference.models):
+            policy = column_logps(self.trainer, sample, self._scorer(self.trainer.model))
+            stored = {column: torch.tensor(sample[column]) for column in policy if column in sample.column_names}
+            theirs = stored or self._live(sample)
+        differences = torch.cat([policy[column] - theirs[column] for column in theirs])
+        tokens = torch.cat([_lengths(sample, column) for column in theirs])
+        offset = self.reference.check_start(differences, tokens)
+        if not self.reference.is_start:
+            log.info("the reference is another model: at step 0 it differs by up to %.3g nats an answer", offset)
+
+    def _live(self, sample: Any) -> dict[str, Tensor]:
+        with self.reference.active() as model:
+            return column_logps(self.trainer, sample, self._scorer(model))
+
+    def _scorer(self, model: Any) -> Any:
+        def scorer(sequences: Sequence[Tokens]) -> Tensor:
+            return score(model, sequences, pad_id=pad_token_id(self.trainer.processing_class))
+
+        return scorer
+
+
+def _lengths(sample: Any, column: str) -> Tensor:
+    """Tokens of the answers that a column of the reference belongs to: (rows,)."""
+    (answers,) = (name for name, of_reference in COLUMNS.items() if of_reference == column)
+    return torch.tensor([len(ids) for ids in sample[answers]])
