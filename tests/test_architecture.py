@@ -10,7 +10,19 @@ import dpo_kit
 
 PACKAGE = Path(dpo_kit.__file__).parent
 LAYERS = [
-    {"errors", "history", "metrics", "run", "secrets", "toy", "toy.domain", "toy.build", "toy.ideal"},
+    {
+        "errors",
+        "history",
+        "metrics",
+        "run",
+        "secrets",
+        "lock",
+        "interrupt",
+        "toy",
+        "toy.domain",
+        "toy.build",
+        "toy.ideal",
+    },
     {
         "trl_schema",
         "settings",
@@ -23,12 +35,15 @@ LAYERS = [
         "tool",
         "dashboard",
         "quiet",
+        "checkpoints",
+        "carried",
+        "nonfinite",
     },
     {"data", "data.read", "data.rows", "data.interleave", "data.prepare", "arguments", "model", "scoring", "scores"},
-    {"identity", "reference"},
+    {"identity", "reference", "safekeeping"},
     {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},
     {"callbacks", "preview"},
-    {"measure", "finish", "held_out"},
+    {"measure", "finish", "held_out", "resume"},
     {"training"},
     {"sweep", "sweep.runs", "sweep.evidence", "sweep.labels", "sweep.plan", "sweep.devices", "sweep.record"},
     {"sweep.quality", "sweep.rows", "sweep.progress", "sweep.job"},
