@@ -6,6 +6,7 @@ the folder has its name. Only names that mean one step, `checkpoint-<step>`, are
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -215,3 +216,14 @@ def refuse_full_disk(folder: Path, needed: int, what: str, error: type[Exception
             f"{folder}: {what} needs about {needed / 1e9:.2f} GB, free are {free / 1e9:.2f} GB: make room, choose "
             "another hydra.run.dir, or keep fewer checkpoints (trl.save_total_limit=1)"
         )
+
+
+def explain_full_disk(error: OSError, folder: Path) -> Exception:
+    """`error` itself, or what to do where it says that nothing more can be written."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    free = shutil.disk_usage(folder).free / 1e9
+    return TrainingError(
+        f"{folder} cannot be written ({error}); {free:.2f} GB are free on its disk. The last checkpoint is as it was: "
+        "make room, and the same command goes on from there"
+    )

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from dpo_kit import tracking
 from dpo_kit.arguments import build_arguments, count_steps, effective_batch, import_class, uses_store
+from dpo_kit.checkpoints import explain_full_disk
 from dpo_kit.config import check
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.prepare import Prepared, Rows, prepare
@@ -86,11 +87,14 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
 def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, command: str | None) -> float:
     """Train, from `checkpoint` where there is one; the seconds of all starts together.
 
-    Raises KeyboardInterrupt or SystemExit where a signal stopped it, once what it had done is saved.
+    Raises KeyboardInterrupt or SystemExit where a signal stopped it, once what it had done is saved, and TrainingError
+    where the disk is full.
     """
     started = time.time()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except OSError as error:
+        raise explain_full_disk(error, run.root) from error
     except Interrupted:
         log.info("stopped after step %d; to go on: %s", trainer.state.global_step, how_to_go_on(run, command))
         raise trainer.stop.exception() from None
