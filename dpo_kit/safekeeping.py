@@ -66,7 +66,7 @@ class Safekeeping(Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.stop = StopRequest()
+        self.stop = StopRequest()  # of the present `train`
         self._batches: list[tuple[torch.Tensor, Any]] = []
         self._since = time.time()
 
@@ -82,7 +82,7 @@ class Safekeeping(Base):
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train, from a verified checkpoint where one is given. Raises Interrupted, TrainingError, ConfigError."""
-        self._since = time.time()
+        self._since, self.stop = time.time(), StopRequest()
         if resume_from_checkpoint:
             self._checkpoint = resume_from_checkpoint
             self._resumed = torch.load(Path(resume_from_checkpoint) / checkpoints.STATE, weights_only=True)
@@ -91,7 +91,10 @@ class Safekeeping(Base):
         self._refuse_small_disk()
         with catch_signals(self.stop):
             try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                if self.stop.signal is not None:  # it came when nothing was left to do
+                    raise Interrupted
+                return output
             except Interrupted:
                 self.stop.may_leave = False
                 self._save_moment()

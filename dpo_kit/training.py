@@ -77,7 +77,8 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         seconds = run_trainer(trainer, run, checkpoint, manifest["command"])
         result = finish_run(trainer, settings, run, tracker, seconds=seconds, ceiling=data.report.get("ceiling"))
     except BaseException as error:
-        write_failure(run, settings, error)
+        with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+            write_failure(run, settings, error)
         tracker.finish(exit_code=1)
         raise
     tracker.finish()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from dpo_kit import checkpoints, lock, resume
@@ -18,7 +20,9 @@ from dpo_kit.checkpoints import complete, find_fault, list_checkpoints, newest_v
 from dpo_kit.config import check, compose
 from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.identity import refuse_inexact_resume
+from dpo_kit.interrupt import Interrupted
 from dpo_kit.lock import only_writer
+from dpo_kit.nonfinite import find_rows
 from dpo_kit.run import RunDirectory, write_json
 from dpo_kit.safekeeping import with_safekeeping
 from tests import tiny
@@ -192,6 +196,64 @@ def test_every_trainer_saves_whole_checkpoints_and_goes_on_bit_for_bit(kind, tun
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
     wanted, found = (logged(trainer) for trainer in (whole, again))
     assert found == wanted
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 6])
+def test_a_signal_saves_at_the_end_of_its_step_and_going_on_changes_no_bit(at, tmp_path):
+    class Stopped(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **_):
+            if state.global_step + 1 == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"max_steps": 6, "save_steps": 100, "logging_steps": 4, "eval_strategy": "steps", "eval_steps": 3}
+    whole, stopped = (build(tmp_path / name, **options) for name in ("whole", "cut"))
+    whole.train()
+    handler = signal.getsignal(signal.SIGTERM)
+    stopped.add_callback(Stopped())
+    with pytest.raises(Interrupted):
+        stopped.train()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert stopped.stop.exception().code == 143
+    newest = newest_verified(tmp_path / "cut" / "out")
+    assert newest.name == f"checkpoint-{at}"
+    again = build(tmp_path / "cut", **options)
+    again.train(resume_from_checkpoint=str(newest))
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+    assert logged(again) == logged(whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "accumulated", "rows"), [("dpo", 1, 4), ("kto", 1, 4), ("orpo", 1, 4), ("simpo", 1, 4), ("dpo", 2, 4)]
+)
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows(
+    kind, accumulated, rows, tmp_path, monkeypatch
+):
+    trainer = build(tmp_path, kind, gradient_accumulation_steps=accumulated)
+    data = tiny.unary(16) if kind == "kto" else tiny.pairs(16)
+    trainer.keep(origin={}, record=dict, pair_ids=[row["pair_id"] for row in data])
+    honest, seen = Trainer.training_step, []
+
+    def poisoned(self, model, inputs, *args):
+        seen.append(find_rows(self, inputs))
+        loss = honest(self, model, inputs, *args)
+        return loss * float("nan") if self.state.global_step == 3 and len(seen) % accumulated == 0 else loss
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    before = []
+    trainer.add_callback(KeepWeights(before))
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 4.*checkpoint-2.*") as failed:
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before[-1], trainer.model.parameters(), strict=True))
+    named = str(failed.value).split("(pair_id): ")[1].split(". Likely")[0].split(", ")
+    assert len(named) == rows and {f"p{row}" for row in seen[-1]} == set(named)
+
+
+class KeepWeights(TrainerCallback):
+    def __init__(self, kept):
+        self.kept = kept
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        self.kept.append([p.detach().clone() for p in model.parameters()])
 
 
 def logged(trainer):
