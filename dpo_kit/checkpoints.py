@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.run import finite, read_json, write_json
 
-MANIFEST, STATE, RECORD = "manifest.json", "dpo_kit.pt", "record"
+MANIFEST, STATE, RECORD = "manifest.json", "dpo_kit", "record"
 SAVING, REMOVING, REPLACED, BROKEN, EARLIER = ".saving", ".removing", ".replaced", "broken", "earlier"
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,8 @@ def complete(aside: Path, final: Path, facts: Mapping[str, Any]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """`write(path)` into a folder aside, which then is on the disk and takes the place of `folder`."""
-    aside = folder.with_name(f"{SAVING}-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    write(aside)
+def put_in_place(aside: Path, folder: Path) -> None:
+    """The files of `aside`, once they are on the disk, take the place of `folder`."""
     for _, path in _files(aside):
         _describe_and_sync(path)
     shutil.rmtree(folder, ignore_errors=True)
@@ -165,7 +162,7 @@ def newest_verified(checkpoints: Path, *, writer: bool = True) -> Path | None:
 
 def refuse_foreign(checkpoint: Path) -> None:
     """ConfigError where the checkpoint is plain TRL's."""
-    if not any((checkpoint / name).exists() for name in (MANIFEST, STATE, RECORD)):
+    if not any((checkpoint / name).exists() for name in (MANIFEST, f"{STATE}.pt", RECORD)):
         raise ConfigError(
             f"{checkpoint} has no {MANIFEST}: it was not written by dpo_kit (or by an early version), so nothing says "
             "whether it is whole. Start anew with resume=never or in another hydra.run.dir, or train on from its "

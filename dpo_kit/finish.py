@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 import traceback
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from transformers import Trainer
 
 from dpo_kit.card import write_card
-from dpo_kit.checkpoints import write_folder
+from dpo_kit.checkpoints import SAVING, put_in_place
 from dpo_kit.diagnosis import diagnose
 from dpo_kit.history import read_metrics
 from dpo_kit.nonfinite import refuse_non_finite
@@ -59,7 +60,7 @@ def finish_run(
 ) -> Result:
     """Save the model, draw the report, write the result."""
     refuse_non_finite(trainer.model, "after training")
-    write_folder(run.model, lambda folder: trainer.save_model(str(folder)))
+    save_model(trainer, run)
     history, manifest = read_metrics(run.metrics), read_json(run.manifest)
     result = Result(
         status="done",
@@ -79,6 +80,17 @@ def finish_run(
     report_to_tracker(tracker, run, result)
     write_json(run.result, dataclasses.asdict(result))
     return result
+
+
+def save_model(trainer: Trainer, run: RunDirectory) -> None:
+    """The final model, written aside so that it is whole or not there."""
+    aside = run.root / f"{SAVING}-{run.model.name}"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(aside))
+    if trainer.is_world_process_zero():
+        put_in_place(aside, run.model)
 
 
 def identity(settings: Settings) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Safekeeping(Base):
         self._since, self.stop = time.time(), StopRequest()
         if resume_from_checkpoint:
             self._checkpoint = resume_from_checkpoint
-            self._resumed = torch.load(Path(resume_from_checkpoint) / checkpoints.STATE, weights_only=True)
+            self._resumed = torch.load(Path(resume_from_checkpoint) / self._state_file, weights_only=True)
             self.seconds_before = self._resumed["seconds"]
             self._saved_step = self._resumed["step"]
         self._refuse_small_disk()
@@ -145,10 +145,8 @@ class Safekeeping(Base):
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
         step = self.state.global_step
-        self._at_epoch_end, self._boundary = (
-            step == self._boundary,
-            step,
-        )  # the second call at a step is its epoch's end
+        self._at_epoch_end = step == self._boundary  # called a second time at a step, for the epoch that it ends
+        self._boundary = step
         self._logged = {"grad_norm": grad_norm, "learning_rate": kwargs.get("learning_rate")}
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if not self._epoch_end_follows and self._is_asked_to_stop():
@@ -181,9 +179,8 @@ class Safekeeping(Base):
         asked = self.stop.signal is not None
         if self.args.world_size == 1:
             return asked
-        flag = torch.tensor(
-            int(asked), device=self.args.device
-        )  # the signal may have come between two processes' steps
+        # Each process has its own moment of the signal: all leave at the step at which the first one has seen it
+        flag = torch.tensor(int(asked), device=self.args.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
     # --- saving ---------------------------------------------------------------------------------------------------
@@ -206,8 +203,7 @@ class Safekeeping(Base):
             super()._save_checkpoint(model, trial)
             self._aside = None
             self._move_best(aside, root, written)
-            if self.args.should_save:
-                self._save_own(written, moment)
+            self._save_own(written, moment)
         self.accelerator.wait_for_everyone()
         self._saved_step = step
         if self.args.should_save:
@@ -252,15 +248,21 @@ class Safekeeping(Base):
             if self.args.should_save:
                 self.state.save_to_json(str(written / "trainer_state.json"))
 
+    @property
+    def _state_file(self) -> str:
+        """Each process has its own sums and averages."""
+        rank = self.args.process_index
+        return f"{checkpoints.STATE}-{rank}.pt" if rank else f"{checkpoints.STATE}.pt"
+
     def _save_own(self, written: Path, moment: Moment) -> None:
         own = {"carried": moment.carried, "due": moment.due, "step": self.state.global_step}
-        torch.save(own | {"seconds": self.seconds_before + time.time() - self._since}, written / checkpoints.STATE)
-        files = self.record()
-        for name, size in moment.record.items():
+        torch.save(own | {"seconds": self.seconds_before + time.time() - self._since}, written / self._state_file)
+        files = self.record() if self.args.should_save else {}
+        for name in files.keys() & moment.record.keys():
             target = written / checkpoints.RECORD / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with files[name].open("rb") as file:
-                target.write_bytes(file.read(size))
+                target.write_bytes(file.read(moment.record[name]))
 
     def _complete(self, written: Path, final: Path) -> None:
         step, keep, best = self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint

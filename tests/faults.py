@@ -46,8 +46,8 @@ POINTS = {  # name: (what is called there, before or after the call)
     "save:removing": ("dpo_kit.checkpoints.shutil.rmtree", "before"),
     "record:metrics": ("dpo_kit.recorder.append_row", "before"),
     "record:probe": ("dpo_kit.probe.PairProbe._write", "before"),
-    "finish:model": ("dpo_kit.finish.write_folder", "before"),
-    "finish:saved": ("dpo_kit.finish.write_folder", "after"),
+    "finish:model": ("dpo_kit.finish.save_model", "before"),
+    "finish:saved": ("dpo_kit.finish.save_model", "after"),
     "finish:report": ("dpo_kit.finish.draw_report", "before"),
     "finish:result": ("dpo_kit.finish.report_to_tracker", "after"),
 }

@@ -413,3 +413,33 @@ def output(folder, name):
 def summary(folder):
     with (folder / "summary.csv").open() as file:
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM to two processes that train together", promise="P2")
+def test_two_processes_stop_at_the_same_step_and_go_on_bit_for_bit(words, tmp_path, record_property):
+    changed = ("trl.max_steps", "trl.save_steps", "trl.eval_steps", "trl.logging_steps", "hydra.run.dir")
+    few = [word for word in words if not word.startswith(changed)]
+    few += ["trl.max_steps=40", "trl.save_steps=100", "trl.eval_steps=20", "trl.logging_steps=3", "callbacks=none"]
+    few += ["trl.per_device_train_batch_size=2", "trl.ddp_backend=gloo"]
+    assert torchrun(few, tmp_path, "whole").wait(timeout=200) == 0, output(tmp_path, "whole")
+    stopped, until = torchrun(few, tmp_path, "cut"), time.monotonic() + 100
+    while last_step(tmp_path / "cut") < 6 and time.monotonic() < until:
+        time.sleep(0.05)
+    stopped.terminate()
+    stopped.wait(timeout=100)
+    assert 6 <= newest_step(tmp_path / "cut") < 40, output(tmp_path, "cut")
+    assert torchrun(few, tmp_path, "cut").wait(timeout=200) == 0, output(tmp_path, "cut")
+    assert differences(tmp_path / "whole", tmp_path / "cut") == []
+    record_property("lost_work", "0 of 40 steps")
+
+
+def torchrun(words, folder, name):
+    log = (folder / f"{name}.txt").open("ab")
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dpo_kit"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *command, *words, f"hydra.run.dir={name}"], cwd=folder, stdout=log, stderr=log
+    )
