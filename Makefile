@@ -16,6 +16,9 @@ test: $(VENV)/installed  ## the quick tests (6 minutes on two cores)
 test-all: $(VENV)/installed-all  ## every test, whole runs of every method among them (60 minutes)
 	$(BIN)/python -m pytest -n 2
 
+faults: $(VENV)/installed-all  ## every fault that is promised to be survived, with a table of what it cost (10 minutes)
+	$(BIN)/python -m pytest -n 2 -m fault
+
 check: $(VENV)/installed  ## format, lint and types; changes nothing
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -25,8 +28,9 @@ format: $(VENV)/installed  ## bring the code into form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/installed  ## start-up time, cost of the probe
+bench: $(VENV)/installed  ## start-up time, cost of the probe and of safe checkpoints
 	$(BIN)/python examples/benchmark/bench.py
+	$(BIN)/python examples/benchmark/checkpoints.py
 
 clean:  ## remove what builds and tests left behind
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
@@ -43,5 +47,5 @@ $(VENV)/installed-all: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,slurm,ray]'
 	@touch $@
 
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all faults check format bench clean
 .DEFAULT_GOAL := help

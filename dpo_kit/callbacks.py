@@ -45,6 +45,14 @@ class _Measuring(TrainerCallback):
         """Find the reference's side again after a resume; ModelError where it is gone."""
         raise NotImplementedError
 
+    def carry(self) -> dict[str, Any]:
+        """What a resumed run must know (see carried.py): what was measured last."""
+        return {"logged": self._logged}
+
+    def pick_up(self, carried: dict[str, Any]) -> None:
+        """Take back what `carry` gave."""
+        self._logged = carried["logged"]
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self._report("start", 0)
@@ -181,6 +189,13 @@ class KLDrift(_Measuring):
                 return self._forward(step, kept)
             with self.reference.loaded():
                 return {**self._forward(step, kept), **self._reverse(step)}
+
+    def carry(self) -> dict[str, Any]:
+        return super().carry() | {"previous_step": self._previous_step, "half_way_done": self._half_way_done}
+
+    def pick_up(self, carried: dict[str, Any]) -> None:
+        super().pick_up(carried)
+        self._previous_step, self._half_way_done = carried["previous_step"], carried["half_way_done"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._forward_at = None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer
 
 from dpo_kit.card import write_card
+from dpo_kit.checkpoints import SAVING, put_in_place
 from dpo_kit.diagnosis import diagnose
-from dpo_kit.errors import TrainingError
 from dpo_kit.history import read_metrics
+from dpo_kit.nonfinite import refuse_non_finite
 from dpo_kit.report import draw_report
 from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.secrets import redact_text
@@ -58,9 +59,8 @@ def finish_run(
     trainer: Trainer, settings: Settings, run: RunDirectory, tracker: Tracker, *, seconds: float, ceiling: float | None
 ) -> Result:
     """Save the model, draw the report, write the result."""
-    refuse_non_finite(trainer.model)
-    trainer.save_model(str(run.model))
-    (run.model / "training_args.bin").unlink(missing_ok=True)  # a pickle with every argument, useless to a reader
+    refuse_non_finite(trainer.model, "after training")
+    save_model(trainer, run)
     history, manifest = read_metrics(run.metrics), read_json(run.manifest)
     result = Result(
         status="done",
@@ -82,6 +82,18 @@ def finish_run(
     return result
 
 
+def save_model(trainer: Trainer, run: RunDirectory) -> None:
+    """The final model, written aside so that it is whole or not there."""
+    aside = run.root / f"{SAVING}-{run.model.name}"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(aside))
+    if trainer.is_world_process_zero():
+        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle with every argument, useless to a reader
+        put_in_place(aside, run.model)
+
+
 def identity(settings: Settings) -> dict[str, Any]:
     """What tells this run from its neighbours in a sweep."""
     return {
@@ -96,16 +108,6 @@ def identity(settings: Settings) -> dict[str, Any]:
 def measured(history: list[dict[str, Any]]) -> dict[str, float]:
     """The last value of every measured key."""
     return {key: value for row in history for key, value in row.items() if key.startswith(MEASURED)}
-
-
-def refuse_non_finite(model: Any) -> None:
-    """TrainingError where a weight is NaN or infinite: such a model is never saved."""
-    broken = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-    if broken:
-        raise TrainingError(
-            f"{len(broken)} weights are not finite after training ({broken[0]}): the model is not saved. Lower "
-            "trl.learning_rate, or look for rows whose answers are cut away in data_report.json"
-        )
 
 
 def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result) -> None:

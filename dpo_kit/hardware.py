@@ -20,6 +20,11 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available()
 
 
+def device_name() -> str:
+    """What training runs on, as results depend on it to the last bit."""
+    return torch.cuda.get_device_name() if has_accelerator() else "cpu"
+
+
 def precision_arguments(trl: dict[str, Any]) -> dict[str, bool]:
     """`bf16`, `fp16`, `use_cpu` and `gradient_checkpointing` for the fields that are null in `trl`."""
     use_cpu = trl["use_cpu"] if trl["use_cpu"] is not None else not has_accelerator()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from dpo_kit.data.rows import digest
@@ -21,11 +22,48 @@ def refuse_other_run(run: RunDirectory, settings: Settings) -> None:
     """ConfigError where the directory already holds a run of another config; names the keys that differ."""
     if not run.manifest.exists():
         return
-    there, here = _flat(read_json(run.manifest)["config"]), _flat(comparable(settings))
+    if differing := describe_difference(read_json(run.manifest)["config"], comparable(settings)):
+        raise ConfigError(f"{run.root} holds a run of another config ({differing}): choose another hydra.run.dir")
+
+
+NUMERIC = ("python", "torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes")
+
+
+def origin(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's manifest on which every bit of its outcome depends; it travels with each checkpoint."""
+    return {
+        "config": manifest["config"],
+        "data": {name: split["sha256"] for name, split in manifest["data"].items()},
+        "model": manifest["model"],
+        "versions": {name: manifest["versions"][name] for name in NUMERIC},
+        "machine": {name: manifest["machine"][name] for name in ("processor", "device", "world_size")},
+    }
+
+
+def refuse_inexact_resume(checkpoint: Path, there: dict[str, Any], here: dict[str, Any], settings: Settings) -> None:
+    """ConfigError where going on from `checkpoint` would not give what the run would have given without a stop."""
+    anew = "start anew with resume=never, or in another hydra.run.dir"
+    if settings.trl.get("sync_ref_model"):
+        raise ConfigError(
+            f"trl.sync_ref_model=true cannot be resumed from {checkpoint}: the reference that it has moved is in no "
+            f"checkpoint; {anew}"
+        )
+    if settings.trl.get("save_only_model"):
+        raise ConfigError(
+            f"trl.save_only_model=true cannot be resumed from {checkpoint}, which has no optimizer state; {anew}"
+        )
+    if differing := describe_difference(there, here):
+        raise ConfigError(
+            f"{checkpoint} cannot be resumed exactly ({differing}): make it as it was, or {anew}",
+        )
+
+
+def describe_difference(there: Any, here: Any) -> str:
+    """The keys in which two trees differ, with both values; empty where they are equal."""
+    there, here = _flat(there), _flat(here)
     differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    if differing:
-        shown = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} now" for key in differing[:5])
-        raise ConfigError(f"{run.root} holds a run of another config ({shown}): choose another hydra.run.dir")
+    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    return ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} now" for key in differing[:5]) + more
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

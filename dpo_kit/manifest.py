@@ -8,9 +8,10 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from dpo_kit.arguments import effective_batch
-from dpo_kit.data.prepare import Prepared
+from dpo_kit.arguments import effective_batch, world_size
+from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.data.rows import digest
+from dpo_kit.hardware import device_name
 from dpo_kit.identity import comparable
 from dpo_kit.origin import find_parent
 from dpo_kit.run import hash_weights
@@ -39,13 +40,18 @@ def build_manifest(settings: Settings, data: Prepared, command: str | None, toke
         "command": command,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "git": git_state(),
-        "machine": {"system": platform.platform(), "processor": platform.machine()},
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "device": device_name(),
+            "world_size": world_size(),
+        },
         "config": config,
         "config_hash": digest(config),
         "effective_batch": effective_batch(settings.trl),
         "choose": settings.choose.model_dump(),
         "data": {
-            name: {"rows": len(rows), "sha256": digest([row["pair_id"] for row in rows])}
+            name: {"rows": len(rows), "sha256": digest(contents(rows))}
             for name, rows in (("train", data.train), ("select", data.select), ("test", data.test))
         },
         "model": describe_start(settings.model, tokenizer),
@@ -64,6 +70,14 @@ def describe_start(model: Model, tokenizer: Any) -> dict[str, Any]:
         "parent": find_parent("model.path", model.path),
         **reference,
     }
+
+
+CONTENT = ("pair_id", "prompt", "chosen", "rejected", "completion", "label")
+
+
+def contents(rows: Rows) -> list[dict[str, Any]]:
+    """What of `rows` is trained on or measured with."""
+    return [{name: row[name] for name in CONTENT if name in row} for row in rows]
 
 
 def git_state() -> str | None:

@@ -37,6 +37,7 @@ class RunDirectory:
     picture = property(lambda self: self.root / "report.png")
     result = property(lambda self: self.root / "result.json")
     test = property(lambda self: self.root / "test.json")
+    wandb_file = property(lambda self: self.root / "wandb_id")
 
     def read_result(self) -> dict[str, Any] | None:
         """How the run ended, or None where it has not."""
@@ -44,15 +45,14 @@ class RunDirectory:
 
     def wandb_id(self) -> str:
         """The id of this run's wandb run, the same whenever the run goes on."""
-        file = self.root / "wandb_id"
-        if not file.exists():
-            write_text(file, secrets.token_hex(4))
-        return file.read_text()
+        if not self.wandb_file.exists():
+            write_text(self.wandb_file, secrets.token_hex(4))
+        return self.wandb_file.read_text()
 
-    def newest_checkpoint(self) -> Path | None:
-        """The checkpoint of the latest step, or None."""
-        found = [path for path in self.checkpoints.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-        return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    def record(self) -> dict[str, Path]:
+        """The files that grow with the run, by name: a resumed run takes them back from its checkpoint."""
+        kept = [*self.probe_state.glob("*.pt"), self.metrics, self.probe, self.samples, self.wandb_file]
+        return {path.relative_to(self.root).as_posix(): path for path in kept}
 
 
 def cache_folder(name: str) -> Path:

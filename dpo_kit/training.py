@@ -5,6 +5,7 @@ cfg → check → tokenizer, data → policy, reference → TRL's trainer with o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import time
@@ -17,19 +18,23 @@ from omegaconf import DictConfig
 
 from dpo_kit import tracking
 from dpo_kit.arguments import build_arguments, count_steps, effective_batch, import_class, uses_store
+from dpo_kit.checkpoints import explain_full_disk
 from dpo_kit.config import check
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.prepare import Prepared, Rows, prepare
-from dpo_kit.errors import ConfigError
 from dpo_kit.finish import Result, finish_run, write_failure
 from dpo_kit.gold import label_ceiling, load_gold
-from dpo_kit.identity import refuse_other_run
+from dpo_kit.identity import origin, refuse_other_run
+from dpo_kit.interrupt import Interrupted
+from dpo_kit.lock import only_writer
 from dpo_kit.manifest import build_manifest
 from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.reference import with_store
+from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on, is_writer
 from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
+from dpo_kit.safekeeping import with_safekeeping
 from dpo_kit.secrets import redact, redact_argv
 from dpo_kit.settings import Settings
 
@@ -41,33 +46,60 @@ def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
     """Train as `cfg` says and leave a run directory; the same as `python -m dpo_kit` with the same config.
 
     `cfg` comes from `compose`; `run_dir` defaults to a time stamp under outputs/. A directory that holds a finished run
-    of this config is read, not trained again. Raises ConfigError, DataError, ModelError before training, TrainingError
-    after it.
+    of this config is read, not trained again; an unfinished one goes on from its newest whole checkpoint. Ctrl-C and
+    SIGTERM save at the next step, then raise KeyboardInterrupt and SystemExit(143). Raises ConfigError, DataError,
+    ModelError before training, TrainingError during and after it.
     """
     settings = check(cfg)
     run = RunDirectory(Path(run_dir or time.strftime("outputs/%Y%m%d-%H%M%S")))
     refuse_other_run(run, settings)
     if (ended := run.read_result()) and ended["status"] == "done":
         return Result.read(run.root)
+    with only_writer(run.root) if is_writer() else contextlib.nullcontext():
+        return _train(settings, run)
+
+
+def _train(settings: Settings, run: RunDirectory) -> Result:
     run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
     data = prepare_data(settings, tokenizer, run)
-    manifest = start_record(settings, data, tokenizer, run)
+    manifest = build_manifest(settings, data, typed_command(), tokenizer)
+    checkpoint = find_checkpoint(settings, run, manifest)
+    begin_from(run, checkpoint)
+    write_json(run.manifest, manifest)
     tracker = start_tracking(settings, manifest, run)
     try:
         trainer = build_trainer(settings, data, tokenizer, run)
         add_callbacks(trainer, settings, data, run, tracker)
-        started = time.time()
-        trainer.train(resume_from_checkpoint=find_checkpoint(settings, run))
-        seconds = time.time() - started
+        pair_ids = [row["pair_id"] for row in data.train]
+        trainer.keep(origin=origin(manifest), record=run.record, pair_ids=pair_ids)
+        seconds = run_trainer(trainer, run, checkpoint, manifest["command"])
         result = finish_run(trainer, settings, run, tracker, seconds=seconds, ceiling=data.report.get("ceiling"))
     except BaseException as error:
-        write_failure(run, settings, error)
+        with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+            write_failure(run, settings, error)
         tracker.finish(exit_code=1)
         raise
     tracker.finish()
     return result
+
+
+def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, command: str | None) -> float:
+    """Train, from `checkpoint` where there is one; the seconds of all starts together.
+
+    Raises KeyboardInterrupt or SystemExit where a signal stopped it, once what it had done is saved, and TrainingError
+    where the disk is full.
+    """
+    started = time.time()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except OSError as error:
+        raise explain_full_disk(error, run.root) from error
+    except Interrupted:
+        log.info("stopped after step %d; to go on: %s", trainer.state.global_step, how_to_go_on(run, command))
+        raise trainer.stop.exception() from None
+    return trainer.seconds_before + time.time() - started
 
 
 def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepared:
@@ -87,13 +119,6 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
         write_jsonl(run.dropped_rows, (redact(vars(fault)) for fault in data.dropped))
         log.info("%d rows dropped: %s", len(data.dropped), data.report["dropped_by_reason"])
     return data
-
-
-def start_record(settings: Settings, data: Prepared, tokenizer: Any, run: RunDirectory) -> dict[str, Any]:
-    """The manifest, written before anything heavy is loaded."""
-    manifest = build_manifest(settings, data, typed_command(), tokenizer)
-    write_json(run.manifest, manifest)
-    return manifest
 
 
 def typed_command() -> str | None:
@@ -122,7 +147,7 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     policy = load_policy(settings.model, tokenizer)
     given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings, args) else {}
     describe(settings, args, data)
-    trainer = import_class(settings.method.trainer)
+    trainer = with_safekeeping(import_class(settings.method.trainer))
     if uses_store(settings, data.train):
         trainer = with_store(trainer, cache_folder("reference"))
     return trainer(
@@ -175,16 +200,3 @@ def describe(settings: Settings, args: Any, data: Prepared) -> None:
             "tune it on answers first, or take method=orpo",
             settings.method.name,
         )
-
-
-def find_checkpoint(settings: Settings, run: RunDirectory) -> str | None:
-    """Where to go on from: the newest checkpoint of this run directory, the one named by `resume`, or none."""
-    if settings.resume == "never":
-        return None
-    found = run.newest_checkpoint() if settings.resume == "auto" else Path(settings.resume)
-    if found is None:
-        return None
-    if not found.is_dir():
-        raise ConfigError(f"resume must be auto, never or a checkpoint folder, got {found}, which does not exist")
-    log.info("resuming from %s", found)
-    return str(found)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults_table import pytest_collection_modifyitems, pytest_configure, pytest_terminal_summary  # noqa: F401
+
 os.environ["DPO_KIT_CACHE"] = tempfile.mkdtemp()  # what the user has cached plays no part
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from dpo_kit import cli
 from dpo_kit.config import CONF
 from dpo_kit.run import write_json
-from dpo_kit.sweep import launcher, processes
+from dpo_kit.sweep import processes
 
 
 def task(cfg):
@@ -63,8 +63,9 @@ DEEDS = {
 def main():
     from tests import fake_sweep  # not __main__: a job must find the task by its name
 
-    processes.PRELOAD, launcher.GRACE_SECONDS = ["dpo_kit.cli"], 2.0
+    processes.PRELOAD = ["dpo_kit.cli"]
     cli.run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(fake_sweep.task)
+    sys.argv.append("hydra.launcher.grace_seconds=2")
     cli.main()
 
 

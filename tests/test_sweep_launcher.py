@@ -411,7 +411,7 @@ def test_a_sweep_is_run_by_one_process_at_a_time(sweep, tmp_path):
     second = sweep("-m", "beta=0.1,0.2")
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
-    assert second.returncode == 2 and "is being run by another process" in second.stderr
+    assert second.returncode == 2 and "is being written by process" in second.stderr
 
 
 def test_with_two_devices_two_jobs_run_at_a_time_each_with_its_own(sweep, tmp_path):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_kit
 from dpo_kit import ConfigError, ModelError, Result, TrainingError, compose, train
+from dpo_kit.checkpoints import newest_verified
 from dpo_kit.config import CONF, check
 from dpo_kit.history import read_metrics
 from dpo_kit.measure import probe_rows
@@ -76,7 +77,7 @@ def small_run(few, tmp_path_factory):
 def test_a_run_directory_is_complete_and_the_result_is_written_last(small_run):
     folder, result = small_run
     assert {path.name for path in folder.iterdir()} >= FILES
-    newest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    newest = max((path for path in folder.rglob("[!.]*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
     assert newest.name == "result.json" and result.status == "done"
     assert set(result.final) >= KEYS | {"probe/reward_margin", "probe/reward_chosen", "probe/reward_rejected"}
     assert result.start["probe/accuracy"] == 0.5 and result.start["probe/kl_forward_rb_nats"] == 0
@@ -204,7 +205,7 @@ def test_a_stopped_run_goes_on_where_it_stood(small_run, few, tmp_path, monkeypa
         train(compose(few), tmp_path)
     run = RunDirectory(tmp_path)
     assert run.read_result()["status"] == "interrupted"
-    assert run.newest_checkpoint().name == "checkpoint-2"
+    assert newest_verified(run.checkpoints).name == "checkpoint-2"
     resumed = train(compose(few), tmp_path)
     assert resumed.final == small_run[1].final
     assert [row["step"] for row in read_metrics(run.metrics) if "loss" in row] == [1, 2, 3, 4]
@@ -235,7 +236,7 @@ def test_weights_that_are_not_finite_are_never_saved(few, tmp_path, monkeypatch)
     monkeypatch.setattr(
         dpo_kit.finish,
         "refuse_non_finite",
-        lambda model: (model.get_input_embeddings().weight.data.fill_(math.nan), honest(model)),
+        lambda model, where: (model.get_input_embeddings().weight.data.fill_(math.nan), honest(model, where)),
     )
     with pytest.raises(TrainingError, match="not finite"):
         train(compose([*few, "callbacks=none"]), tmp_path)

@@ -19,10 +19,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from dpo_kit.config import register
+from dpo_kit.lock import wait_for_writer
 from dpo_kit.secrets import redact_text
 
 INTERRUPTED, TERMINATED = 130, 143
-GRACE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class JobFile:
     context: HydraContext
     name: str
     parent: int
+    grace: float  # seconds to save and end, once it was told to
     threads: int | None = None  # of torch; None: as many as it takes
 
     def write(self, path: Path) -> None:
@@ -68,8 +69,9 @@ def run_file(path: Path) -> int:
     job = pickle.loads(path.read_bytes())
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_end_without, args=(job.parent,), daemon=True).start()
+    threading.Thread(target=_end_without, args=(job.parent, job.grace), daemon=True).start()
     try:
+        wait_for_writer(path.parent, job.grace)  # left by a sweep that was killed, and about to save and end
         return _leave(path, _run(job))
     except KeyboardInterrupt:
         sys.stderr.write("dpo_kit: interrupted\n")
@@ -109,7 +111,7 @@ def _terminate(number: int, frame: object) -> None:
     raise SystemExit(TERMINATED)
 
 
-def _end_without(parent: int) -> None:
+def _end_without(parent: int, grace: float) -> None:
     """A sweep that was killed takes its jobs along: no second start may find one still writing."""
     if forked_by := multiprocessing.parent_process():
         forked_by.join()
@@ -118,7 +120,7 @@ def _end_without(parent: int) -> None:
         while os.getppid() == above and _alive(parent):
             time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(GRACE_SECONDS)
+    time.sleep(grace)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -20,12 +20,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dpo_kit.config import check
 from dpo_kit.errors import ConfigError, SweepError
 from dpo_kit.identity import refuse_other_run
+from dpo_kit.lock import only_writer
 from dpo_kit.run import RunDirectory
 from dpo_kit.sweep.devices import device_slots, visible_devices
-from dpo_kit.sweep.job import GRACE_SECONDS, INTERRUPTED, TERMINATED, JobFile, answer_path, read_answer
+from dpo_kit.sweep.job import INTERRUPTED, TERMINATED, JobFile, answer_path, read_answer
 from dpo_kit.sweep.plan import without_hydra
 from dpo_kit.sweep.processes import Process, Starter, choose_starter, send
-from dpo_kit.sweep.record import LOG, JobRecord, State, only_writer, read_jobs, write_jobs
+from dpo_kit.sweep.record import LOG, JobRecord, State, read_jobs, write_jobs
 from dpo_kit.sweep.summary import refresh
 from dpo_kit.sweep.table import View, near, open_view
 
@@ -188,6 +189,7 @@ class Sweep:
         self.free = device_slots(list(devices), options["devices_per_job"], options["jobs"])
         self.starter: Starter = choose_starter(list(devices), list(options["command"]))
         self.limit = options["timeout_minutes"] and 60 * options["timeout_minutes"]
+        self.grace: float = options["grace_seconds"]
         self.threads = threads_per_job(len(self.free)) if not devices else None
         self.waiting: list[Job] = []
         self.running: list[Running] = []
@@ -239,7 +241,9 @@ class Sweep:
     def _start(self, job: Job, slot: str) -> Process:
         assert self.face.task_function is not None and self.face.hydra_context is not None
         name = str(JobRuntime.instance().get("name"))
-        file = JobFile(self.face.task_function, job.cfg, self.face.hydra_context, name, os.getpid(), self.threads)
+        file = JobFile(
+            self.face.task_function, job.cfg, self.face.hydra_context, name, os.getpid(), self.grace, self.threads
+        )
         file.write(job.file)
         environment = {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", self.sweep_dir.name)}
         environment |= {"CUDA_VISIBLE_DEVICES": slot} if slot else {}
@@ -257,7 +261,7 @@ class Sweep:
                     send(one.process, signal.SIGKILL)
             elif one.deadline is not None and now > one.deadline:
                 send(one.process, signal.SIGINT)
-                one.kill_at = now + GRACE_SECONDS
+                one.kill_at = now + self.grace
 
     def _settle(self, one: Running, code: int, *, stopped: bool = False) -> None:
         send(one.process, signal.SIGKILL)  # what it started and left behind
@@ -294,10 +298,10 @@ class Sweep:
             self.view.changed(job.record)
 
     def _stop(self) -> None:
-        """SIGINT to every job, SIGKILL to those that are still there after a grace, or at a second Ctrl-C."""
+        """SIGINT to every job, so that it saves; SIGKILL to those still there after a grace, or at a second Ctrl-C."""
         for one in self.running:
             send(one.process, signal.SIGINT)
-        until = time.monotonic() + GRACE_SECONDS
+        until = time.monotonic() + self.grace
         try:
             while time.monotonic() < until and any(one.process.poll() is None for one in self.running):
                 time.sleep(POLL_SECONDS)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_kit.errors import ConfigError
 from dpo_kit.run import read_json, write_json
 
 State = Literal["waiting", "running", "done", "failed", "interrupted", "killed", "timed out"]
@@ -43,16 +39,3 @@ def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
 def write_jobs(sweep_dir: Path, earlier: list[dict[str, Any]], jobs: list[JobRecord]) -> None:
     """sweep.json with the jobs of earlier batches (a sweeper that learns asks for several) and of this one."""
     write_json(sweep_dir / FILE, {"jobs": [*earlier, *(dataclasses.asdict(job) for job in jobs)]})
-
-
-@contextlib.contextmanager
-def only_writer(sweep_dir: Path) -> Iterator[None]:
-    """ConfigError where another process runs this very sweep; the system frees the lock of one that died."""
-    with (sweep_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{sweep_dir} is being run by another process: wait for it, or end it") from error
-        except OSError:  # a file system without locks
-            pass
-        yield

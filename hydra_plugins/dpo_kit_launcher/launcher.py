@@ -23,6 +23,7 @@ class ProcessLauncherConf:
     devices_per_job: int = 1
     command: list[str] = field(default_factory=list)  # before `python -m …`, such as [accelerate, launch, …]
     timeout_minutes: float | None = None  # a job beyond it is ended
+    grace_seconds: float = 60.0  # for a job that is ended, to save at its next step
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="processes", node=ProcessLauncherConf, provider="dpo_kit")
