@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from peft import PromptLearningConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "dpo_kit_shared_prefix"  # of our attention, among transformers' own
@@ -34,14 +35,14 @@ AGREES = {
 class Layout:
     """A batch of N padded rows of L slots as one flat row of its T distinct tokens.
 
-    ids, positions: (1, T); source: (N * L,), the flat place of every slot (0 for padding); rows: for each row, where
-    its shared beginning and its own rest stand in the flat row: (begin, end, begin, end).
+    ids, positions: (1, T); source: (N * L,), the flat place of every slot (0 for padding); rows: of each row how many
+    tokens it shares with the row N/2 before it, and how many of its own stand in the flat row, in the order of rows.
     """
 
     ids: Tensor
     positions: Tensor
     source: Tensor
-    rows: tuple[tuple[int, int, int, int], ...]
+    rows: tuple[tuple[int, int], ...]
 
 
 def build_layout(ids: Tensor, mask: Tensor) -> Layout:
@@ -60,7 +61,7 @@ def build_layout(ids: Tensor, mask: Tensor) -> Layout:
         ids=ids[kept][None],
         positions=slots[kept][None],
         source=source.masked_fill(~real, 0).flatten(),
-        rows=_row_spans(shared.tolist(), kept.sum(1).tolist(), half),
+        rows=tuple(zip(shared.tolist(), kept.sum(1).tolist(), strict=True)),
     )
 
 
@@ -72,17 +73,6 @@ def _shared_lengths(ids: Tensor, real: Tensor) -> Tensor:
         same = (ids[:half] == ids[half:]) & real[:half] & real[half:]
         lengths[half:] = same.long().cumprod(1).sum(1)
     return lengths
-
-
-def _row_spans(shared: list[int], kept: list[int], half: int) -> tuple[tuple[int, int, int, int], ...]:
-    begins = [0]
-    for length in kept:
-        begins.append(begins[-1] + length)
-    heads = [begins[row - half] if shared[row] else 0 for row in range(len(kept))]
-    return tuple(
-        (head, head + length, begins[row], begins[row + 1])
-        for row, (head, length) in enumerate(zip(heads, shared, strict=True))
-    )
 
 
 def attend(
@@ -101,20 +91,22 @@ def attend(
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    parts = [_attend_row(query, key, value, row, options.get("scaling")) for row in layout.rows if row[2] < row[3]]
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+    lengths = [own for _, own in layout.rows]
+    tensors = [x.transpose(1, 2) for x in (query, key, value)]  # tokens first, as they lie in memory
+    tensors[1:] = [x.repeat_interleave(groups, 2) if groups > 1 else x for x in tensors[1:]]
+    parts = [x.split(lengths, 1) for x in tensors]
+    attended = []
+    for row, (shared, own) in enumerate(layout.rows):
+        if own:
+            q, k, v = (_whole_row(part, row, shared).transpose(1, 2) for part in parts)
+            whole = scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.get("scaling"))
+            attended.append(whole.transpose(1, 2)[:, shared:])
+    return torch.cat(attended, 1), None
 
 
-def _attend_row(
-    query: Tensor, key: Tensor, value: Tensor, row: tuple[int, int, int, int], scale: float | None
-) -> Tensor:
-    head, head_end, own, own_end = row
-    if head == head_end:
-        q, k, v = (x[:, :, own:own_end] for x in (query, key, value))
-    else:
-        q, k, v = (torch.cat((x[:, :, head:head_end], x[:, :, own:own_end]), 2) for x in (query, key, value))
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[:, :, head_end - head :]
+def _whole_row(parts: Sequence[Tensor], row: int, shared: int) -> Tensor:
+    """(1, shared + own, heads, width). The parts are split, not sliced, off the whole: their gradient is one cat."""
+    return torch.cat((parts[row - len(parts) // 2][:, :shared], parts[row]), 1) if shared else parts[row]
 
 
 AttentionInterface.register(NAME, attend)
