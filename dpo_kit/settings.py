@@ -94,6 +94,7 @@ class Speed(Strict):
     """What is done to be fast; none of it changes what is trained."""
 
     reference_store: Literal["auto"] | bool
+    share_prefix: Literal["auto"] | bool
 
 
 class Callbacks(Strict):

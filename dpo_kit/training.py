@@ -37,6 +37,7 @@ from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
 from dpo_kit.safekeeping import with_safekeeping
 from dpo_kit.secrets import redact, redact_argv
 from dpo_kit.settings import Settings
+from dpo_kit.speed import speed_up
 
 log = logging.getLogger(__name__)
 COLUMNS = {"pairs": ("prompt", "chosen", "rejected"), "unary": ("prompt", "completion", "label")}
@@ -147,6 +148,7 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     policy = load_policy(settings.model, tokenizer)
     given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings, args) else {}
     describe(settings, args, data)
+    speed_up([policy, *given.values()], settings.speed)
     trainer = with_safekeeping(import_class(settings.method.trainer))
     if uses_store(settings, data.train):
         trainer = with_store(trainer, cache_folder("reference"))

@@ -1,0 +1,167 @@
+"""One flat row of distinct tokens gives what padded rows give, hidden states and gradients, or it is left off."""
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dpo_kit.prefix import build_layout, share_prefixes, why_not
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": None, "eos_token_id": 1}
+EXACT = [
+    LlamaConfig(**SMALL),
+    Qwen2Config(**SMALL, num_key_value_heads=2),
+    Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=8),
+    MistralConfig(**SMALL, sliding_window=None, num_key_value_heads=4),
+    GPTNeoXConfig(**SMALL),
+    GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=128, **NO_DROPOUT),
+]
+
+
+def model(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def rows(seed, *, width=20, pairs=4):
+    """Padded pairs (2 · pairs, width): rows i and i + pairs begin alike over 0 to all of their tokens."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (), generator=draw))
+
+    ids = torch.randint(2, 60, (2 * pairs, width), generator=draw)
+    lengths = torch.tensor([number(1, width + 1) for _ in range(2 * pairs)])
+    lengths[0] = width
+    for pair in range(pairs):
+        shared = (0, number(0, width), width)[min(2, pair)]  # nothing, something, the shorter one whole
+        ids[pairs + pair, :shared] = ids[pair, :shared]
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    return ids * mask, mask
+
+
+def forward(policy, ids, mask):
+    """Hidden states of the real tokens, and the gradient of a random projection of them."""
+    policy.zero_grad()
+    hidden = policy.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
+    (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    return hidden.detach(), torch.cat([p.grad.flatten() for p in policy.base_model.parameters() if p.grad is not None])
+
+
+def test_a_layout_holds_every_token_once_and_says_where_each_slot_finds_its_own():
+    ids = torch.tensor([[5, 6, 7, 8], [9, 9, 0, 0], [5, 6, 4, 0], [9, 9, 3, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]])
+    layout = build_layout(ids, mask)
+    assert layout.ids.tolist() == [[5, 6, 7, 8, 9, 9, 4, 3]]
+    assert layout.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 2]]
+    assert layout.source.view(4, 4).tolist() == [[0, 1, 2, 3], [4, 5, 0, 0], [0, 1, 6, 0], [4, 5, 7, 0]]
+    assert layout.rows == ((0, 4), (0, 2), (2, 1), (2, 1))
+
+
+def test_an_odd_number_of_rows_is_only_freed_of_its_padding():
+    ids = torch.tensor([[5, 6], [5, 0], [5, 6]])
+    layout = build_layout(ids, (ids > 0).long())
+    assert layout.ids.tolist() == [[5, 6, 5, 5, 6]] and layout.rows == ((0, 2), (0, 1), (0, 2))
+
+
+@pytest.mark.parametrize("config", EXACT, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("seed", range(4))
+def test_hidden_states_and_gradients_equal_those_of_padded_rows(config, seed):
+    policy = model(config)
+    ids, mask = rows(seed)
+    expected, expected_gradient = forward(policy, ids, mask)
+    assert why_not(policy) is None
+    share_prefixes(policy)
+    found, gradient = forward(policy, ids, mask)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-5
+
+
+def test_each_distinct_token_is_computed_once():
+    policy = model(LlamaConfig(**SMALL))
+    share_prefixes(policy)
+    seen = []
+    policy.base_model.layers[0].mlp.register_forward_hook(lambda *told: seen.append(told[2].shape[:-1].numel()))
+    ids, mask = torch.full((4, 10), 7), torch.ones(4, 10, dtype=torch.long)
+    ids[2:, 8:] = 9
+    policy(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert seen == [2 * 10 + 2 * 2]
+
+
+def test_a_batch_in_which_nothing_is_saved_goes_through_as_it_is():
+    policy = model(LlamaConfig(**SMALL))
+    share_prefixes(policy)
+    shapes = []
+    policy.base_model.layers[0].mlp.register_forward_hook(lambda *told: shapes.append(tuple(told[2].shape[:-1])))
+    ids = torch.arange(2, 42).view(4, 10)
+    policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    assert shapes == [(4, 10)]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MistralConfig(**SMALL, sliding_window=16), "sliding window"),
+        (Gemma3TextConfig(**SMALL, head_dim=8), "sliding_attention"),
+        (MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2), "linear_attention"),
+        (BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4), "attention is eager"),
+        (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, attention_dropout=0.1), "dropout"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_a_model_in_which_it_would_not_be_exact_is_named_with_the_reason(config, reason):
+    assert reason in why_not(model(config))
+
+
+def test_virtual_prompt_tokens_are_a_reason_and_lora_is_none():
+    virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    assert "virtual tokens" in why_not(get_peft_model(model(LlamaConfig(**SMALL)), virtual))
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    assert why_not(get_peft_model(model(LlamaConfig(**SMALL)), lora)) is None
+
+
+def test_a_model_that_answers_otherwise_in_a_flat_row_is_found_by_trying():
+    policy = model(LlamaConfig(**SMALL))
+    policy.base_model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: _counted(args), with_kwargs=True
+    )
+    assert why_not(policy) == "its hidden states differ in a flat row"
+
+
+def _counted(args):
+    """As a model would be that counts positions itself, whatever it is told."""
+    hidden = args[0]
+    return args, {"position_ids": torch.arange(hidden.shape[1])[None]}
+
+
+def test_sampling_is_what_it_was():
+    policy = model(LlamaConfig(**SMALL))
+    ids, mask = rows(3)
+    asked = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1), "max_new_tokens": 8, "do_sample": False}
+    before = policy.generate(**asked)
+    share_prefixes(policy)
+    assert torch.equal(policy.generate(**asked), before)

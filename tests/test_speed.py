@@ -1,0 +1,114 @@
+"""Faster, and the same training: losses of TRL's trainers with each lever on and off."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig
+from trl.kernels.chunked_logprob import _use_triton
+from trl.trainer import utils as trl_utils
+
+from dpo_kit.errors import ConfigError
+from dpo_kit.prefix import share_prefixes
+from dpo_kit.settings import Speed
+from dpo_kit.speed import score_labelled_positions_only, speed_up
+from tests import tiny
+
+STEPS = 50
+LONG = {"max_steps": STEPS, "learning_rate": 1e-3, "eval_strategy": "no"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.saved_model(tmp_path_factory.mktemp("model"))
+
+
+def losses(kind, folder, tmp_path, *, share, **options):
+    models = {
+        name: LlamaForCausalLM.from_pretrained(folder)
+        for name in ("model", "ref_model")[: 1 + (kind in ("dpo", "kto"))]
+    }
+    if "peft_config" in options:
+        models.pop("ref_model", None)
+    for model in models.values() if share else ():
+        share_prefixes(model)
+    trainer = tiny.trainer(kind, folder, tmp_path, **LONG | models | options)
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "cpo", "simpo"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"peft_config": tiny.LORA}, {"gradient_checkpointing": True, "max_length": 7}],
+    ids=["full", "lora", "checkpointed and truncated"],
+)
+def test_losses_of_fifty_steps_stay_the_same_when_each_token_is_computed_once(kind, options, folder, tmp_path):
+    expected = losses(kind, folder, tmp_path / "padded", share=False, **options)
+    found = losses(kind, folder, tmp_path / "shared", share=True, **options)
+    assert len(found) == STEPS and found == pytest.approx(expected, rel=1e-5)
+
+
+def test_in_bf16_the_losses_stay_within_its_own_rounding(folder, tmp_path):
+    short = {"max_steps": 5, "bf16": True}
+    expected = losses("dpo", folder, tmp_path / "padded", share=False, **short)
+    found = losses("dpo", folder, tmp_path / "shared", share=True, **short)
+    assert found == pytest.approx(expected, rel=2e-2) and found != expected
+
+
+# --- the head ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """How many positions each call of TRL's fused head scores, in `scored`; its own choice of them to begin with."""
+    counts = []
+    real = trl_utils._ChunkedLogProbFunction.apply
+    monkeypatch.setattr(trl_utils, "_use_triton", _use_triton)
+    monkeypatch.setattr(
+        trl_utils._ChunkedLogProbFunction, "apply", lambda *told: counts.append(len(told[0])) or real(*told)
+    )
+    return counts
+
+
+def test_trl_scores_every_position_on_a_cpu_and_with_us_only_the_labelled_ones_with_equal_losses(
+    scored, folder, tmp_path
+):
+    short = {"max_steps": 3}
+    expected = losses("dpo", folder, tmp_path / "stock", share=False, **short)
+    every = list(scored)
+    scored.clear()
+    score_labelled_positions_only()
+    assert losses("dpo", folder, tmp_path / "ours", share=False, **short) == pytest.approx(expected, rel=1e-6)
+    assert len(scored) == len(every) and all(ours < stock / 1.5 for ours, stock in zip(scored, every, strict=True))
+
+
+# --- what is chosen ----------------------------------------------------------------------------------------------
+
+WINDOW = MistralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=14)
+
+
+def asked(share):
+    return Speed(reference_store="auto", share_prefix=share)
+
+
+def test_what_a_model_cannot_do_is_left_off_and_said_under_auto_and_refused_when_asked_for(caplog):
+    model = AutoModelForCausalLM.from_config(WINDOW)
+    with caplog.at_level(logging.INFO, "dpo_kit"):
+        speed_up([model], asked("auto"))
+    assert "padding is computed, and a pair's prompt twice: it has layers with a sliding window" in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"speed.share_prefix=true cannot be had .* sliding window; auto leaves it off"
+    ):
+        speed_up([model], asked(True))
+
+
+@pytest.mark.parametrize(("share", "computed"), [("auto", 12), (False, 20)])
+def test_the_policy_computes_distinct_tokens_unless_it_is_told_not_to(share, computed, folder):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    speed_up([model], asked(share))
+    seen = []
+    model.base_model.layers[0].mlp.register_forward_hook(lambda *told: seen.append(told[2].shape[:-1].numel()))
+    ids = torch.tensor([[3] * 10, [3] * 8 + [4] * 2])
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    assert seen == [computed]
