@@ -1,0 +1,162 @@
+"""All sources of a config as normal rows of one kind and one form, with every row that is not."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_kit.data.read import Fault, Row, read_source
+from dpo_kit.data.rows import ANSWERS, Kind, as_chat, normalise
+from dpo_kit.errors import DataError
+from dpo_kit.settings import Data, Source
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Gathered:
+    """Well-formed rows as they stand in their sources, each with its `_place`; `read` counts the malformed ones too."""
+
+    kind: Kind
+    train: list[Rows]  # one list for each source
+    held_out: Rows | None  # of data.eval; None where held-out prompts are to be taken from train
+    faults: list[Fault]
+    read: int
+    wrap: bool  # text rows are to become a user turn and an assistant turn
+
+    def form(self, row: dict[str, Any]) -> dict[str, Any]:
+        """`row` as it is trained on."""
+        return as_chat(row, self.kind) if self.wrap else row
+
+
+def gather(data: Data, tokenizer: Any, *, refuse: bool = True) -> Gathered:
+    """Read everything. Malformed rows are refused as `data.on_bad_row` says, or only listed. Raises DataError."""
+    wrap = tokenizer.chat_template is not None if data.wrap_as_chat == "auto" else data.wrap_as_chat
+    reader = _Reader(data, tokenizer, wrap)
+    train = [reader.read(source.path, data.train_split) for source in sources(data.train)]
+    held_out = [reader.read(source.path, data.eval_split or data.train_split) for source in eval_sources(data)]
+    if refuse and data.on_bad_row == "fail":
+        refuse_malformed(reader.faults)
+    for path, kind, rows in (*train, *held_out):
+        if not rows:
+            first = f": {reader.faults[0]}" if reader.faults else ""
+            raise DataError(f"{path} has no row to train on{first}")
+        if kind != train[0][1]:
+            raise DataError(
+                f"pairs and unary rows cannot be mixed, as {train[0][0]} and {path} do: convert one of them"
+            )
+    reader.refuse_mixture()
+    pool = [row for _, _, rows in held_out for row in rows] if held_out else None
+    return Gathered(train[0][1], [rows for _, _, rows in train], pool, reader.faults, reader.count, wrap)
+
+
+def sources(spec: str | list[Source]) -> list[Source]:
+    return [Source(path=spec)] if isinstance(spec, str) else spec
+
+
+def eval_sources(data: Data) -> list[Source]:
+    if data.eval is not None:
+        return sources(data.eval)
+    return sources(data.train) if data.eval_split else []
+
+
+def refuse_malformed(faults: list[Fault]) -> None:
+    """DataError with the first of `faults`, where there are any."""
+    if faults:
+        first = "\n".join(f"  {fault}" for fault in faults[:5])
+        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise DataError(
+            f"{len(faults)} malformed rows:\n{first}{more}\nmend them, or leave them out with data.on_bad_row=drop"
+        )
+
+
+class _Reader:
+    """Reads one source after the other and keeps what is wrong."""
+
+    def __init__(self, data: Data, tokenizer: Any, wrap: bool) -> None:
+        self.data, self.wrap = data, wrap
+        self.has_template = tokenizer.chat_template is not None
+        self.marks = control_marks(tokenizer)
+        self.faults: list[Fault] = []
+        self.count = 0
+        self.forms: dict[bool, str] = {}  # is it text: the first such row
+
+    def read(self, path: str, split: str) -> tuple[str, Kind, Rows]:
+        found = list(read_source(path, split))
+        self.count += len(found)
+        rows = self._keep(found)
+        if not rows:
+            first = f": {self.faults[0]}" if self.faults else ""
+            raise DataError(f"{path} has no row to train on{first}")
+        kind = find_kind(path, rows, self.data.columns)
+        rows = self._keep(normalise(row, kind, self.data.columns) for row in rows)
+        for row in rows:
+            self.forms.setdefault(isinstance(row.values["prompt"], str), row.place)
+        rows = self._keep(self._without_marks(row, kind) for row in rows)
+        return path, kind, [row.values | {"_place": row.place} for row in rows]
+
+    def _keep(self, items: Iterable[Row | Fault]) -> list[Row]:
+        rows = []
+        for item in items:
+            if isinstance(item, Row):
+                rows.append(item)
+            else:
+                self.faults.append(item)
+        return rows
+
+    def refuse_mixture(self) -> None:
+        """Text rows and chat rows side by side are taken all for what the first one is by TRL."""
+        if len(self.forms) > 1 and self.data.wrap_as_chat is not True:
+            raise DataError(
+                f"text rows (such as {self.forms[True]}) and chat rows ({self.forms[False]}) are mixed: "
+                "data.wrap_as_chat=true makes chat of both"
+            )
+        if False in self.forms and not self.has_template:
+            raise DataError(
+                f"{self.forms[False]} has chat messages, but the tokenizer has no chat template: use an instruct model"
+            )
+
+    def _without_marks(self, row: Row, kind: Kind) -> Row | Fault:
+        """A control token inside a message would be read as the end of a turn or as the beginning of one."""
+        if self.marks is None or (isinstance(row.values["prompt"], str) and not self.wrap):
+            return row  # text that is trained on as it stands may hold the template's own tokens
+        for name in ("prompt", *ANSWERS[kind]):
+            value = row.values[name]
+            for text in (value,) if isinstance(value, str) else (message["content"] for message in value):
+                if found := self.marks.search(text):
+                    remedy = "take it out of the text, or break it up with a space"
+                    return Fault(row.place, f"{name} has a control token of the tokenizer", repr(found[0]), remedy)
+        return row
+
+
+def control_marks(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds a special token of `tokenizer` inside a text; None where it has none that could be typed."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    marks = {token.strip() for token in added | set(tokenizer.all_special_tokens)}
+    typed = sorted((mark for mark in marks if len(mark) > 2 and not mark.isalnum()), reverse=True)
+    return re.compile("|".join(re.escape(mark) for mark in typed)) if typed else None
+
+
+def find_kind(path: str, rows: list[Row], columns: dict[str, str]) -> Kind:
+    """Pairs or unary rows, by the columns that any row has. Raises DataError that says which columns to map."""
+    names = {name for row in rows for name in row.values}
+    for mine, theirs in columns.items():
+        if theirs not in names:
+            near = difflib.get_close_matches(theirs, names, n=1) or sorted(names)
+            raise DataError(f"{path} has no column {theirs!r} (data.columns.{mine}); it has {', '.join(near)}")
+    ours = names | {mine for mine, theirs in columns.items() if theirs in names}
+    if {"chosen", "rejected"} <= ours:
+        return "pairs"
+    if {"prompt", "completion", "label"} <= ours:
+        return "unary"
+    wanted = ("prompt", "chosen", "rejected", "completion", "label")
+    hints = {w: difflib.get_close_matches(w, names - set(wanted), n=1) for w in wanted if w not in ours}
+    hint = ", ".join(f"{w}: {near[0]}" for w, near in hints.items() if near)
+    raise DataError(
+        f"{path} has the columns {', '.join(sorted(names))}; needed are prompt, chosen, rejected (pairs) or prompt, "
+        f"completion, label (unary): map them with data.columns={{{hint or 'chosen: …, rejected: …'}}}, or bring "
+        "another schema into this form with python -m dpo_kit.data mode=convert"
+    )

@@ -1,0 +1,128 @@
+"""The report on a data set: every figure by name, and warnings that say why they matter and what to do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from dpo_kit.data import figures
+from dpo_kit.data.advice import advise
+from dpo_kit.data.duplicates import content_keys, find_copies, find_near, sketch
+from dpo_kit.data.gather import Gathered, Rows
+from dpo_kit.data.leaks import cluster_prompts, distinct_prompts, find_leaks, read_benchmark, turns_of
+from dpo_kit.data.rows import ANSWERS, Kind, text_of
+from dpo_kit.data.shortcuts import edge_cases, measure_shortcuts
+
+SHOWN = 20  # places listed of each finding
+
+
+def inspect(
+    gathered: Gathered,
+    train: list[Rows],
+    held_out: Rows,
+    *,
+    wanted: Kind | None,
+    max_length: int | None,
+    benchmark: str | None = None,
+    thorough: bool = False,
+) -> dict[str, Any]:
+    """The report, plain JSON values; shares are 0 to 1, lengths are tokens.
+
+    `train` and `held_out` are what `split` gave. `thorough` adds near-duplicates, near leaks and clusters of prompts,
+    which take some seconds for each 10,000 rows.
+    """
+    kind, rows = gathered.kind, [row for part in train for row in part]
+    every = [*rows, *held_out]
+    prompts = {"train": rows, "held_out": held_out}
+    report: dict[str, Any] = {
+        "kind": kind,
+        "rows_read": gathered.read,
+        "rows": {"train": len(rows), "held_out": len(held_out), "dropped": len(gathered.faults)},
+        "prompts": {name: len({row["prompt_id"] for row in part}) for name, part in prompts.items()},
+        "dropped_by_reason": dict(Counter(fault.reason for fault in gathered.faults).most_common()),
+        "max_length": max_length,
+        **figures.lengths(every, kind),
+    }
+    report |= _by_kind(rows, every, kind)
+    report |= {
+        "size": figures.measure_size(len(rows)),
+        "agreement": figures.measure_agreement(every),
+        "scores": figures.measure_scores(every),
+        "balance": figures.measure_balance(every),
+        "edge_cases": _edges(every, kind),
+    }
+    report |= _repeats(rows, held_out, kind, read_benchmark(benchmark) if benchmark else [], thorough=thorough)
+    report["warnings"] = advise(report, wanted)
+    return report
+
+
+def _by_kind(train: Rows, every: Rows, kind: Kind) -> dict[str, Any]:
+    if kind == "unary":
+        return {"desirable": sum(row["label"] for row in train), "classes": figures.measure_classes(train)}
+    shortcuts = measure_shortcuts(every)
+    return {"longer_is_chosen": shortcuts["longer (tokens)"]["accuracy"], "shortcuts": shortcuts}
+
+
+def _edges(rows: Rows, kind: Kind) -> dict[str, Any]:
+    found = [edge_cases(row, ANSWERS[kind]) for row in rows]
+    counts = Counter(name for names in found for name in names)
+    return {"share": sum(map(bool, found)) / len(rows), "by_kind": dict(counts.most_common())}
+
+
+def _repeats(train: Rows, held_out: Rows, kind: Kind, benchmark: list[str], *, thorough: bool) -> dict[str, Any]:
+    """Copies, contradictions, leaks; near ones and clusters too where the look is to be thorough."""
+    rows = [*train, *held_out]
+    keys = content_keys(rows, kind)
+    order = rank(rows, keys)
+    copies = find_copies(rows, kind, keys, order)
+    values = sketch(rows, kind) if thorough else None
+    prompts = None if values is None else values.prompts[: len(train)]
+    held = [turn for row in held_out for turn in turns_of(row["prompt"])]
+    leaks = find_leaks(train, held, prompts)
+    shared = find_leaks(train, benchmark, prompts) if benchmark else {}
+    report: dict[str, Any] = {
+        "copies": _found(rows, list(copies.first)),
+        "contradictions": _found(rows, [index for group in copies.contradictions for index in group])
+        | {"comparisons": len(copies.contradictions)},
+        "leaks": _found(train, list(leaks)),
+        "benchmark": _found(train, list(shared)) | {"prompts": len(benchmark)},
+    }
+    if values is not None:
+        settled = {*copies.first, *(index for group in copies.contradictions for index in group)}
+        near = find_near(rows, kind, values.rows, [index for index in order if index not in copies.first])
+        crossed = {index for pair in near.contradictions for index in pair} - settled
+        report["near_duplicates"] = _found(rows, list(near.leader)) | {"comparisons_left_out": near.left_out}
+        report["near_contradictions"] = _found(rows, list(crossed))
+        report["diversity"] = _diversity(rows, values.prompts)
+    return report
+
+
+def rank(rows: Rows, keys: list[tuple[str, ...]]) -> list[int]:
+    """Indices with the surest label first, then by content: an order that does not depend on the file's."""
+    sure = [-(figures.agreement_of(row) or 0.0) for row in rows]
+    return sorted(range(len(rows)), key=lambda index: (sure[index], keys[index]))
+
+
+def _found(rows: Rows, indices: list[int]) -> dict[str, Any]:
+    return {"rows": len(indices), "places": [rows[index]["_place"] for index in sorted(indices)[:SHOWN]]}
+
+
+def _diversity(rows: Rows, values: np.ndarray) -> dict[str, Any]:
+    """How different the prompts are: distinct ones, rows for each, clusters of alike ones with the largest."""
+    texts, owners = distinct_prompts(rows)
+    weights = [len(each) for each in owners]
+    clusters: Counter[int] = Counter()
+    firsts = cluster_prompts(texts, values[[each[0] for each in owners]])
+    for first, weight in zip(firsts, weights, strict=True):
+        clusters[first] += weight
+    largest = clusters.most_common(5)
+    return {
+        "prompts": len(texts),
+        "rows_of_the_most_used_prompt": max(weights),
+        "clusters": len(clusters),
+        "largest_cluster": largest[0][1] / len(rows),
+        "largest": [[texts[first][:80], count] for first, count in largest if count > 1],
+        "opening_words": len({" ".join(text_of(text).lower().split()[:3]) for text in texts}),
+    }
