@@ -26,7 +26,7 @@ LAYERS = [
     },
     {"data", "data.read", "data.rows", "data.interleave", "arguments", "model", "scoring", "scores"},
     {"data.gather", "data.signal", "data.figures", "data.duplicates", "data.leaks", "data.shortcuts", "data.advice"},
-    {"data.inspect", "data.prepare"},
+    {"data.inspect", "data.prepare", "data.options", "data.schemas"},
     {"identity", "reference"},
     {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},
     {"callbacks", "preview"},
@@ -38,7 +38,9 @@ LAYERS = [
     {"sweep.advice", "sweep.frontier"},
     {"sweep.summary", "sweep.warm"},
     {"sweep.launcher", "sweep.conclude"},
-    {"sweep.__main__"},
+    {"sweep.__main__", "data.preference", "data.curate", "data.convert", "data.picture", "data.table"},
+    {"data.modes"},
+    {"data.__main__"},
     {"cli", "__main__", "__init__"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -81,14 +81,14 @@ def measure_agreement(rows: Rows) -> dict[str, Any] | None:
     shares = [share for row in rows if (share := agreement_of(row)) is not None]
     if not shares:
         return None
-    counts, edges = np.histogram(shares, bins=10, range=(0, 1))
+    tenths = Counter(min(9, math.floor(10 * share + 1e-9)) for share in shares)
     return {
         "rows": len(shares),
         "mean": _mean(shares),
         "noise": 1 - _mean(shares),
         "below_0.7": _mean([share < 0.7 for share in shares]),
         "below_half": _mean([share < 0.5 for share in shares]),
-        "histogram": [[round(float(edge), 1), int(count)] for edge, count in zip(edges, counts, strict=False)],
+        "histogram": [[tenth / 10, tenths[tenth]] for tenth in range(10)],
     }
 
 

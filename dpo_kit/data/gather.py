@@ -18,7 +18,9 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class Gathered:
-    """Well-formed rows as they stand in their sources, each with its `_place`; `read` counts the malformed ones too."""
+    """Well-formed rows as they stand in their sources, each with its `_place` and its own `_values` apart from what is
+    added to it; `read` counts the malformed ones too.
+    """
 
     kind: Kind
     train: list[Rows]  # one list for each source
@@ -96,7 +98,7 @@ class _Reader:
         for row in rows:
             self.forms.setdefault(isinstance(row.values["prompt"], str), row.place)
         rows = self._keep(self._without_marks(row, kind) for row in rows)
-        return path, kind, [row.values | {"_place": row.place} for row in rows]
+        return path, kind, [row.values | {"_place": row.place, "_values": row.values} for row in rows]
 
     def _keep(self, items: Iterable[Row | Fault]) -> list[Row]:
         rows = []

@@ -18,7 +18,7 @@ Rows = list[dict[str, Any]]
 _ITEM = re.compile(r"(?:^|\n)[ \t]*(?:[-*•+]|\d{1,2}[.)])[ \t]+\S")
 _HEADING = re.compile(r"(?:^|\n)#{1,6} |\*\*\S|\n\|")
 _REFUSAL = re.compile(
-    r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i (?:can(?:no|')t|won't|will not|must decline)"
+    r"\b(?:i(?:'m| am) (?:unable|not able)|i(?:'m| am) sorry,? but|i (?:can(?:no|')t|won't|will not|must decline)"
     r"|as an? (?:ai|language model)|i do(?:n't| not) feel comfortable)"
 )
 _SCRIPTS = {
