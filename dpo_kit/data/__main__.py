@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ def work(arguments: Sequence[str]) -> None:
     settings, tool = check_tool(cfg)
     from dpo_kit.data.modes import MODES
 
+    gc.set_threshold(200_000)  # rows are plain data without cycles, and looking through 100,000 of them costs seconds
     MODES[tool.mode](settings, tool, Path(tool.out))
 
 

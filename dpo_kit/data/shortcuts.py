@@ -65,7 +65,7 @@ def script_of(text: str) -> str:
 RULES: dict[str, Callable[[str, str], float]] = {
     "longer (characters)": lambda answer, prompt: len(answer),
     "more list items": lambda answer, prompt: list_items(answer),
-    "more headings, bold, tables": lambda answer, prompt: markdown_signs(answer),
+    "more markdown": lambda answer, prompt: markdown_signs(answer),
     "more code blocks": lambda answer, prompt: code_blocks(answer),
     "no refusal": lambda answer, prompt: not is_refusal(answer),
     "the prompt's script": lambda answer, prompt: script_of(answer) == script_of(prompt),
