@@ -19,6 +19,7 @@ from dpo_kit import tracking
 from dpo_kit.arguments import build_arguments, count_steps, effective_batch, import_class, uses_store
 from dpo_kit.config import check
 from dpo_kit.data.interleave import interleave, unpair
+from dpo_kit.data.preference import measure_preference, reference_margins
 from dpo_kit.data.prepare import Prepared, Rows, prepare
 from dpo_kit.errors import ConfigError
 from dpo_kit.finish import Result, finish_run, write_failure
@@ -80,6 +81,9 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
         truncation=settings.trl.get("truncation_mode", "keep_start"),
         seed=settings.seed,
     )
+    if settings.data.reference_margin and data.kind == "pairs":
+        pairs = data.train if settings.method.rows == "pairs" else data.select
+        data.report["reference"] = measure_preference(reference_margins(pairs, settings, tokenizer))
     if settings.data.gold and data.kind == "pairs":
         data.report["ceiling"] = label_ceiling(load_gold(settings.data.gold), data.select)
     write_json(run.data_report, data.report)

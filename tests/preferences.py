@@ -14,11 +14,13 @@ from dpo_kit.data.prepare import Prepared, prepare, split
 from dpo_kit.settings import Data
 from dpo_kit.toy import MODEL
 
-WORDS = (
-    "river stone market window garden engine letter winter bridge copper forest ladder mirror pocket saddle tunnel "
-    "violet wagon yellow anchor basket candle dragon emerald feather ginger harbor island jacket kettle lantern meadow "
-    "needle orchard pepper quarry ribbon silver temple umbrella valley whisper crystal falcon goblet hollow ivory jungle"
-).split()
+WORDS = [
+    "river", "stone", "market", "window", "garden", "engine", "letter", "winter", "bridge", "copper", "forest",
+    "ladder", "mirror", "pocket", "saddle", "tunnel", "violet", "wagon", "yellow", "anchor", "basket", "candle",
+    "dragon", "emerald", "feather", "ginger", "harbor", "island", "jacket", "kettle", "lantern", "meadow",
+    "needle", "orchard", "pepper", "quarry", "ribbon", "silver", "temple", "umbrella", "valley", "whisper",
+    "crystal", "falcon", "goblet", "hollow", "ivory", "jungle",
+]  # fmt: skip
 
 
 @cache

@@ -1,8 +1,10 @@
+# ruff: noqa: E501 - one case a line
 """Every fault that data can have: named with place, reason and remedy, then refused or dropped by a stated rule."""
 
 import datetime
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -186,8 +188,6 @@ def test_a_bad_line_of_a_csv_file_costs_only_that_line(tmp_path, text, message):
     file.write_text("a,b\n" + text + '"two\nlines",3\n')
     bad, good = read_source(str(file), "train")
     assert good == Row(f"{file}:3", {"a": "two\nlines", "b": "3"}, typed=False)
-    import re
-
     assert re.search(message, str(bad))
 
 

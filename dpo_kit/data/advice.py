@@ -129,7 +129,7 @@ def _repeats(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
             f"{CURATE} keeps one of each",
         )
     diversity = report.get("diversity")
-    if diversity and diversity["largest_cluster"] > ONE_CLUSTER:
+    if diversity and diversity["largest"] and diversity["largest_cluster"] > ONE_CLUSTER:
         pattern = diversity["largest"][0][0]
         yield Warn(
             "diversity",

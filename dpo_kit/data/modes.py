@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -101,6 +102,7 @@ MODES: dict[str, Callable[[Settings, Tool, Path], None]] = {
 def _tokenizer(settings: Settings) -> Any:
     from dpo_kit.quiet import quiet_imports, quiet_libraries
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing is forked here
     quiet_imports()
     from dpo_kit.model import load_tokenizer
 
