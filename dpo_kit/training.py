@@ -87,6 +87,8 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
     if settings.data.gold and data.kind == "pairs":
         data.report["ceiling"] = label_ceiling(load_gold(settings.data.gold), data.select)
     write_json(run.data_report, data.report)
+    if about := [warning["about"] for warning in data.report["warnings"]]:
+        log.info("the data report has something to say on %s: %s", ", ".join(dict.fromkeys(about)), run.data_report)
     if data.dropped:
         write_jsonl(run.dropped_rows, (vars(fault) for fault in data.dropped))
         log.info("%d rows dropped: %s", len(data.dropped), data.report["dropped_by_reason"])

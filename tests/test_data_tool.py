@@ -42,7 +42,7 @@ def test_training_s_report_has_the_same_figures_but_the_slow_ones(tmp_path):
 
     file = write_jsonl(tmp_path / "a.jsonl", [*pairs(20), pairs(1)[0]])
     quick, thorough = prepared(file, max_length=None).report, report(file)
-    assert set(thorough) - set(quick) == {"near_duplicates", "near_contradictions", "diversity"}
+    assert set(thorough) - set(quick) == {"near_duplicates", "near_contradictions", "diversity", "difficulty"}
     for key in ("rows_read", "tokens", "shortcuts", "copies", "contradictions", "longer_is_chosen", "size"):
         assert quick[key] == thorough[key], key
 

@@ -64,9 +64,9 @@ def work(arguments: Sequence[str]) -> None:
     """Do what `arguments` (Hydra overrides) ask for. Raises ConfigError, DataError, ModelError."""
     cfg = compose_tool(arguments)
     if cfg.mode == "build":
-        from dpo_kit.data.build import build_pairs
+        from dpo_kit.data.build import build_pairs, show_build
 
-        build_pairs(cfg)
+        show_build(build_pairs(cfg))
         return
     settings, tool = check_tool(cfg)
     from dpo_kit.data.modes import MODES

@@ -22,11 +22,12 @@ def lengths(rows: Rows, kind: Kind) -> dict[str, Any]:
     """Token counts of each column, and how many rows `max_length` cuts."""
     return {
         "cut_at_max_length": sum(row["tokens"]["cut"] for row in rows),
-        "tokens": {name: _spread([row["tokens"][name] for row in rows]) for name in ("prompt", *ANSWERS[kind])},
+        "tokens": {name: spread([row["tokens"][name] for row in rows]) for name in ("prompt", *ANSWERS[kind])},
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Percentiles, maximum and mean."""
     points = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95}
     found = np.percentile(values, list(points.values()), method="inverted_cdf")
     return {name: found[i].item() for i, name in enumerate(points)} | {"max": max(values), "mean": _mean(values)}
@@ -99,7 +100,7 @@ def measure_scores(rows: Rows) -> dict[str, Any] | None:
         return None
     return {
         "rows": len(gaps),
-        "gap": _spread(gaps),
+        "gap": spread(gaps),
         "ties": _mean([gap == 0 for gap in gaps]),
         "reversed": _mean([gap < 0 for gap in gaps]),
     }

@@ -9,13 +9,14 @@ import numpy as np
 
 from dpo_kit.data import figures
 from dpo_kit.data.advice import advise
-from dpo_kit.data.duplicates import content_keys, find_copies, find_near, sketch
+from dpo_kit.data.duplicates import NEAR, content_keys, find_copies, find_near, jaccard, sketch
 from dpo_kit.data.gather import Gathered, Rows
 from dpo_kit.data.leaks import cluster_prompts, distinct_prompts, find_leaks, read_benchmark, turns_of
 from dpo_kit.data.rows import ANSWERS, Kind, text_of
 from dpo_kit.data.shortcuts import edge_cases, measure_shortcuts
 
 SHOWN = 20  # places listed of each finding
+SAMPLE = 2000  # pairs whose two answers are compared with each other
 
 
 def inspect(
@@ -96,6 +97,7 @@ def _repeats(train: Rows, held_out: Rows, kind: Kind, benchmark: list[str], *, t
         report["near_duplicates"] = _found(rows, list(near.leader)) | {"comparisons_left_out": near.left_out}
         report["near_contradictions"] = _found(rows, list(crossed))
         report["diversity"] = _diversity(rows, values.prompts)
+        report["difficulty"] = _difficulty(rows, kind)
     return report
 
 
@@ -107,6 +109,21 @@ def rank(rows: Rows, keys: list[tuple[str, ...]]) -> list[int]:
 
 def _found(rows: Rows, indices: list[int]) -> dict[str, Any]:
     return {"rows": len(indices), "places": [rows[index]["_place"] for index in sorted(indices)[:SHOWN]]}
+
+
+def _difficulty(rows: Rows, kind: Kind) -> dict[str, Any] | None:
+    """How alike the two answers are (Jaccard index of their shingles) on a fixed sample: the more, the harder to tell
+    apart. What the raters and the reference find hard stands under `agreement` and `reference`.
+    """
+    if kind == "unary":
+        return None
+    sample = sorted(rows, key=lambda row: row["prompt_id"])[:SAMPLE]
+    overlaps = [jaccard(text_of(row["chosen"]), text_of(row["rejected"])) for row in sample]
+    return {
+        "sampled": len(sample),
+        "answers_overlap": figures.spread(overlaps),
+        "nearly_alike": sum(overlap >= NEAR for overlap in overlaps) / len(overlaps),
+    }
 
 
 def _diversity(rows: Rows, values: np.ndarray) -> dict[str, Any]:

@@ -62,10 +62,11 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
 
     before = _inspect(gathered, [rows], held_out, settings)
     curated = curate(rows, Setting(gathered.kind, tool.curate, settings.seed, [*held, *benchmark], hardness))
-    after = _inspect(replace(gathered, faults=[], read=len(curated.kept)), [curated.kept], held_out, settings)
+    clean = replace(gathered, faults=[], read=len(curated.kept) + len(held_out))
+    after = _inspect(clean, [curated.kept], held_out, settings)
     _write_curated(curated, gathered, settings, tool, out)
     write_json(out / "data_report.json", {"before": before, "after": after})
-    title = f"{len(curated.kept):,} of {before['rows_read']:,} rows kept"
+    title = f"{len(curated.kept):,} of {before['rows_read'] - len(held_out):,} rows kept"
     draw_data_report(out / "data_report.png", after, title=title, before=before)
     next_command = f"next: python -m dpo_kit data=jsonl data.train={out / 'curated.jsonl'} …"
     _show(after, out, next_command, title=title, before=before)

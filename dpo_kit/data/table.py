@@ -52,7 +52,12 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "diversity" in report:
         found = report["diversity"]
         yield "prompts (clusters of alike ones)", f"{found['prompts']:,} ({found['clusters']:,})"
+        yield "pairs with nearly the same answers", _share(report["difficulty"], "nearly_alike")
     yield "edge cases", f"{report['edge_cases']['share']:.1%}"
+
+
+def _share(found: dict[str, Any] | None, name: str) -> str:
+    return "–" if found is None else f"{found[name]:.1%}"
 
 
 def _repeats(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
