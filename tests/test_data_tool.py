@@ -74,6 +74,7 @@ def test_curation_is_repeatable_to_the_byte_and_blind_to_order(tool, tmp_path):
     assert manifest["counts"]["read"] == 45 == manifest["counts"]["kept"] + sum(manifest["counts"]["left_out"].values())
     report = json.loads(one["data_report.json"])
     assert report["before"]["agreement"]["below_0.7"] > 0 == report["after"]["agreement"]["below_0.7"]
+    assert all(sum(side["rows"].values()) == side["rows_read"] == 45 for side in report.values())
     assert report["before"]["copies"]["rows"] == 5 and report["after"]["copies"]["rows"] == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,13 @@ def inspect(
     wanted: Kind | None,
     max_length: int | None,
     benchmark: str | None = None,
+    held: Sequence[str] = (),
     thorough: bool = False,
 ) -> dict[str, Any]:
     """The report, plain JSON values; shares are 0 to 1, lengths are tokens.
 
-    `train` and `held_out` are what `split` gave. `thorough` adds near-duplicates, near leaks and clusters of prompts,
-    which take some seconds for each 10,000 rows.
+    `train` and `held_out` are what `split` gave; `held` are further prompts that must not be trained on. `thorough`
+    adds near-duplicates, near leaks and clusters of prompts, which take some seconds for each 10,000 rows.
     """
     kind, rows = gathered.kind, [row for part in train for row in part]
     every = [*rows, *held_out]
@@ -54,7 +56,9 @@ def inspect(
         "balance": figures.measure_balance(every),
         "edge_cases": _edges(every, kind),
     }
-    report |= _repeats(rows, held_out, kind, read_benchmark(benchmark) if benchmark else [], thorough=thorough)
+    held = [*held, *(turn for row in held_out for turn in turns_of(row["prompt"]))]
+    shared = {"leaks": held, "benchmark": read_benchmark(benchmark) if benchmark else []}
+    report |= _repeats(rows, held_out, kind, shared, thorough=thorough)
     report["warnings"] = advise(report, wanted)
     return report
 
@@ -72,23 +76,24 @@ def _edges(rows: Rows, kind: Kind) -> dict[str, Any]:
     return {"share": sum(map(bool, found)) / len(rows), "by_kind": dict(counts.most_common())}
 
 
-def _repeats(train: Rows, held_out: Rows, kind: Kind, benchmark: list[str], *, thorough: bool) -> dict[str, Any]:
-    """Copies, contradictions, leaks; near ones and clusters too where the look is to be thorough."""
+def _repeats(
+    train: Rows, held_out: Rows, kind: Kind, shared: dict[str, list[str]], *, thorough: bool
+) -> dict[str, Any]:
+    """Copies, contradictions, leaks of each list in `shared`; near ones and clusters too where it is to be thorough."""
     rows = [*train, *held_out]
     keys = content_keys(rows, kind)
     order = rank(rows, keys)
     copies = find_copies(rows, kind, keys, order)
     values = sketch(rows, kind) if thorough else None
     prompts = None if values is None else values.prompts[: len(train)]
-    held = [turn for row in held_out for turn in turns_of(row["prompt"])]
-    leaks = find_leaks(train, held, prompts)
-    shared = find_leaks(train, benchmark, prompts) if benchmark else {}
     report: dict[str, Any] = {
         "copies": _found(rows, list(copies.first)),
         "contradictions": _found(rows, [index for group in copies.contradictions for index in group])
         | {"comparisons": len(copies.contradictions)},
-        "leaks": _found(train, list(leaks)),
-        "benchmark": _found(train, list(shared)) | {"prompts": len(benchmark)},
+        **{
+            name: _found(train, list(find_leaks(train, held, prompts))) | {"prompts": len(held)}
+            for name, held in shared.items()
+        },
     }
     if values is not None:
         settled = {*copies.first, *(index for group in copies.contradictions for index in group)}

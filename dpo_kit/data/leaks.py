@@ -58,6 +58,8 @@ def find_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray | None = 
 
     With `values` (the MinHash values of the rows' prompts) near ones too.
     """
+    if not prompts:
+        return {}
     known = {tuple(words_of(prompt)): prompt for prompt in reversed(prompts)}
     leaks = {}
     for index, row in enumerate(train):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -60,13 +60,15 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
     def hardness(kept: Rows) -> list[float]:
         return [by_token for _, by_token in _margins(kept, gathered, settings, tokenizer)]
 
-    before = _inspect(gathered, [rows], held_out, settings)
+    gathered.read -= len(held_out)  # not curated
+    before = _inspect(gathered, [rows], [], settings, held)
     curated = curate(rows, Setting(gathered.kind, tool.curate, settings.seed, [*held, *benchmark], hardness))
-    clean = replace(gathered, faults=[], read=len(curated.kept) + len(held_out))
-    after = _inspect(clean, [curated.kept], held_out, settings)
+    left_out = [*gathered.faults, *(Fault(row["_place"], reason, found) for row, reason, found in curated.left_out)]
+    after = _inspect(replace(gathered, faults=left_out), [curated.kept], [], settings, held)
+    after["warnings"] = [warning for warning in after["warnings"] if warning["about"] != "dropped_by_reason"]  # meant
     _write_curated(curated, gathered, settings, tool, out)
     write_json(out / "data_report.json", {"before": before, "after": after})
-    title = f"{len(curated.kept):,} of {before['rows_read'] - len(held_out):,} rows kept"
+    title = f"{len(curated.kept):,} of {gathered.read:,} rows kept"
     draw_data_report(out / "data_report.png", after, title=title, before=before)
     next_command = f"next: python -m dpo_kit data=jsonl data.train={out / 'curated.jsonl'} …"
     _show(after, out, next_command, title=title, before=before)
@@ -120,7 +122,9 @@ def _with_signal(rows: Rows, gathered: Gathered, settings: Settings, tokenizer: 
     return keep_signal(rows, gathered.kind, tokenizer, *limit, gathered.faults, form=gathered.form)
 
 
-def _inspect(gathered: Gathered, train: list[Rows], held_out: Rows, settings: Settings) -> dict[str, Any]:
+def _inspect(
+    gathered: Gathered, train: list[Rows], held_out: Rows, settings: Settings, held: Sequence[str] = ()
+) -> dict[str, Any]:
     return inspect(
         gathered,
         train,
@@ -128,6 +132,7 @@ def _inspect(gathered: Gathered, train: list[Rows], held_out: Rows, settings: Se
         wanted=settings.method.rows,
         max_length=settings.trl["max_length"],
         benchmark=settings.data.benchmark,
+        held=held,
         thorough=True,
     )
 
@@ -154,7 +159,6 @@ def _write_curated(curated: Curated, gathered: Gathered, settings: Settings, too
     counts = {
         "read": gathered.read,
         "kept": len(curated.kept),
-        "held_out": len(gathered.held_out or []),
         "left_out": dict(Counter(row["reason"] for row in left_out).most_common()),
     }
     _write_manifest(out, settings, tool, files, counts)

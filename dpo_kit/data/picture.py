@@ -45,7 +45,7 @@ def draw_data_report(path: Path, report: dict[str, Any], *, title: str, before: 
 def _headline(report: dict[str, Any], before: dict[str, Any] | None) -> str:
     warnings = len(report["warnings"])
     found = f"{warnings} thing{'s' if warnings != 1 else ''} to look at" if warnings else "nothing to look at"
-    return f"orange: look at this · {found}" + (" · grey: before" if before else "")
+    return f"orange: look at this · {found}" + (" · grey: before curation" if before else "")
 
 
 def _bars(axes: Axes, title: str, bars: Sequence[Bar]) -> None:
@@ -65,9 +65,8 @@ def _bars(axes: Axes, title: str, bars: Sequence[Bar]) -> None:
 
 def _draw_rows(axes: Axes, report: dict[str, Any], before: dict[str, Any] | None) -> None:
     rows = report["rows"]
-    bars: list[Bar] = [
-        (f"{name.replace('_', ' ')}", n, f"{n:,}", BLUE) for name, n in rows.items() if n and name != "dropped"
-    ]
+    bars: list[Bar] = [("before", before["rows"]["train"], f"{before['rows']['train']:,}", GREY)] if before else []
+    bars += [(f"{name.replace('_', ' ')}", n, f"{n:,}", BLUE) for name, n in rows.items() if n and name != "dropped"]
     dropped = list(report["dropped_by_reason"].items())
     bars += [(f"dropped: {reason}", n, f"{n:,}", ORANGE) for reason, n in dropped[:3]]
     if rest := sum(n for _, n in dropped[3:]):
@@ -87,7 +86,9 @@ def _draw_repeats(axes: Axes, report: dict[str, Any], before: dict[str, Any] | N
     asked = [name for name in names if name in report and (name != "benchmark" or report[name]["prompts"])]
     counts = [(names[name], report[name]["rows"]) for name in asked]
     shown = [(label, n) for label, n in counts if n or label != names["near_contradictions"]]
-    _bars(axes, "Repeats and leaks (rows)", [(label, n, f"{n:,}", ORANGE if n else BLUE) for label, n in shown])
+    old = {names[name]: f" (before {before[name]['rows']:,})" for name in asked if name in before} if before else {}
+    bars = [(label, n, f"{n:,}{old.get(label, '')}", ORANGE if n else BLUE) for label, n in shown]
+    _bars(axes, "Repeats and leaks (rows)", bars)
 
 
 def _draw_shortcuts(axes: Axes, report: dict[str, Any], before: dict[str, Any] | None) -> None:
@@ -106,7 +107,7 @@ def _draw_shortcuts(axes: Axes, report: dict[str, Any], before: dict[str, Any] |
         axes.text(0.0, -line + 0.14, name, fontsize=14.5, va="bottom", ha="left")
         axes.text(1, -line, f"{found['accuracy']:.2f}", fontsize=14.5, va="center", ha="right", fontweight="bold")
     axes.set_xlim(0, 1)
-    axes.set_ylim(-len(rules) + 0.5, 0.9)
+    axes.set_ylim(-max(4, len(rules)) + 0.5, 0.9)
     axes.set_yticks([])
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "chance", "", "1"])
 
@@ -138,9 +139,9 @@ def _draw_lengths(axes: Axes, report: dict[str, Any], before: dict[str, Any] | N
 def _draw_agreement(axes: Axes, report: dict[str, Any], before: dict[str, Any] | None) -> None:
     """Rows by the share of raters behind their label; below .7 in orange."""
     found = report["agreement"]
-    axes.set_title(
-        f"Rater agreement: {found['mean']:.2f} on average", loc="left", fontsize=18, fontweight="bold", pad=10
-    )
+    old = before["agreement"]["mean"] if before and before["agreement"] else None
+    title = f"Rater agreement: {found['mean']:.2f} on average" + (f" (before {old:.2f})" if old else "")
+    axes.set_title(title, loc="left", fontsize=18, fontweight="bold", pad=10)
     shown = [(low, n) for low, n in found["histogram"] if low >= 0.5 or n]
     colors = [ORANGE if low < 0.7 else BLUE for low, _ in shown]
     axes.bar([low + 0.05 for low, _ in shown], [n for _, n in shown], width=0.09, color=colors)
