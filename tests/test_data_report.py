@@ -9,7 +9,7 @@ import pytest
 
 from dpo_kit.data import figures
 from dpo_kit.data.duplicates import find_near, jaccard, sketch
-from dpo_kit.data.leaks import read_benchmark
+from dpo_kit.data.leaks import find_leaks, held_prompts, read_benchmark
 from dpo_kit.data.shortcuts import is_refusal, list_items, script_of
 from dpo_kit.errors import DataError
 from tests.preferences import labels, pairs, report, tokenizer, words, write_jsonl
@@ -116,6 +116,21 @@ def test_prompts_of_a_benchmark_are_found_in_any_turn(tmp_path):
     assert found["benchmark"]["rows"] >= 1
     with pytest.raises(DataError, match=r"bad.jsonl:1 has none of the columns prompt, question"):
         read_benchmark(write_jsonl(tmp_path / "bad.jsonl", [{"task": 1}]))
+
+
+def test_a_turn_that_everybody_says_is_no_leak():
+    long = "And now the same in the style of a sea shanty"
+
+    def chat(*turns):
+        return {"prompt": [{"role": "user", "content": turn} for turn in turns]}
+
+    held = held_prompts([chat("Tell me a joke", "Please go on"), chat(long)])
+    train = [
+        chat("Where is Rome?", "Please go on"),
+        chat("Sing", long.upper()),
+        chat("tell me a JOKE", "please go on!"),
+    ]
+    assert find_leaks(train, held) == {1: held[1], 2: held[0]}
 
 
 def test_length_bias_and_other_rules_by_hand(tmp_path):

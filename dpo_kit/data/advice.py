@@ -71,7 +71,7 @@ def _leaks(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
             "leaks",
             f"{found} rows to train on have a held-out prompt, or nearly",
             "held-out accuracy then measures memory",
-            f"{CURATE} drops them from train",
+            f"name the held-out rows with data.eval; {CURATE} then drops them from train",
         )
     if found := report["benchmark"]["rows"]:
         yield Warn(

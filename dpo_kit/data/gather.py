@@ -42,10 +42,7 @@ def gather(data: Data, tokenizer: Any, *, refuse: bool = True) -> Gathered:
     held_out = [reader.read(source.path, data.eval_split or data.train_split) for source in eval_sources(data)]
     if refuse and data.on_bad_row == "fail":
         refuse_malformed(reader.faults)
-    for path, kind, rows in (*train, *held_out):
-        if not rows:
-            first = f": {reader.faults[0]}" if reader.faults else ""
-            raise DataError(f"{path} has no row to train on{first}")
+    for path, kind, _ in (*train, *held_out):
         if kind != train[0][1]:
             raise DataError(
                 f"pairs and unary rows cannot be mixed, as {train[0][0]} and {path} do: convert one of them"
@@ -87,18 +84,23 @@ class _Reader:
         self.forms: dict[bool, str] = {}  # is it text: the first such row
 
     def read(self, path: str, split: str) -> tuple[str, Kind, Rows]:
+        since = len(self.faults)
         found = list(read_source(path, split))
         self.count += len(found)
         rows = self._keep(found)
-        if not rows:
-            first = f": {self.faults[0]}" if self.faults else ""
-            raise DataError(f"{path} has no row to train on{first}")
+        self._refuse_empty(path, rows, since)
         kind = find_kind(path, rows, self.data.columns)
         rows = self._keep(normalise(row, kind, self.data.columns) for row in rows)
         for row in rows:
             self.forms.setdefault(isinstance(row.values["prompt"], str), row.place)
         rows = self._keep(self._without_marks(row, kind) for row in rows)
+        self._refuse_empty(path, rows, since)
         return path, kind, [row.values | {"_place": row.place, "_values": row.values} for row in rows]
+
+    def _refuse_empty(self, path: str, rows: list[Row], since: int) -> None:
+        if not rows:
+            first = f": {self.faults[since]}" if len(self.faults) > since else ""
+            raise DataError(f"{path} has no row to train on{first}")
 
     def _keep(self, items: Iterable[Row | Fault]) -> list[Row]:
         rows = []

@@ -12,7 +12,7 @@ from dpo_kit.data import figures
 from dpo_kit.data.advice import advise
 from dpo_kit.data.duplicates import NEAR, content_keys, find_copies, find_near, jaccard, sketch
 from dpo_kit.data.gather import Gathered, Rows
-from dpo_kit.data.leaks import cluster_prompts, distinct_prompts, find_leaks, read_benchmark, turns_of
+from dpo_kit.data.leaks import cluster_prompts, distinct_prompts, find_leaks, held_prompts, read_benchmark
 from dpo_kit.data.rows import ANSWERS, Kind, text_of
 from dpo_kit.data.shortcuts import edge_cases, measure_shortcuts
 
@@ -56,7 +56,7 @@ def inspect(
         "balance": figures.measure_balance(every),
         "edge_cases": _edges(every, kind),
     }
-    held = [*held, *(turn for row in held_out for turn in turns_of(row["prompt"]))]
+    held = [*held, *held_prompts(held_out)]
     shared = {"leaks": held, "benchmark": read_benchmark(benchmark) if benchmark else []}
     report |= _repeats(rows, held_out, kind, shared, thorough=thorough)
     report["warnings"] = advise(report, wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from dpo_kit.data.read import Fault, read_source
 from dpo_kit.data.rows import text_of
 from dpo_kit.errors import DataError
 
+LEAST_TURN = 6  # words of a turn that is compared by itself; everybody says "Please go on"
 ALIKE = 0.6  # least Jaccard index of prompts in one cluster
 COLUMNS = ("prompt", "question", "instruction", "turns", "input", "text", "messages")
 
@@ -38,6 +39,11 @@ def read_benchmark(path: str) -> list[str]:
             )
         prompts += turns_of(row.values[column])
     return prompts
+
+
+def held_prompts(rows: Rows) -> list[str]:
+    """What the user says in each row's prompt, all turns together."""
+    return ["\n".join(turns_of(row["prompt"])) for row in rows]
 
 
 def turns_of(prompt: Any) -> list[str]:
@@ -63,11 +69,18 @@ def find_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray | None = 
     known = {tuple(words_of(prompt)): prompt for prompt in reversed(prompts)}
     leaks = {}
     for index, row in enumerate(train):
-        keys = (tuple(words_of(turn)) for turn in turns_of(row["prompt"]))
-        shared = next((known[key] for key in keys if key in known), None)
+        shared = next((known[key] for key in _keys(row["prompt"]) if key in known), None)
         if shared is not None:
             leaks[index] = shared
     return leaks if values is None else leaks | _near_leaks(train, prompts, values, leaks)
+
+
+def _keys(prompt: Any) -> Iterator[tuple[str, ...]]:
+    """The words of all that the user says, and those of each turn that is long enough to be known again."""
+    turns = turns_of(prompt)
+    yield tuple(words_of("\n".join(turns)))
+    if len(turns) > 1:
+        yield from (tuple(said) for turn in turns if len(said := words_of(turn)) >= LEAST_TURN)
 
 
 def _near_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray, known: dict[int, str]) -> dict[int, str]:

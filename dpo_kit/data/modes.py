@@ -16,7 +16,7 @@ from dpo_kit.data.convert import Converted, convert
 from dpo_kit.data.curate import Curated, Setting, curate
 from dpo_kit.data.gather import Gathered, Rows, eval_sources, gather, refuse_malformed, sources
 from dpo_kit.data.inspect import inspect
-from dpo_kit.data.leaks import read_benchmark, turns_of
+from dpo_kit.data.leaks import held_prompts, read_benchmark
 from dpo_kit.data.options import Tool
 from dpo_kit.data.picture import draw_data_report
 from dpo_kit.data.preference import measure_preference, reference_margins
@@ -54,7 +54,7 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
     gathered = gather(data, tokenizer)
     rows = _with_signal([row for part in gathered.train for row in part], gathered, settings, tokenizer)
     held_out = _with_signal(gathered.held_out or [], gathered, settings, tokenizer)
-    held = [turn for row in held_out for turn in turns_of(row["prompt"])]
+    held = held_prompts(held_out)
     benchmark = read_benchmark(data.benchmark) if data.benchmark else []
 
     def hardness(kept: Rows) -> list[float]:
