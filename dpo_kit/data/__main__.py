@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pydantic
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_kit.config import check, compose_unchecked, unknown_key
+from dpo_kit.config import CONF, check, compose_unchecked, unknown_key
 from dpo_kit.data.options import Convert, Curate, Tool
 from dpo_kit.errors import ConfigError
 from dpo_kit.settings import Settings
@@ -29,10 +30,10 @@ usage: python -m dpo_kit.data [mode=check|curate|convert|build] [group=option | 
 
   mode=check                   data_report.json, data_report.png, dropped_rows.jsonl
   mode=curate                  curated.jsonl, rejects.jsonl, manifest.json, a report before and after
-{curate}
   mode=convert                 converted.jsonl, rejects.jsonl, manifest.json
-{convert}
   mode=build                   pairs from prompts, models and a judge: keys under build and judge
+
+keys of the two in the middle, with their defaults (curate.min_agreement=0.8):
 """
 OWN = ("mode", "out", "curate", "convert")
 ELSEWHERE = ("build", "judge")  # theirs to check
@@ -44,20 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    def keys(name: str, options: type[pydantic.BaseModel]) -> str:
-        return "\n".join(
-            f"    {name}.{field.alias or key}={_shown(field.default)}" for key, field in options.model_fields.items()
-        )
-
-    return USAGE.format(curate=keys("curate", Curate), convert=keys("convert", Convert))
-
-
-def _shown(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, float)
-        else f"{value:g}"
-    )
+    """USAGE with the tool's own keys as conf/ explains them."""
+    text = (CONF / "tool" / "data.yaml").read_text(encoding="utf-8")
+    return USAGE + textwrap.indent(text[text.index("curate:") :], "  ")
 
 
 def work(arguments: Sequence[str]) -> None:
