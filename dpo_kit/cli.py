@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dpo_kit.finish import Result
 
 DONE, FAILED, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
-TOOLS = {"dashboard", "sweep"}
+TOOLS = {"dashboard", "data", "sweep"}
 log = logging.getLogger("dpo_kit")
 
 

@@ -15,7 +15,9 @@ from dpo_kit.settings import Settings
 
 def comparable(settings: Settings) -> dict[str, Any]:
     """The resolved config without what may differ between two starts of one run."""
-    return redact(settings.model_dump(mode="json", exclude={"resume": True, "tracking": True, "choose": True}))
+    reported = {"benchmark": True, "reference_margin": True}  # they change the data report, not the run
+    left_out: Any = {"resume": True, "tracking": True, "choose": True, "data": reported}
+    return redact(settings.model_dump(mode="json", exclude=left_out))
 
 
 def refuse_other_run(run: RunDirectory, settings: Settings) -> None:

@@ -88,6 +88,8 @@ class Data(Strict):
     wrap_as_chat: Literal["auto"] | bool
     on_bad_row: Literal["fail", "drop"]
     gold: str | None
+    benchmark: str | None = None
+    reference_margin: bool = False
 
 
 class Speed(Strict):

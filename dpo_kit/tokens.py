@@ -105,10 +105,20 @@ def _ids(
         return []
     batch: Any = list(inputs)
     if isinstance(inputs[0], str):
-        return tokenizer(text=batch)["input_ids"]
+        return _text_ids(tokenizer, batch, add_special_tokens=True)
     kwargs = {"add_generation_prompt": add_generation_prompt, **(template_kwargs or {})}
-    encoded: Any = tokenizer.apply_chat_template(batch, tokenize=True, return_dict=True, **kwargs)
-    return encoded["input_ids"]
+    texts: Any = tokenizer.apply_chat_template(batch, tokenize=False, **kwargs)
+    return _text_ids(tokenizer, texts, add_special_tokens=False)  # the template writes them
+
+
+def _text_ids(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+    """What `tokenizer(texts)` gives, from its backend where it has one: without masks and offsets it is much faster."""
+    if not tokenizer.is_fast or tokenizer.split_special_tokens:
+        return tokenizer(text=texts, add_special_tokens=add_special_tokens)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
 
 def _split(prompt_ids: list[int], whole_ids: list[list[int]]) -> tuple[list[int], list[list[int]]]:

@@ -21,6 +21,7 @@ from dpo_kit.arguments import build_arguments, count_steps, effective_batch, imp
 from dpo_kit.checkpoints import explain_full_disk
 from dpo_kit.config import check
 from dpo_kit.data.interleave import interleave, unpair
+from dpo_kit.data.preference import measure_preference, reference_margins
 from dpo_kit.data.prepare import Prepared, Rows, prepare
 from dpo_kit.finish import Result, finish_run, write_failure
 from dpo_kit.gold import label_ceiling, load_gold
@@ -113,9 +114,14 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
         truncation=settings.trl.get("truncation_mode", "keep_start"),
         seed=settings.seed,
     )
+    if settings.data.reference_margin and data.kind == "pairs":
+        pairs = data.train if settings.method.rows == "pairs" else data.select
+        data.report["reference"] = measure_preference(reference_margins(pairs, settings, tokenizer))
     if settings.data.gold and data.kind == "pairs":
         data.report["ceiling"] = label_ceiling(load_gold(settings.data.gold), data.select)
     write_json(run.data_report, data.report)
+    if about := [warning["about"] for warning in data.report["warnings"]]:
+        log.info("the data report has something to say on %s: %s", ", ".join(dict.fromkeys(about)), run.data_report)
     if data.dropped:
         write_jsonl(run.dropped_rows, (redact(vars(fault)) for fault in data.dropped))
         log.info("%d rows dropped: %s", len(data.dropped), data.report["dropped_by_reason"])

@@ -26,6 +26,7 @@ STAND_INS = {"path/to/model": str(MODEL), "pairs.jsonl": str(TRAIN)}
 CLUSTERS = [command for command in COMMANDS if "hydra/launcher=" in command]
 ACCOUNTS = [command for command in COMMANDS if "dpo_kit.dashboard" in command]
 NOT_RUN = [*CLUSTERS, *ACCOUNTS]
+DATA = [command for command in COMMANDS if "dpo_kit.data" in command]
 SWEEPS = [c for c in COMMANDS if ("sweep=" in c or " -m beta" in c) and c not in NOT_RUN]
 SHORT = ["trl.max_steps=4", "callbacks.pairs=16", "callbacks.prompts=8"]
 FOR_THE_TINY_MODEL = ["allow_learning_rate=true", "trl.learning_rate=1e-4", "trl.num_train_epochs=0.1"]
@@ -41,7 +42,7 @@ def test_the_readme_has_commands():
     assert len(COMMANDS) >= 5
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN + DATA])
 def test_every_command_of_the_readme_composes(command):
     compose(_arguments(command))
 
@@ -79,7 +80,7 @@ def test_every_sweep_of_the_readme_runs_and_is_summed_up_again(written, command,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written", ["python -m dpo_kit", *(c for c in COMMANDS if c not in SWEEPS + NOT_RUN)])
+@pytest.mark.parametrize("written", ["python -m dpo_kit", *(c for c in COMMANDS if c not in SWEEPS + NOT_RUN + DATA)])
 def test_every_command_of_the_readme_runs(written, command):
     arguments = _arguments(written)
     if "model=local" in arguments:
@@ -89,6 +90,14 @@ def test_every_command_of_the_readme_runs(written, command):
     done = command(*arguments)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", DATA)
+def test_every_data_command_of_the_readme_runs(written, command, tmp_path):
+    done = command(*_arguments(written), "out=made", module="dpo_kit.data")
+    assert done.returncode == 0 and "next: " in done.stdout and "Warning" not in done.stderr, done.stderr
+    assert len(DATA) == 3 and any((tmp_path / "made").iterdir())
 
 
 def _table(text):
@@ -129,6 +138,15 @@ def test_the_comparison_of_methods_prints_its_table(tmp_path):
     done = subprocess.run([sys.executable, script, *small], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"│ (ipo|orpo)\s+│ (full|lora)", done.stdout)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("data.py", "pairs=500"), ("curation.py", "seeds=1", "steps=4")], ids=lambda w: w[0])
+def test_the_benchmarks_of_data_print_their_tables(words, tmp_path):
+    name, *options = words
+    script = [sys.executable, str(ROOT / "examples" / "benchmark" / name), *options]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and ("pairs a second" in done.stdout or "curated" in done.stdout), done.stderr
 
 
 @pytest.mark.slow

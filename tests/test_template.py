@@ -17,7 +17,7 @@ from dpo_kit.run import RunDirectory
 from dpo_kit.sampling import draw_samples
 from dpo_kit.tokens import encode
 from dpo_kit.toy import MODEL, TRAIN
-from dpo_kit.training import build_trainer, prepare_data, start_record
+from dpo_kit.training import build_trainer, prepare_data
 from tests import tiny
 
 CHATS = [([{"role": "user", "content": f"red {number}"}], True) for number in range(40)]
@@ -151,7 +151,7 @@ def test_training_probe_and_sampling_read_control_tokens_as_text(method, tmp_pat
     held = data.report["control_tokens"]
     assert held["rows"] == 6 and held["read_as"] == "text" and held["tokens"]["<|user|>"] == 12
     assert "6 rows hold control tokens in their text" in caplog.text
-    manifest = start_record(settings, data, tokenizer, run)
+    manifest = build_manifest(settings, data, None, tokenizer)
     assert manifest["model"]["chat_template_sha256"] == template.template_hash(tokenizer)
     trainer = build_trainer(settings, data, tokenizer, run)
     for dataset in (trainer.train_dataset, trainer.eval_dataset):

@@ -5,6 +5,8 @@ pairs: prompt, chosen, rejected; unary: prompt, completion, label. Prompt and an
 
 from __future__ import annotations
 
+import datetime
+import difflib
 import hashlib
 import json
 from collections import Counter
@@ -16,71 +18,118 @@ from dpo_kit.data.read import Fault, Row
 Kind = Literal["pairs", "unary"]
 ANSWERS: dict[Kind, tuple[str, ...]] = {"pairs": ("chosen", "rejected"), "unary": ("completion",)}
 ROLES = ("system", "developer", "user", "assistant", "tool")
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # characters that show nothing and that strip() leaves
+LEAST_ECHO = 3  # words; a shorter prompt may well stand at the beginning of an honest answer
+TRANSCRIPT = "\n\nHuman:"
+Found = tuple[str, str, str]  # reason, what was found, what to do
 
 
 def normalise(row: Row, kind: Kind, columns: dict[str, str]) -> Row | Fault:
     """`row` under our column names, with an explicit prompt, every text checked."""
     values = {ours: row.values[theirs] for ours, theirs in columns.items() if theirs in row.values}
     values = {key: value for key, value in row.values.items() if key not in columns.values()} | values
+    if not row.typed and str(values.get("label")).lower() in ("true", "false"):
+        values["label"] = values["label"].lower() == "true"
+    fault = _missing_fault(values, kind) or _answer_fault(values, kind)
+    if fault is None and values.get("prompt") is None:
+        fault = _whole_fault(values)
+        values |= {} if fault else _implicit_prompt(values)
+    fault = fault or _text_fault("prompt", values["prompt"]) or _answer_fault(values, kind)
+    fault = fault or _mixed_fault(values, kind) or _echo_fault(values, kind) or _label_fault(values, kind)
+    return Fault(row.place, *fault) if fault else Row(row.place, values)
+
+
+def _missing_fault(values: dict[str, Any], kind: Kind) -> Found | None:
     needed = ANSWERS[kind] + (("prompt", "label") if kind == "unary" else ())
-    if missing := [name for name in needed if values.get(name) is None]:
-        return Fault(row.place, f"column {missing[0]!r} is missing or null", f"columns {', '.join(values)}")
-    if fault := _answer_fault(values, kind):
-        return Fault(row.place, *fault)
-    if values.get("prompt") is None:
-        values |= _implicit_prompt(values)
-    if fault := _prompt_fault(values) or _mixed_fault(values, kind) or _label_fault(values, kind):
-        return Fault(row.place, *fault)
-    return Row(row.place, values)
+    missing = next((name for name in needed if values.get(name) is None), None)
+    if missing is None:
+        return None
+    near = [] if missing in values else difflib.get_close_matches(missing, values.keys() - set(needed), n=1)
+    remedy = f"did you mean {near[0]}?" if near else "fill it in, or leave the row out"
+    return f"column {missing!r} is missing or null", f"columns {', '.join(values)}", remedy
 
 
-def _answer_fault(values: dict[str, Any], kind: Kind) -> tuple[str, str] | None:
+def _answer_fault(values: dict[str, Any], kind: Kind) -> Found | None:
     for name in ANSWERS[kind]:
         if fault := _text_fault(name, values[name]):
             return fault
         last = values[name] if isinstance(values[name], str) else values[name][-1]
         if not isinstance(last, str) and last["role"] != "assistant":
-            return f"{name} does not end with the assistant", last["role"]
+            return f"{name} does not end with the assistant", last["role"], "its last message must be the answer"
     return None
 
 
-def _prompt_fault(values: dict[str, Any]) -> tuple[str, str] | None:
-    return _text_fault("prompt", values["prompt"])
-
-
-def _text_fault(name: str, value: Any) -> tuple[str, str] | None:
+def _text_fault(name: str, value: Any) -> Found | None:
     """Why `value` is neither text nor a list of messages with something in it."""
     if isinstance(value, str):
-        return (f"{name} is empty", repr(value[:20])) if not value.strip() else None
+        return (f"{name} is empty", repr(value[:20]), "leave the row out") if is_blank(value) else None
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+        remedy = "text that looks like a date was turned into one: write the column as text (JSONL keeps it)"
+        return f"{name} is a timestamp, not text", f"{type(value).__name__} {value}", remedy
     if not isinstance(value, list) or not value:
-        return f"{name} is neither text nor a list of messages", f"{type(value).__name__} {str(value)[:40]}"
+        found = f"{type(value).__name__} {str(value)[:40]}"
+        return f"{name} is neither text nor a list of messages", found, "write text, or [{role: …, content: …}]"
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            return f"{name} has a message without text content", str(message)[:60]
+            return f"{name} has a message without text content", str(message)[:60], "write content as text"
         if message.get("role") not in ROLES:
-            return f"{name} has an unknown role", repr(message.get("role"))
-    return (f"{name} is empty", repr(value[-1]["content"][:20])) if not value[-1]["content"].strip() else None
+            return f"{name} has an unknown role", repr(message.get("role"))[:40], f"known are {', '.join(ROLES)}"
+    empty = is_blank(value[-1]["content"])
+    return (f"{name} is empty", repr(value[-1]["content"][:20]), "leave the row out") if empty else None
 
 
-def _mixed_fault(values: dict[str, Any], kind: Kind) -> tuple[str, str] | None:
+def is_blank(text: str) -> bool:
+    return not text.strip() or not text.strip(INVISIBLE).strip()
+
+
+def _mixed_fault(values: dict[str, Any], kind: Kind) -> Found | None:
     kinds = {name: isinstance(values[name], str) for name in ("prompt", *ANSWERS[kind])}
     if len(set(kinds.values())) == 1:
         return None
-    return "text and chat messages are mixed", ", ".join(f"{k}: {'text' if v else 'chat'}" for k, v in kinds.items())
+    found = ", ".join(f"{name}: {'text' if is_text else 'chat'}" for name, is_text in kinds.items())
+    remedy = "all of a row must be one of the two; python -m dpo_kit.data mode=convert convert.schema=chat makes it so"
+    return "text and chat messages are mixed", found, remedy
 
 
-def _label_fault(values: dict[str, Any], kind: Kind) -> tuple[str, str] | None:
-    if kind == "unary" and not isinstance(values["label"], bool):
-        return "label is not true or false", repr(values["label"])
+def _echo_fault(values: dict[str, Any], kind: Kind) -> Found | None:
+    """A prompt that stands in the answer again would be trained on as if it were answered."""
+    prompt = values["prompt"]
+    if isinstance(prompt, str):
+        prompt = prompt.strip()
+        echoed = (name for name in ANSWERS[kind] if values[name].lstrip().startswith(prompt))
+        name = next(echoed, None) if len(prompt.split(None, LEAST_ECHO)) >= LEAST_ECHO else None
+    else:
+        name = next((name for name in ANSWERS[kind] if values[name][: len(prompt)] == prompt), None)
+    if name is None:
+        return None
+    remedy = "cut it off the answer, or leave out the column prompt where all answers have it"
+    return f"{name} repeats the prompt", repr(str(prompt)[:40]), remedy
+
+
+def _whole_fault(values: dict[str, Any]) -> Found | None:
+    """Why no prompt can be read off the common beginning of two whole conversations."""
+    chosen, rejected = values["chosen"], values["rejected"]
+    if type(chosen) is not type(rejected):
+        return "text and chat messages are mixed", "in chosen and rejected", "both must be one of the two"
+    if chosen[0] != rejected[0]:
+        return "column 'prompt' is missing or null", "chosen and rejected begin differently", "add the prompt"
+    if isinstance(chosen, str) and TRANSCRIPT in chosen:  # their common beginning reaches into the answers
+        remedy = "python -m dpo_kit.data mode=convert convert.schema=hh_rlhf takes it apart"
+        return "chosen is a whole transcript", repr(chosen[:30]), remedy
     return None
+
+
+def _label_fault(values: dict[str, Any], kind: Kind) -> Found | None:
+    if kind != "unary" or isinstance(values["label"], bool):
+        return None
+    remedy = "write true or false; every other value would count as true"
+    return "label is not true or false", repr(values["label"])[:40], remedy
 
 
 def _implicit_prompt(values: dict[str, Any]) -> dict[str, Any]:
     """The common beginning of chosen and rejected as the prompt, as TRL takes it."""
     from trl.data_utils import extract_prompt
 
-    if type(values["chosen"]) is not type(values["rejected"]):
-        return {"prompt": values["chosen"]}  # reported as mixed
     found = extract_prompt({"chosen": values["chosen"], "rejected": values["rejected"]})
     return {name: found[name] for name in ("prompt", "chosen", "rejected")}
 
@@ -93,14 +142,19 @@ def as_chat(values: dict[str, Any], kind: Kind) -> dict[str, Any]:
     return values | {"prompt": [{"role": "user", "content": values["prompt"]}]} | answers
 
 
+def text_of(value: str | list[dict[str, Any]]) -> str:
+    """The text of a prompt or an answer, a chat's messages one below the other."""
+    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
+
+
 def identify(rows: Iterable[dict[str, Any]], kind: Kind) -> Iterator[dict[str, Any]]:
-    """Add `prompt_id` (equal exactly when the prompt is) and `pair_id` (content, and a count where content repeats)."""
+    """Add `pair_id`: a hash of the content, with a count where content repeats."""
     seen: Counter[str] = Counter()
     for values in rows:
         content = digest([values["prompt"], *(values[name] for name in ANSWERS[kind])])
         seen[content] += 1
         pair_id = content if seen[content] == 1 else f"{content}-{seen[content]}"
-        yield {"pair_id": pair_id, "prompt_id": digest(values["prompt"])} | values
+        yield values | {"pair_id": pair_id}
 
 
 def digest(value: Any) -> str:

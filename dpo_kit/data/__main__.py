@@ -1,0 +1,103 @@
+"""`python -m dpo_kit.data mode=check|curate|convert|build`: preference data, before anything is trained on them."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_kit.config import CONF, check, compose_unchecked, unknown_key
+from dpo_kit.data.options import Convert, Curate, Tool
+from dpo_kit.errors import ConfigError
+from dpo_kit.settings import Settings
+from dpo_kit.tool import run_tool
+
+USAGE = """\
+usage: python -m dpo_kit.data [mode=check|curate|convert|build] [group=option | key=value] …
+
+  data=jsonl data.train=FILE   what to look at: the same keys as for training (data.eval, data.columns, …)
+  data.benchmark=FILE          prompts that must not be trained on
+  data.reference_margin=true   ask the untrained reference which answer it prefers
+  model=… trl.max_length=…     whose tokenizer counts, and where it cuts
+  method=kto                   what the rows are to train
+  out=DIR                      where to write (default: a time stamp under outputs/)
+
+  mode=check                   data_report.json, data_report.png, dropped_rows.jsonl
+  mode=curate                  curated.jsonl, rejects.jsonl, manifest.json, a report before and after
+  mode=convert                 converted.jsonl, rejects.jsonl, manifest.json
+  mode=build                   pairs from prompts, models and a judge: keys under build and judge
+
+keys of the two in the middle, with their defaults (curate.min_agreement=0.8):
+"""
+OWN = ("mode", "out", "curate", "convert")
+ELSEWHERE = ("build", "judge")  # theirs to check
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, 1 failed, or 2 where the arguments or the data are refused."""
+    return run_tool("data", _usage(), arguments, work)
+
+
+def _usage() -> str:
+    """USAGE with the tool's own keys as conf/ explains them."""
+    text = (CONF / "tool" / "data.yaml").read_text(encoding="utf-8")
+    return USAGE + textwrap.indent(text[text.index("curate:") :], "  ")
+
+
+def work(arguments: Sequence[str]) -> None:
+    """Do what `arguments` (Hydra overrides) ask for. Raises ConfigError, DataError, ModelError."""
+    cfg = compose_tool(arguments)
+    if cfg.mode == "build":
+        from dpo_kit.data.build import build_pairs, show_build
+
+        show_build(build_pairs(cfg))
+        return
+    settings, tool = check_tool(cfg)
+    from dpo_kit.data.modes import MODES
+
+    gc.set_threshold(200_000)  # rows are plain data without cycles, and looking through 100,000 of them costs seconds
+    MODES[tool.mode](settings, tool, Path(tool.out))
+
+
+def compose_tool(arguments: Sequence[str]) -> DictConfig:
+    """The config of a run with the tool's own keys beside it. Raises ConfigError."""
+    for word in arguments:
+        key, equals, _ = word.partition("=")
+        if not equals:
+            raise ConfigError(f"arguments are key=value, got {word}; did you mean data=jsonl data.train={word}?")
+        if key.startswith(("curate.", "convert.")) and key not in (known := list(_own_keys())):
+            raise ConfigError(unknown_key(key, known))
+    return compose_unchecked(["+tool=data", *arguments])
+
+
+def _own_keys() -> Iterable[str]:
+    for name, options in (("curate", Curate), ("convert", Convert)):
+        yield from (f"{name}.{field.alias or key}" for key, field in options.model_fields.items())
+
+
+def check_tool(cfg: DictConfig) -> tuple[Settings, Tool]:
+    """The config of the run and the tool's own options, both checked. Raises ConfigError."""
+    theirs = [str(key) for key in cfg if key not in (*OWN, *ELSEWHERE)]
+    settings = check(OmegaConf.masked_copy(cfg, theirs))
+    try:
+        return settings, Tool(**OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(OWN)), resolve=True))  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(map(_describe, error.errors()))) from error
+
+
+def _describe(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":  # says all itself
+        return message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {fault['input']!r}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
