@@ -84,8 +84,8 @@ def _draw_local(
     chunks = [list(prompts[start : start + asking.chunk]) for start in range(0, len(prompts), asking.chunk)]
     keys = {
         (turn, number): [key_of(identity, turn.temperature, turn.draw, chunk, each) for each in chunk]
-        for turn in turns
         for number, chunk in enumerate(chunks)
+        for turn in turns
     }
     missing = [place for place, own in keys.items() if not all(key in journal.rows for key in own)]
     if missing:
@@ -159,7 +159,8 @@ def _ask_server(
 ) -> tuple[dict[Turn, list[str]], dict[str, Any]]:
     server = Server(source, journal)
     requests = {turn: list(_requests(source, prompts, asking, turn)) for turn in turns}
-    server.ask([each for turn in turns for each in requests[turn]], f"answers of {source.model}")
+    by_prompt = zip(*requests.values(), strict=True)  # so that a pass that stops has whole prompts
+    server.ask([each for own in by_prompt for each in own], f"answers of {source.model}")
     return {turn: [each.key for each in requests[turn]] for turn in turns}, server.spend()
 
 
