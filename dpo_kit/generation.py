@@ -82,8 +82,9 @@ def _draw_local(
     """The keys of all answers, by turn and in the order of the prompts, once the missing ones are drawn."""
     identity = [hash_weights(source.path) or source.path, source.dtype, asking.max_new_tokens, asking.seed]
     chunks = [list(prompts[start : start + asking.chunk]) for start in range(0, len(prompts), asking.chunk)]
+    contents = [key_of(chunk) for chunk in chunks]
     keys = {
-        (turn, number): [key_of(identity, turn.temperature, turn.draw, chunk, each) for each in chunk]
+        (turn, number): [key_of(identity, turn.temperature, turn.draw, contents[number], each) for each in chunk]
         for number, chunk in enumerate(chunks)
         for turn in turns
     }
@@ -93,10 +94,10 @@ def _draw_local(
         todo = sum(len(keys[place]) for place in missing)
         with tqdm(total=todo, desc=f"answers of {source.path}", unit="answer", disable=None) as bar:
             for turn, number in missing:
-                seed = int(key_of(asking.seed, turn.temperature, turn.draw, chunks[number])[:15], 16)
+                seed = int(key_of(asking.seed, turn.temperature, turn.draw, contents[number])[:15], 16)
                 drawn = policy.sample(chunks[number], turn.temperature, asking.max_new_tokens, seed)
-                for key, sample in zip(keys[turn, number], drawn, strict=True):
-                    journal.add(key, {"text": sample.text, "cut": sample.cut})
+                rows = [{"text": sample.text, "cut": sample.cut} for sample in drawn]
+                journal.add_all(dict(zip(keys[turn, number], rows, strict=True)))
                 bar.update(len(drawn))
     return {turn: [key for number in range(len(chunks)) for key in keys[turn, number]] for turn in turns}
 

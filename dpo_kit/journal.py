@@ -40,12 +40,15 @@ class Journal:
         self._file = path.open("ab", buffering=0)
 
     def add(self, key: str, row: dict[str, Any]) -> None:
-        """Keep `row` under `key`, flushed to disk; a key that is there stays as it is."""
-        line = json.dumps({"key": key, **row}).encode() + b"\n"
+        """Keep `row` under `key`; a key that is there stays as it is."""
+        self.add_all({key: row})
+
+    def add_all(self, rows: dict[str, dict[str, Any]]) -> None:
+        """Keep several rows, by their keys, with one wait for the disk."""
         with self._threads:
-            if key not in self.rows:
-                self._append(line)
-                self.rows[key] = row
+            new = {key: row for key, row in rows.items() if key not in self.rows}
+            self._append(b"".join(json.dumps({"key": key, **row}).encode() + b"\n" for key, row in new.items()))
+            self.rows |= new
 
     def close(self) -> None:
         self._file.close()
@@ -57,12 +60,12 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, lines: bytes) -> None:
         end = self._file.seek(0, os.SEEK_END)
         try:
             written = 0
-            while written < len(line):  # a disk that fills up takes a part, then refuses the rest
-                written += self._file.write(line[written:])
+            while written < len(lines):  # a disk that fills up takes a part, then refuses the rest
+                written += self._file.write(lines[written:])
             os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(end)

@@ -113,8 +113,7 @@ def _open_reward_model(settings: RewardModelJudge, journal: Journal, folder: Pat
             loaded.append(RewardModel(settings))
         for part in _parts(list(missing), settings.batch_size):
             found = loaded[0].score(*_columns(missing[key] for key in part))
-            for key, value in zip(part, found, strict=True):
-                journal.add(key, {"score": value})
+            journal.add_all({key: {"score": value} for key, value in zip(part, found, strict=True)})
         return [journal.rows[key]["score"] for key in keys]
 
     return ScoringJudge(f"reward model {settings.path}", score, settings.tie_margin)

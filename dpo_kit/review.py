@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,30 @@ class ReviewSheet:
     def __init__(self, path: Path, copies: Sequence[str] = (), seed: int = 0) -> None:
         self.path, self.seed = path, seed
         self.key = path.with_name(f"{path.stem}_key.json")
-        self.copies = [Path(copy).expanduser() for copy in copies] or [path]
+        self._copies = [Path(copy).expanduser() for copy in copies]
+
+    @property
+    def copies(self) -> list[Path]:
+        return self._copies or sorted(self.path.parent.glob(f"{self.path.stem}*.csv"))
 
     def write(self, shown: Iterable[Shown]) -> None:
-        """Make the sheet and its key, in random order; a sheet that is there holds votes and is left alone."""
-        if self.path.exists():
+        """Make the sheet and its key, in random order.
+
+        A sheet that is there may hold votes and is left alone: what is in none yet goes into a further one
+        (`review_2.csv`, …).
+        """
+        key = self._read_key()
+        new = {item: each for each in shown if (item := _item(each)) not in key}
+        if not new:
             return
-        items = {_item(each): each for each in shown}
-        placed = {item: self._placed(item, each) for item, each in sorted(items.items())}
-        write_json(self.key, {item: [key_of(each.first), key_of(each.second)] for item, each in placed.items()})
+        placed = {item: self._placed(item, each) for item, each in sorted(new.items())}
         rows = [[item, conversation_text(s.prompt), s.first, s.second] for item, s in placed.items()]
-        write_text(self.path, "\ufeff" + _as_csv([COLUMNS, *([*map(_harmless, row), ""] for row in rows)]))
+        write_text(self._next_path(), "\ufeff" + _as_csv([COLUMNS, *([*map(_harmless, row), ""] for row in rows)]))
+        write_json(self.key, key | {item: [key_of(each.first), key_of(each.second)] for item, each in placed.items()})
 
     def decide(self, shown: Sequence[Shown]) -> list[Raw]:
         """The majority of the raters on each; unjudged where nobody voted. DataError names what cannot be read."""
-        key, votes = read_json(self.key), self.read()
+        key, votes = self._read_key(), self.read()
         return [_raw(each, key.get(_item(each)), votes.get(_item(each), {})) for each in shown]
 
     def read(self) -> dict[str, dict[str, Vote]]:
@@ -68,6 +78,13 @@ class ReviewSheet:
             "krippendorff_alpha": compared["krippendorff_alpha"],
             "raters": rater_agreement(list(self.read().values())),
         }
+
+    def _read_key(self) -> dict[str, list[str]]:
+        return read_json(self.key) if self.key.exists() else {}
+
+    def _next_path(self) -> Path:
+        further = (self.path.with_name(f"{self.path.stem}_{number}.csv") for number in count(2))
+        return next(path for path in chain([self.path], further) if not path.exists())
 
     def _placed(self, item: str, shown: Shown) -> Shown:
         first, second = sorted((shown.first, shown.second))

@@ -70,9 +70,10 @@ def compare(
     judge: Judge, prompts: Sequence[Prompt], answers_a: Sequence[str], answers_b: Sequence[str]
 ) -> list[Verdict]:
     """The verdict on answer a against answer b for every prompt, each asked in both orders."""
-    rows = list(zip(prompts, answers_a, answers_b, strict=True))
-    raw = judge.decide([*(Shown(p, a, b) for p, a, b in rows), *(Shown(p, b, a) for p, a, b in rows)])
-    return [Verdict(_outcome(*both), *both) for both in zip(raw[: len(rows)], raw[len(rows) :], strict=True)]
+    rows = zip(prompts, answers_a, answers_b, strict=True)
+    # side by side, so that a pass that stops has whole comparisons
+    raw = judge.decide([shown for p, a, b in rows for shown in (Shown(p, a, b), Shown(p, b, a))])
+    return [Verdict(_outcome(*both), *both) for both in zip(raw[::2], raw[1::2], strict=True)]
 
 
 def _outcome(a_first: Raw, b_first: Raw) -> Outcome:

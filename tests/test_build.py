@@ -16,7 +16,7 @@ from collections import Counter
 import pytest
 
 from dpo_kit import toy
-from dpo_kit.config import compose_unchecked
+from dpo_kit.data.__main__ import compose_tool
 from dpo_kit.data.build import build_pairs, show_build
 from dpo_kit.data.pairing import OUTCOMES, pair_answers
 from dpo_kit.data.prompts import read_prompts
@@ -30,7 +30,7 @@ PLACE = "My toaster leaks."
 
 
 def cfg(out, *overrides):
-    return compose_unchecked([f"build.out={out}", *overrides], "data_tool")
+    return compose_tool([f"build.out={out}", *overrides])
 
 
 def server_source(base_url, **options):
@@ -108,7 +108,7 @@ def test_a_folder_holds_one_build_and_the_other_is_refused_with_its_keys(whole):
 def test_the_same_command_finds_its_folder_again(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     words = ["build.limit=4", "build.chunk=4"]
-    folders = {build_pairs(compose_unchecked([*words, *more], "data_tool"))["folder"] for more in ([], [], ["seed=1"])}
+    folders = {build_pairs(compose_tool([*words, *more]))["folder"] for more in ([], [], ["seed=1"])}
     assert len(folders) == 2 and {path.parent.name for path in tmp_path.glob("outputs/build-*/pairs.jsonl")} == {
         folder.removeprefix("outputs/") for folder in folders
     }
@@ -330,7 +330,7 @@ class Ranked:
         return None
 
 
-BUILD = {**compose_unchecked([], "data_tool").build, "answers": [{"path": "x"}]}
+BUILD = {**compose_tool([]).build, "answers": [{"path": "x"}]}
 
 
 def build(**options):
@@ -400,7 +400,7 @@ def test_a_chat_prompt_has_chat_answers_and_a_text_prompt_text():
 
 
 def data(**options):
-    return Data(**{**compose_unchecked([], "data_tool").data, **options})
+    return Data(**{**compose_tool([]).data, **options})
 
 
 def test_each_prompt_is_taken_once_and_every_row_accounted_for(tmp_path):
@@ -439,7 +439,7 @@ def test_the_prompts_of_a_mixture_and_of_another_column(tmp_path):
 )
 def test_a_config_that_cannot_be_built_is_refused(words, said):
     with pytest.raises((ConfigError, DataError), match=said):
-        build_pairs(compose_unchecked(words, "data_tool"))
+        build_pairs(compose_tool(words))
 
 
 # --- whole ways --------------------------------------------------------------------------------------------------
@@ -503,6 +503,12 @@ def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served
         "data=toy", f"data.train={out / 'pairs.jsonl'}", "trl.max_steps=2", "callbacks=none", "tracking=none"
     )
     assert trained.returncode == 0, trained.stderr
+    judge = ["judge=llm", f"judge.base_url={served_model}", f"judge.model={toy.MODEL}", "judge.controls=2"]
+    words = ["mode=build", "build.limit=4", "build.chunk=4", f"build.out={tmp_path / 'judged'}", *judge]
+    judged = command(*words, "judge.max_tokens=32", module="dpo_kit.data")
+    assert judged.returncode == 0 and "judge control failed" in judged.stdout, judged.stderr
+    report = json.loads((tmp_path / "judged" / "build_report.json").read_text())
+    assert report["judge"]["unparsable_rate"] == 1 and report["pairs"] == 0 and accounted(report)  # it is no judge
 
 
 @pytest.mark.slow

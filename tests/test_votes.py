@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dpo_kit.config import compose_unchecked
+from dpo_kit.data.__main__ import compose_tool
 from dpo_kit.data.build import build_pairs
 from dpo_kit.data.rated import read_votes
 from dpo_kit.errors import DataError
@@ -98,7 +98,17 @@ def test_a_sheet_with_votes_in_it_is_never_written_again(tmp_path):
     fill(sheet.path, prefer_good)
     before = sheet.path.read_bytes()
     sheet.write(SHOWN[:3])
-    assert sheet.path.read_bytes() == before
+    assert sheet.path.read_bytes() == before and sheet.copies == [sheet.path]
+
+
+def test_what_comes_later_goes_into_a_further_sheet(tmp_path):
+    sheet = ReviewSheet(tmp_path / "review.csv")
+    sheet.write(SHOWN[:10])
+    fill(sheet.path, prefer_good)
+    sheet.write(SHOWN)
+    assert sheet.decide(SHOWN) == ["first"] * 10 + ["unjudged"] * 30
+    assert len(fill(tmp_path / "review_2.csv", prefer_good)) == 30
+    assert sheet.decide(SHOWN) == ["first"] * 40
 
 
 def test_copies_of_a_sheet_are_several_raters(tmp_path):
@@ -160,7 +170,7 @@ def written(tmp_path, rows):
 
 
 def data():
-    return Data(**compose_unchecked([], "data_tool").data)
+    return Data(**compose_tool([]).data)
 
 
 def item(number, **rest):
@@ -176,7 +186,7 @@ def test_a_rater_file_gives_majority_labels_and_agreement(tmp_path):
         item(4, votes=["a", "a", "a"]) | {"answer_b": "first 4"},
         item(5, votes=["tie", "tie", "a"]),
     ]
-    cfg = compose_unchecked([f"build.votes={written(tmp_path, rows)}", f"build.out={tmp_path / 'out'}"], "data_tool")
+    cfg = compose_tool([f"build.votes={written(tmp_path, rows)}", f"build.out={tmp_path / 'out'}"])
     report = build_pairs(cfg)
     assert report["items"] == {"in": 6, "pair": 2, "tie": 2, "identical": 1, "not voted": 1}
     pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]

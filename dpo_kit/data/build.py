@@ -191,10 +191,11 @@ def _review(folder: Path, plan: Plan, comparisons: Sequence[Comparison]) -> dict
     """The judge checked by people: a sheet is written when `build.review` asks for one, and read once there is one."""
     sheet = ReviewSheet(folder / "review.csv", seed=plan.seed)
     judged = [each for each in comparisons if each.verdict.outcome != "unjudged"]
-    if plan.judge.kind == "human" or not (plan.build.review or sheet.path.exists()):
+    if plan.judge.kind == "human" or not (plan.build.review or sheet.copies):
         return None
     some = sorted(judged, key=lambda c: key_of(plan.seed, c.prompt, c.a.text, c.b.text))[: plan.build.review]
-    sheet.write(_shown(each) for each in some)
+    if not sheet.copies:
+        sheet.write(_shown(each) for each in some)
     raw = {"win": "first", "loss": "second"}
     verdicts = [raw.get(each.verdict.outcome, "tie") for each in judged]
     return {"sheet": str(sheet.path), **sheet.agreement([_shown(each) for each in judged], verdicts)}  # type: ignore[arg-type]
@@ -270,7 +271,7 @@ def show_build(report: dict[str, Any]) -> None:
     console.print(table)
     pairs = Path(report["folder"]) / "pairs.jsonl"
     if report["status"] == "waiting":
-        sheet = Path(report["folder"]) / "review.csv"
+        sheet = Path(report["folder"]) / "review*.csv"
         console.print(
             f"next: fill in the column better of {sheet} (1, 2 or tie), then the same command", soft_wrap=True
         )
