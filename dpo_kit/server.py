@@ -205,7 +205,7 @@ def _open_client(endpoint: Endpoint) -> Any:
 
 
 def _refusal(endpoint: Endpoint, error: Any) -> str:
-    remedy = "see that model= is a name that the server knows"
+    remedy = "see that base_url ends as the server wants it (most: /v1) and that it knows a model of that name"
     if error.status_code != 404:
         name = endpoint.api_key_env or "an environment variable"
         remedy = f"put a valid key into {name}, and name that variable with api_key_env="
@@ -215,6 +215,8 @@ def _refusal(endpoint: Endpoint, error: Any) -> str:
 def _read(completion: Any, request: Request) -> dict[str, Any]:
     choice, usage = completion.choices[0], completion.usage
     text = choice.message.content
+    if text is None and choice.finish_reason:  # a filter, or thinking that used up the limit: asking again only costs
+        text = ""
     if not isinstance(text, str):
         raise TypeError(f"content is {type(text).__name__}")
     asked = sum(len(message["content"]) for message in request.messages)

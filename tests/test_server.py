@@ -126,6 +126,13 @@ def test_a_cut_reply_says_so(tmp_path):
     assert replies[0].cut
 
 
+def test_a_reply_that_was_filtered_is_empty_and_not_paid_again(tmp_path):
+    filtered = b'{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}]}'
+    with scripted_server(lambda *_: Turn(raw=filtered)) as server:
+        replies, _ = ask(tmp_path, server, 1)
+    assert replies[0].text == "" and len(server.bodies) == 1
+
+
 def test_half_a_surrogate_pair_in_a_reply_does_not_break_the_file(tmp_path):
     with scripted_server(lambda *_: Turn("a\ud800b")) as server:
         replies, _ = ask(tmp_path, server, 1)
@@ -176,7 +183,7 @@ def test_a_broken_server_is_left_alone_and_the_rest_asked_the_next_time(tmp_path
 
 
 def test_a_key_or_a_model_that_is_refused_stops_at_once(tmp_path):
-    for status, remedy in ((401, "put a valid key into"), (404, "a name that the server knows")):
+    for status, remedy in ((401, "put a valid key into"), (404, "knows a model of that name")):
         with scripted_server(lambda *_, s=status: Turn(status=s, raw=b"{}")) as server:
             with pytest.raises(ModelError, match=remedy):
                 ask(tmp_path, server, 30, workers=1)

@@ -8,7 +8,6 @@ build_report.json. The same command goes on where a killed one stopped.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -41,8 +40,6 @@ from dpo_kit.run import hash_weights, read_json, write_json, write_jsonl
 from dpo_kit.secrets import redact
 from dpo_kit.settings import Build, Data, LLMJudge, LocalAnswers, Model, Strict
 from dpo_kit.settings import Judge as JudgeSettings
-
-log = logging.getLogger(__name__)
 
 Given = list[list[Answer | None]]
 NO_PART_OF_IT = ("out", "review", "answers")
