@@ -216,10 +216,9 @@ def _comparison_line(compared: Comparison) -> dict[str, Any]:
 def _report(plan: Plan, prompts: Prompts, answers: Given, paired: Paired) -> dict[str, Any]:
     given = [answer for each in answers for answer in each]
     there = [answer for answer in given if answer is not None]
-    missing = paired.outcomes["failed"] > 0
     sides = {name: Counter(pair[f"source_{name}"] for pair in paired.pairs) for name in ("chosen", "rejected")}
     return {
-        "status": "done" if not missing else "waiting" if plan.judge.kind == "human" else "partial",
+        "status": _status(plan, complete=len(there) == len(given), failed=paired.outcomes["failed"]),
         "prompts": {"in": len(prompts.prompts), **{name: paired.outcomes[name] for name in OUTCOMES}},
         "rows_left_out": prompts.left_out,
         "pairs": len(paired.pairs),
@@ -235,6 +234,12 @@ def _report(plan: Plan, prompts: Prompts, answers: Given, paired: Paired) -> dic
             for name, count in Counter(answer.source for answer in there).items()
         },
     }
+
+
+def _status(plan: Plan, *, complete: bool, failed: int) -> str:
+    if not failed:
+        return "done"
+    return "waiting" if complete and plan.judge.kind == "human" else "partial"
 
 
 # --- from votes --------------------------------------------------------------------------------------------------
@@ -255,6 +260,7 @@ def _build_from_votes(plan: Plan) -> dict[str, Any]:
 def show_build(report: dict[str, Any]) -> None:
     """The short table at the end and the next command. BuildError where something is missing that can still come."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -264,13 +270,15 @@ def show_build(report: dict[str, Any]) -> None:
             console.print(f"judge control failed: {control['name']}: {points}, expected {control['expected']}")
     table = Table(box=None, show_header=False)
     for name, value in _lines(report):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console.print(table)
     pairs = Path(report["folder"]) / "pairs.jsonl"
     if report["status"] == "waiting":
         sheet = Path(report["folder"]) / "review*.csv"
         console.print(
-            f"next: fill in the column better of {sheet} (1, 2 or tie), then the same command", soft_wrap=True
+            f"next: fill in the column better of {sheet} (1, 2 or tie), then the same command",
+            soft_wrap=True,
+            markup=False,
         )
     elif report["pairs"]:
         console.print(f"next: python -m dpo_kit data=jsonl data.train={pairs}", soft_wrap=True, markup=False)

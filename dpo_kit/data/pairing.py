@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, islice
+from math import comb
 from typing import Any
 
 from dpo_kit.generation import Answer
@@ -16,6 +17,9 @@ from dpo_kit.settings import Build
 OUTCOMES = ("pair", "tie", "order-dependent", "intransitive", "identical", "empty", "failed")
 """What becomes of a prompt. intransitive: the answer with most wins loses to the one with fewest; empty: fewer than two
 answers have text; failed: an answer or a verdict is missing, so that the same command may still bring it."""
+
+
+UNDECIDED = ("tie", "order-dependent")
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,16 @@ def pair_answers(
     judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]], build: Build, seed: int
 ) -> Paired:
     """Let `judge` compare the different answers of each prompt, and make pairs as `build` says."""
-    early = [_cannot_pair(each) for each in answers]
-    matches = [
-        (prompt, a, b)
-        for prompt, given, fault in zip(prompts, answers, early, strict=True)
-        if not fault
-        for a, b in combinations(different(given), 2)
-    ]
-    verdicts = compare(
-        judge, [p for p, _, _ in matches], [a.text for _, a, _ in matches], [b.text for *_, b in matches]
-    )
+    faults = [_cannot_pair(each) for each in answers]
+    rows = zip(prompts, answers, faults, strict=True)
+    groups = [(prompt, different(given)) for prompt, given, fault in rows if not fault]
+    matches = [(prompt, a, b) for prompt, group in groups for a, b in combinations(group, 2)]
+    asked = [prompt for prompt, _, _ in matches]
+    verdicts = compare(judge, asked, [a.text for _, a, _ in matches], [b.text for _, _, b in matches])
     compared = iter(Comparison(*match, verdict) for match, verdict in zip(matches, verdicts, strict=True))
-    paired = Paired([], [], Counter(fault for fault in early if fault))
-    for given in (given for given, fault in zip(answers, early, strict=True) if not fault):
-        count = len(different(given))
-        own = [next(compared) for _ in range(count * (count - 1) // 2)]
+    paired = Paired([], [], Counter(fault for fault in faults if fault))
+    for _, group in groups:
+        own = list(islice(compared, comb(len(group), 2)))
         paired.comparisons += own
         _settle(paired, own, build, seed)
     _add_scores(judge, paired.pairs)
@@ -88,10 +87,8 @@ def _settle(paired: Paired, comparisons: list[Comparison], build: Build, seed: i
     chosen = comparisons if build.pairs == "all" else [_best_and_worst(paired, comparisons, seed)]
     made = [pair for each in chosen for pair in _pairs(paired, each, build, seed)]
     paired.pairs += made
-    undecided = next(
-        (each.verdict.outcome for each in chosen if each.verdict.outcome in ("tie", "order-dependent")), ""
-    )
-    paired.outcomes["pair" if made else undecided or "intransitive"] += 1
+    undecided = [each.verdict.outcome for each in chosen if each.verdict.outcome in UNDECIDED]
+    paired.outcomes["pair" if made else undecided[0] if undecided else "intransitive"] += 1
 
 
 def _best_and_worst(paired: Paired, comparisons: list[Comparison], seed: int) -> Comparison:
@@ -115,7 +112,7 @@ def _pairs(paired: Paired, compared: Comparison, build: Build, seed: int) -> Ite
     outcome = compared.verdict.outcome
     if outcome == "loss" and build.pairs == "all":
         compared, outcome = compared.turned(), "win"
-    if outcome in ("tie", "order-dependent") and build.undecided == "coin":
+    if outcome in UNDECIDED and build.undecided == "coin":
         paired.coins[outcome] += 1
         if toss_coin(seed, compared.prompt, *sorted((compared.a.text, compared.b.text))):
             compared = compared.turned()
