@@ -86,14 +86,13 @@ def test_pairs_of_the_embedded_model_follow_the_gold_reward(whole):
 def test_a_build_cut_anywhere_ends_with_the_same_bytes(whole, tmp_path):
     out, _ = whole
     journal, wanted = (out / "answers.jsonl").read_bytes(), digest(out / "pairs.jsonl")
-    for cut in (0, *(random.randrange(len(journal)) for _ in range(2))):
-        again = tmp_path / str(cut)
-        again.mkdir()
-        (again / "answers.jsonl").write_bytes(journal[:cut])
-        (again / "manifest.json").write_bytes((out / "manifest.json").read_bytes())
-        build_pairs(cfg(again, *SMALL))
-        assert digest(again / "pairs.jsonl") == wanted
-        assert len(read_jsonl(again / "answers.jsonl")) == len(read_jsonl(out / "answers.jsonl")) == 60
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "answers.jsonl").write_bytes(journal[: random.randrange(len(journal))])
+    (again / "manifest.json").write_bytes((out / "manifest.json").read_bytes())
+    build_pairs(cfg(again, *SMALL))
+    assert digest(again / "pairs.jsonl") == wanted
+    assert len(read_jsonl(again / "answers.jsonl")) == len(read_jsonl(out / "answers.jsonl")) == 60
     build_pairs(cfg(tmp_path / "other", *SMALL, "seed=1"))
     assert digest(tmp_path / "other" / "pairs.jsonl") != wanted  # so that equal bytes mean something
 
