@@ -5,7 +5,8 @@
     ├── DataError   (also ValueError)   a file, a row or a column that cannot be trained on
     ├── ModelError  (also ValueError)   weights, tokenizer or reference that do not fit
     ├── TrainingError                   training ended in a state that must not be kept
-    └── SweepError                      some jobs of a sweep did not end well; the others are complete
+    ├── SweepError                      some jobs of a sweep did not end well; the others are complete
+    └── BuildError                      some pairs could not be built; the others are complete
 
 A message names the key (or file and line), the rule, the value found and the remedy.
 """
@@ -33,3 +34,7 @@ class TrainingError(DpoKitError):
 
 class SweepError(DpoKitError):
     """Some jobs of a sweep did not end well; the others are complete."""
+
+
+class BuildError(DpoKitError):
+    """Some pairs could not be built; the others are complete, and the same command tries again."""

@@ -5,7 +5,17 @@ The `trl` block is not described here: it is TRL's own, see trl_schema.py.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+)
 
 FileName = Annotated[str, Field(pattern=r"^[\w+-][\w.+-]*$")]  # becomes part of a path: no separators, no dots alone
 
@@ -146,3 +156,98 @@ class Settings(Strict):
     choose: Choose
     tracking: Tracking
     trl: dict[str, Any]
+
+
+class Endpoint(Strict):
+    """A model behind an OpenAI-compatible server, and what asking it may cost."""
+
+    base_url: str = Field(pattern="^https?://")
+    model: str
+    api_key_env: str | None = None  # the name of the environment variable that holds the key; None: no key
+    timeout_s: PositiveFloat = 120
+    retries: NonNegativeInt = 5  # after 429, 5xx, time-outs, cut connections and replies that make no sense
+    workers: PositiveInt = 4  # requests at a time
+    price_in: NonNegativeFloat = 0  # per million tokens, in any currency
+    price_out: NonNegativeFloat = 0
+    max_cost: PositiveFloat | None = None  # in that currency
+    max_requests: PositiveInt | None = None
+    max_failures: PositiveInt = 5  # requests that fail one after the other until the rest is left
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # what the server calls it
+
+
+class GoldJudge(Strict):
+    """A reward that is known: a module with `gold_rewards(prompts, answers)`."""
+
+    kind: Literal["gold"]
+    module: str
+    tie_margin: NonNegativeFloat = 0  # scores that are no further apart are a tie
+
+
+class RewardModelJudge(Strict):
+    """A sequence-classification checkpoint with one output."""
+
+    kind: Literal["reward_model"]
+    path: str
+    revision: str | None = None
+    max_length: PositiveInt = 2048
+    batch_size: PositiveInt = 16
+    tie_margin: NonNegativeFloat = 0
+
+
+class LLMJudge(Endpoint):
+    """A language model with a rubric."""
+
+    kind: Literal["llm"]
+    rubric: str
+    temperature: NonNegativeFloat | None = 0  # None: not sent, for models that refuse the field
+    max_tokens: PositiveInt = 512
+    controls: NonNegativeInt = 16  # prompts that each control is tried on
+
+
+class HumanJudge(Strict):
+    """People who fill in a review sheet; several sheets are several raters."""
+
+    kind: Literal["human"]
+    sheets: list[str] = []
+
+
+Judge = Annotated[GoldJudge | RewardModelJudge | LLMJudge | HumanJudge, Field(discriminator="kind")]
+
+
+class Drawing(Strict):
+    """How often a model answers each prompt."""
+
+    temperatures: list[NonNegativeFloat] = [1.0]
+    draws: PositiveInt = 2  # at each temperature
+
+
+class LocalAnswers(Drawing):
+    """Answers of a model that is loaded here."""
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class ServerAnswers(Drawing, Endpoint):
+    """Answers of a model behind a server."""
+
+
+Answers = Annotated[
+    Annotated[LocalAnswers, Tag("local")] | Annotated[ServerAnswers, Tag("server")],
+    Discriminator(lambda value: "local" if "path" in value else "server"),
+]
+
+
+class Build(Strict):
+    """How preference pairs are built from prompts."""
+
+    prompts: str | None
+    limit: PositiveInt | None
+    answers: list[Answers] = Field(min_length=1)
+    max_new_tokens: PositiveInt
+    chunk: PositiveInt
+    pairs: Literal["best_worst", "all"]
+    undecided: Literal["drop", "coin"]
+    review: NonNegativeInt
+    votes: str | None
+    out: str | None

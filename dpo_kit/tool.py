@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
 from dpo_kit.secrets import redact_text, refuse_secrets
 
-DONE, FAILED, REFUSED = 0, 1, 2
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 Values = dict[str, str]
 
 
 def run_tool(name: str, usage: str, arguments: Sequence[str] | None, work: Callable[[Sequence[str]], None]) -> int:
-    """Exit code of `work`, called with `arguments` (None: those of the command line): 0, 1 failed, 2 refused.
+    """Exit code of `work`, called with `arguments` (None: the command line's): 0, 1 failed, 2 refused, 130 Ctrl-C.
 
     `--help` prints `usage` instead. What is wrong is said in one line on the error output.
     """
@@ -31,6 +31,9 @@ def run_tool(name: str, usage: str, arguments: Sequence[str] | None, work: Calla
     except DpoKitError as error:
         sys.stderr.write(f"dpo_kit.{name}: failed: {redact_text(str(error))}\n")
         return FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write(f"dpo_kit.{name}: interrupted\n")
+        return INTERRUPTED
     return DONE
 
 

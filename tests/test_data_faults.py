@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dpo_kit.data.read import Fault, Row, read_source
 from dpo_kit.errors import DataError
-from tests.preferences import labels, pairs, prepared, tokenizer, write_jsonl
+from tests.preferences import labels, pairs, prepared, write_jsonl
 
 USER = {"role": "user", "content": "My lamp is broken."}
 GOOD = {"role": "assistant", "content": "Replace the bulb."}

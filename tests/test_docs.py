@@ -9,6 +9,8 @@ import pytest
 
 from dpo_kit import dashboard
 from dpo_kit.config import compose
+from dpo_kit.data.__main__ import compose_tool
+from dpo_kit.data.build import check_plan
 from dpo_kit.sweep.plan import plan_sweep
 from dpo_kit.toy import MODEL, TRAIN
 from tests.conftest import ROOT
@@ -25,8 +27,10 @@ COMMANDS = [
 STAND_INS = {"path/to/model": str(MODEL), "pairs.jsonl": str(TRAIN)}
 CLUSTERS = [command for command in COMMANDS if "hydra/launcher=" in command]
 ACCOUNTS = [command for command in COMMANDS if "dpo_kit.dashboard" in command]
-NOT_RUN = [*CLUSTERS, *ACCOUNTS]
-DATA = [command for command in COMMANDS if "dpo_kit.data" in command]
+SERVERS = [command for command in COMMANDS if "base_url" in command]
+NOT_RUN = [*CLUSTERS, *ACCOUNTS, *SERVERS]
+BUILDS = [command for command in COMMANDS if "mode=build" in command]
+DATA = [command for command in COMMANDS if "dpo_kit.data" in command and command not in BUILDS]
 SWEEPS = [c for c in COMMANDS if ("sweep=" in c or " -m beta" in c) and c not in NOT_RUN]
 SHORT = ["trl.max_steps=4", "callbacks.pairs=16", "callbacks.prompts=8"]
 FOR_THE_TINY_MODEL = ["allow_learning_rate=true", "trl.learning_rate=1e-4", "trl.num_train_epochs=0.1"]
@@ -42,13 +46,31 @@ def test_the_readme_has_commands():
     assert len(COMMANDS) >= 5
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN + DATA])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN + DATA + BUILDS]
+)
 def test_every_command_of_the_readme_composes(command):
     compose(_arguments(command))
 
 
-def test_what_needs_a_cluster_or_an_account_says_that_it_was_not_run():
-    assert len(CLUSTERS) == 2 and len(ACCOUNTS) == 1
+@pytest.mark.parametrize("command", BUILDS)
+def test_every_build_of_the_readme_is_understood(command):
+    check_plan(compose_tool(_arguments(command)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", [command for command in BUILDS if command not in NOT_RUN])
+def test_every_build_of_the_readme_runs(written, command, tmp_path):
+    (line,) = (line for line in README.splitlines() if '"votes": ["a", "b", "tie"]' in line)
+    line = line.replace('"tie"', '"a"')
+    (tmp_path / "votes.jsonl").write_text(re.search(r"`(.*?)`", line)[1].replace('_b": "…', '_b": "other') + "\n")
+    done = command(*_arguments(written), "build.limit=20", module="dpo_kit.data")
+    assert done.returncode == 0, done.stderr
+    assert "next: python -m dpo_kit data=jsonl" in done.stdout and "Warning" not in done.stderr
+
+
+def test_what_needs_a_cluster_an_account_or_a_server_says_that_it_was_not_run():
+    assert len(CLUSTERS) == 2 and len(ACCOUNTS) == 1 and len(SERVERS) == 1
     for line in README.splitlines():
         if line.split("#")[0].strip() in NOT_RUN:
             assert "# not run: needs" in line

@@ -12,6 +12,7 @@ from dpo_kit import template
 from dpo_kit.config import check, compose
 from dpo_kit.control_tokens import count_control_tokens, neutralised
 from dpo_kit.errors import ModelError
+from dpo_kit.manifest import build_manifest
 from dpo_kit.model import load_tokenizer
 from dpo_kit.run import RunDirectory
 from dpo_kit.sampling import draw_samples

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_kit.data.control import count_in_rows, try_template
 from dpo_kit.data.read import Fault, Row, read_source
-from dpo_kit.data.rows import ANSWERS, Kind, as_chat, normalise
+from dpo_kit.data.rows import Kind, as_chat, normalise
 from dpo_kit.errors import DataError
 from dpo_kit.settings import Data, Source
 

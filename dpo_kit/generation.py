@@ -1,0 +1,172 @@
+"""Answers to many prompts from local models and from servers, kept one by one, so that a killed pass goes on.
+
+A local model answers in fixed chunks of prompts, each with a random state of its own: an answer depends on its chunk
+and on the seed, never on where a pass was interrupted. (Padding moves log-probabilities by a little, so that the
+same prompt in another chunk may get another answer.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from dpo_kit.errors import DataError
+from dpo_kit.journal import Journal, key_of
+from dpo_kit.quiet import quiet_imports, quiet_libraries
+from dpo_kit.run import hash_weights
+from dpo_kit.server import Request, Server
+from dpo_kit.settings import Answers, LocalAnswers, Model, ServerAnswers
+from dpo_kit.verdicts import Prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: its text, whether the token limit cut it, and who gave it (`model at temperature`)."""
+
+    text: str
+    cut: bool
+    source: str
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How prompts are asked: the same `Asking` gives the same answers of a local model on the same machine."""
+
+    max_new_tokens: int
+    chunk: int = 32  # prompts of a local model at a time
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One model, temperature and draw, in which every prompt gets one answer."""
+
+    temperature: float
+    draw: int
+
+
+def draw_answers(
+    source: Answers, model: Model, prompts: Sequence[Prompt], asking: Asking, journal: Journal
+) -> tuple[list[list[Answer | None]], dict[str, Any]]:
+    """For each prompt the answers of `source` (one a temperature and draw; None where it failed), and what they cost.
+
+    `model` says how a local one is loaded. What `journal` has is not drawn again. Raises ModelError, DataError.
+    """
+    turns = [Turn(temperature, draw) for temperature in source.temperatures for draw in range(source.draws)]
+    spend: dict[str, Any] = {}
+    if isinstance(source, LocalAnswers):
+        name, keys = source.path, _draw_local(source, model, prompts, asking, turns, journal)
+    else:
+        name, (keys, spend) = source.model, _ask_server(source, prompts, asking, turns, journal)
+    answers = [[_answer(journal, key, f"{name} at {turn.temperature:g}") for key in keys[turn]] for turn in turns]
+    return [list(each) for each in zip(*answers, strict=True)], spend
+
+
+def _answer(journal: Journal, key: str, source: str) -> Answer | None:
+    row = journal.rows.get(key)
+    return None if row is None else Answer(row["text"], row["cut"], source)
+
+
+# --- a local model -----------------------------------------------------------------------------------------------
+
+
+def _draw_local(
+    source: LocalAnswers, model: Model, prompts: Sequence[Prompt], asking: Asking, turns: list[Turn], journal: Journal
+) -> dict[Turn, list[str]]:
+    """The keys of all answers, by turn and in the order of the prompts, once the missing ones are drawn."""
+    identity = [hash_weights(source.path) or source.path, source.dtype, asking.max_new_tokens, asking.seed]
+    chunks = [list(prompts[start : start + asking.chunk]) for start in range(0, len(prompts), asking.chunk)]
+    contents = [key_of(chunk) for chunk in chunks]
+    keys = {
+        (turn, number): [key_of(identity, turn.temperature, turn.draw, contents[number], each) for each in chunk]
+        for number, chunk in enumerate(chunks)
+        for turn in turns
+    }
+    missing = [place for place, own in keys.items() if not all(key in journal.rows for key in own)]
+    if missing:
+        policy = _LocalModel(source, model)
+        todo = sum(len(keys[place]) for place in missing)
+        with tqdm(total=todo, desc=f"answers of {source.path}", unit="answer", disable=None) as bar:
+            for turn, number in missing:
+                seed = int(key_of(asking.seed, turn.temperature, turn.draw, contents[number])[:15], 16)
+                drawn = policy.sample(chunks[number], turn.temperature, asking.max_new_tokens, seed)
+                rows = [{"text": sample.text, "cut": sample.cut} for sample in drawn]
+                journal.add_all(dict(zip(keys[turn, number], rows, strict=True)))
+                bar.update(len(drawn))
+    return {turn: [key for number in range(len(chunks)) for key in keys[turn, number]] for turn in turns}
+
+
+class _LocalModel:
+    """A model and its tokenizer, ready to sample."""
+
+    def __init__(self, source: LocalAnswers, model: Model) -> None:
+        quiet_imports()
+        from dpo_kit.hardware import has_accelerator, training_precision
+        from dpo_kit.model import load_reference, load_tokenizer
+
+        quiet_libraries()
+        dtype = training_precision() if source.dtype == "auto" else source.dtype
+        own = {"path": source.path, "reference": None, "tuning": "full", "dtype": dtype}
+        settings = model.model_copy(update=own if source.path == model.path else own | {"revision": None})
+        self.tokenizer = load_tokenizer(settings)
+        self.model = load_reference(settings).to("cuda" if has_accelerator() else "cpu")  # type: ignore[arg-type]
+
+    def sample(self, prompts: Sequence[Prompt], temperature: float, max_new_tokens: int, seed: int) -> list[Any]:
+        """One sample per prompt, all in one batch, from the random state `seed`; temperature 0 is greedy."""
+        import torch
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper
+
+        from dpo_kit.sampling import draw_samples
+
+        warper = TemperatureLogitsWarper(float(temperature)) if temperature else TopKLogitsWarper(1)
+        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            return draw_samples(
+                self.model,
+                self.tokenizer,
+                self._rows(prompts),
+                max_new_tokens=max_new_tokens,
+                batch_size=len(prompts),
+                processor=lambda _: warper,
+            )
+
+    def _rows(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        if self.tokenizer.chat_template is not None:
+            return [{"prompt": as_messages(prompt)} for prompt in prompts]
+        if any(not isinstance(prompt, str) for prompt in prompts):
+            raise DataError(
+                f"the prompts are chat messages, but the tokenizer of {self.tokenizer.name_or_path} has no chat "
+                "template: use an instruct model, or prompts that are text"
+            )
+        return [{"prompt": prompt} for prompt in prompts]
+
+
+def as_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """A prompt as chat messages: text is one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+# --- a server ----------------------------------------------------------------------------------------------------
+
+
+def _ask_server(
+    source: ServerAnswers, prompts: Sequence[Prompt], asking: Asking, turns: list[Turn], journal: Journal
+) -> tuple[dict[Turn, list[str]], dict[str, Any]]:
+    server = Server(source, journal)
+    requests = {turn: list(_requests(source, prompts, asking, turn)) for turn in turns}
+    by_prompt = zip(*requests.values(), strict=True)  # so that a pass that stops has whole prompts
+    server.ask([each for own in by_prompt for each in own], f"answers of {source.model}")
+    return {turn: [each.key for each in requests[turn]] for turn in turns}, server.spend()
+
+
+def _requests(source: ServerAnswers, prompts: Sequence[Prompt], asking: Asking, turn: Turn) -> Iterator[Request]:
+    for prompt in prompts:
+        key = key_of("answer", source.model, turn.temperature, turn.draw, asking.max_new_tokens, asking.seed, prompt)
+        seed = int(key[:7], 16)  # of its own, so that two draws differ on a server that honours seeds
+        yield Request(key, as_messages(prompt), asking.max_new_tokens, turn.temperature, seed)

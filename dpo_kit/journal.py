@@ -1,0 +1,101 @@
+"""An append-only file of keyed rows that survives a kill at any moment: no row lost, none twice.
+
+What cost time or money to get is written here the moment it is there. Standard library and filelock only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dpo_kit.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """The rows of the JSONL file at `path` by their key; to be closed, or used in a `with`.
+
+    A last line that a kill cut off is removed on opening. Threads may share a journal, processes may not: ConfigError
+    where another one holds it. DataError names a line that is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._process = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+        try:
+            self._process.acquire()
+        except Timeout:
+            raise ConfigError(f"{path} is being written by another process: wait for it, or end it") from None
+        self._threads = threading.Lock()
+        self.rows = self._recover()
+        self._file = path.open("ab", buffering=0)
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        """Keep `row` under `key`; a key that is there stays as it is."""
+        self.add_all({key: row})
+
+    def add_all(self, rows: dict[str, dict[str, Any]]) -> None:
+        """Keep several rows, by their keys, with one wait for the disk."""
+        with self._threads:
+            new = {key: row for key, row in rows.items() if key not in self.rows}
+            self._append(b"".join(json.dumps({"key": key, **row}).encode() + b"\n" for key, row in new.items()))
+            self.rows |= new
+
+    def close(self) -> None:
+        self._file.close()
+        self._process.release()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, lines: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(lines):  # a disk that fills up takes a part, then refuses the rest
+                written += self._file.write(lines[written:])
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+    def _recover(self) -> dict[str, dict[str, Any]]:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            log.warning("%s: its last line was cut off and is made again", self.path)
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        rows: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(whole.splitlines(), start=1):
+            row = _parse(self.path, number, line)
+            rows.setdefault(row.pop("key"), row)
+        return rows
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}:{number} is damaged ({error}): delete that line, and its row is made again") from error
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        raise DataError(f"{path}:{number} has no key: delete that line, and its row is made again")
+    return row
+
+
+def key_of(*parts: Any) -> str:
+    """32 hex digits that stand for `parts`, the same on every machine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
