@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dpo_kit.control_tokens import has_marks
+
 Messages = list[dict[str, Any]]
 Text = str | Messages  # plain text, or chat messages with "role" and "content"
 
@@ -113,7 +115,7 @@ def _ids(
 
 def _text_ids(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
     """What `tokenizer(texts)` gives, from its backend where it has one: without masks and offsets it is much faster."""
-    if not tokenizer.is_fast or tokenizer.split_special_tokens:
+    if not tokenizer.is_fast or tokenizer.split_special_tokens or has_marks(texts):
         return tokenizer(text=texts, add_special_tokens=add_special_tokens)["input_ids"]
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
