@@ -64,8 +64,8 @@ def saved(tmp_path_factory):
     return folder / "out"
 
 
-def build(folder, kind="dpo", **options):
-    start = tiny.saved_model(folder / "start")
+def build(folder, kind="dpo", dropout=0.0, **options):
+    start = tiny.saved_model(folder / "start", dropout=dropout)
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "save_total_limit": 2} | options
     return tiny.trainer(kind, start, folder / "out", wrap=with_safekeeping, **options)
 
@@ -99,6 +99,36 @@ def test_plain_trl_takes_a_checkpoint_with_a_flipped_bit_for_good(saved, tmp_pat
     (folder / "checkpoint-4" / "optimizer.pt").unlink()
     assert Path(get_last_checkpoint(folder)).name == "checkpoint-4"
     trainer.train(resume_from_checkpoint=True)
+
+
+def test_plain_trl_killed_while_saving_leaves_a_newest_checkpoint_that_goes_on_with_other_weights(
+    tmp_path, monkeypatch
+):
+    """The control: what is killed at the same moment loses its optimizer, and nobody says so."""
+
+    class Killed(BaseException):
+        pass
+
+    def save_or_die(self, folder):
+        if folder.endswith("checkpoint-4"):
+            raise Killed
+        honest(self, folder)
+
+    start = tiny.saved_model(tmp_path / "start")
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "eval_strategy": "no"}
+    whole = tiny.trainer("dpo", start, tmp_path / "whole", **options)
+    whole.train()
+    honest = Trainer._save_optimizer_and_scheduler
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "_save_optimizer_and_scheduler", save_or_die)
+        tiny.trainer("dpo", start, tmp_path / "cut", **options).train()
+    assert Path(get_last_checkpoint(tmp_path / "cut")).name == "checkpoint-4"
+    (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").write_text(
+        (tmp_path / "whole" / "checkpoint-4" / "trainer_state.json").read_text()
+    )
+    again = tiny.trainer("dpo", start, tmp_path / "cut", **options)
+    again.train(resume_from_checkpoint=True)
+    assert not all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
 
 
 def test_where_every_checkpoint_is_broken_each_is_set_aside_and_the_run_starts_anew(saved, tmp_path):
@@ -206,8 +236,10 @@ def test_a_signal_saves_at_the_end_of_its_step_and_going_on_changes_no_bit(at, t
                 os.kill(os.getpid(), signal.SIGTERM)
 
     options = {"max_steps": 6, "save_steps": 100, "logging_steps": 4, "eval_strategy": "steps", "eval_steps": 3}
-    whole, stopped = (build(tmp_path / name, **options) for name in ("whole", "cut"))
+    options |= {"dropout": 0.3, "disable_dropout": False}  # so that the random state counts
+    whole = build(tmp_path / "whole", **options)
     whole.train()
+    stopped = build(tmp_path / "cut", **options)
     handler = signal.getsignal(signal.SIGTERM)
     stopped.add_callback(Stopped())
     with pytest.raises(Interrupted):
@@ -220,6 +252,15 @@ def test_a_signal_saves_at_the_end_of_its_step_and_going_on_changes_no_bit(at, t
     again.train(resume_from_checkpoint=str(newest))
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
     assert logged(again) == logged(whole)
+
+
+def test_a_run_that_is_resumed_at_its_last_step_takes_no_further_one(tmp_path):
+    options = {"max_steps": 3, "save_steps": 3}
+    first, again = build(tmp_path, **options), build(tmp_path, **options)
+    first.train()
+    again.train(resume_from_checkpoint=str(newest_verified(tmp_path / "out")))
+    assert again.state.global_step == 3
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
