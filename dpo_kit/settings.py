@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -93,7 +94,7 @@ class Data(Strict):
     eval: str | list[Source] | None
     train_split: str
     eval_split: str | None
-    columns: dict[str, str]
+    columns: Annotated[dict[str, str], BeforeValidator(lambda given: given or {})]
     holdout: float = Field(gt=0, lt=1)
     wrap_as_chat: Literal["auto"] | bool
     on_bad_row: Literal["fail", "drop"]

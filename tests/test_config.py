@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_kit.config import CONF, compose, known_keys
+from dpo_kit.config import CONF, check, compose, known_keys
 from dpo_kit.errors import ConfigError
 from dpo_kit.trl_schema import load_schema
 from tests.golden.write import resolved
@@ -263,3 +263,14 @@ def test_composed_trl_fields_build_trl_s_own_config_object(tmp_path):
     assert {f.name: getattr(ours, f.name) for f in dataclasses.fields(ours)} == {
         f.name: getattr(theirs, f.name) for f in dataclasses.fields(theirs)
     }
+
+
+@pytest.mark.parametrize(
+    "word", ["data.columns={chosen: better, rejected: worse}", "data.columns={chosen:better,rejected:worse}"]
+)
+def test_columns_are_mapped_by_a_literal_as_the_readme_writes_it(word):
+    assert check(compose(["data=jsonl", "data.train=x.jsonl", word])).data.columns == {
+        "chosen": "better",
+        "rejected": "worse",
+    }
+    assert check(compose()).data.columns == {}
