@@ -251,4 +251,3 @@ class Build(Strict):
     undecided: Literal["drop", "coin"]
     review: NonNegativeInt
     votes: str | None
-    out: str | None

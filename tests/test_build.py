@@ -30,7 +30,7 @@ PLACE = "My toaster leaks."
 
 
 def cfg(out, *overrides):
-    return compose_tool([f"build.out={out}", *overrides])
+    return compose_tool([f"out={out}", *overrides])
 
 
 def server_source(base_url, **options):
@@ -238,7 +238,7 @@ KILLED = ["-m", "dpo_kit.data", "mode=build", "build.limit=30"]
 @pytest.mark.fault("SIGKILL in the middle of a build", promise="no row lost or doubled, no reply paid twice")
 def test_a_build_killed_halfway_goes_on(tmp_path):
     with scripted_server(lambda *given: Turn(helpful(*given).text, seconds=0.03)) as server:
-        command = [sys.executable, *KILLED, f"build.out={tmp_path / 'out'}", server_source(server.base_url)]
+        command = [sys.executable, *KILLED, f"out={tmp_path / 'out'}", server_source(server.base_url)]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while process.poll() is None and sum(server.answered.values()) < 30:
             time.sleep(0.01)
@@ -435,7 +435,7 @@ def test_the_prompts_of_a_mixture_and_of_another_column(tmp_path):
         (["judge=llm", "judge.model=m"], r"judge\.base_url is missing"),
         (["judge=llm", "judge.model=m", "judge.base_url=localhost:1"], r"judge\.base_url: .*got 'localhost:1'"),
         (["build.answers=[]"], "build.answers: .*at least 1 item"),
-        (["build.out=/dev/null/x", "build.prompts=nowhere.jsonl"], "no such file or folder: nowhere.jsonl"),
+        (["out=/dev/null/x", "build.prompts=nowhere.jsonl"], "no such file or folder: nowhere.jsonl"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_refused(words, said):
@@ -485,7 +485,7 @@ def wait_until_healthy(address, process, log):
 def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served_model, tmp_path, command):
     out = tmp_path / "out"
     source = server_source(served_model, model=toy.MODEL)
-    words = ["mode=build", "build.limit=60", f"build.out={out}", source]
+    words = ["mode=build", "build.limit=60", f"out={out}", source]
     process = subprocess.Popen([sys.executable, "-m", "dpo_kit.data", *words])
     journal = out / "answers.jsonl"
     while process.poll() is None and not (journal.exists() and len(journal.read_bytes().splitlines()) >= 60):
@@ -505,7 +505,7 @@ def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served
     )
     assert trained.returncode == 0, trained.stderr
     judge = ["judge=llm", f"judge.base_url={served_model}", f"judge.model={toy.MODEL}", "judge.controls=2"]
-    words = ["mode=build", "build.limit=4", "build.chunk=4", f"build.out={tmp_path / 'judged'}", *judge]
+    words = ["mode=build", "build.limit=4", "build.chunk=4", f"out={tmp_path / 'judged'}", *judge]
     judged = command(*words, "judge.max_tokens=32", module="dpo_kit.data")
     assert judged.returncode == 0 and "judge control failed" in judged.stdout, judged.stderr
     report = json.loads((tmp_path / "judged" / "build_report.json").read_text())
@@ -518,17 +518,17 @@ def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served
 )
 def test_a_build_from_the_embedded_model_is_killed_and_resumed_to_the_same_bytes(tmp_path, command):
     words = ["mode=build", "build.limit=400", "build.chunk=16"]
-    assert command(*words, f"build.out={tmp_path / 'whole'}", module="dpo_kit.data").returncode == 0
+    assert command(*words, f"out={tmp_path / 'whole'}", module="dpo_kit.data").returncode == 0
     out = tmp_path / "out"
     for kill in range(2):
-        process = subprocess.Popen([sys.executable, "-m", "dpo_kit.data", *words, f"build.out={out}"], env=os.environ)
+        process = subprocess.Popen([sys.executable, "-m", "dpo_kit.data", *words, f"out={out}"], env=os.environ)
         wanted = 200 * (kill + 1) + random.randrange(50)
         journal = out / "answers.jsonl"
         while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= wanted):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    done = command(*words, f"build.out={out}", module="dpo_kit.data")
+    done = command(*words, f"out={out}", module="dpo_kit.data")
     assert done.returncode == 0, done.stderr
     for name in ("pairs.jsonl", "comparisons.jsonl"):
         assert digest(out / name) == digest(tmp_path / "whole" / name)

@@ -186,7 +186,7 @@ def test_a_rater_file_gives_majority_labels_and_agreement(tmp_path):
         item(4, votes=["a", "a", "a"]) | {"answer_b": "first 4"},
         item(5, votes=["tie", "tie", "a"]),
     ]
-    cfg = compose_tool([f"build.votes={written(tmp_path, rows)}", f"build.out={tmp_path / 'out'}"])
+    cfg = compose_tool([f"build.votes={written(tmp_path, rows)}", f"out={tmp_path / 'out'}"])
     report = build_pairs(cfg)
     assert report["items"] == {"in": 6, "pair": 2, "tie": 2, "identical": 1, "not voted": 1}
     pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]

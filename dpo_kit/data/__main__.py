@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import textwrap
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def work(arguments: Sequence[str]) -> None:
     from dpo_kit.data.modes import MODES
 
     gc.set_threshold(200_000)  # rows are plain data without cycles, and looking through 100,000 of them costs seconds
-    MODES[tool.mode](settings, tool, Path(tool.out))
+    MODES[tool.mode](settings, tool, Path(tool.out or time.strftime("outputs/data-%Y%m%d-%H%M%S")))
 
 
 def compose_tool(arguments: Sequence[str]) -> DictConfig:

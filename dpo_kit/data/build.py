@@ -42,7 +42,7 @@ from dpo_kit.settings import Build, Data, LLMJudge, LocalAnswers, Model, Strict
 from dpo_kit.settings import Judge as JudgeSettings
 
 Given = list[list[Answer | None]]
-NO_PART_OF_IT = ("out", "review", "answers")
+NO_PART_OF_IT = ("review", "answers")
 
 
 class Plan(Strict):
@@ -53,6 +53,7 @@ class Plan(Strict):
     data: Data
     judge: JudgeSettings
     build: Build
+    out: str | None
 
 
 def build_pairs(cfg: DictConfig) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def check_plan(cfg: DictConfig) -> Plan:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     try:
-        return Plan(seed=cfg.seed, **values)  # type: ignore[arg-type]
+        return Plan(seed=cfg.seed, out=cfg.out, **values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
 
@@ -111,7 +112,7 @@ def _known() -> list[str]:
 def _build_from_prompts(plan: Plan) -> dict[str, Any]:
     prompts = read_prompts(plan.build.prompts, plan.data, plan.build.limit)
     identity = _identity(plan, prompts)
-    folder = Path(plan.build.out or f"outputs/build-{key_of(identity)[:8]}")
+    folder = Path(plan.out or f"outputs/build-{key_of(identity)[:8]}")
     with Journal(folder / "answers.jsonl") as journal:
         claim(folder, identity)
         answers, spend = _draw(plan, prompts.prompts, journal)
@@ -154,7 +155,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     was, now = dict(_flat(read_json(manifest))), dict(_flat(identity))
     if differing := [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]:
         said = "\n".join(f"  {key}: {was.get(key)!r} there, {now.get(key)!r} now" for key in differing)
-        raise ConfigError(f"build.out={folder} holds another build:\n{said}\ntake another build.out, or that config")
+        raise ConfigError(f"out={folder} holds another build:\n{said}\ntake another out=, or that config")
 
 
 def _flat(value: Any, place: str = "") -> list[tuple[str, Any]]:
@@ -248,7 +249,7 @@ def _status(plan: Plan, *, complete: bool, failed: int) -> str:
 def _build_from_votes(plan: Plan) -> dict[str, Any]:
     votes = str(plan.build.votes)
     pairs, report = pair_by_votes(votes, plan.data)
-    folder = Path(plan.build.out or f"outputs/build-{key_of(votes, pairs)[:8]}")
+    folder = Path(plan.out or f"outputs/build-{key_of(votes, pairs)[:8]}")
     claim(folder, {"votes": key_of(pairs)})
     write_jsonl(folder / "pairs.jsonl", pairs)
     return {"status": "done", "folder": str(folder), "pairs": len(pairs), **report}

@@ -56,6 +56,6 @@ class Tool(Strict):
     """What `python -m dpo_kit.data` does and where it writes."""
 
     mode: Literal["check", "curate", "convert", "build"]
-    out: str
+    out: str | None
     curate: Curate
     convert: Convert
