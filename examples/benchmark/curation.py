@@ -92,7 +92,7 @@ def show(files, rewards):
             difference, interval = f"{gain.mean():+.3f}", f"[{low:+.3f}, {high:+.3f}]"
         rows = len(file.read_text().splitlines())
         table.add_row(name, f"{rows:,}", f"{rewards[name].mean():.3f}", difference, interval)
-    Console(width=100).print(table)
+    Console(width=110).print(table)
 
 
 def bootstrap(gain):
