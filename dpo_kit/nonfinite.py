@@ -16,8 +16,8 @@ SHOWN_ROWS = 16
 
 
 def refuse_non_finite(model: Any, where: str) -> None:
-    """TrainingError where a weight is NaN or infinite: such a model is never saved."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
+    """TrainingError where a weight that is trained is NaN or infinite: such a model is never saved."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if torch.nn.utils.get_total_norm(list(weights.values())).isfinite():  # one pass, one wait for the device
         return
     broken = [name for name, weight in weights.items() if not weight.isfinite().all()]

@@ -16,7 +16,7 @@ EXISTING = {
         ["a job of a sweep raises", "a job of a sweep exits", "a job of a sweep is killed", "a job of a sweep hangs"],
     ),
     "test_an_exit_with_code_0_before_the_end_is_a_failure_too": ("P5", ["a job exits with code 0 before its end"]),
-    "test_an_interrupted_sweep_ends_its_jobs_shows_the_table_and_goes_on_later": ("P5", ["{number!r} to a sweep"]),
+    "test_an_interrupted_sweep_ends_its_jobs_shows_the_table_and_goes_on_later": ("P5", ["{number.name} to a sweep"]),
     "test_ctrl_c_in_the_middle_of_an_import_exits_with_its_own_code_too": ("P5", ["Ctrl-C in the middle of an import"]),
     "test_a_sweep_that_is_killed_takes_its_jobs_along": ("P6", ["a sweep is killed while a job runs"]),
     "test_a_sweep_is_run_by_one_process_at_a_time": ("P6", ["a second start of a running sweep"]),

@@ -16,7 +16,9 @@ import pytest
 from dpo_kit.checkpoints import folder_of, newest_verified
 from dpo_kit.history import read_metrics
 from dpo_kit.run import RunDirectory
+from tests.conftest import ROOT
 from tests.faults import fault, run_cli, start_cli
+from tests.faults_table import EXISTING
 from tests.small import differences, few_pairs, hash_model
 
 STEPS = 6
@@ -77,6 +79,11 @@ def last_step(run):
 
 def status(run):
     return (RunDirectory(run).read_result() or {}).get("status")
+
+
+def test_every_test_that_the_table_names_is_there():
+    sources = "".join(file.read_text() for file in ROOT.glob("tests/test_*.py"))
+    assert [name for name in EXISTING if f"def {name}(" not in sources] == []
 
 
 # --- killed at a named point -------------------------------------------------------------------------------------

@@ -25,17 +25,9 @@ from dpo_kit.sweep.plan import means_multirun, plan_sweep, split_jobs
 from dpo_kit.sweep.progress import Progress
 from dpo_kit.sweep.record import JobRecord
 from dpo_kit.sweep.table import Board, format_seconds, label_jobs
-from dpo_kit.toy import TRAIN
 from tests.conftest import ROOT
+from tests.small import few_pairs
 
-SMALL = [
-    "tracking=none",
-    "trl.max_steps=4",
-    "trl.eval_steps=2",
-    "trl.per_device_train_batch_size=4",
-    "callbacks.pairs=16",
-    "callbacks.prompts=8",
-]
 GRIDS = {"standard": [0.05, 0.1, 0.2, 0.5], "wide": [0.01, 0.05, 0.1, 0.2, 0.5, 1.0], "simpo": [2, 2.5, 5, 10]}
 
 
@@ -441,9 +433,7 @@ def test_a_finished_run_of_another_config_is_not_taken_for_a_job_s_own(sweep, tm
 
 
 def test_a_sweep_of_two_betas_trains_both_and_the_second_starts_warm(command, tmp_path):
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:40]))
-    words = ["-m", "beta=0.05,0.5", *SMALL, f"data.train={pairs}", "data.eval=null", "data.holdout=0.4"]
+    words = ["-m", "beta=0.05,0.5", *few_pairs(tmp_path / "pairs.jsonl")]
     done = command(*words)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs").iterdir()
@@ -459,9 +449,7 @@ def test_a_sweep_of_two_betas_trains_both_and_the_second_starts_warm(command, tm
 
 def test_a_warm_job_imports_nothing_that_takes_time(tmp_path):
     """Fails when a run needs a module that dpo_kit/sweep/warm.py does not name."""
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:40]))
-    words = [*SMALL, f"data.train={pairs}", "data.eval=null", "data.holdout=0.4"]
+    words = few_pairs(tmp_path / "pairs.jsonl")
     script = (
         "import sys, dpo_kit.sweep.warm; before = set(sys.modules)\n"
         "from dpo_kit import compose, train; from dpo_kit.arguments import import_class\n"

@@ -19,6 +19,7 @@ from dpo_kit.run import RunDirectory
 from dpo_kit.toy import MODEL, TRAIN
 from dpo_kit.training import prepare_data
 from tests.offline_wandb import log_files, read_offline
+from tests.small import few_pairs
 
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
 FILES = {
@@ -50,22 +51,12 @@ KEYS = {
     "gold/reward_high",
     "gold/capability",
 }
-SMALL = [
-    "tracking=none",
-    "trl.max_steps=4",
-    "trl.eval_steps=2",
-    "trl.per_device_train_batch_size=4",
-    "callbacks.pairs=16",
-    "callbacks.prompts=8",
-]
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """40 embedded pairs as a file, with the gold reward known: a run on them takes seconds."""
-    file = tmp_path_factory.mktemp("few") / "pairs.jsonl"
-    file.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:40]))
-    return [*SMALL, f"data.train={file}", "data.eval=null", "data.holdout=0.4"]
+    return few_pairs(tmp_path_factory.mktemp("few") / "pairs.jsonl")
 
 
 @pytest.fixture(scope="module")
