@@ -140,7 +140,7 @@ def _draw_agreement(axes: Axes, report: dict[str, Any], before: dict[str, Any] |
     """Rows by the share of raters behind their label; below .7 in orange."""
     found = report["agreement"]
     old = before["agreement"]["mean"] if before and before["agreement"] else None
-    title = f"Rater agreement: {found['mean']:.2f} on average" + (f" (before {old:.2f})" if old else "")
+    title = f"Rater agreement: {found['mean']:.2f}" + (f" (before {old:.2f})" if old else "")
     axes.set_title(title, loc="left", fontsize=18, fontweight="bold", pad=10)
     shown = [(low, n) for low, n in found["histogram"] if low >= 0.5 or n]
     colors = [ORANGE if low < 0.7 else BLUE for low, _ in shown]
