@@ -152,12 +152,14 @@ def _cut(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
 
 def _classes(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
     for name, (low, high) in report.get("classes", {}).get("weights", {}).items():
+        other = {"desirable_weight": "undesirable_weight"}.get(name, "desirable_weight")
         if low > 1:
             yield Warn(
                 "classes",
                 f"{report['classes']['desirable']} thumbs up, {report['classes']['undesirable']} down",
                 "the larger class outweighs the other: KTO's authors keep n·w of up to down within 1:1 and 4:3",
-                f"trl.{name} between {low:.2f} and {high:.2f} (null, the default, makes them equal)",
+                "nothing where trl.desirable_weight=null, the default, makes both weigh the same; by hand "
+                f"trl.{other}=1 and trl.{name} from {low:.2f} to {high:.2f}",
             )
 
 
