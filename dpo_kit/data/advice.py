@@ -158,8 +158,8 @@ def _classes(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
                 "classes",
                 f"{report['classes']['desirable']} thumbs up, {report['classes']['undesirable']} down",
                 "the larger class outweighs the other: KTO's authors keep n·w of up to down within 1:1 and 4:3",
-                f"nothing where trl.desirable_weight=null, the default, makes both weigh the same; by hand trl.{other}=1 "
-                f"and trl.{name} from {low:.2f} to {high:.2f}",
+                "nothing where trl.desirable_weight=null, the default, makes both weigh the same; by hand "
+                f"trl.{other}=1 and trl.{name} from {low:.2f} to {high:.2f}",
             )
 
 
