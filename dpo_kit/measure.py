@@ -13,6 +13,7 @@ from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.gold import GoldFigures, answer_text, load_gold
 from dpo_kit.history import append_row
 from dpo_kit.model import load_reference
+from dpo_kit.prefix import share_prefixes, shares_prefixes
 from dpo_kit.preview import Preview
 from dpo_kit.probe import PairProbe
 from dpo_kit.recorder import Recorder, show_progress
@@ -87,11 +88,19 @@ def build_reference(trainer: Any, settings: Settings, run: RunDirectory) -> Refe
     other = settings.model.reference is not None and getattr(trainer, "ref_model", None) is None
     return Reference(
         trainer,
-        model=load_reference(settings.model).to(trainer.model.device) if other else None,
-        reload=lambda: load_reference(settings.model),
+        model=_load_reference(trainer, settings).to(trainer.model.device) if other else None,
+        reload=lambda: _load_reference(trainer, settings),
         is_start=settings.model.reference is None,
         state_dir=run.probe_state,
     )
+
+
+def _load_reference(trainer: Any, settings: Settings) -> Any:
+    """The reference from its folder, computing as the policy does: else its values differ in the last bits."""
+    reference = load_reference(settings.model)
+    if shares_prefixes(trainer.model):
+        share_prefixes(reference)
+    return reference
 
 
 def distinct_prompts(rows: Rows, count: int) -> Rows:

@@ -121,6 +121,11 @@ def share_prefixes(model: PreTrainedModel) -> None:
     backbone.forward = functools.wraps(backbone.forward)(functools.partial(_forward, backbone.forward))
 
 
+def shares_prefixes(model: PreTrainedModel) -> bool:
+    """Whether `share_prefixes` was applied to `model`."""
+    return _bare(model).config._attn_implementation == NAME
+
+
 def _bare(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
