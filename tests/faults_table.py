@@ -73,6 +73,9 @@ EXISTING = {
 }
 
 
+PROMISES = [f"P{number}" for number in range(1, 12)]
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", f"{MARK}(name, promise): tries a fault against one of the promises P1 to P11")
 
@@ -86,13 +89,17 @@ def pytest_collection_modifyitems(items):
                 pytest.mark.fault(name.format(**getattr(item, "callspec", _NO_PARAMETERS).params), promise=promise)
             )
         for mark in item.iter_markers(MARK):
+            if mark.kwargs["promise"] not in PROMISES:
+                raise pytest.UsageError(
+                    f"{item.nodeid}: promise must be one of P1 to P11, got {mark.kwargs['promise']}"
+                )
             item.user_properties.append((MARK, (mark.args[0], mark.kwargs["promise"])))
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if MARK not in (config.option.markexpr or ""):
         return
-    rows = sorted(_rows(terminalreporter), key=lambda row: (int(row[1].split()[0][1:]), row[0]))
+    rows = sorted(_rows(terminalreporter), key=lambda row: (PROMISES.index(row[1]), row[0]))
     width = min(WIDTH, max((len(row[0]) for row in rows), default=0))
     terminalreporter.section("faults")
     for name, promise, outcome, lost in [("fault", "promise", "outcome", "lost work"), *rows]:

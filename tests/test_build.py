@@ -82,7 +82,7 @@ def test_pairs_of_the_embedded_model_follow_the_gold_reward(whole):
     assert json.loads((out / "build_report.json").read_text())["pairs"] == len(pairs)
 
 
-@pytest.mark.fault("a build killed while it writes", promise="the resumed build has the same pairs, byte for byte")
+@pytest.mark.fault("a build killed while it writes", promise="P4")
 def test_a_build_cut_anywhere_ends_with_the_same_bytes(whole, tmp_path):
     out, _ = whole
     journal, wanted = (out / "answers.jsonl").read_bytes(), digest(out / "pairs.jsonl")
@@ -143,7 +143,7 @@ def test_a_server_s_answers_become_pairs(tmp_path):
     assert report["spend"]["answers"][0]["replies"] == 40
 
 
-@pytest.mark.fault("a server that returns 429, 500, time-outs, garbage", promise="complete, each reply paid once")
+@pytest.mark.fault("a server that returns 429, 500, time-outs, garbage", promise="P4")
 def test_a_build_from_a_server_that_misbehaves_is_complete(tmp_path):
     faults = [
         Turn(status=429, raw=b"{}", headers={"Retry-After-Ms": "5"}),
@@ -170,7 +170,7 @@ def server_timeouts(server):
     return sum(count - 1 for count in server.answered.values())
 
 
-@pytest.mark.fault("a server that goes away", promise="clearly partial; the same command asks only for what is missing")
+@pytest.mark.fault("a server that goes away", promise="P4")
 def test_a_build_whose_server_went_away_is_partial_and_goes_on(tmp_path):
     def dying(number, body):
         gone = Turn(status=503, raw=b"{}", headers={"Retry-After-Ms": "5"})
@@ -235,7 +235,7 @@ def test_answers_without_text_are_counted_and_make_no_pair(tmp_path):
 KILLED = ["-m", "dpo_kit.data", "mode=build", "build.limit=30"]
 
 
-@pytest.mark.fault("SIGKILL in the middle of a build", promise="no row lost or doubled, no reply paid twice")
+@pytest.mark.fault("SIGKILL in the middle of a build", promise="P4")
 def test_a_build_killed_halfway_goes_on(tmp_path):
     with scripted_server(lambda *given: Turn(helpful(*given).text, seconds=0.03)) as server:
         command = [sys.executable, *KILLED, f"out={tmp_path / 'out'}", server_source(server.base_url)]
@@ -481,7 +481,7 @@ def wait_until_healthy(address, process, log):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("SIGKILL of a build that asks a real server", promise="no row lost or doubled; training works on it")
+@pytest.mark.fault("SIGKILL of a build that asks a real server", promise="P4")
 def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served_model, tmp_path, command):
     out = tmp_path / "out"
     source = server_source(served_model, model=toy.MODEL)
@@ -513,9 +513,7 @@ def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served
 
 
 @pytest.mark.slow
-@pytest.mark.fault(
-    "SIGKILL of a build that samples here", promise="the resumed build has the same pairs, byte for byte"
-)
+@pytest.mark.fault("SIGKILL of a build that samples here", promise="P4")
 def test_a_build_from_the_embedded_model_is_killed_and_resumed_to_the_same_bytes(tmp_path, command):
     words = ["mode=build", "build.limit=400", "build.chunk=16"]
     assert command(*words, f"out={tmp_path / 'whole'}", module="dpo_kit.data").returncode == 0

@@ -41,7 +41,7 @@ def echo(number, body):
 # --- the journal -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("a line cut off by a kill", promise="no row is lost, none is there twice")
+@pytest.mark.fault("a line cut off by a kill", promise="P4")
 def test_a_journal_that_was_cut_anywhere_keeps_every_complete_row(tmp_path):
     file = tmp_path / "rows.jsonl"
     with Journal(file) as journal:
@@ -58,7 +58,7 @@ def test_a_journal_that_was_cut_anywhere_keeps_every_complete_row(tmp_path):
         assert file.read_bytes() == whole
 
 
-@pytest.mark.fault("two processes in one file", promise="the second is refused, a dead holder's lock is not in the way")
+@pytest.mark.fault("two processes in one file", promise="P6")
 def test_a_journal_has_one_process_at_a_time(tmp_path):
     hold = "import sys, time; from pathlib import Path; from dpo_kit.journal import Journal\n"
     hold += "held = Journal(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
@@ -79,7 +79,7 @@ def test_a_damaged_line_is_named_with_its_number(tmp_path):
         Journal(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.fault("disk full", promise="the row that did not fit leaves no part behind")
+@pytest.mark.fault("disk full", promise="P4")
 def test_a_full_disk_leaves_only_whole_rows(tmp_path):
     file = tmp_path / "rows.jsonl"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -152,7 +152,7 @@ def test_half_a_surrogate_pair_in_a_reply_does_not_break_the_file(tmp_path):
         pytest.param(Turn(raw=b"[1, 2]"), id="a list"),
     ],
 )
-@pytest.mark.fault("a server that returns 429, 500, time-outs, garbage", promise="asked again; each reply kept once")
+@pytest.mark.fault("a server that returns 429, 500, time-outs, garbage", promise="P4")
 def test_a_server_that_misbehaves_once_is_asked_again(tmp_path, fault):
     with scripted_server(lambda number, body: fault if number == 0 else echo(number, body)) as server:
         replies, spend = ask(tmp_path, server, 2, workers=1, timeout_s=0.5)
@@ -169,7 +169,7 @@ def test_retry_after_is_obeyed(tmp_path):
     assert len(server.bodies) == 2
 
 
-@pytest.mark.fault("a server that stays broken", promise="given up after a few requests, the rest is asked next time")
+@pytest.mark.fault("a server that stays broken", promise="P4")
 def test_a_broken_server_is_left_alone_and_the_rest_asked_the_next_time(tmp_path):
     broken = Turn(status=500, raw=b"{}", headers=QUICK)
     with scripted_server(lambda number, body: broken if number >= 3 else echo(number, body)) as server:
@@ -251,9 +251,7 @@ with Journal(Path(sys.argv[1])) as journal:
 """
 
 
-@pytest.mark.fault(
-    "SIGKILL while a server is asked", promise="no reply is lost or doubled; only what was under way is asked twice"
-)
+@pytest.mark.fault("SIGKILL while a server is asked", promise="P4")
 def test_a_killed_pass_asks_only_for_what_it_had_not_got(tmp_path):
     file = tmp_path / "replies.jsonl"
     with scripted_server(lambda number, body: Turn("fine", seconds=0.02)) as server:
