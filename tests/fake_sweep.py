@@ -65,7 +65,8 @@ def main():
 
     processes.PRELOAD = ["dpo_kit.cli"]
     cli.run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(fake_sweep.task)
-    sys.argv.append("hydra.launcher.grace_seconds=2")
+    if not any(word.startswith("hydra/launcher=") for word in sys.argv):  # only ours has it
+        sys.argv.append("hydra.launcher.grace_seconds=2")
     cli.main()
 
 

@@ -45,7 +45,7 @@ def test_the_drift_falls_with_beta_as_a_trend_over_three_seeds(command, tmp_path
 
 
 def test_biased_raters_raise_the_proxy_and_not_the_gold_and_the_choice_avoids_it(command, tmp_path):
-    found, best = sweep(command, tmp_path / "swept", "data=toy_biased", "-m", "beta=0.05,0.5")
+    found, best = sweep(command, tmp_path / "swept", "-m", "data=toy_biased", "beta=0.05,0.5")
     hacked, kept = found
     assert hacked["accuracy_low"] > 0.5 and hacked["gold_reward_high"] < kept["gold_reward"]
     start = json.loads((tmp_path / "swept" / "dpo-beta0.05-seed0" / "result.json").read_text())["start"]
