@@ -1,7 +1,7 @@
-"""Chat templates are programs from elsewhere: each is tried on the very chats to come, in a process with limits.
+"""Chat templates are programs from elsewhere: each is tried on chats to come, in a process with limits.
 
 Jinja's sandbox keeps a template from files and code, not from loops without end or texts without bound, and neither can
-be stopped from inside a thread. So the chats are rendered once beforehand in a process of their own (dpo_kit.render),
+be stopped from inside a thread. So chats are rendered once beforehand in a process of their own (dpo_kit.render),
 without this one's environment, each in `SECONDS` of its processor's time. What passed is remembered under
 `DPO_KIT_CACHE`, by template and chats.
 """
