@@ -24,15 +24,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpo_kit.config import CONF, check, compose_unchecked, register
-from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
+from dpo_kit.errors import ConfigError
 from dpo_kit.help import help_text
-from dpo_kit.secrets import redact_text, refuse_secrets
+from dpo_kit.secrets import redact_text
 from dpo_kit.sweep.plan import Plan, means_multirun, plan_sweep, without_hydra
+from dpo_kit.tool import guard
 
 if TYPE_CHECKING:
     from dpo_kit.finish import Result
 
-DONE, FAILED, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+TERMINATED = 143
 TOOLS = {"dashboard", "data", "sweep"}
 log = logging.getLogger("dpo_kit")
 
@@ -57,7 +58,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated")
     signal.signal(signal.SIGTERM, _terminate)
     sys.excepthook = _show_without_secrets
-    sys.exit(_exit_code(args))
+    sys.exit(guard("dpo_kit", sys.argv[1:], lambda: _work(args)))
 
 
 def _show_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -69,25 +70,11 @@ def _terminate(number: int, frame: object) -> None:
     raise SystemExit(TERMINATED)
 
 
-def _exit_code(args: argparse.Namespace) -> int:
-    try:
-        refuse_secrets({}, sys.argv[1:])
-        if not (args.hydra_help or args.shell_completion or args.info):
-            plan = refuse_early(args)
-            _run(plan)
-        else:
-            run()
-    except (ConfigError, DataError, ModelError) as error:
-        sys.stderr.write(f"dpo_kit: refused: {redact_text(str(error))}\n")
-        return REFUSED
-    except DpoKitError as error:
-        sys.stderr.write(f"dpo_kit: failed: {redact_text(str(error))}\n")
-        return FAILED
-    except KeyboardInterrupt:
-        exec("")  # clears CPython's mark of an interrupt inside an exec (many an import), with which it dies of SIGINT
-        sys.stderr.write("dpo_kit: interrupted\n")
-        return INTERRUPTED
-    return DONE
+def _work(args: argparse.Namespace) -> None:
+    if args.hydra_help or args.shell_completion or args.info:
+        run()
+    else:
+        _run(refuse_early(args))
 
 
 def _run(plan: Plan | None) -> None:

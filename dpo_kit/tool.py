@@ -14,25 +14,34 @@ Values = dict[str, str]
 
 
 def run_tool(name: str, usage: str, arguments: Sequence[str] | None, work: Callable[[Sequence[str]], None]) -> int:
-    """Exit code of `work`, called with `arguments` (None: the command line's): 0, 1 failed, 2 refused, 130 Ctrl-C.
+    """Exit code of `work`, called with `arguments` (None: those of the command line), as `guard` gives it.
 
-    `--help` prints `usage` instead. What is wrong is said in one line on the error output.
+    `--help` prints `usage` instead.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if {"--help", "-h"} & set(given):
         sys.stdout.write(usage)
         return DONE
+    return guard(f"dpo_kit.{name}", given, lambda: work(given))
+
+
+def guard(name: str, words: Sequence[str], work: Callable[[], None]) -> int:
+    """Exit code of `work`: 0 done, 1 failed, 2 refused, 130 Ctrl-C; a secret among `words` is refused before it.
+
+    What is wrong is said in one line on the error output, after `name`.
+    """
     try:
-        refuse_secrets({}, given)
-        work(given)
+        refuse_secrets({}, words)
+        work()
     except (ConfigError, DataError, ModelError) as error:
-        sys.stderr.write(f"dpo_kit.{name}: refused: {redact_text(str(error))}\n")
+        sys.stderr.write(f"{name}: refused: {redact_text(str(error))}\n")
         return REFUSED
     except DpoKitError as error:
-        sys.stderr.write(f"dpo_kit.{name}: failed: {redact_text(str(error))}\n")
+        sys.stderr.write(f"{name}: failed: {redact_text(str(error))}\n")
         return FAILED
     except KeyboardInterrupt:
-        sys.stderr.write(f"dpo_kit.{name}: interrupted\n")
+        exec("")  # clears CPython's mark of an interrupt inside an exec (many an import), with which it dies of SIGINT
+        sys.stderr.write(f"{name}: interrupted\n")
         return INTERRUPTED
     return DONE
 

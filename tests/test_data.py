@@ -14,8 +14,8 @@ from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.prepare import prepare
 from dpo_kit.data.read import Fault, Row, read_source
 from dpo_kit.errors import DataError
-from dpo_kit.settings import Data
 from dpo_kit.toy import MODEL
+from tests.preferences import data
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +32,8 @@ def prepared(tmp_path, tokenizer):
         for name, content in files.items():
             lines = [row if isinstance(row, str) else json.dumps(row) for row in content or []]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-        data = {
-            "train": str(tmp_path / "train.jsonl"),
-            "eval": str(tmp_path / "eval.jsonl") if eval_rows else None,
-            "train_split": "train",
-            "eval_split": None,
-            "columns": {},
-            "holdout": 0.2,
-            "wrap_as_chat": "auto",
-            "on_bad_row": "fail",
-            "gold": None,
-        }
-        config = Data(**(data | options))
+        held_out = str(tmp_path / "eval.jsonl") if eval_rows else None
+        config = data(str(tmp_path / "train.jsonl"), eval=held_out, **options)
         return prepare(
             config, wanted=wanted, tokenizer=tokenizer, max_length=max_length, truncation="keep_start", seed=seed
         )

@@ -172,6 +172,13 @@ def test_the_benchmarks_of_data_print_their_tables(words, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_checkpoints_prints_its_table(tmp_path):
+    script = [sys.executable, str(ROOT / "examples" / "benchmark" / "checkpoints.py"), "runs=1", "steps=2", "every=1"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and len(re.findall(r"│ (embedded|57M)\s+│ (full|lora)", done.stdout)) == 4, done.stderr
+
+
+@pytest.mark.slow
 def test_the_benchmark_prints_its_table(tmp_path):
     script = str(ROOT / "examples" / "benchmark" / "bench.py")
     done = subprocess.run(

@@ -76,7 +76,7 @@ REFUSED = {
 @pytest.fixture
 def refused(monkeypatch, tmp_path, capsys):
     """Run the command in an empty folder, as far as its refusal; what it said."""
-    from dpo_kit import cli
+    from dpo_kit import cli, tool
 
     def run(words):
         monkeypatch.chdir(tmp_path)
@@ -89,7 +89,7 @@ def refused(monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             cli.main()
         said = capsys.readouterr()
-        assert end.value.code == cli.REFUSED, said
+        assert end.value.code == tool.REFUSED, said
         return said.out + said.err
 
     return run
