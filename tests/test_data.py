@@ -33,7 +33,7 @@ def prepared(tmp_path, tokenizer):
             lines = [row if isinstance(row, str) else json.dumps(row) for row in content or []]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
         held_out = str(tmp_path / "eval.jsonl") if eval_rows else None
-        config = data(str(tmp_path / "train.jsonl"), eval=held_out, **options)
+        config = data(**{"train": str(tmp_path / "train.jsonl"), "eval": held_out} | options)
         return prepare(
             config, wanted=wanted, tokenizer=tokenizer, max_length=max_length, truncation="keep_start", seed=seed
         )
