@@ -70,7 +70,7 @@ LAYERS = [
     {"start"},
     {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis", "card"},
     {"callbacks", "preview"},
-    {"measure", "finish", "held_out", "resume"},
+    {"measure", "finish", "held_out", "resume", "evaluate", "evaluate.candidate"},
     {"training"},
     {"sweep", "sweep.runs", "sweep.evidence", "sweep.labels", "sweep.plan", "sweep.devices", "sweep.record"},
     {"sweep.quality", "sweep.rows", "sweep.progress", "sweep.job"},
