@@ -22,6 +22,7 @@ DOUBTS = {
     "first_position_rate": "first place preferred",
     "unparsable_rate": "verdicts unparsable",
 }
+OVER_THE_LINE = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 LIGHT, MIDDLE = "#D9D9D9", "#A6A6A6"
 
 
@@ -61,7 +62,7 @@ def _draw_rows(axes: Axes, title: str, rows: Sequence[Row], level_name: str) -> 
         color = BLUE if low > 0.5 else ORANGE if high < 0.5 else GREY
         axes.plot([low, high], [-line, -line], color=color, linewidth=3)
         axes.plot(value, -line, marker="o", markersize=10, color=color)
-        axes.text(0.0, -line + 0.16, label, fontsize=TEXT, va="bottom", ha="left")
+        axes.text(0.0, -line + 0.16, label, fontsize=TEXT, va="bottom", ha="left", bbox=OVER_THE_LINE)
         axes.text(1.03, -line, f"{value:.2f}", fontsize=TEXT, va="center", ha="left", fontweight="bold", color=color)
     axes.set_xlim(0, 1.15)
     axes.set_ylim(-max(4, len(rows)) + 0.5, 0.95)
@@ -96,7 +97,14 @@ def _draw_verdicts(axes: Axes, found: Found) -> None:
         axes.barh(0, share, left=left, height=0.5, color=color, edgecolor=GREY if color == "white" else color)
         left += share
     for line, (name, color) in enumerate((name, color) for name, color in shown if outcomes[name]):
-        axes.plot(0.015, -0.62 - 0.36 * line, marker="s", markersize=13, color=color, markeredgecolor=GREY)
+        axes.plot(
+            0.015,
+            -0.62 - 0.36 * line,
+            marker="s",
+            markersize=13,
+            color=color,
+            markeredgecolor=GREY if color == "white" else color,
+        )
         text = f"{name}: {outcomes[name]:,} ({outcomes[name] / total:.0%})"
         axes.text(0.045, -0.62 - 0.36 * line, text, fontsize=TEXT, va="center")
     said = [f"judge: {_short(found['judge']['name'], 26)}"]

@@ -11,6 +11,7 @@ from dpo_kit.generation import Answer
 from dpo_kit.sweep.evidence import needed_against_half
 from dpo_kit.verdicts import Prompt, Verdict, summarize_verdicts
 
+LEAST = 20  # prompts; a bootstrap over fewer of them is too narrow to call a winner by
 CUT = 0.05  # share of cut answers from which a reader must know
 
 
@@ -41,12 +42,13 @@ def win_rates(compared: Sequence[Compared], draws: int = 2000, seed: int = 0) ->
     """
     judged = [each for each in compared if each.verdict.points is not None]
     decided = [each for each in judged if each.verdict.outcome in ("win", "loss")]
-    rate = _by_prompt(judged, draws, seed)
+    rate, prompts = _by_prompt(judged, draws, seed), len({each.prompt_id for each in judged})
+    needed = None if rate is None else needed_against_half(rate[0])
     found = {
-        "prompts": len({each.prompt_id for each in judged}),
+        "prompts": prompts,
         **_named("win_rate", rate),
-        "win_rate_verdict": read_verdict(rate),
-        "win_rate_needed_prompts": None if rate is None else needed_against_half(rate[0]),
+        "win_rate_verdict": read_verdict(rate, prompts),
+        "win_rate_needed_prompts": None if needed is None else max(LEAST, needed),
         **_named("win_rate_without_ties", _by_prompt(decided, draws, seed)),
         "decided": len(decided),
         **_named("win_rate_length_controlled_without_difficulty", _length_controlled(judged, draws, seed)),
@@ -61,10 +63,12 @@ def win_rates(compared: Sequence[Compared], draws: int = 2000, seed: int = 0) ->
 Rate = tuple[float, float, float] | None  # value, low, high
 
 
-def read_verdict(rate: Rate) -> Literal["better", "worse", "not separated"] | None:
-    """What an interval against ½ allows to say."""
+def read_verdict(rate: Rate, prompts: int) -> Literal["better", "worse", "not separated"] | None:
+    """What an interval against ½ over so many prompts allows to say."""
     if rate is None:
         return None
+    if prompts < LEAST:
+        return "not separated"
     return "better" if rate[1] > 0.5 else "worse" if rate[2] < 0.5 else "not separated"
 
 

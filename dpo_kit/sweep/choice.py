@@ -113,8 +113,8 @@ def rule_text(quality: Quality, limits: Choose) -> str:
     """The rule in words, with its limits."""
     return (
         f"Quality is the {quality.name}. Eligible: its 95 % interval beats the reference, reverse KL at most "
-        f"{limits.kl_budget_nats:g} nats per answer, capability loss at most {limits.max_regression:g}, and the gate of its "
-        "benchmarks not failed. Eligible runs "
+        f"{limits.kl_budget_nats:g} nats per answer, capability loss at most {limits.max_regression:g}, no regression "
+        "gate failed. Eligible runs "
         f"that a paired test by prompt ({quality.test}, Holm at {LEVEL}) does not separate from the best tie with it; "
         "among them the lowest reverse KL wins."
     )
@@ -249,8 +249,8 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
         _note_data(finished),
         _note_unpaired(choice),
         _note_judges(choice),
-        _note_controls(finished),
-        _note_split(finished),
+        _note_controls(choice),
+        _note_split(choice),
         _note_cut(choice.recommended),
     )
     return [note for note in checks if note]
@@ -306,20 +306,19 @@ def _note_judges(choice: Choice) -> str | None:
     return "The win rates come from different judges or opponents and are not compared: evaluate the sweep as a whole."
 
 
-def _note_controls(finished: Sequence[RunRecord]) -> str | None:
-    failed = {name for run in finished for name in (run.judged.get("judge") or {}).get("controls_failed") or []}
-    if not failed:
+def _note_controls(choice: Choice) -> str | None:
+    judges = [verdict.run.judged.get("judge") or {} for verdict in choice.verdicts]
+    failed = {name for judge in judges for name in judge.get("controls_failed") or []}
+    if choice.quality.key != "win_rate" or not failed:
         return None
     return f"The judge failed its own controls ({', '.join(sorted(failed))}): do not trust the win rates."
 
 
-def _note_split(finished: Sequence[RunRecord]) -> str | None:
-    splits = {run.judged.get("split") for run in finished if number(run.judged.get("win_rate")) is not None}
-    if "test" not in splits:
+def _note_split(choice: Choice) -> str | None:
+    splits = {verdict.run.judged.get("split") for verdict in choice.verdicts if verdict.quality}
+    if choice.quality.key != "win_rate" or "test" not in splits:
         return None
-    return (
-        "Win rates of the test split play a part in this: what is reported on it of the winner is no longer untouched."
-    )
+    return "Win rates of the test split play a part in this choice: the winner has no untouched data left to report on."
 
 
 def _note_cut(run: RunRecord | None) -> str | None:
