@@ -28,7 +28,7 @@ from dpo_kit.run import RunDirectory, read_json, write_json, write_jsonl
 from dpo_kit.verdicts import PICK_ME, Verdict
 from tests.offline_wandb import log_files, read_offline
 from tests.scripted_server import Turn, scripted_server
-from tests.small import few_pairs
+from tests.small import few_pairs, write_pairs
 from tests.test_build import served_model, vote  # noqa: F401
 from tests.test_judges import parts as shown_parts
 
@@ -452,3 +452,58 @@ def test_help_names_every_key_and_imports_nothing_heavy(command):
     loaded = "{'torch', 'trl', 'transformers', 'wandb'} & set(sys.modules)"
     probe = f"import sys, dpo_kit.evaluate.__main__; sys.exit(bool({loaded}))"
     assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
+
+
+# --- whole ways --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_trained_run_beats_its_reference_and_an_untrained_copy_does_not(command, tmp_path):
+    assert command("hydra.run.dir=run", "tracking=none").returncode == 0
+    done = command("run=run", module="dpo_kit.evaluate")
+    assert done.returncode == 0 and "Warning" not in done.stderr and "run is better than its reference" in done.stdout
+    result = result_of(tmp_path / "run")
+    assert result["win_rate_low"] > 0.5 and result["accuracy_low"] > 0.5 and result["win_rate_prompts"] > 200
+
+
+@pytest.mark.slow
+def test_the_interval_of_an_untrained_copy_covers_one_half_in_18_to_20_of_20_repeats(tmp_path):
+    shutil.copytree(toy.MODEL, tmp_path / "copy")
+    covered, rates = 0, []
+    for repeat in range(20):
+        words = [f"policy={tmp_path / 'copy'}", f"reference={toy.MODEL}", RATE, "tracking=none", "win_rate.limit=160"]
+        seeds = [f"win_rate.seed={2 * repeat}", f"win_rate.opponent_seed={2 * repeat + 1}"]
+        work([*words, *seeds, f"out={tmp_path / str(repeat)}"])
+        result = read_json(tmp_path / str(repeat) / "result.json")
+        covered += result["win_rate_low"] <= 0.5 <= result["win_rate_high"]
+        rates.append(result["win_rate"])
+    assert 18 <= covered <= 20 and len(set(rates)) > 10, rates
+
+
+@pytest.mark.slow
+def test_an_overtuned_run_that_lost_its_capability_is_rejected(command, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 400)
+    words = ["tracking=none", f"data.train={pairs}", "callbacks.prompts=64", "callbacks.pairs=64"]
+    overtuned = ["trl.num_train_epochs=8", "trl.learning_rate=3e-3", "allow_learning_rate=true"]
+    assert command(*words, "hydra.run.dir=sweep/sane", "trl.num_train_epochs=2").returncode == 0
+    assert command(*words, "hydra.run.dir=sweep/overtuned", *overtuned).returncode == 0
+    done = command("sweep=sweep", "win_rate.limit=64", module="dpo_kit.evaluate")
+    assert done.returncode == 0 and "Recommended: sane" in done.stdout
+    best = read_json(tmp_path / "sweep" / "best.json")
+    (rejected,) = (row for row in best["evidence"] if row["run"] == "overtuned")
+    assert any(why.startswith("capability fell by") for why in rejected["why_not"]) and not rejected["eligible"]
+
+
+@pytest.mark.slow
+def test_a_real_server_answers_and_judges(served_model, run):  # noqa: F811
+    server = f"win_rate.policy_server={{base_url: '{served_model}', model: {toy.MODEL}}}"
+    judge = ["judge=llm", f"judge.base_url={served_model}", f"judge.model={toy.MODEL}", "judge.controls=2"]
+    words = [f"run={run}", RATE, server, *judge, "judge.max_tokens=32", "win_rate.max_new_tokens=32"]
+    work(words)
+    found = read_json(run / "evaluation" / "win_rate.json")
+    assert found["status"] == "done" and found["unparsable_rate"] == 1 and found["win_rate"] == 0.5  # it is no judge
+    assert [control["passed"] for control in found["controls"]] == [True, False, False, False]
+    assert found["spend"]["policy"]["replies"] == found["questions"] == found["prompts"] == 8
+    journal = (run / "evaluation" / "judgements.jsonl").read_bytes()
+    work(words)
+    assert (run / "evaluation" / "judgements.jsonl").read_bytes() == journal
