@@ -126,7 +126,7 @@ def unary_pairs(folder):
     rows = [row.values for row in read_source(str(write_pairs(folder / "pairs.jsonl", 80)), "train")]
     lines = [{key: row[key] for key in ("prompt", "completion", "label")} for row in unpair(rows)]
     (folder / "unary.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return [f"data.train={folder / 'unary.jsonl'}"]
+    return [f"data.train={folder / 'unary.jsonl'}", "callbacks.pairs=64"]
 
 
 @pytest.mark.slow

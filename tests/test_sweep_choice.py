@@ -228,7 +228,7 @@ def test_win_rates_of_different_judges_are_not_compared(tmp_path: Path) -> None:
 
 def test_a_partial_evaluation_is_no_evidence(tmp_path: Path) -> None:
     judged_run(tmp_path, "whole", close_points()[1], 5.0)
-    judged_run(tmp_path, "partial", close_points()[0], 1.0, status="partial")
+    judged_run(tmp_path, "partial", close_points()[0], 1.0, parts={"win_rate": "partial"})
     found = summarize(tmp_path)
     assert found.recommended == "whole"
     assert evidence(found, "partial")["why_not"] == ["the win rate was not measured"]

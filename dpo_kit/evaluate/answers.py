@@ -15,7 +15,7 @@ from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.plan import Job
 from dpo_kit.generation import Answer, Asking, as_messages, draw_answers, draw_locally
 from dpo_kit.journal import Journal
-from dpo_kit.settings import Data, ServerAnswers
+from dpo_kit.settings import Data, Endpoint, ServerAnswers
 from dpo_kit.verdicts import Prompt
 
 AGAIN = "again"  # what tells the second answers of a control from the first
@@ -34,7 +34,7 @@ class Side:
     """Who answers, under which seed, and where the answers are kept."""
 
     who: Candidate | Path
-    server: ServerAnswers | None
+    server: Endpoint | None
     seed: int
     journal: Path
 
@@ -88,7 +88,7 @@ def _draw(
     wanted = job.options.win_rate
     asking = Asking(wanted.max_new_tokens, wanted.chunk, seed)
     if side.server is not None:
-        source = side.server.model_copy(update={"temperatures": [wanted.temperature], "draws": draws})
+        source = ServerAnswers(**side.server.model_dump(), temperatures=[wanted.temperature], draws=draws)
         return draw_answers(source, job.policy.model, prompts, asking, journal)
     assert isinstance(side.who, Candidate)
     return draw_locally(side.who.sampler(), [wanted.temperature], draws, prompts, asking, journal), {}

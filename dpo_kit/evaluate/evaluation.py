@@ -95,7 +95,9 @@ def next_command(job: Job, parts: Found) -> str:
     if won["status"] == "partial":
         return "the same command, which asks for what is missing only"
     if won["win_rate_verdict"] == "not separated" and (needed := won["win_rate_needed_prompts"]):
-        return f"{again} win_rate.limit={needed}   (as far as there are held-out prompts: data.holdout)"
+        if won["questions"] == won["settings"]["limit"]:
+            return f"{again} win_rate.limit={needed}"
+        return f"{again} win_rate.draws=4, or win_rate.prompts=FILE with about {needed:,} prompts"
     read = f"read {job.folder / 'samples.md'}"
     sweep = job.run.root.parent if job.run else None
     if sweep and (sweep / "best.json").exists():

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from dpo_kit.settings import Judge, ServerAnswers, Strict
+from dpo_kit.settings import Endpoint, Judge, Strict
 
 Split = Literal["select", "test"]
 
@@ -22,8 +22,8 @@ class WinRate(Strict):
     chunk: PositiveInt
     seed: NonNegativeInt
     opponent_seed: NonNegativeInt
-    policy_server: ServerAnswers | None
-    opponent_server: ServerAnswers | None
+    policy_server: Endpoint | None
+    opponent_server: Endpoint | None
 
 
 class Evaluate(Strict):

@@ -119,7 +119,7 @@ def _mode(cfg: DictConfig) -> str:
 
 def _refuse_the_run_s_own(folder: str, arguments: Sequence[str]) -> None:
     for word in arguments:
-        if word.partition("=")[0].lstrip("+~").split(".")[0] in OF_THE_RUN:
+        if word.partition("=")[0].lstrip("+~").split(".")[0] not in (*OWN, "tracking"):
             raise ConfigError(
                 f"{word}: this is taken from the manifest of {folder}. To measure its policy in another way: "
                 f"policy={folder}/model reference=… {word}"
@@ -136,7 +136,7 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
     opponent = _opponent(options.against, policy.start, policy.model)
     split: Split = options.split or ("select" if sweep else "test")
     method = Method(**config["method"])
-    below = _place(opponent) if options.against else ""
+    own = Path(options.out) if options.out else _folder(folder, split) / (_place(opponent) if options.against else "")
     return Job(
         policy=policy,
         reference=policy.start,
@@ -145,8 +145,8 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
         beta=config["beta"] if method.implicit_reward else None,
         options=options,
         split=split,
-        folder=Path(options.out) if options.out else _folder(folder, split) / below,
-        shared=sweep / "evaluation" if sweep else _folder(folder, split) / below,
+        folder=own,
+        shared=sweep / "evaluation" if sweep else own,
         run=RunDirectory(folder),
         tracking=_tracking(cfg),
     )

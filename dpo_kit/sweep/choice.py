@@ -378,7 +378,7 @@ def _evidence(verdict: Verdict, choice: Choice) -> dict[str, Any]:
 
 
 CITED = (
-    "status",
+    "parts",
     "split",
     "opponent",
     "judge",

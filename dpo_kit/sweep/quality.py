@@ -54,7 +54,7 @@ def _interval(value: float | None, low: float | None, high: float | None) -> Int
 
 def _win_rate(run: RunRecord) -> Interval | None:
     """None while verdicts are missing: those that are there may be the easy ones."""
-    whole = run.finished and run.judged.get("status", "done") == "done"
+    whole = run.finished and (run.judged.get("parts") or {}).get("win_rate", "done") == "done"
     ends: Mapping[str, Any] = run.judged if whole else {}
     return _interval(*(number(ends.get(f"win_rate{end}")) for end in ("", "_low", "_high")))
 
