@@ -87,7 +87,7 @@ def _interval(found: Found, key: str) -> tuple[float, float, float]:
 
 def _draw_verdicts(axes: Axes, found: Found) -> None:
     """One bar of all comparisons, and below it what tells how far the judge can be trusted."""
-    axes.set_title("Verdicts", **TITLE)
+    axes.set_title(f"Verdicts on {found['comparisons']:,} comparisons", **TITLE)
     axes.spines["bottom"].set_visible(False)
     outcomes = found["outcomes"]
     shown = (("win", BLUE), ("tie", LIGHT), ("order-dependent", MIDDLE), ("loss", ORANGE), ("unjudged", "white"))
@@ -105,7 +105,7 @@ def _draw_verdicts(axes: Axes, found: Found) -> None:
             color=color,
             markeredgecolor=GREY if color == "white" else color,
         )
-        text = f"{name}: {outcomes[name]:,} ({outcomes[name] / total:.0%})"
+        text = f"{name}: {outcomes[name] / total:.0%}"
         axes.text(0.045, -0.62 - 0.36 * line, text, fontsize=TEXT, va="center")
     said = [f"judge: {_short(found['judge']['name'], 26)}"]
     trusted = found["judge"]["kind"] in SCORING
