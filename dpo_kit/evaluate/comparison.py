@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ from dpo_kit.run import write_jsonl
 from dpo_kit.secrets import redact, redact_text
 from dpo_kit.settings import LLMJudge
 
-log = logging.getLogger(__name__)
 Answers = Sequence[Sequence[Answer | None]]
 UNJUDGED = Verdict("unjudged", "unjudged", "unjudged")
 NO_JUDGE = "no judge: say judge=llm judge.base_url=… judge.model=…, judge=reward_model judge.path=…, or judge=human"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from dpo_kit.run import read_json, write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-log = logging.getLogger(__name__)
 Found = dict[str, dict[str, Any]]
 SHOWN = 8  # rows of verdicts.jsonl in the tracker's table
 WORST = ("partial", "waiting", "done")
