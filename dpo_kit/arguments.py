@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.hardware import precision_arguments
+from dpo_kit.selection import greater_is_better
 from dpo_kit.settings import Settings
 from dpo_kit.trl_schema import load_schema
 
@@ -55,6 +56,8 @@ def decide(trl: dict[str, Any], rows: Rows) -> dict[str, Any]:
         "save_steps": trl["eval_steps"] or evaluate_every,
     }
     chosen |= {key: value for key, value in cadence.items() if trl[key] is None}
+    if trl["greater_is_better"] is None:
+        chosen["greater_is_better"] = greater_is_better(trl["metric_for_best_model"])
     if "desirable_weight" in trl and trl["desirable_weight"] is None:
         chosen["desirable_weight"] = _even_weight(rows) * trl["undesirable_weight"]
     return chosen

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from dpo_kit.drift import Divergence, Drift, ReferenceSamples, drift_metrics
 from dpo_kit.probe import PairProbe, name_rows
@@ -248,3 +248,18 @@ class KLDrift(_Measuring):
         self._previous_step = step
         self._half_way_done = abs(step - half) <= abs(step + interval - half)
         return self._half_way_done
+
+
+class Patience(EarlyStoppingCallback):
+    """Stops training after `early_stopping_patience` evaluations without a better `metric_for_best_model`.
+
+    A resumed run goes on counting. To be added after the callbacks that measure what it waits for.
+    """
+
+    def carry(self) -> dict[str, Any]:
+        """What a resumed run must know (see carried.py)."""
+        return {"waited": self.early_stopping_patience_counter}
+
+    def pick_up(self, carried: dict[str, Any]) -> None:
+        """Take back what `carry` gave."""
+        self.early_stopping_patience_counter = carried["waited"]

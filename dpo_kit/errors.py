@@ -6,7 +6,8 @@
     ├── ModelError  (also ValueError)   weights, tokenizer or reference that do not fit
     ├── TrainingError                   training ended in a state that must not be kept
     ├── SweepError                      some jobs of a sweep did not end well; the others are complete
-    └── BuildError                      some pairs could not be built; the others are complete
+    ├── BuildError                      some pairs could not be built; the others are complete
+    └── EvaluationError                 some answers or verdicts could not be had; what is there is reported
 
 A message names the key (or file and line), the rule, the value found and the remedy.
 """
@@ -38,3 +39,7 @@ class SweepError(DpoKitError):
 
 class BuildError(DpoKitError):
     """Some pairs could not be built; the others are complete, and the same command tries again."""
+
+
+class EvaluationError(DpoKitError):
+    """Some answers or verdicts could not be had; what is there is reported, and the same command asks for the rest."""

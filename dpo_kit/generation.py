@@ -8,7 +8,7 @@ same prompt in another chunk may get another answer.)
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,19 @@ class Asking:
 
 
 @dataclass(frozen=True)
+class LocalModel:
+    """A model that is sampled here, opened (model, tokenizer) only once something is to be drawn.
+
+    Its answers are kept under `identity`, so that equal identities are sampled once.
+    """
+
+    name: str
+    identity: list[Any]
+    open: Callable[[], tuple[Any, Any]]
+    wrap: bool = True  # text prompts become a user turn where the tokenizer has a chat template
+
+
+@dataclass(frozen=True)
 class Turn:
     """One model, temperature and draw, in which every prompt gets one answer."""
 
@@ -58,14 +71,34 @@ def draw_answers(
 
     `model` says how a local one is loaded. What `journal` has is not drawn again. Raises ModelError, DataError.
     """
-    turns = [Turn(temperature, draw) for temperature in source.temperatures for draw in range(source.draws)]
-    spend: dict[str, Any] = {}
     if isinstance(source, LocalAnswers):
-        name, keys = source.path, _draw_local(source, model, prompts, asking, turns, journal)
-    else:
-        name, (keys, spend) = source.model, _ask_server(source, prompts, asking, turns, journal)
+        local = _local_model(source, model)
+        return draw_locally(local, source.temperatures, source.draws, prompts, asking, journal), {}
+    turns = _turns(source.temperatures, source.draws)
+    keys, spend = _ask_server(source, prompts, asking, turns, journal)
+    return _answers(journal, keys, turns, source.model), spend
+
+
+def draw_locally(
+    local: LocalModel,
+    temperatures: Sequence[float],
+    draws: int,
+    prompts: Sequence[Prompt],
+    asking: Asking,
+    journal: Journal,
+) -> list[list[Answer | None]]:
+    """For each prompt the answers of `local`, `draws` at each temperature. What `journal` has is not drawn again."""
+    turns = _turns(temperatures, draws)
+    return _answers(journal, _draw_local(local, prompts, asking, turns, journal), turns, local.name)
+
+
+def _turns(temperatures: Sequence[float], draws: int) -> list[Turn]:
+    return [Turn(temperature, draw) for temperature in temperatures for draw in range(draws)]
+
+
+def _answers(journal: Journal, keys: dict[Turn, list[str]], turns: list[Turn], name: str) -> list[list[Answer | None]]:
     answers = [[_answer(journal, key, f"{name} at {turn.temperature:g}") for key in keys[turn]] for turn in turns]
-    return [list(each) for each in zip(*answers, strict=True)], spend
+    return [list(each) for each in zip(*answers, strict=True)]
 
 
 def _answer(journal: Journal, key: str, source: str) -> Answer | None:
@@ -77,10 +110,10 @@ def _answer(journal: Journal, key: str, source: str) -> Answer | None:
 
 
 def _draw_local(
-    source: LocalAnswers, model: Model, prompts: Sequence[Prompt], asking: Asking, turns: list[Turn], journal: Journal
+    local: LocalModel, prompts: Sequence[Prompt], asking: Asking, turns: list[Turn], journal: Journal
 ) -> dict[Turn, list[str]]:
     """The keys of all answers, by turn and in the order of the prompts, once the missing ones are drawn."""
-    identity = [hash_weights(source.path) or source.path, source.dtype, asking.max_new_tokens, asking.seed]
+    identity = [*local.identity, asking.max_new_tokens, asking.seed]
     chunks = [list(prompts[start : start + asking.chunk]) for start in range(0, len(prompts), asking.chunk)]
     contents = [key_of(chunk) for chunk in chunks]
     keys = {
@@ -90,32 +123,42 @@ def _draw_local(
     }
     missing = [place for place, own in keys.items() if not all(key in journal.rows for key in own)]
     if missing:
-        policy = _LocalModel(source, model)
+        sampler = _Sampler(local)
         todo = sum(len(keys[place]) for place in missing)
-        with tqdm(total=todo, desc=f"answers of {source.path}", unit="answer", disable=None) as bar:
+        with tqdm(total=todo, desc=f"answers of {local.name}", unit="answer", disable=None) as bar:
             for turn, number in missing:
                 seed = int(key_of(asking.seed, turn.temperature, turn.draw, contents[number])[:15], 16)
-                drawn = policy.sample(chunks[number], turn.temperature, asking.max_new_tokens, seed)
+                drawn = sampler.sample(chunks[number], turn.temperature, asking.max_new_tokens, seed)
                 rows = [{"text": sample.text, "cut": sample.cut} for sample in drawn]
                 journal.add_all(dict(zip(keys[turn, number], rows, strict=True)))
                 bar.update(len(drawn))
     return {turn: [key for number in range(len(chunks)) for key in keys[turn, number]] for turn in turns}
 
 
-class _LocalModel:
-    """A model and its tokenizer, ready to sample."""
+def _local_model(source: LocalAnswers, model: Model) -> LocalModel:
+    """The model at `source.path`, loaded as `model` says."""
 
-    def __init__(self, source: LocalAnswers, model: Model) -> None:
-        quiet_imports()
+    def open_model() -> tuple[Any, Any]:
         from dpo_kit.hardware import has_accelerator, training_precision
         from dpo_kit.model import load_reference, load_tokenizer
 
-        quiet_libraries()
         dtype = training_precision() if source.dtype == "auto" else source.dtype
         own = {"path": source.path, "reference": None, "tuning": "full", "dtype": dtype}
         settings = model.model_copy(update=own if source.path == model.path else own | {"revision": None})
-        self.tokenizer = load_tokenizer(settings)
-        self.model = load_reference(settings).to("cuda" if has_accelerator() else "cpu")  # type: ignore[arg-type]
+        weights: Any = load_reference(settings)
+        return weights.to("cuda" if has_accelerator() else "cpu"), load_tokenizer(settings)
+
+    return LocalModel(source.path, [hash_weights(source.path) or source.path, source.dtype], open_model)
+
+
+class _Sampler:
+    """An open model and its tokenizer, ready to sample."""
+
+    def __init__(self, local: LocalModel) -> None:
+        quiet_imports()
+        quiet_libraries()
+        self.wrap = local.wrap
+        self.model, self.tokenizer = local.open()
 
     def sample(self, prompts: Sequence[Prompt], temperature: float, max_new_tokens: int, seed: int) -> list[Any]:
         """One sample per prompt, all in one batch, from the random state `seed`; temperature 0 is greedy."""
@@ -138,7 +181,7 @@ class _LocalModel:
 
     def _rows(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         if self.tokenizer.chat_template is not None:
-            return [{"prompt": as_messages(prompt)} for prompt in prompts]
+            return [{"prompt": as_messages(prompt) if self.wrap else prompt} for prompt in prompts]
         if any(not isinstance(prompt, str) for prompt in prompts):
             raise DataError(
                 f"the prompts are chat messages, but the tokenizer of {self.tokenizer.name_or_path} has no chat "

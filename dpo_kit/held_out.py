@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 
 from dpo_kit.data.prepare import Rows, prepare
+from dpo_kit.data.rows import Kind
 from dpo_kit.gold import GoldFigures, load_gold
+from dpo_kit.hardware import has_accelerator
 from dpo_kit.model import load_reference, load_tokenizer, load_tuned
 from dpo_kit.probe import PairProbe
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.sampling import draw_samples, measuring
-from dpo_kit.scores import preference_metrics, reward_metrics
+from dpo_kit.scores import Scores, preference_metrics, reward_metrics
 from dpo_kit.scoring import Reference
 from dpo_kit.settings import Data, Method, Model
 
@@ -47,17 +49,21 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
     config = read_json(run.manifest)["config"]
     model, method = Model(**config["model"]), Method(**config["method"])
     tokenizer = load_tokenizer(model)
-    rows = read_test_rows(config, method, tokenizer)
-    tuned = Tuned(load_tuned(model, run.model), tokenizer, SimpleNamespace(**config["trl"]))
-    values = _preferences(tuned, rows, model, method, config["beta"])
+    _, rows = read_held_out(config, method, tokenizer, "test")
+    tuned = Tuned(place(load_tuned(model, run.model)), tokenizer, SimpleNamespace(**config["trl"]))
+    beta = config["beta"] if method.implicit_reward else None
+    scores, _ = score_rows(tuned, rows, load_reference(model), beta)
+    values = preference_metrics(scores, beta, method.saturation) | reward_metrics(scores, beta)
     if gold := config["data"]["gold"]:
         values |= _gold(tuned, rows, gold, config["callbacks"]["max_new_tokens"])
     write_json(run.test, values)
     return values
 
 
-def read_test_rows(config: dict[str, Any], method: Method, tokenizer: Any) -> Rows:
-    """The rows of the test split, read and cut as the run's own were."""
+def read_held_out(
+    config: dict[str, Any], method: Method, tokenizer: Any, split: Literal["select", "test"]
+) -> tuple[Kind, Rows]:
+    """The kind and the rows of a held-out split, read and cut as those of a run of `config` are."""
     trl = config["trl"]
     data = prepare(
         Data(**config["data"]),
@@ -67,14 +73,20 @@ def read_test_rows(config: dict[str, Any], method: Method, tokenizer: Any) -> Ro
         truncation=trl.get("truncation_mode", "keep_start"),
         seed=config["seed"],
     )
-    return data.test
+    return data.kind, getattr(data, split)
 
 
-def _preferences(tuned: Tuned, rows: Rows, model: Model, method: Method, beta: float) -> dict[str, float]:
-    given = beta if method.implicit_reward else None
-    reference = Reference(tuned, model=load_reference(model).to(tuned.model.device), is_start=False)  # type: ignore[arg-type]
-    scores = PairProbe(tuned, rows, beta=given, reference=reference).scores()  # type: ignore[arg-type]
-    return preference_metrics(scores, given, method.saturation) | reward_metrics(scores, given)
+def score_rows(tuned: Tuned, rows: Rows, reference: Any, beta: float | None) -> tuple[Scores, Rows]:
+    """Logratios of `rows` between the tuned policy and `reference` (its weights), and the rows that could be scored."""
+    against = Reference(tuned, model=place(reference), is_start=False)  # type: ignore[arg-type]
+    probe = PairProbe(tuned, rows, beta=beta, reference=against)  # type: ignore[arg-type]
+    return probe.scores(), probe.rows
+
+
+def place(model: Any) -> Any:
+    """`model` where it is fastest; 4-bit weights are there already."""
+    fixed = getattr(model, "is_loaded_in_4bit", False)
+    return model if fixed else model.to("cuda" if has_accelerator() else "cpu")
 
 
 def _gold(tuned: Tuned, rows: Rows, path: str, max_new_tokens: int) -> dict[str, float]:

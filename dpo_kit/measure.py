@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, repeat
 from typing import Any
 
-from dpo_kit.callbacks import ImplicitReward, KLDrift, PreferenceMargin
+from dpo_kit.callbacks import ImplicitReward, KLDrift, Patience, PreferenceMargin
 from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.gold import GoldFigures, answer_text, load_gold
@@ -62,6 +62,8 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
         if predicts(settings):
             judge = GoldFigures(load_gold(str(settings.data.gold)), trainer).reward
             trainer.add_callback(Preview(drift.drift, settings.beta, wanted.preview, run.preview, judge))
+    if wanted.patience is not None:
+        trainer.add_callback(Patience(early_stopping_patience=wanted.patience))  # after what it waits for
     show_progress(trainer)
 
 

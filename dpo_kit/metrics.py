@@ -116,22 +116,45 @@ def spearman(first: Tensor, second: Tensor) -> float:
     return float(centred.prod(0).sum() / norm) if norm > 0 else math.nan
 
 
-def length_corrected_accuracy(margins: Tensor, length_gaps: Tensor, ridge: float = 1e-2, steps: int = 50) -> float:
-    """σ(a) of the fit logit P(margin > 0) = a + b·tanh(gap / sd): the accuracy expected at equal lengths.
+def length_corrected_accuracy(margins: Tensor, length_gaps: Tensor) -> float:
+    """The accuracy expected at equal lengths: `length_controlled` of which pairs are ranked as labelled.
 
-    The form of length-controlled AlpacaEval (arXiv:2404.04475) without its instruction difficulty. `margins`
-    and `length_gaps` (tokens, chosen − rejected) have shape (pairs,). A small ridge on the sums keeps
-    separable data finite.
+    `margins` and `length_gaps` (tokens, chosen − rejected) have shape (pairs,).
     """
+    return length_controlled(correct(margins), length_gaps)
+
+
+def length_controlled(points: Tensor, length_gaps: Tensor) -> float:
+    """σ(a) of the fit logit P(win) = a + b·tanh(gap / sd): the mean of `points` expected at equal lengths.
+
+    The form of length-controlled AlpacaEval (arXiv:2404.04475) without its instruction difficulty. `points` (0, ½, 1)
+    and `length_gaps` have shape (n,).
+    """
+    return float(_fit_lengths(points, length_gaps, torch.ones(1, len(points), dtype=torch.float64)))
+
+
+def length_controlled_interval(
+    points: Tensor, length_gaps: Tensor, clusters: Sequence[str], draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval of `length_controlled`, whole clusters (prompts) resampled and fitted again."""
+    return _interval(_fit_lengths(points, length_gaps, _cluster_weights(clusters, draws, seed)))
+
+
+def _fit_lengths(points: Tensor, length_gaps: Tensor, weights: Tensor, ridge: float = 1e-2, steps: int = 50) -> Tensor:
+    """σ(a) for each row of `weights` (fits, n), by Newton's method; a small ridge keeps separable data finite."""
     gaps = length_gaps.double()
-    inputs = torch.stack([torch.ones_like(gaps), torch.tanh(gaps / gaps.std(correction=0).clamp(min=1e-9))], dim=1)
-    penalty, weights = ridge * torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    inputs = torch.stack([torch.ones_like(gaps), torch.tanh(gaps / gaps.std(correction=0).clamp(min=1e-9))])
+    products = (inputs[:, None] * inputs[None, :]).flatten(0, 1)  # (4, n): what a Hessian sums
+    penalty, fitted = ridge * torch.eye(2, dtype=torch.float64), torch.zeros(len(weights), 2, dtype=torch.float64)
     for _ in range(steps):
-        predicted = torch.sigmoid(inputs @ weights)
-        gradient = inputs.T @ (correct(margins) - predicted) - penalty @ weights
-        hessian = (inputs.T * (predicted * (1 - predicted))) @ inputs + penalty
-        weights = weights + torch.linalg.solve(hessian, gradient).clamp(-2, 2)
-    return float(torch.sigmoid(weights[0]))
+        predicted = torch.sigmoid(fitted @ inputs)
+        gradient = (weights * (points.double() - predicted)) @ inputs.T - fitted @ penalty
+        hessian = ((weights * predicted * (1 - predicted)) @ products.T).unflatten(1, (2, 2)) + penalty
+        step = torch.linalg.solve(hessian, gradient).clamp(-2, 2)
+        fitted = fitted + step
+        if float(step.abs().max()) < 1e-10:
+            break
+    return torch.sigmoid(fitted[:, 0])
 
 
 def wilson(share: float, count: float, z: float = Z95) -> tuple[float, float]:

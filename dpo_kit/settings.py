@@ -121,6 +121,7 @@ class Callbacks(Strict):
     prompts: PositiveInt
     max_new_tokens: PositiveInt
     preview: list[PositiveFloat]
+    patience: PositiveInt | None = None
 
 
 class Tracking(Strict):

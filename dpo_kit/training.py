@@ -23,6 +23,7 @@ from dpo_kit.config import check
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.preference import measure_preference, reference_margins
 from dpo_kit.data.prepare import Prepared, Rows, prepare
+from dpo_kit.errors import ConfigError
 from dpo_kit.finish import Result, finish_run, write_failure
 from dpo_kit.gold import label_ceiling, load_gold
 from dpo_kit.identity import origin, refuse_other_run
@@ -37,6 +38,7 @@ from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on, is_writer
 from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
 from dpo_kit.safekeeping import with_safekeeping
 from dpo_kit.secrets import redact, redact_argv
+from dpo_kit.selection import kind_fault
 from dpo_kit.settings import Settings
 from dpo_kit.speed import speed_up
 
@@ -120,6 +122,8 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
     if settings.data.gold and data.kind == "pairs":
         data.report["ceiling"] = label_ceiling(load_gold(settings.data.gold), data.select)
     write_json(run.data_report, data.report)
+    if fault := kind_fault(settings.trl["metric_for_best_model"], data.kind):
+        raise ConfigError(fault)
     if about := [warning["about"] for warning in data.report["warnings"]]:
         log.info("the data report has something to say on %s: %s", ", ".join(dict.fromkeys(about)), run.data_report)
     if data.dropped:

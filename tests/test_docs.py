@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -31,7 +32,8 @@ SERVERS = [command for command in COMMANDS if "base_url" in command]
 NOT_RUN = [*CLUSTERS, *ACCOUNTS, *SERVERS]
 BUILDS = [command for command in COMMANDS if "mode=build" in command]
 DATA = [command for command in COMMANDS if "dpo_kit.data" in command and command not in BUILDS]
-SWEEPS = [c for c in COMMANDS if ("sweep=" in c or " -m beta" in c) and c not in NOT_RUN]
+EVALUATIONS = [command for command in COMMANDS if "dpo_kit.evaluate" in command]
+SWEEPS = [c for c in COMMANDS if ("sweep=" in c or " -m beta" in c) and c not in NOT_RUN + EVALUATIONS]
 SHORT = ["trl.max_steps=4", "callbacks.pairs=16", "callbacks.prompts=8"]
 FOR_THE_TINY_MODEL = ["allow_learning_rate=true", "trl.learning_rate=1e-4", "trl.num_train_epochs=0.1"]
 
@@ -47,7 +49,7 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN + DATA + BUILDS]
+    "command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN + DATA + BUILDS + EVALUATIONS]
 )
 def test_every_command_of_the_readme_composes(command):
     compose(_arguments(command))
@@ -70,7 +72,7 @@ def test_every_build_of_the_readme_runs(written, command, tmp_path):
 
 
 def test_what_needs_a_cluster_an_account_or_a_server_says_that_it_was_not_run():
-    assert len(CLUSTERS) == 2 and len(ACCOUNTS) == 1 and len(SERVERS) == 1
+    assert len(CLUSTERS) == 2 and len(ACCOUNTS) == 1 and len(SERVERS) == 2
     for line in README.splitlines():
         if line.split("#")[0].strip() in NOT_RUN:
             assert "# not run: needs" in line
@@ -102,8 +104,18 @@ def test_every_sweep_of_the_readme_runs_and_is_summed_up_again(written, command,
 
 
 @pytest.mark.slow
+def test_every_evaluation_of_the_readme_runs(command, tmp_path):
+    assert command("hydra.run.dir=outputs/mine", *SHORT).returncode == 0
+    shutil.copytree(tmp_path / "outputs" / "mine", tmp_path / "outputs" / "sweep-0123abcd" / "mine")
+    shutil.copytree(tmp_path / "outputs" / "mine" / "model", tmp_path / "path" / "to" / "tuned")
+    for written in (each for each in EVALUATIONS if each not in NOT_RUN):
+        done = command(*_arguments(written), "win_rate.limit=24", module="dpo_kit.evaluate")
+        assert done.returncode == 0 and "next:" in done.stdout and "Warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "written", ["python -m dpo_kit", *(c for c in COMMANDS if c not in SWEEPS + NOT_RUN + DATA + BUILDS)]
+    "written", ["python -m dpo_kit", *(c for c in COMMANDS if c not in SWEEPS + NOT_RUN + DATA + BUILDS + EVALUATIONS)]
 )
 def test_every_command_of_the_readme_runs(written, command):
     arguments = _arguments(written)

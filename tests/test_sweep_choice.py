@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_kit.run import read_json, write_json
+from dpo_kit.run import read_json, write_json, write_jsonl
 from dpo_kit.sweep.summary import Summary, summarize
 from tests.sweeps import MODEL, rewards, write_jobs, write_run
 
@@ -170,6 +170,105 @@ def test_a_judge_s_win_rate_stands_before_accuracy(tmp_path: Path) -> None:
     assert found.recommended == "liked" and not found.choice.quality.provisional
     assert "does not beat the reference" in evidence(found, "accurate")["why_not"][0]
     assert evidence(found, "unjudged")["why_not"] == ["the win rate was not measured"]
+
+
+JUDGE = {"name": "llm j", "kind": "llm", "rubric": "r", "controls_failed": []}
+
+
+def judged_run(sweep: Path, name: str, points: list[float], kl: float, **more: Any) -> None:
+    """A run whose answers were judged prompt by prompt: result.json and verdicts.jsonl as an evaluation leaves them."""
+    accuracy_run(sweep, name, 300, kl)
+    rate = sum(points) / len(points)
+    half = 1.96 * (sum((each - rate) ** 2 for each in points) / len(points) ** 2) ** 0.5
+    result = {"status": "done", "split": "select", "opponent": "its reference", "judge": JUDGE, "win_rate": rate}
+    result |= {"win_rate_low": rate - half, "win_rate_high": rate + half} | more
+    write_json(sweep / name / "evaluation" / "result.json", result)
+    rows = [{"prompt_id": f"p{number}", "draw": 0, "points": each} for number, each in enumerate(points)]
+    write_jsonl(sweep / name / "evaluation" / "verdicts.jsonl", rows)
+
+
+def close_points() -> tuple[list[float], list[float]]:
+    """Two runs' points on 300 prompts: .70 and .64, the worse one losing 18 of the prompts that the better one wins."""
+    return [1.0] * 210 + [0.0] * 90, [1.0] * 192 + [0.0] * 108
+
+
+def test_win_rates_are_paired_by_prompt(tmp_path: Path) -> None:
+    better, worse = close_points()
+    judged_run(tmp_path, "better", better, 5.0)
+    judged_run(tmp_path, "worse", worse, 1.0)
+    found = summarize(tmp_path)
+    assert found.recommended == "better"  # by their intervals alone (.65 to .75 and .59 to .69) they would tie
+    below = evidence(found, "worse")["below_best"]
+    assert below["basis"] == "paired bootstrap by prompt" and below["value"] == pytest.approx(0.06)
+    assert below["p"] < 0.001 and below["count"] == 300
+    for name in ("better", "worse"):
+        (tmp_path / name / "evaluation" / "verdicts.jsonl").unlink()
+    found = summarize(tmp_path)
+    assert found.recommended == "worse"  # nearest to the reference of two that tie
+    assert evidence(found, "worse")["below_best"]["basis"] == "their intervals alone"
+
+
+def test_best_json_cites_the_evaluation_that_it_rests_on(tmp_path: Path) -> None:
+    judged_run(tmp_path, "a", close_points()[0], 5.0)
+    cited = evidence(summarize(tmp_path), "a")["evaluation"]
+    assert cited["file"] == "a/evaluation/result.json" and cited["judge"]["name"] == "llm j"
+    assert (cited["win_rate"], cited["split"]) == (0.7, "select")
+    accuracy_run(tmp_path, "plain", 300, 1.0)
+    assert "evaluation" not in evidence(summarize(tmp_path), "plain")
+
+
+def test_win_rates_of_different_judges_are_not_compared(tmp_path: Path) -> None:
+    better, worse = close_points()
+    judged_run(tmp_path, "better", better, 5.0)
+    judged_run(tmp_path, "worse", worse, 1.0, judge=JUDGE | {"name": "llm other"})
+    found = summarize(tmp_path)
+    assert evidence(found, "worse")["below_best"] is None and found.recommended == "worse"
+    assert any("different judges or opponents" in note for note in found.choice.notes)
+
+
+def test_a_partial_evaluation_is_no_evidence(tmp_path: Path) -> None:
+    judged_run(tmp_path, "whole", close_points()[1], 5.0)
+    judged_run(tmp_path, "partial", close_points()[0], 1.0, parts={"win_rate": "partial"})
+    found = summarize(tmp_path)
+    assert found.recommended == "whole"
+    assert evidence(found, "partial")["why_not"] == ["the win rate was not measured"]
+
+
+def test_failed_controls_and_a_spent_test_split_are_said(tmp_path: Path) -> None:
+    failed = JUDGE | {"controls_failed": ["pick me", "empty"]}
+    judged_run(tmp_path, "a", close_points()[0], 5.0, judge=failed, split="test")
+    notes = " ".join(summarize(tmp_path).choice.notes)
+    assert "failed its own controls (empty, pick me): do not trust" in notes and "no untouched data left" in notes
+
+
+GATE = {"worst_task": "gsm8k", "difference": -0.081, "low": -0.12, "high": -0.042, "limit": 0.03}
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_failed_gate_rejects_a_run_even_where_it_is_the_best(tmp_path: Path, passed: bool) -> None:
+    accuracy_run(tmp_path, "best", 390, 1.0)
+    accuracy_run(tmp_path, "good", 300, 2.0)
+    write_json(tmp_path / "best" / "evaluation" / "result.json", {"status": "done", "gate": GATE | {"passed": passed}})
+    found = summarize(tmp_path)
+    assert found.recommended == ("best" if passed else "good")
+    why = evidence(found, "best")["why_not"]
+    assert why == ([] if passed else [
+        "the regression gate failed on gsm8k: difference to the reference -0.081 [-0.120, -0.042], where at most 0.03 "
+        "may be lost"
+    ])  # fmt: skip
+    assert evidence(found, "best")["evaluation"]["gate"]["passed"] is passed
+    assert "no regression gate failed" in found.choice.rule
+
+
+def test_lost_capability_rejects_the_run_of_the_highest_win_rate(tmp_path: Path) -> None:
+    judged_run(tmp_path, "overtuned", close_points()[0], 1.0)
+    judged_run(tmp_path, "sane", close_points()[1], 2.0)
+    result = read_json(tmp_path / "overtuned" / "result.json")
+    result["start"]["gold/capability"], result["final"]["gold/capability"] = 0.9, 0.4
+    write_json(tmp_path / "overtuned" / "result.json", result)
+    found = summarize(tmp_path)
+    assert found.recommended == "sane"
+    assert evidence(found, "overtuned")["why_not"] == ["capability fell by 0.500, more than 0.03"]
 
 
 def test_without_a_measured_drift_no_run_is_eligible(tmp_path: Path) -> None:

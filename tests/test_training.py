@@ -123,7 +123,7 @@ def test_a_finished_run_is_measured_once_on_the_split_that_no_choice_has_seen(fe
     assert measured["probe/margin_nats"] != run.final["probe/margin_nats"]  # other rows
     config = check(compose([*few, f"model.tuning={tuning}"]))
     data = prepare_data(config, load_tokenizer(config.model), RunDirectory(tmp_path / "again"))
-    monkeypatch.setattr("dpo_kit.held_out.read_test_rows", lambda *_: data.select)
+    monkeypatch.setattr("dpo_kit.held_out.read_held_out", lambda *_: (data.kind, data.select))
     RunDirectory(tmp_path).test.unlink()
     on_select = measure_test_split(tmp_path)  # on the rows of the run's own probe it finds what the run found
     for key in ("probe/accuracy", "probe/margin_nats", "probe/logratio_chosen_nats", "probe/reward_margin"):

@@ -6,7 +6,7 @@ separate from the best tie with it, and of these the one nearest to the referenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -113,7 +113,8 @@ def rule_text(quality: Quality, limits: Choose) -> str:
     """The rule in words, with its limits."""
     return (
         f"Quality is the {quality.name}. Eligible: its 95 % interval beats the reference, reverse KL at most "
-        f"{limits.kl_budget_nats:g} nats per answer, capability loss at most {limits.max_regression:g}. Eligible runs "
+        f"{limits.kl_budget_nats:g} nats per answer, capability loss at most {limits.max_regression:g}, no regression "
+        "gate failed. Eligible runs "
         f"that a paired test by prompt ({quality.test}, Holm at {LEVEL}) does not separate from the best tie with it; "
         "among them the lowest reverse KL wins."
     )
@@ -139,6 +140,7 @@ def judge(run: RunRecord, quality: Quality, limits: Choose) -> Verdict:
         f"capability fell by {loss:.3f}, more than {limits.max_regression:g}"
         if loss is not None and loss > limits.max_regression + SLACK
         else None,
+        gate_fault(run),
     ]
     return Verdict(run, found, gain, loss, tuple(fault for fault in faults if fault))
 
@@ -147,6 +149,18 @@ def capability_loss(run: RunRecord) -> float | None:
     """Share of the capability lost since step 0 (negative: gained); None where it is not known."""
     start, final = run.start("gold/capability"), run.final("gold/capability")
     return None if start is None or final is None else start - final
+
+
+def gate_fault(run: RunRecord) -> str | None:
+    """Why the regression gate of evaluation/result.json refuses the run; None where it passed or was not run."""
+    gate = run.judged.get("gate")
+    if not isinstance(gate, Mapping) or gate.get("passed", True):
+        return None
+    value, low, high, limit = (number(gate.get(key)) for key in ("difference", "low", "high", "limit"))
+    text = f"the regression gate failed on {gate.get('worst_task', 'a benchmark')}"
+    text += f": difference to the reference {value:+.3f}" if value is not None else ""
+    text += f" [{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else ""
+    return text + (f", where at most {limit:g} may be lost" if limit is not None else "")
 
 
 def _quality_fault(found: Interval | None, gain: Difference | None, quality: Quality) -> str | None:
@@ -234,6 +248,9 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
         _note_saturation(finished),
         _note_data(finished),
         _note_unpaired(choice),
+        _note_judges(choice),
+        _note_controls(choice),
+        _note_split(choice),
         _note_cut(choice.recommended),
     )
     return [note for note in checks if note]
@@ -280,6 +297,28 @@ def _note_unpaired(choice: Choice) -> str | None:
     tests = [test for v in choice.verdicts for test in (v.gain, v.against_best) if test]
     unpaired = any(test.basis == "their intervals alone" for test in tests)
     return "Some runs have no answers by prompt: these were compared by their intervals alone." if unpaired else None
+
+
+def _note_judges(choice: Choice) -> str | None:
+    judged = {verdict.run.judged_by for verdict in choice.verdicts if verdict.quality}
+    if choice.quality.key != "win_rate" or len(judged) < 2:
+        return None
+    return "The win rates come from different judges or opponents and are not compared: evaluate the sweep as a whole."
+
+
+def _note_controls(choice: Choice) -> str | None:
+    judges = [verdict.run.judged.get("judge") or {} for verdict in choice.verdicts]
+    failed = {name for judge in judges for name in judge.get("controls_failed") or []}
+    if choice.quality.key != "win_rate" or not failed:
+        return None
+    return f"The judge failed its own controls ({', '.join(sorted(failed))}): do not trust the win rates."
+
+
+def _note_split(choice: Choice) -> str | None:
+    splits = {verdict.run.judged.get("split") for verdict in choice.verdicts if verdict.quality}
+    if choice.quality.key != "win_rate" or "test" not in splits:
+        return None
+    return "Win rates of the test split play a part in this choice: the winner has no untouched data left to report on."
 
 
 def _note_cut(run: RunRecord | None) -> str | None:
@@ -333,8 +372,28 @@ def _evidence(verdict: Verdict, choice: Choice) -> dict[str, Any]:
         "below_best": _difference(verdict.against_best),
         "tied_with_best": verdict.tied,
     }
+    row |= {"evaluation": cited} if (cited := _cited(run)) else {}
     test = run.test if choice.recommended is run else None
     return row | ({"test": {key: number(item) for key, item in test.items()}} if test else {})
+
+
+CITED = (
+    "parts",
+    "split",
+    "opponent",
+    "judge",
+    "win_rate",
+    "win_rate_low",
+    "win_rate_high",
+    "win_rate_prompts",
+    "gate",
+)
+
+
+def _cited(run: RunRecord) -> dict[str, Any]:
+    """What the evaluation says that a choice may rest on, and where that stands; {} where there is none."""
+    found = {key: run.judged[key] for key in CITED if key in run.judged}
+    return {"file": f"{run.path}/evaluation/result.json", **found} if found else {}
 
 
 def _difference(test: Difference | None) -> dict[str, Any] | None:

@@ -53,7 +53,9 @@ def _interval(value: float | None, low: float | None, high: float | None) -> Int
 
 
 def _win_rate(run: RunRecord) -> Interval | None:
-    ends: Mapping[str, Any] = run.judged if run.finished else {}
+    """None while verdicts are missing: those that are there may be the easy ones."""
+    whole = run.finished and (run.judged.get("parts") or {}).get("win_rate", "done") == "done"
+    ends: Mapping[str, Any] = run.judged if whole else {}
     return _interval(*(number(ends.get(f"win_rate{end}")) for end in ("", "_low", "_high")))
 
 
@@ -101,12 +103,20 @@ def _compare_accuracy(first: RunRecord, second: RunRecord) -> Difference | None:
     return mcnemar(first.pairs, second.pairs) or _by_intervals(_final("probe/accuracy"))(first, second)
 
 
+def _compare_win_rates(first: RunRecord, second: RunRecord) -> Difference | None:
+    """Paired by prompt; None where another judge or another opponent stood behind them: these do not compare."""
+    if first.judged_by != second.judged_by:
+        return None
+    paired = paired_bootstrap(first.points_by_prompt, second.points_by_prompt)
+    return paired or _by_intervals(_win_rate)(first, second)
+
+
 _accuracy, _auc, _gold = (_final(key) for key in ("probe/accuracy", "probe/auc", "gold/reward"))
 QUALITIES = (
     Quality("gold reward", "gold/reward", "prompts", "bootstrap", False, _gold, _gold_gain, _compare_gold),
     Quality(
-        "win rate", "win_rate", "prompts", "the intervals of the win rates", False,
-        _win_rate, _above_half(_win_rate), _by_intervals(_win_rate),
+        "win rate", "win_rate", "prompts", "bootstrap", False,
+        _win_rate, _above_half(_win_rate), _compare_win_rates,
     ),
     Quality(
         "held-out accuracy", "probe/accuracy", "pairs", "exact McNemar", True,

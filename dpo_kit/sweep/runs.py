@@ -146,6 +146,21 @@ class RunRecord:
         whole = [row for row in rows if row["step"] == last and None not in (row.get(sides[0]), row.get(sides[1]))]
         return {row["pair_id"]: (row["prompt_id"], row[sides[0]] - row[sides[1]]) for row in whole}
 
+    @cached_property
+    def points_by_prompt(self) -> dict[str, float]:
+        """The mean points of the answers to each prompt in evaluation/verdicts.jsonl; {} where nothing was judged."""
+        points: dict[str, list[float]] = {}
+        for row in _rows(RunDirectory(self.root).evaluation / "verdicts.jsonl"):
+            if number(row.get("points")) is not None:
+                points.setdefault(row["prompt_id"], []).append(row["points"])
+        return {prompt: sum(values) / len(values) for prompt, values in points.items()}
+
+    @property
+    def judged_by(self) -> tuple[Any, ...]:
+        """What win rates must share to be compared: the judge, and whose answers stood against the policy's."""
+        judge = {key: value for key, value in (self.judged.get("judge") or {}).items() if key != "controls_failed"}
+        return (json.dumps(judge, sort_keys=True), self.judged.get("opponent"))
+
     @property
     def kl_reverse_key(self) -> str:
         """Rao-Blackwell where it was affordable, else k1."""

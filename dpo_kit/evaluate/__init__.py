@@ -1,0 +1,1 @@
+"""Is the tuned policy better than its reference, at what, and what did it cost?"""

@@ -1,0 +1,93 @@
+"""`python -m dpo_kit.evaluate`: is a policy better than its reference, at what, and how sure is that?"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from dpo_kit.config import CONF
+from dpo_kit.errors import ConfigError, DpoKitError, EvaluationError
+from dpo_kit.evaluate.evaluation import check_parts, evaluate, show, show_line
+from dpo_kit.evaluate.plan import Job, plan
+from dpo_kit.quiet import quiet_imports
+from dpo_kit.tool import run_tool
+
+USAGE = """\
+usage: python -m dpo_kit.evaluate run=DIR | sweep=DIR | policy=… reference=… [group=option | key=value] …
+
+  run=DIR                      the policy of a run against its reference, on the test split; into DIR/evaluation
+  sweep=DIR                    every run of a sweep, on the select split; ends with the summary and the choice
+  policy=DIR reference=DIR     models made by any tool; data, model and trl keys as for training
+  against=DIR | FILE           instead of the reference: another run or model, or answers.jsonl
+  judge=gold|reward_model|llm|human   who compares the answers (default: the data's gold function, where they have one)
+  judge=llm judge.base_url=http://localhost:8000/v1 judge.model=…   any OpenAI-compatible server; see conf/judge
+
+keys, with their defaults (win_rate.limit=800):
+"""
+log = logging.getLogger("dpo_kit.evaluate")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, 1 where something is missing or failed, 2 where the arguments are refused."""
+    return run_tool("evaluate", _usage(), arguments, work)
+
+
+def _usage() -> str:
+    """USAGE with the tool's own keys as conf/ explains them."""
+    text = (CONF / "tool" / "evaluate.yaml").read_text(encoding="utf-8")
+    return USAGE + textwrap.indent(text[text.index("run: null") :], "  ")
+
+
+def work(arguments: Sequence[str]) -> None:
+    """Do what `arguments` (Hydra overrides) ask for.
+
+    Raises ConfigError, DataError, ModelError; EvaluationError where an evaluation is not complete.
+    """
+    quiet_imports()
+    jobs = plan(arguments)
+    check_parts(jobs[0].options.parts)
+    with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
+        import dpo_kit.held_out  # noqa: F401
+    if jobs[0].options.sweep:
+        _evaluate_sweep(jobs)
+        return
+    (job,) = jobs
+    result = evaluate(job)
+    show(job, result)
+    if result["status"] == "partial":
+        raise EvaluationError(f"some answers or verdicts are missing: {result['next']}")
+
+
+def _evaluate_sweep(jobs: Sequence[Job]) -> None:
+    """Each run; one that cannot be evaluated stops no other. Then the sweep's summary and choice anew."""
+    from rich.console import Console
+
+    from dpo_kit.sweep.conclude import report
+    from dpo_kit.sweep.summary import show_summary
+
+    console, missing = Console(), []
+    for job in jobs:
+        try:
+            result = evaluate(job)
+        except (DpoKitError, OSError) as error:
+            if len(jobs) == 1 or isinstance(error, ConfigError):
+                raise
+            log.warning("%s cannot be evaluated: %s", job.policy.name, error)
+            missing.append(f"{job.policy.name} ({type(error).__name__}: {error})")
+            continue
+        show_line(job, result, console)
+        missing += [job.policy.name] if result["status"] == "partial" else []
+    sweep = str(jobs[0].options.sweep)
+    summary = show_summary(sweep)
+    if jobs[0].tracking.reporter == "wandb" and (summary.sweep_dir / "wandb_id").exists():
+        report(summary, jobs[0].tracking)
+    if missing:
+        raise EvaluationError(f"{len(missing)} of {len(jobs)} runs lack something: {'; '.join(missing)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""One of the models that an evaluation compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.errors import ConfigError
+from dpo_kit.generation import LocalModel
+from dpo_kit.run import RunDirectory, hash_weights, read_json
+from dpo_kit.settings import Model
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy, its reference or any other model: what it is called, how it is loaded, and what a run made of it.
+
+    `tuned` is the folder that a run left (whole weights, or an adapter on `model.path`); None: the reference of
+    `model`, which is `model.path` itself unless `model.reference` names another.
+    """
+
+    name: str
+    model: Model
+    tuned: Path | None = None
+
+    def load(self) -> Any:
+        """The weights, in evaluation mode. ModelError where they cannot be loaded."""
+        from dpo_kit.model import load_reference, load_tuned
+
+        return load_tuned(self.model, self.tuned).eval() if self.tuned else load_reference(self.model)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of `model.path`, which reads control tokens in messages as text."""
+        from dpo_kit.model import load_tokenizer
+
+        return load_tokenizer(self.model)
+
+    @property
+    def start(self) -> Candidate:
+        """What this policy was tuned from."""
+        return Candidate("its reference", self.model)
+
+    def sampler(self) -> LocalModel:
+        """This candidate as one whose answers are drawn here; known by its weights, wherever they lie."""
+        base = self.model.reference or self.model.path if self.tuned is None else self.model.path
+        adapted = self.tuned is not None and self.model.tuning != "full"
+        weights = [hash_weights(path) or f"{path}@{self.model.revision}" for path in self._parts(base, adapted)]
+        return LocalModel(self.name, ["candidate", *weights, self.model.dtype, self.model.tuning == "qlora"],
+                          self._open, wrap=False)  # fmt: skip
+
+    def _parts(self, base: str, adapted: bool) -> list[str]:
+        """The folders whose weights make this model."""
+        if self.tuned is None:
+            return [base]
+        return [base, str(self.tuned)] if adapted else [str(self.tuned)]
+
+    def _open(self) -> tuple[Any, Any]:
+        from dpo_kit.hardware import training_precision
+        from dpo_kit.held_out import place
+
+        fast = {"dtype": training_precision() if self.model.dtype == "auto" else self.model.dtype}
+        return place(Candidate(self.name, self.model.model_copy(update=fast), self.tuned).load()), self.tokenizer()
+
+
+def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
+    """The policy that a finished run left, and the config of the run. ConfigError where there is none."""
+    run = RunDirectory(folder)
+    if not run.manifest.exists():
+        raise ConfigError(f"{folder} is no run directory (it has no manifest.json){_meant(folder)}")
+    result = run.read_result() or {}
+    if result.get("status") != "done":
+        status = result.get("status", "running or killed")
+        raise ConfigError(f"{folder} is a run that has not ended well (status: {status}): finish it first")
+    config = read_json(run.manifest)["config"]
+    return Candidate(folder.resolve().name, Model(**config["model"]), run.model), config
+
+
+def _meant(folder: Path) -> str:
+    if any(folder.glob("*/manifest.json")):
+        return f": it is a sweep, say sweep={folder}"
+    if RunDirectory(folder.parent).manifest.exists():
+        return f": did you mean run={folder.parent}?"
+    return f": for a model made elsewhere say policy={folder} reference=…" if folder.is_dir() else ""
+
+
+def of_path(path: str, model: Model) -> Candidate:
+    """A model made by any tool: a folder or hub id, or a folder with an adapter; loaded as `model` says.
+
+    ConfigError for a run directory.
+    """
+    folder = Path(path).expanduser()
+    if RunDirectory(folder).manifest.exists():
+        raise ConfigError(f"{path} is a run directory: say run={path}, or name its policy, {folder / 'model'}")
+    own = {"reference": None, "revision": model.revision if path == model.path else None}
+    if (folder / ADAPTER).exists():
+        base = read_json(folder / ADAPTER)["base_model_name_or_path"]
+        return Candidate(path, model.model_copy(update=own | {"path": base, "tuning": "lora"}), folder)
+    return Candidate(path, model.model_copy(update=own | {"path": path, "tuning": "full"}))

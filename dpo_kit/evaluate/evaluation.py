@@ -1,0 +1,177 @@
+"""One evaluation: its parts one after the other, then result.json, the picture, and the same in the tracker."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_kit import tracking
+from dpo_kit.errors import ConfigError
+from dpo_kit.evaluate.parts import PARTS
+from dpo_kit.evaluate.picture import draw_evaluation
+from dpo_kit.evaluate.plan import Job
+from dpo_kit.history import read_metrics
+from dpo_kit.run import read_json, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Found = dict[str, dict[str, Any]]
+SHOWN = 8  # rows of verdicts.jsonl in the tracker's table
+WORST = ("partial", "waiting", "done")
+
+
+def check_parts(names: Sequence[str]) -> None:
+    """ConfigError where a part is not known."""
+    for name in names:
+        if name not in PARTS:
+            near = difflib.get_close_matches(name, PARTS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {name}{hint}")
+
+
+def evaluate(job: Job) -> dict[str, Any]:
+    """Measure the parts that the job asks for; what result.json then holds.
+
+    Each part's findings are in `<part>.json` of the job's folder, and those of parts measured earlier stay there.
+    Raises ConfigError, DataError, ModelError.
+    """
+    check_parts(job.options.parts)
+    skipped = {}
+    for name in job.options.parts:
+        found = PARTS[name].measure(job)
+        if found["status"] == "skipped":
+            skipped[name] = found["reason"]
+        else:
+            write_json(job.folder / f"{name}.json", found)
+    parts = read_parts(job.folder)
+    result = summarize(job, parts, skipped)
+    write_json(job.folder / "result.json", result)
+    if parts:
+        draw_evaluation(job.folder / "evaluation.png", parts, title=f"{job.policy.name} against {job.opponent_name}")
+    _report(job, result, parts)
+    return result
+
+
+def read_parts(folder: Path) -> Found:
+    """What each part found in `folder`, in the order of PARTS."""
+    files = {name: folder / f"{name}.json" for name in PARTS}
+    return {name: read_json(file) for name, file in files.items() if file.exists()}
+
+
+def summarize(job: Job, parts: Found, skipped: dict[str, str]) -> dict[str, Any]:
+    """The content of result.json: the headline of every part; `status` is that of the part that lacks most."""
+    states = {name: found["status"] for name, found in parts.items()}
+    headlines: dict[str, Any] = {}
+    for name, found in parts.items():
+        headlines |= PARTS[name].headline(found)
+    return {
+        "status": next((state for state in WORST if state in states.values()), "skipped"),
+        "policy": job.policy.name,
+        "opponent": job.opponent_name,
+        "split": job.split,
+        "parts": states | {name: f"skipped ({reason})" for name, reason in skipped.items() if name not in states},
+        **headlines,
+        "next": next_command(job, parts),
+    }
+
+
+def next_command(job: Job, parts: Found) -> str:
+    """What to type next: the same again where something is missing, a judge where there was none, else the reading."""
+    asked = {"run": job.run.root if job.run else None, "policy": job.options.policy, "reference": job.options.reference,
+             "against": job.options.against}  # fmt: skip
+    words = [f"{key}={value}" for key, value in asked.items() if value is not None]
+    again = shlex.join(["python", "-m", "dpo_kit.evaluate", *words])
+    won = parts.get("win_rate")
+    if won is None:
+        return f"{again} judge=llm judge.base_url=http://localhost:8000/v1 judge.model=…"
+    if won["status"] == "waiting":
+        return f"fill in the column better of {job.shared / 'review*.csv'} (1, 2 or tie), then the same command"
+    if won["status"] == "partial":
+        return "the same command, which asks for what is missing only"
+    if won["win_rate_verdict"] == "not separated" and (needed := won["win_rate_needed_prompts"]):
+        if won["questions"] == won["settings"]["limit"]:
+            return f"{again} win_rate.limit={needed}"
+        return f"{again} win_rate.draws=4, or win_rate.prompts=FILE with about {needed:,} prompts"
+    read = f"read {job.folder / 'samples.md'}"
+    sweep = job.run.root.parent if job.run else None
+    if sweep and (sweep / "best.json").exists():
+        return f"{read}, then python -m dpo_kit.sweep sweep={shlex.quote(str(sweep))}"
+    return read if won["judge"]["kind"] == "gold" else f"{read}, and let people check the judge: {again} review=20"
+
+
+def _report(job: Job, result: dict[str, Any], parts: Found) -> None:
+    """The same to the tracker: into the run's own wandb run where it has one, else as a job of type evaluate."""
+    wanted = job.tracking
+    if wanted.reporter != "wandb" or (job.run and not job.run.wandb_file.exists()):
+        return
+    options = wanted.model_dump(exclude={"reporter"})
+    if job.run:
+        tracker = tracking.start({}, run_dir=job.run.root, run_id=job.run.wandb_id(), **options)
+    else:
+        name = f"{job.policy.name} against {job.opponent_name}"
+        tracker = tracking.start(job.config, run_dir=job.folder, job_type="evaluate", **options | {"name": name})
+    place = "evaluation" if job.options.against is None else f"evaluation/{job.folder.name}"
+    numbers = {key: value for key, value in result.items() if isinstance(value, int | float | str) and key != "next"}
+    tracker.summary({f"{place}/{key}": value for key, value in numbers.items()})
+    if (job.folder / "evaluation.png").exists():
+        tracker.image(f"{place}/picture", job.folder / "evaluation.png")
+    if "win_rate" in parts:
+        rows = read_metrics(job.folder / "verdicts.jsonl")[:SHOWN]
+        shown = ("prompt", "policy", "opponent", "outcome")
+        tracker.table(f"{place}/samples", shown, [[str(row[name]) for name in shown] for row in rows])
+    tracker.finish()
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------
+
+
+def show(job: Job, result: dict[str, Any], console: Console | None = None) -> None:
+    """Failed controls above all, a short table, what to know, where the files are, the next command."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+    parts = {name: found for name, found in read_parts(job.folder).items() if name in job.options.parts}
+    for name, found in parts.items():
+        for warning in PARTS[name].warnings(found):
+            console.print(warning, style="bold red", **plain)
+    table = Table(title=escape(f"{job.policy.name} against {job.opponent_name}"), title_justify="left")
+    table.add_column("measure")
+    for heading in ("value", "95 % interval"):
+        table.add_column(heading, justify="right")
+    for name, found in parts.items():
+        for line in PARTS[name].lines(found):
+            table.add_row(*map(escape, line))
+        table.add_section()
+    if parts:
+        console.print(table)
+    for name, found in parts.items():
+        for note in PARTS[name].notes(found):
+            console.print(note, **plain)
+    for name, state in result["parts"].items():
+        if name not in parts and name in job.options.parts:
+            console.print(f"{name} {state}", **plain)
+    files = sorted(file.name for file in job.folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    console.print(f"written to {job.folder}: {', '.join(files)}", **plain)
+    console.print(f"next: {result['next']}", **plain)
+
+
+def show_line(job: Job, result: dict[str, Any], console: Console) -> None:
+    """One evaluation of several in a line, failed controls above it."""
+    for name, found in read_parts(job.folder).items():
+        for warning in PARTS[name].warnings(found):
+            console.print(warning, style="bold red", highlight=False, markup=False, soft_wrap=True)
+    shown = ("accuracy", "auc", "win_rate")
+    said = [f"{key.replace('_', ' ')} {_shown(result, key)}" for key in shown if result.get(key) is not None]
+    verdict = f" ({result['win_rate_verdict']})" if result.get("win_rate_verdict") else ""
+    console.print(f"{job.policy.name}: {', '.join(said)}{verdict}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _shown(result: dict[str, Any], key: str) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*(result[f"{key}{end}"] for end in ("", "_low", "_high")))
