@@ -97,5 +97,5 @@ def test_only_make_test_all_installs_the_extras(tmp_path):
         words = ["make", "-n", "-C", str(ROOT), f"VENV={tmp_path / 'none'}", target]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
-    assert "'.[dev,dashboard,slurm,ray,serve]'" in told("test-all")
+    assert "'.[dev,dashboard,slurm,ray,serve,eval]'" in told("test-all")
     assert "'.[dev]'" in told("test") and "ray" not in told("test") + told("demo")
