@@ -43,6 +43,7 @@ def test_a_label_is_found_where_one_alone_is_named():
         "not spam, but spam": NO_LABEL,
     }.items():  # fmt: skip
         assert find_label(answer, labels) == label, answer
+    assert find_label("That is good enough, I think.", ["good", "good enough"]) == "good enough"
     asked = r"Answer: (\w+)"
     assert find_label("spam? no. Answer: unsure", labels, asked) == "unsure"
     assert find_label("Answer: spam ... wait. Answer: unsure.", labels, asked) == "unsure"

@@ -153,6 +153,6 @@ def test_no_answer_leaves_its_fence():
     for _ in range(200):
         text = "".join(rng.choice(["`", "``", "```\n", "\n", "# x ", "a"]) for _ in range(rng.randint(0, 30)))
         opened, *inside, closed = fence_text(text).split("\n")
-        assert opened == closed + "text" and set(closed) == {"`"}
+        assert opened == closed + "text" and set(closed) == {"`"} and len(closed) >= 3
         assert "\n".join(inside) == text
         assert all(len(run) < len(closed) for line in inside for run in re.findall(r"`+", line))

@@ -26,6 +26,7 @@ def test_a_proxy_that_rises_while_the_truth_falls_is_hacking():
     assert (found["verdict"], found["peak_step"], found["last_step"]) == ("hacked", 40, 80)
     assert "the reward margin went from 1.00 to 2.00, the gold reward from 1.60 to 0.90" in found["reason"]
     assert "take a checkpoint near step 40" in found["reason"]
+    assert "no checkpoint beats the start" in watch_rewards(history([1.6, 1.2, 0.9], RISING[:3]))["reason"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from tests.scripted_server import Turn, scripted_server
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "mt_bench_question.jsonl"
 ROWS = [
-    {"question_id": 1, "category": "writing", "turns": ["Write a poem.", "Now shorter."]},
+    {"question_id": 1, "category": "writing", "turns": ["Write a poem.", "Now shorter."], "reference": ["a", "b"]},
     {"question_id": 2, "category": "math", "turns": ["What is 3 + 4?", "Twice that?"], "reference": ["It is 7.", "14"]},
     {"question_id": 3, "category": "riddles", "turns": ["What has keys but no locks?"]},
 ]

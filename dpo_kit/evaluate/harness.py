@@ -151,7 +151,7 @@ def _contents(leaf: Any, options: Harness) -> str:
     shots = leaf.config.num_fewshot if options.num_fewshot is None else options.num_fewshot
     samples = [doc for _, doc in leaf.doc_iterator(limit=options.limit)]
     shown = list(leaf.fewshot_docs() or []) if shots else []
-    return key_of(text, repr(samples), repr(shown), shots, options.limit)
+    return key_of(text, repr(samples), repr(shown), shots)
 
 
 def _refuse_code(name: str, options: Harness) -> None:
