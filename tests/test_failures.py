@@ -119,7 +119,7 @@ def test_losses_are_counted_against_wins_and_prompts_are_collected_by_urgency(tm
     assert result["collected"] == 18 and "prompts of this evaluation" in result["note"]
     assert json.loads((tmp_path / "failures.json").read_text()) == result
     shown = (tmp_path / "longer.md").read_text()
-    assert shown.count("## Example") == 2 and "15 losses, 2 wins" in shown and "6.20 [" in shown
+    assert shown.count("## Example") == 2 and "15 of the losses, 2 of the wins" in shown and "6.20 [" in shown
     assert not (tmp_path / "refusal.md").exists()
 
 

@@ -91,6 +91,14 @@ def test_generated_answers_are_scored_and_a_metric_without_numbers_per_sample_is
     assert errors["policy"] == -spoken["policy"]
     row = json.loads((tmp_path / "out/harness/spoken.reference.jsonl").read_text().splitlines()[0])
     assert row["target"] == "The kitchen desk." and "The kitchen desk." in row["response"]
+
+    write_desks(tmp_path / "tasks", 24, "generate_until", "again", metric="exact_match")
+    (tasks / "both.yaml").write_text("group: both\ntask: [spoken, again]\n")
+    (both,) = run_harness(untrained(), untrained(), options.model_copy(update={"tasks": ["both"]}), tmp_path / "both")[
+        "tasks"
+    ]
+    assert (both["task"], both["n"], both["policy"]) == ("both", 40, spoken["policy"])
+
     other = options.model_copy(update={"metrics": {"spoken": "bleu"}})
     with pytest.raises(DataError, match=r"no number per sample for bleu.*exact_match,none"):
         run_harness(untrained(), untrained(), other, tmp_path / "out")

@@ -286,8 +286,8 @@ def _collect(
 def page(group: Mapping[str, Any], members: Sequence[Compared]) -> str:
     """One group as Markdown: its figures, the next change, examples whose texts cannot leave their fences."""
     head = (
-        f"# {group['name']}\n\n{group['meaning'][:1].upper()}{group['meaning'][1:]}: {group['losses']} losses, "
-        f"{group['wins']} wins; rate among losses over rate among wins {group['ratio']:.2f} "
+        f"# {group['name']}\n\n{group['meaning'][:1].upper()}{group['meaning'][1:]}: {group['losses']} of the losses, "
+        f"{group['wins']} of the wins; rate among losses over rate among wins {group['ratio']:.2f} "
         f"[{group['low']:.2f}, {group['high']:.2f}].\n\n**Next:** {group['advice']}.\n"
     )
     return head + "".join(f"\n## Example {number}\n{_example(row)}" for number, row in enumerate(members, start=1))

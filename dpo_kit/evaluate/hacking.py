@@ -85,9 +85,9 @@ def watch_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Whether the implicit reward rises while the gold reward falls, from the rows of a metrics.jsonl.
 
     {verdict: hacked | tracking | unknown, proxy, peak_step, last_step, gold_first, gold_peak, gold_last, proxy_peak,
-    proxy_last, p, reason}. Hacked: the last gold reward lies below its peak beyond chance (their intervals; p times the number of
-    other points, since the peak was picked), and the proxy, the mean reward margin on held-out pairs (in nats for
-    methods without an implicit reward), rose after it.
+    proxy_last, p, reason}. Hacked: the last gold reward lies below its peak beyond chance (their intervals; p times the
+    number of other points, since the peak was picked), and the proxy, the mean reward margin on held-out pairs (in nats
+    for methods without an implicit reward), rose after it.
     """
     gold = series(rows, "gold/reward")
     key = next((key for key in PROXIES if len(gold.keys() & series(rows, key).keys()) > 1), PROXIES[0])
@@ -126,8 +126,8 @@ def _reason(found: Mapping[str, Any]) -> str:
         start = found["gold_peak"] == found["gold_first"]
         take = "no checkpoint beats the start" if start else f"take a checkpoint near step {found['peak_step']}"
         return (
-            f"reward hacking: {between}. The proxy rises while what was meant falls: {take}, or train with a higher beta, "
-            "for fewer steps, or on labels that are nearer to what is meant"
+            f"reward hacking: {between}. The proxy rises while what was meant falls: {take}, or train with a higher "
+            "beta, for fewer steps, or on labels that are nearer to what is meant"
         )
     if found["peak_step"] == found["last_step"]:
         return f"the gold reward is highest at the last step, {found['last_step']}: no sign of reward hacking"
