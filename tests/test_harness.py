@@ -51,8 +51,8 @@ def write_desks(folder: Path, count: int, kind: str = "multiple_choice", name: s
     return folder
 
 
-def untrained() -> Candidate:
-    return Candidate("reference", check(compose([])).model)
+def untrained(name: str = "reference") -> Candidate:
+    return Candidate(name, check(compose([])).model)
 
 
 def test_a_tuned_lora_run_is_compared_with_its_reference_in_pairs(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_generated_answers_are_scored_and_a_metric_without_numbers_per_sample_is
     tasks = write_desks(tmp_path / "tasks", 24, "generate_until", "spoken", metric="exact_match")
     write_desks(tmp_path / "tasks", 24, "generate_until", "errors", metric="exact_match", better="false")
     options = Harness(tasks=["spoken", "errors"], include_path=[str(tasks)], limit=20, max_regression=0.2)
-    result = run_harness(untrained(), untrained(), options, tmp_path / "out")
+    result = run_harness(untrained("policy"), untrained(), options, tmp_path / "out")
     spoken, errors = result["tasks"]
     assert spoken["n"] == 20 and spoken["policy"] == spoken["reference"] > 0.9 and spoken["verdict"] == "passed"
     assert errors["policy"] == -spoken["policy"]
@@ -94,19 +94,19 @@ def test_generated_answers_are_scored_and_a_metric_without_numbers_per_sample_is
 
     write_desks(tmp_path / "tasks", 24, "generate_until", "again", metric="exact_match")
     (tasks / "both.yaml").write_text("group: both\ntask: [spoken, again]\n")
-    (both,) = run_harness(untrained(), untrained(), options.model_copy(update={"tasks": ["both"]}), tmp_path / "both")[
-        "tasks"
-    ]
+    (both,) = run_harness(
+        untrained("policy"), untrained(), options.model_copy(update={"tasks": ["both"]}), tmp_path / "both"
+    )["tasks"]
     assert (both["task"], both["n"], both["policy"]) == ("both", 40, spoken["policy"])
 
     other = options.model_copy(update={"metrics": {"spoken": "bleu"}})
     with pytest.raises(DataError, match=r"no number per sample for bleu.*exact_match,none"):
-        run_harness(untrained(), untrained(), other, tmp_path / "out")
+        run_harness(untrained("policy"), untrained(), other, tmp_path / "out")
 
 
 def refusal(folder: Path, **options) -> str:
     with pytest.raises(ConfigError) as refused:
-        run_harness(untrained(), untrained(), Harness(**options), folder)
+        run_harness(untrained("policy"), untrained(), Harness(**options), folder)
     return str(refused.value)
 
 

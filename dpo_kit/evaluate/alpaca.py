@@ -17,7 +17,7 @@ from typing import Any
 
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import Alpaca
-from dpo_kit.evaluate.dialogue import Speaker
+from dpo_kit.evaluate.dialogue import Speaker, check_names
 from dpo_kit.run import write_json
 from dpo_kit.sweep.evidence import Z95, paired_bootstrap
 
@@ -32,9 +32,11 @@ def run_alpaca(policy: Speaker, reference: Speaker | None, options: Alpaca, fold
     `difference` policy − reference against the same baseline, by instruction. Written to `folder`/alpaca.json.
     ConfigError or DataError where instructions or annotations cannot be had.
     """
+    speakers = [policy, reference] if reference else [policy]
+    check_names(*(speaker.name for speaker in speakers))
     asked = read_instructions(options)
     models, points = {}, []
-    for speaker in (policy, reference) if reference else (policy,):
+    for speaker in speakers:
         own = folder / "alpaca_eval" / speaker.name
         outputs = own / "model_outputs.json"
         answers = speaker.answer([row["instruction"] for row in asked], options.temperature)

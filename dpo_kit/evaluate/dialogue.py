@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-from dpo_kit.errors import DataError
+from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.generation import as_messages
 from dpo_kit.journal import Journal, key_of
 from dpo_kit.run import hash_weights
 from dpo_kit.verdicts import Prompt
+
+FILE_NAME = r"[\w+-][\w.+-]*"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class Voice:
     max_new_tokens: int
     chunk: int = 16  # prompts at a time
     seed: int = 0
+
+
+def check_names(*names: str) -> None:
+    """ConfigError where names of models, which become names of files, are no such names or are not distinct."""
+    for name in names:
+        if not re.fullmatch(FILE_NAME, name):
+            raise ConfigError(f"a model's name becomes a file's: it takes letters, digits and . _ + -, got {name!r}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two models are called {names[0]!r}: their results could not be told apart")
 
 
 def identify(candidate: Candidate) -> str:
@@ -64,14 +76,17 @@ def local_speaker(candidate: Candidate, journal: Journal, voice: Voice) -> Speak
         if missing and not loaded:
             loaded.extend((on_device(candidate), candidate.tokenizer()))
         for index in tqdm(missing, desc=f"answers of {candidate.name}", unit="batch", disable=None):
-            texts = _draw(loaded[0], loaded[1], chunks[index], temperature, voice, keys[index])
+            seed = int(key_of(voice.seed, temperature, chunks[index])[:15], 16)  # the same for every model
+            texts = _draw(loaded[0], loaded[1], chunks[index], temperature, voice.max_new_tokens, seed)
             journal.add(keys[index], {"texts": texts})
         return [text for key in keys for text in journal.rows[key]["texts"]]
 
     return Speaker(candidate.name, answer)
 
 
-def _draw(model: Any, tokenizer: Any, prompts: list[Prompt], temperature: float, voice: Voice, key: str) -> list[str]:
+def _draw(
+    model: Any, tokenizer: Any, prompts: list[Prompt], temperature: float, max_new_tokens: int, seed: int
+) -> list[str]:
     import torch
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
@@ -79,10 +94,10 @@ def _draw(model: Any, tokenizer: Any, prompts: list[Prompt], temperature: float,
 
     warper = TemperatureLogitsWarper(float(temperature)) if temperature else TopKLogitsWarper(1)
     with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(int(key[:15], 16))
+        torch.manual_seed(seed)
         drawn = draw_samples(
-            model, tokenizer, _rows(tokenizer, prompts), max_new_tokens=voice.max_new_tokens,
-            batch_size=len(prompts), processor=lambda _: warper,
+            model, tokenizer, _rows(tokenizer, prompts), max_new_tokens=max_new_tokens, batch_size=len(prompts),
+            processor=lambda _: warper,
         )  # fmt: skip
     return [sample.text for sample in drawn]
 

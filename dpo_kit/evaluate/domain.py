@@ -15,7 +15,7 @@ from typing import Any
 
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import Domain
-from dpo_kit.evaluate.dialogue import Speaker
+from dpo_kit.evaluate.dialogue import Speaker, check_names
 from dpo_kit.run import write_json, write_jsonl
 from dpo_kit.verdicts import Prompt
 
@@ -56,10 +56,11 @@ def run_domain(policy: Speaker, reference: Speaker | None, options: Domain, fold
 
     Written to `folder`/domain.json and domain.jsonl. DataError names a row that is not {prompt, label | reference}.
     """
+    speakers = [policy, reference] if reference else [policy]
+    check_names(*(speaker.name for speaker in speakers))
     rows = read_labelled(options)
     kind = _kind(rows, options)
     prompts, targets = [row.prompt for row in rows], [row.target for row in rows]
-    speakers = [policy, reference] if reference else [policy]
     answers = [speaker.answer(prompts, options.temperature) for speaker in speakers]
     unrecognised = {}
     if kind == "labels":

@@ -10,6 +10,7 @@ import difflib
 import gc
 import importlib.metadata
 import logging
+import math
 import os
 import re
 import sys
@@ -22,13 +23,12 @@ from typing import Any
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import Harness
 from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.evaluate.dialogue import identify, on_device
+from dpo_kit.evaluate.dialogue import check_names, identify, on_device
 from dpo_kit.evaluate.gate import TaskComparison, compare_task, decide_gate
+from dpo_kit.history import plain
 from dpo_kit.journal import key_of
 from dpo_kit.quiet import quiet_imports
 from dpo_kit.run import cache_folder, read_json, write_json, write_jsonl
-
-log = logging.getLogger(__name__)
 
 USUAL_METRICS = {
     "gsm8k": "exact_match,flexible-extract",  # the right number counts, in whatever form: form is ifeval's question
@@ -61,6 +61,7 @@ def run_harness(policy: Candidate, reference: Candidate, options: Harness, folde
     Written to `folder`/harness.json, each model's samples beside it. What was scored before, by the same weights on
     the same samples, is not scored again. ConfigError where a task cannot be had, DataError where it cannot be paired.
     """
+    check_names(policy.name, reference.name)
     quiet_imports()
     with _harness_settings(options):
         manager = _open_manager(options)
@@ -140,9 +141,8 @@ def _load_task(manager: Any, name: str, options: Harness) -> Task:
     if any(getattr(leaf, "UNSAFE_CODE", False) for leaf in leaves.values()):
         _refuse_code(name, options)
     metric, _, chosen = options.metrics.get(name, USUAL_METRICS.get(name, "")).partition(",")
-    contents = {
-        own: _contents(leaf, options) for own, leaf in leaves.items()
-    }  # before the harness changes their config
+    # now, since the harness changes their config when it evaluates them
+    contents = {own: _contents(leaf, options) for own, leaf in leaves.items()}
     return Task(name, leaves, contents, metric or None, chosen or None)
 
 
@@ -229,7 +229,7 @@ def _evaluate(model: Any, manager: Any, leaf: Any, options: Harness, chat: bool)
 
 def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a sample; metrics that are no number per sample (perplexity, BLEU) are left out."""
-    metrics = {name: sample[name] for name in sample["metrics"]}
+    metrics = {name: plain(sample[name]) for name in sample["metrics"]}
     return {
         "sample": sample["doc_id"],
         "document": sample["doc_hash"],
@@ -237,8 +237,12 @@ def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": str(sample["arguments"][0][0]),
         "target": str(sample["target"]),
         "response": str(sample["filtered_resps"]),
-        "metrics": {name: float(value) for name, value in metrics.items() if isinstance(value, bool | int | float)},
+        "metrics": {name: float(value) for name, value in metrics.items() if _is_number(value)},
     }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and math.isfinite(value)
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 
 from dpo_kit.errors import DataError
 from dpo_kit.evaluate.benchmark_options import MTBench, MTBenchJudge
-from dpo_kit.evaluate.dialogue import Speaker
+from dpo_kit.evaluate.dialogue import Speaker, check_names
 from dpo_kit.journal import Journal, key_of
 from dpo_kit.llm_judge import fence_parts
 from dpo_kit.run import write_json, write_jsonl
@@ -78,11 +78,13 @@ def run_mt_bench(policy: Speaker, reference: Speaker | None, options: MTBench, f
     unjudged}}, difference, without_reference, spend}; n counts graded questions, intervals are bootstraps by question.
     `folder`/mt_bench.json, and `folder`/mt_bench/{model_answer,model_judgment}/ in FastChat's formats.
     """
+    speakers = [policy, reference] if reference else [policy]
+    check_names(*(speaker.name for speaker in speakers))
     questions, place = read_questions(options), folder / "mt_bench"
     graded = {}
     with Journal(place / "replies.jsonl") as journal:
         server = Server(options.judge, journal)
-        for speaker in (policy, reference) if reference else (policy,):
+        for speaker in speakers:
             answers = ask_questions(speaker, questions)
             write_jsonl(
                 place / "model_answer" / f"{speaker.name}.jsonl", _answer_rows(speaker.name, questions, answers)
