@@ -43,8 +43,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-all: $(VENV)/installed
-	@echo "installing the extras dashboard, slurm, ray and serve (a minute the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,slurm,ray,serve]'
+	@echo "installing the extras dashboard, slurm, ray, serve and eval (two minutes the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,slurm,ray,serve,eval]'
 	@touch $@
 
 .PHONY: help demo test test-all faults check format bench clean

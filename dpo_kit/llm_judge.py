@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ def read_rubric(path: str) -> str:
 def fence(shown: Shown, nonce: str) -> str:
     """What the judge is shown: message and answers, each between fences that no answer can forge."""
     parts = {"message": conversation_text(shown.prompt), "answer 1": shown.first, "answer 2": shown.second}
+    return fence_parts(parts, nonce)
+
+
+def fence_parts(parts: Mapping[str, str], nonce: str) -> str:
+    """Each of the named texts between fences that carry `nonce`, which is to be drawn anew for each request."""
     return "\n\n".join(f"<<<{name} {nonce}>>>\n{text}\n<<<end of {name} {nonce}>>>" for name, text in parts.items())
 
 

@@ -1,0 +1,80 @@
+"""What each benchmark can be told, with its defaults; nothing heavy, so that wrong options are refused at once."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from dpo_kit.settings import Endpoint, Strict
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    if groups > 1:
+        raise ValueError(f"{pattern!r} has {groups} groups; it takes one, which holds the label, or none")
+    return pattern
+
+
+class Harness(Strict):
+    """The regression gate: tasks of lm-evaluation-harness, by the policy and by its reference."""
+
+    tasks: list[str] = Field(default=["gsm8k", "ifeval", "arc_challenge", "hellaswag", "truthfulqa_mc2"], min_length=1)
+    include_path: list[str] = Field(default=[])  # folders with task files of one's own
+    metrics: dict[str, str] = Field(default={})  # task: "metric" or "metric,filter", where not the usual one counts
+    max_regression: NonNegativeFloat = 0.03  # in the metric's own unit (most are shares, 0 to 1)
+    limit: PositiveInt | None = None  # samples of each task; None: all
+    num_fewshot: NonNegativeInt | None = None  # None: as the task says
+    chat: Literal["auto"] | bool = "auto"  # render with the chat template; auto: where the tokenizer has one
+    batch_size: PositiveInt = 8
+    seed: NonNegativeInt = 0
+    allow_code: bool = False  # tasks that execute what a model wrote (humaneval, mbpp)
+
+
+class Alpaca(Strict):
+    """AlpacaEval 2: outputs written in its format, its annotations read back."""
+
+    instructions: str | None = None  # its alpaca_eval.json, or any list of {instruction}; None: from the hub
+    annotators_config: str = "weighted_alpaca_eval_gpt4_turbo"
+    limit: PositiveInt | None = None
+    temperature: NonNegativeFloat = 0.7
+    max_new_tokens: PositiveInt = 2048
+
+
+class MTBenchJudge(Endpoint):
+    """The model that grades."""
+
+    temperature: NonNegativeFloat | None = 0
+    max_tokens: PositiveInt = 1024
+
+
+class MTBench(Strict):
+    """MT-Bench: two-turn questions, each answer graded from 1 to 10 by a language model."""
+
+    questions: str  # FastChat's question.jsonl
+    references: str | None = None  # FastChat's reference_answer/*.jsonl, where the questions hold no `reference`
+    judge: MTBenchJudge
+    limit: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 1024
+
+
+class Domain(Strict):
+    """A labelled file of one's own."""
+
+    file: str  # JSONL, rows of {prompt, label} or {prompt, reference}
+    kind: Literal["auto", "labels", "texts"] = "auto"  # auto: labels where few of them come again and again
+    pattern: Annotated[str, AfterValidator(_compiles)] | None = None  # finds the label in an answer: `Answer: (\w+)`
+    temperature: NonNegativeFloat = 0
+    max_new_tokens: PositiveInt = 512
+    limit: PositiveInt | None = None
+
+
+class Failures(Strict):
+    """Where the policy loses, and what to do about it."""
+
+    examples: PositiveInt = 5  # on the page of each group
+    collect: PositiveInt = 200  # prompts in collect.jsonl at most
