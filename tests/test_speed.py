@@ -5,13 +5,14 @@ import logging
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig
-from trl.kernels.chunked_logprob import _use_triton
+from trl.kernels import chunked_logprob
+from trl.kernels.chunked_logprob import _addmm_fp32, _use_triton
 from trl.trainer import utils as trl_utils
 
 from dpo_kit.errors import ConfigError
 from dpo_kit.prefix import share_prefixes
 from dpo_kit.settings import Speed
-from dpo_kit.speed import score_labelled_positions_only, speed_up
+from dpo_kit.speed import fit_head_to_cpu, score_labelled_positions_only, speed_up
 from tests import tiny
 
 STEPS = 50
@@ -81,6 +82,35 @@ def test_trl_scores_every_position_on_a_cpu_and_with_us_only_the_labelled_ones_w
     score_labelled_positions_only()
     assert losses("dpo", folder, tmp_path / "ours", share=False, **short) == pytest.approx(expected, rel=1e-6)
     assert len(scored) == len(every) and all(ours < stock / 1.5 for ours, stock in zip(scored, every, strict=True))
+
+
+@pytest.mark.parametrize(("autocast", "noise"), [(False, 1e-5), (True, 2e-3)], ids=["fp32", "bf16"])
+def test_the_head_fitted_to_a_cpu_gives_trl_s_values_and_gradients(autocast, noise, monkeypatch):
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", chunked_logprob.TOKEN_CHUNK_SIZE)
+    monkeypatch.setattr(chunked_logprob, "_addmm_fp32", _addmm_fp32)
+    draw = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 32, generator=draw, requires_grad=True) for n in (300, 90))
+    targets, pull = torch.randint(90, (300,), generator=draw), torch.randn(300, generator=draw)
+
+    def values():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = chunked_logprob.ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 64)
+        return [
+            *(each.detach().float() for each in found if each is not None),
+            *torch.autograd.grad(found[0], (hidden, weight), pull),
+        ]
+
+    expected, tiles = values(), []
+    fit_head_to_cpu()
+    monkeypatch.setattr(chunked_logprob, "_forward_tile", _counted(chunked_logprob._forward_tile, tiles))
+    for ours, theirs in zip(values(), expected, strict=True):
+        assert float((ours - theirs).abs().max()) <= noise * float(theirs.abs().max())
+    assert tiles == [128, 128, 128, 128, 44, 44]
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def _counted(function, sizes):
+    return lambda tile, *told, **options: sizes.append(len(tile)) or function(tile, *told, **options)
 
 
 # --- what is chosen ----------------------------------------------------------------------------------------------
