@@ -20,23 +20,37 @@ from dpo_kit.settings import Speed
 log = logging.getLogger(__name__)
 
 
-def speed_up(models: Sequence[PreTrainedModel], speed: Speed) -> None:
-    """Apply to `models` (policy, reference) what `speed` asks for. Raises ConfigError where one of them cannot."""
+def speed_up(models: Sequence[PreTrainedModel], speed: Speed, trl: dict[str, Any]) -> bool:
+    """Apply to `models` (policy, reference) what `speed` asks for; whether batches are to hold rows of similar length.
+
+    Raises ConfigError where a model cannot do what is asked for.
+    """
     score_labelled_positions_only()
     if not has_accelerator():
         fit_head_to_cpu()
-    if speed.share_prefix is False:
-        log.info("padding is computed, and a pair's prompt twice: speed.share_prefix=false")
-        return
+    shared = speed.share_prefix is not False and _compute_each_token_once(models, speed)
+    padded = speed.share_prefix is not False and not shared
+    grouped = speed.group_by_length
+    if grouped == "auto":
+        grouped = padded and trl.get("train_sampling_strategy") != "sequential"
+    said = "each token of a batch is computed once: no padding, a pair's prompt not twice"
+    if not shared:
+        said = f"padding is computed, and a pair's prompt twice{'' if padded else ': speed.share_prefix=false'}"
+    log.info("%s; batches of %s", said, "similar length" if grouped else "whatever length")
+    return grouped
+
+
+def _compute_each_token_once(models: Sequence[PreTrainedModel], speed: Speed) -> bool:
+    """Whether every one of `models` can; if so, they do."""
     reason = next((reason for model in models if (reason := why_not(model))), None)
     if reason and speed.share_prefix is True:
         raise ConfigError(f"speed.share_prefix=true cannot be had with this model: {reason}; auto leaves it off")
     if reason:
-        log.info("padding is computed, and a pair's prompt twice: %s", reason)
-        return
+        log.info("a prompt cannot be computed once for both answers: %s", reason)
+        return False
     for model in models:
         share_prefixes(model)
-    log.info("each token of a batch is computed once: no padding, a pair's prompt not twice")
+    return True
 
 
 def score_labelled_positions_only() -> None:

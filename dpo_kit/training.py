@@ -25,6 +25,7 @@ from dpo_kit.data.preference import measure_preference, reference_margins
 from dpo_kit.data.prepare import Prepared, Rows, prepare
 from dpo_kit.finish import Result, finish_run, write_failure
 from dpo_kit.gold import label_ceiling, load_gold
+from dpo_kit.grouping import with_length_groups
 from dpo_kit.identity import origin, refuse_other_run
 from dpo_kit.interrupt import Interrupted
 from dpo_kit.lock import only_writer
@@ -154,8 +155,9 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     policy = load_policy(settings.model, tokenizer)
     given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings, args) else {}
     describe(settings, args, data)
-    speed_up([policy, *given.values()], settings.speed)
     trainer = with_safekeeping(import_class(settings.method.trainer))
+    if speed_up([policy, *given.values()], settings.speed, settings.trl):
+        trainer = with_length_groups(trainer)
     if uses_store(settings, data.train):
         trainer = with_store(trainer, cache_folder("reference"))
     return trainer(

@@ -116,29 +116,41 @@ def _counted(function, sizes):
 # --- what is chosen ----------------------------------------------------------------------------------------------
 
 WINDOW = MistralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=14)
+SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 
 
-def asked(share):
-    return Speed(reference_store="auto", share_prefix=share)
+def asked(share, group="auto"):
+    return Speed(reference_store="auto", share_prefix=share, group_by_length=group)
 
 
 def test_what_a_model_cannot_do_is_left_off_and_said_under_auto_and_refused_when_asked_for(caplog):
     model = AutoModelForCausalLM.from_config(WINDOW)
     with caplog.at_level(logging.INFO, "dpo_kit"):
-        speed_up([model], asked("auto"))
-    assert "padding is computed, and a pair's prompt twice: it has layers with a sliding window" in caplog.text
+        assert speed_up([model], asked("auto"), {})
+    assert "a prompt cannot be computed once for both answers: it has layers with a sliding window" in caplog.text
+    assert "padding is computed, and a pair's prompt twice; batches of similar length" in caplog.text
     with pytest.raises(
         ConfigError, match=r"speed.share_prefix=true cannot be had .* sliding window; auto leaves it off"
     ):
-        speed_up([model], asked(True))
+        speed_up([model], asked(True), {})
 
 
 @pytest.mark.parametrize(("share", "computed"), [("auto", 12), (False, 20)])
 def test_the_policy_computes_distinct_tokens_unless_it_is_told_not_to(share, computed, folder):
     model = LlamaForCausalLM.from_pretrained(folder)
-    speed_up([model], asked(share))
+    assert not speed_up([model], asked(share), {})
     seen = []
     model.base_model.layers[0].mlp.register_forward_hook(lambda *told: seen.append(told[2].shape[:-1].numel()))
     ids = torch.tensor([[3] * 10, [3] * 8 + [4] * 2])
     model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     assert seen == [computed]
+
+
+@pytest.mark.parametrize(
+    ("share", "group", "trl", "grouped"),
+    [(False, True, {}, True), ("auto", False, {}, False), ("auto", "auto", SEQUENTIAL, False)],
+)
+def test_batches_of_similar_length_are_made_where_padding_must_be_computed_and_order_is_free(
+    share, group, trl, grouped
+):
+    assert speed_up([AutoModelForCausalLM.from_config(WINDOW)], asked(share, group), trl) is grouped
