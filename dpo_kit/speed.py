@@ -71,14 +71,14 @@ HEAD_TOKENS = 128  # at a time: their logits stay in a CPU's cache, where TRL's 
 def fit_head_to_cpu() -> None:
     """Let TRL's fused LM head work on small tiles, and multiply what is bf16 already without widening it first."""
     chunked_logprob.TOKEN_CHUNK_SIZE = HEAD_TOKENS
-    chunked_logprob._addmm_fp32 = _add_product
+    chunked_logprob._addmm_fp32 = _add_product  # type: ignore[assignment]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right` with an fp32 `total`: the products of bf16 numbers are exact in fp32, so that a kernel
     that takes the factors as bf16 gives the same sum in half the time.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if left.dtype == right.dtype == torch.bfloat16:
         matmul.fp32_precision = "bf16"

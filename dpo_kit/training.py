@@ -150,9 +150,9 @@ def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirecto
 def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDirectory) -> Any:
     """TRL's trainer for the method: one keyword call serves them all."""
     adapter = build_adapter(settings.model)
-    args = build_arguments(settings, data.train, run.checkpoints)
-    write_json(run.trl_config, redact(args.to_dict()))
     policy = load_policy(settings.model, tokenizer)
+    args = build_arguments(settings, data.train, run.checkpoints, policy.config.get_text_config().hidden_size)
+    write_json(run.trl_config, redact(args.to_dict()))
     given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings, args) else {}
     describe(settings, args, data)
     trainer = with_safekeeping(import_class(settings.method.trainer))

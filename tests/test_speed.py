@@ -10,6 +10,7 @@ from trl.kernels.chunked_logprob import _addmm_fp32, _use_triton
 from trl.trainer import utils as trl_utils
 
 from dpo_kit.errors import ConfigError
+from dpo_kit.hardware import precision_arguments, training_precision
 from dpo_kit.prefix import share_prefixes
 from dpo_kit.settings import Speed
 from dpo_kit.speed import fit_head_to_cpu, score_labelled_positions_only, speed_up
@@ -154,3 +155,22 @@ def test_batches_of_similar_length_are_made_where_padding_must_be_computed_and_o
     share, group, trl, grouped
 ):
     assert speed_up([AutoModelForCausalLM.from_config(WINDOW)], asked(share, group), trl) is grouped
+
+
+@pytest.mark.parametrize(
+    ("able", "width", "precision"),
+    [
+        ({"avx512_bf16": True}, 256, "bfloat16"),
+        ({"amx_bf16": True}, 4096, "bfloat16"),
+        ({"avx512_bf16": True}, 96, "float32"),
+        ({"avx2": True}, 4096, "float32"),
+    ],
+)
+def test_a_cpu_trains_wide_models_in_bf16_where_it_multiplies_it(able, width, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert training_precision(width) == precision
+    left_open = {"use_cpu": None, "bf16": None, "fp16": False, "gradient_checkpointing": None}
+    chosen = precision_arguments(left_open, width)
+    assert chosen == {"use_cpu": True, "bf16": precision == "bfloat16", "gradient_checkpointing": False}
+    assert "bf16" not in precision_arguments(left_open | {"bf16": False}, width)
