@@ -105,8 +105,9 @@ def attend(
     with torch.autocast(kind, enabled=False):
         for row, (shared, own) in enumerate(layout.rows):
             if own:
-                rows = (parts[0][row], *(_whole_row(each, row, shared) for each in parts[1:]))
-                attended.append(_attend_row(*(x.transpose(1, 2) for x in rows), scale).transpose(1, 2))
+                q, k, v = parts[0][row], *(_whole_row(each, row, shared) for each in parts[1:])
+                seen = _attend_row(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+                attended.append(seen.transpose(1, 2))
     return torch.cat(attended, 1), None
 
 
