@@ -22,9 +22,9 @@ def import_class(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def build_arguments(settings: Settings, rows: Rows, output_dir: Path) -> Any:
-    """An object of the method's TRL config class, for training on `rows`."""
-    given = settings.trl | decide(settings.trl, rows)
+def build_arguments(settings: Settings, rows: Rows, output_dir: Path, width: int) -> Any:
+    """An object of the method's TRL config class, for training on `rows` a model of hidden size `width`."""
+    given = settings.trl | decide(settings.trl, rows, width)
     if uses_store(settings, rows):
         given["precompute_ref_log_probs"] = True
     fields = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["fields"]
@@ -45,9 +45,9 @@ def uses_store(settings: Settings, rows: Rows) -> bool:
     return fixed and (sees_all if settings.speed.reference_store == "auto" else settings.speed.reference_store)
 
 
-def decide(trl: dict[str, Any], rows: Rows) -> dict[str, Any]:
+def decide(trl: dict[str, Any], rows: Rows, width: int) -> dict[str, Any]:
     """Values for the fields that are null in `trl` and not left to TRL: precision, cadence, class weights."""
-    chosen: dict[str, Any] = precision_arguments(trl)
+    chosen: dict[str, Any] = precision_arguments(trl, width)
     steps = count_steps(trl, len(rows))
     evaluate_every = max(1, min(500, steps // 10))
     cadence = {

@@ -176,6 +176,7 @@ def _method_faults(settings: Settings) -> Iterator[str]:
         )
     yield from _learning_rate_faults(settings)
     yield from _loss_faults(settings)
+    yield from _speed_faults(settings)
     if method.rows == "unary" and trl["per_device_train_batch_size"] < 2:
         yield (
             f"trl.per_device_train_batch_size must be at least 2 for method={method.name} (both labels in every "
@@ -217,6 +218,14 @@ def _learning_rate_faults(settings: Settings) -> Iterator[str]:
         f"trl.learning_rate must be above 0 and at most {limit:g} for model.tuning={tuning} on this model, "
         f"got {rate:g}; method={settings.method.name} usually takes {usual:g} (allow_learning_rate=true if you mean it)"
     )
+
+
+def _speed_faults(settings: Settings) -> Iterator[str]:
+    if settings.speed.group_by_length is True and settings.trl.get("train_sampling_strategy") == "sequential":
+        yield (
+            "speed.group_by_length=true would change the order of rows, which this loss needs as it is "
+            "(trl.train_sampling_strategy=sequential): take auto"
+        )
 
 
 def _loss_faults(settings: Settings) -> Iterator[str]:

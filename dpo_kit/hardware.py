@@ -7,13 +7,21 @@ from typing import Any, Literal
 import torch
 
 Precision = Literal["bfloat16", "float16", "float32"]
+WIDE = 256  # hidden size from which bf16 pays on CPUs that multiply it; in narrower models the casts cost more
 
 
-def training_precision() -> Precision:
-    """bf16 where the accelerator has it, fp16 on older ones, fp32 on a CPU (where TRL's own default fails)."""
+def training_precision(width: int = 0) -> Precision:
+    """bf16 where the accelerator has it, fp16 on older ones; on a CPU bf16 where it has instructions for it and the
+    model's hidden size, `width`, is large enough, else fp32.
+    """
     if not has_accelerator():
-        return "float32"
+        return "bfloat16" if width >= WIDE and _multiplies_bf16() else "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def _multiplies_bf16() -> bool:
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def has_accelerator() -> bool:
@@ -25,10 +33,12 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_accelerator() else "cpu"
 
 
-def precision_arguments(trl: dict[str, Any]) -> dict[str, bool]:
-    """`bf16`, `fp16`, `use_cpu` and `gradient_checkpointing` for the fields that are null in `trl`."""
+def precision_arguments(trl: dict[str, Any], width: int) -> dict[str, bool]:
+    """`bf16`, `fp16`, `use_cpu` and `gradient_checkpointing` for the fields that are null in `trl`; `width` is the
+    model's hidden size.
+    """
     use_cpu = trl["use_cpu"] if trl["use_cpu"] is not None else not has_accelerator()
-    precision: Precision = "float32" if use_cpu else training_precision()
+    precision = "float32" if use_cpu and has_accelerator() else training_precision(width)
     chosen = {
         "use_cpu": use_cpu,
         "bf16": precision == "bfloat16" and not trl["fp16"],

@@ -1,7 +1,7 @@
 """Each token of a batch once: no padding is computed, and a prompt that chosen and rejected share is computed once.
 
 A batch of padded rows goes through the backbone as one flat row of its distinct tokens; only attention looks at the
-rows again, one causal call each, over the shared beginning and the row's own rest. The hidden states come back in the
+rows again, each row's own tokens at the shared beginning and at themselves. The hidden states come back in the
 shape that the caller expects, so that losses, heads and trainers are none the wiser. Exact for causal softmax attention
 over all earlier tokens; `why_not` names the models where it is not.
 """
@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import is_peft_model
 from peft import PromptLearningConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -92,21 +93,59 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     groups = query.shape[1] // key.shape[1]
     lengths = [own for _, own in layout.rows]
-    tensors = [x.transpose(1, 2) for x in (query, key, value)]  # tokens first, as they lie in memory
-    tensors[1:] = [x.repeat_interleave(groups, 2) if groups > 1 else x for x in tensors[1:]]
-    parts = [x.split(lengths, 1) for x in tensors]
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # once, not for every row
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))  # tokens first, as they lie in memory
+    if groups > 1:
+        keys, values = (x.repeat_interleave(groups, 2) for x in (keys, values))
+    parts = [x.split(lengths, 1) for x in (queries, keys, values)]
     attended = []
-    for row, (shared, own) in enumerate(layout.rows):
-        if own:
-            q, k, v = (_whole_row(part, row, shared).transpose(1, 2) for part in parts)
-            whole = scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.get("scaling"))
-            attended.append(whole.transpose(1, 2)[:, shared:])
+    with torch.autocast(kind, enabled=False):
+        for row, (shared, own) in enumerate(layout.rows):
+            if own:
+                q, k, v = parts[0][row], *(_whole_row(each, row, shared) for each in parts[1:])
+                seen = _attend_row(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+                attended.append(seen.transpose(1, 2))
     return torch.cat(attended, 1), None
 
 
 def _whole_row(parts: Sequence[Tensor], row: int, shared: int) -> Tensor:
     """(1, shared + own, heads, width). The parts are split, not sliced, off the whole: their gradient is one cat."""
     return torch.cat((parts[row - len(parts) // 2][:, :shared], parts[row]), 1) if shared else parts[row]
+
+
+def _attend_row(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last tokens of a row to all of it.
+
+    query (1, heads, own, width), key and value (1, heads, shared + own, width); as query.
+    """
+    own, whole = query.shape[-2], key.shape[-2]
+    if query.device.type == "cpu" and (query.dtype == torch.bfloat16 or own < whole):
+        return _attend_in_blocks(query, key, value, scale)
+    if own == whole:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    return scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(own, whole), scale=scale)
+
+
+BLOCK = 256  # queries at a time: each block leaves out the keys after it, and what it holds stays in the cache
+
+
+def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`_attend_row` by plain matrix products: PyTorch's fused kernel takes two to four times as long in bf16 on CPUs
+    (AVX-512, torch 2.13), and computes a square of queries and keys where only a part is asked for.
+    """
+    own, whole = query.shape[-2], key.shape[-2]
+    q, k, v = query[0], key[0].transpose(1, 2), value[0]
+    blocks = []
+    for start in range(0, own, BLOCK):
+        end = min(start + BLOCK, own)
+        seen = whole - own + end
+        later = query.new_full((end - start, seen), -torch.inf).triu(whole - own + start + 1)
+        scores = torch.baddbmm(later.expand(len(q), -1, -1), q[:, start:end], k[..., :seen], alpha=scale)
+        blocks.append(scores.softmax(-1) @ v[:, :seen])
+    return torch.cat(blocks, 1)[None]
 
 
 AttentionInterface.register(NAME, attend)

@@ -42,6 +42,26 @@ def length_sorted_batches(sequences: Sequence[Tokens], tokens_per_batch: int) ->
     return batches
 
 
+def twin_batches(sequences: Sequence[Tokens], tokens_per_batch: int) -> list[list[int]]:
+    """As `length_sorted_batches`, with two answers to one prompt half a batch apart, where `prefix.py` computes their
+    prompt once; sequences without a twin have batches of their own.
+    """
+    waiting: dict[tuple[int, ...], int] = {}
+    twins: list[tuple[int, int]] = []
+    for index, (prompt, _) in enumerate(sequences):
+        if (other := waiting.pop(tuple(prompt), None)) is None:
+            waiting[tuple(prompt)] = index
+        else:
+            twins.append((other, index))
+    longer = [max((sequences[index] for index in pair), key=lambda tokens: len(tokens[1])) for pair in twins]
+    pairs = [[twins[place] for place in batch] for batch in length_sorted_batches(longer, tokens_per_batch // 2)]
+    alone = list(waiting.values())
+    rest = length_sorted_batches([sequences[index] for index in alone], tokens_per_batch)
+    return [[pair[side] for side in (0, 1) for pair in batch] for batch in pairs] + [
+        [alone[place] for place in batch] for batch in rest
+    ]
+
+
 def batch_size_in_tokens(model: Any, tokens_per_batch: int = TOKENS_PER_BATCH) -> int:
     """`tokens_per_batch`, less where a large vocabulary would make the fp32 logits exceed half a GiB."""
     vocabulary = model.config.get_text_config().vocab_size
@@ -97,7 +117,7 @@ def score(
     Plain sums as in DPO's and KTO's loss; call inside `measuring`. With a `description` a terminal shows a bar.
     """
     logps = torch.zeros(len(sequences), dtype=torch.float64)
-    batches = length_sorted_batches(sequences, batch_size_in_tokens(model, tokens_per_batch))
+    batches = twin_batches(sequences, batch_size_in_tokens(model, tokens_per_batch))
     for indices in tqdm(batches, description, disable=not (description and sys.stderr.isatty()), leave=False):
         batch = [sequences[index] for index in indices]
         targets, lengths = completion_targets(batch)

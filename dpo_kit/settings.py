@@ -104,10 +104,11 @@ class Data(Strict):
 
 
 class Speed(Strict):
-    """What is done to be fast; none of it changes what is trained."""
+    """What is done to be fast; only group_by_length changes what is trained: the order of rows."""
 
     reference_store: Literal["auto"] | bool
     share_prefix: Literal["auto"] | bool
+    group_by_length: Literal["auto"] | bool
 
 
 class Callbacks(Strict):

@@ -26,6 +26,7 @@ from dpo_kit.data.prepare import Prepared, Rows, prepare
 from dpo_kit.errors import ConfigError
 from dpo_kit.finish import Result, finish_run, write_failure
 from dpo_kit.gold import label_ceiling, load_gold
+from dpo_kit.grouping import with_length_groups
 from dpo_kit.identity import origin, refuse_other_run
 from dpo_kit.interrupt import Interrupted
 from dpo_kit.lock import only_writer
@@ -153,13 +154,14 @@ def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirecto
 def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDirectory) -> Any:
     """TRL's trainer for the method: one keyword call serves them all."""
     adapter = build_adapter(settings.model)
-    args = build_arguments(settings, data.train, run.checkpoints)
-    write_json(run.trl_config, redact(args.to_dict()))
     policy = load_policy(settings.model, tokenizer)
+    args = build_arguments(settings, data.train, run.checkpoints, policy.config.get_text_config().hidden_size)
+    write_json(run.trl_config, redact(args.to_dict()))
     given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings, args) else {}
     describe(settings, args, data)
-    speed_up([policy, *given.values()], settings.speed)
     trainer = with_safekeeping(import_class(settings.method.trainer))
+    if speed_up([policy, *given.values()], settings.speed, settings.trl):
+        trainer = with_length_groups(trainer)
     if uses_store(settings, data.train):
         trainer = with_store(trainer, cache_folder("reference"))
     return trainer(

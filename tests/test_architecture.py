@@ -61,6 +61,7 @@ LAYERS = [
         "scoring",
         "scores",
         "prefix",
+        "grouping",
     },
     {"data.gather", "data.signal", "data.figures", "data.duplicates", "data.leaks", "data.shortcuts", "data.advice"},
     {"data.inspect", "data.prepare", "data.options", "data.schemas"},

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -17,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpo_kit.prefix import build_layout, share_prefixes, why_not
+from dpo_kit.prefix import _attend_row, build_layout, share_prefixes, why_not
 
 SMALL = {
     "vocab_size": 60,
@@ -99,6 +100,22 @@ def test_hidden_states_and_gradients_equal_those_of_padded_rows(config, seed):
     found, gradient = forward(policy, ids, mask)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
     assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("shared", "own"), [(0, 40), (0, 300), (20, 40), (300, 1), (30, 700)])
+def test_a_row_s_own_tokens_see_what_the_whole_row_would_show_them(shared, own, dtype, noise):
+    draw = torch.Generator().manual_seed(own)
+    whole = [torch.randn(1, 2, shared + own, 8, generator=draw).requires_grad_() for _ in range(3)]
+    given = [x.to(dtype) for x in whole]
+    pull = torch.randn(1, 2, own, 8, generator=draw)
+    results = [
+        scaled_dot_product_attention(*whole, is_causal=True, scale=0.4)[:, :, shared:],
+        _attend_row(given[0][:, :, shared:], *given[1:], 0.4).float(),
+    ]
+    expected, found = ([each.detach(), *torch.autograd.grad(each, whole, pull)] for each in results)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float((ours - theirs).abs().max()) <= noise * float(theirs.abs().max())
 
 
 def test_each_distinct_token_is_computed_once():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dpo_kit.drift import Drift, drift_metrics, kl_terms
 from dpo_kit.errors import DataError, ModelError
 from dpo_kit.probe import PairProbe, name_rows
 from dpo_kit.sampling import draw_samples, measuring
-from dpo_kit.scoring import Reference, completion_logits, length_sorted_batches, score
+from dpo_kit.scoring import Reference, completion_logits, length_sorted_batches, score, twin_batches
 from tests import oracle, tiny
 
 SEQUENCES = [([2, 3, 4], [5, 1]), ([2], [6, 7, 8, 9, 1]), ([5, 6, 7, 8, 9, 10], [1]), ([3, 3], [4, 4, 4, 1])]
@@ -79,6 +80,21 @@ def test_batches_hold_every_sequence_once_within_the_token_limit() -> None:
     longest = [max(len(sequences[i][0]) + len(sequences[i][1]) for i in batch) for batch in batches]
     assert all(len(batch) * length <= 40 for batch, length in zip(batches, longest, strict=True))
     assert longest == sorted(longest, reverse=True)
+
+
+def test_two_answers_to_a_prompt_stand_half_a_batch_apart_and_no_sequence_is_lost() -> None:
+    draw = random.Random(3)
+    prompts = [[draw.randrange(9)] * draw.randint(1, 6) for _ in range(12)]
+    sequences = [(draw.choice(prompts), [3] * draw.randint(1, 9)) for _ in range(61)]
+    batches = twin_batches(sequences, 60)
+    assert sorted(index for batch in batches for index in batch) == list(range(61))
+    twins = [batch for batch in batches if sequences[batch[0]][0] == sequences[batch[len(batch) // 2]][0]]
+    for batch in twins:
+        half = len(batch) // 2
+        assert [sequences[i][0] for i in batch[:half]] == [sequences[i][0] for i in batch[half:]]
+    alone = [tuple(sequences[i][0]) for batch in batches if batch not in twins for i in batch]
+    assert len(alone) == len(set(alone)) and sum(map(len, twins)) + len(alone) == 61
+    assert max(len(batch) * max(sum(map(len, sequences[i])) for i in batch) for batch in batches) <= 60
 
 
 def test_a_trainer_patched_by_trl_under_bf16_autocast_scores_as_the_plain_model_does(

@@ -5,13 +5,15 @@ import logging
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig
-from trl.kernels.chunked_logprob import _use_triton
+from trl.kernels import chunked_logprob
+from trl.kernels.chunked_logprob import _addmm_fp32, _use_triton
 from trl.trainer import utils as trl_utils
 
 from dpo_kit.errors import ConfigError
+from dpo_kit.hardware import precision_arguments, training_precision
 from dpo_kit.prefix import share_prefixes
 from dpo_kit.settings import Speed
-from dpo_kit.speed import score_labelled_positions_only, speed_up
+from dpo_kit.speed import fit_head_to_cpu, score_labelled_positions_only, speed_up
 from tests import tiny
 
 STEPS = 50
@@ -83,32 +85,92 @@ def test_trl_scores_every_position_on_a_cpu_and_with_us_only_the_labelled_ones_w
     assert len(scored) == len(every) and all(ours < stock / 1.5 for ours, stock in zip(scored, every, strict=True))
 
 
+@pytest.mark.parametrize(("autocast", "noise"), [(False, 1e-5), (True, 2e-3)], ids=["fp32", "bf16"])
+def test_the_head_fitted_to_a_cpu_gives_trl_s_values_and_gradients(autocast, noise, monkeypatch):
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", chunked_logprob.TOKEN_CHUNK_SIZE)
+    monkeypatch.setattr(chunked_logprob, "_addmm_fp32", _addmm_fp32)
+    draw = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 32, generator=draw, requires_grad=True) for n in (300, 90))
+    targets, pull = torch.randint(90, (300,), generator=draw), torch.randn(300, generator=draw)
+
+    def values():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = chunked_logprob.ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 64)
+        return [
+            *(each.detach().float() for each in found if each is not None),
+            *torch.autograd.grad(found[0], (hidden, weight), pull),
+        ]
+
+    expected, tiles = values(), []
+    fit_head_to_cpu()
+    monkeypatch.setattr(chunked_logprob, "_forward_tile", _counted(chunked_logprob._forward_tile, tiles))
+    for ours, theirs in zip(values(), expected, strict=True):
+        assert float((ours - theirs).abs().max()) <= noise * float(theirs.abs().max())
+    assert tiles == [128, 128, 128, 128, 44, 44]
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def _counted(function, sizes):
+    return lambda tile, *told, **options: sizes.append(len(tile)) or function(tile, *told, **options)
+
+
 # --- what is chosen ----------------------------------------------------------------------------------------------
 
 WINDOW = MistralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=14)
+SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 
 
-def asked(share):
-    return Speed(reference_store="auto", share_prefix=share)
+def asked(share, group="auto"):
+    return Speed(reference_store="auto", share_prefix=share, group_by_length=group)
 
 
 def test_what_a_model_cannot_do_is_left_off_and_said_under_auto_and_refused_when_asked_for(caplog):
     model = AutoModelForCausalLM.from_config(WINDOW)
     with caplog.at_level(logging.INFO, "dpo_kit"):
-        speed_up([model], asked("auto"))
-    assert "padding is computed, and a pair's prompt twice: it has layers with a sliding window" in caplog.text
+        assert speed_up([model], asked("auto"), {})
+    assert "a prompt cannot be computed once for both answers: it has layers with a sliding window" in caplog.text
+    assert "padding is computed, and a pair's prompt twice; batches of similar length" in caplog.text
     with pytest.raises(
         ConfigError, match=r"speed.share_prefix=true cannot be had .* sliding window; auto leaves it off"
     ):
-        speed_up([model], asked(True))
+        speed_up([model], asked(True), {})
 
 
 @pytest.mark.parametrize(("share", "computed"), [("auto", 12), (False, 20)])
 def test_the_policy_computes_distinct_tokens_unless_it_is_told_not_to(share, computed, folder):
     model = LlamaForCausalLM.from_pretrained(folder)
-    speed_up([model], asked(share))
+    assert not speed_up([model], asked(share), {})
     seen = []
     model.base_model.layers[0].mlp.register_forward_hook(lambda *told: seen.append(told[2].shape[:-1].numel()))
     ids = torch.tensor([[3] * 10, [3] * 8 + [4] * 2])
     model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     assert seen == [computed]
+
+
+@pytest.mark.parametrize(
+    ("share", "group", "trl", "grouped"),
+    [(False, True, {}, True), ("auto", False, {}, False), ("auto", "auto", SEQUENTIAL, False)],
+)
+def test_batches_of_similar_length_are_made_where_padding_must_be_computed_and_order_is_free(
+    share, group, trl, grouped
+):
+    assert speed_up([AutoModelForCausalLM.from_config(WINDOW)], asked(share, group), trl) is grouped
+
+
+@pytest.mark.parametrize(
+    ("able", "width", "precision"),
+    [
+        ({"avx512_bf16": True}, 256, "bfloat16"),
+        ({"amx_bf16": True}, 4096, "bfloat16"),
+        ({"avx512_bf16": True}, 96, "float32"),
+        ({"avx2": True}, 4096, "float32"),
+    ],
+)
+def test_a_cpu_trains_wide_models_in_bf16_where_it_multiplies_it(able, width, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert training_precision(width) == precision
+    left_open = {"use_cpu": None, "bf16": None, "fp16": False, "gradient_checkpointing": None}
+    chosen = precision_arguments(left_open, width)
+    assert chosen == {"use_cpu": True, "bf16": precision == "bfloat16", "gradient_checkpointing": False}
+    assert "bf16" not in precision_arguments(left_open | {"bf16": False}, width)

@@ -280,8 +280,8 @@ def test_kto_s_class_weights_even_out_the_counts():
 
     trl = dict(compose(["method=kto"]).trl)
     rows = [{"label": i < 20} for i in range(100)]
-    assert decide(trl, rows)["desirable_weight"] == 4.0
-    assert "desirable_weight" not in decide(trl | {"desirable_weight": 1.3}, rows)
+    assert decide(trl, rows, 64)["desirable_weight"] == 4.0
+    assert "desirable_weight" not in decide(trl | {"desirable_weight": 1.3}, rows, 64)
 
 
 def test_the_public_api_is_what_the_readme_says():
