@@ -99,8 +99,8 @@ def test_a_kl_and_a_loss_are_better_when_small():
     assert greater_is_better("probe/kl_forward_k1_nats") is greater_is_better("eval_probe/brier") is False
     assert greater_is_better("probe/accuracy") is greater_is_better(None) is None
     given = check(compose(["trl.metric_for_best_model=probe/log_loss"])).trl
-    assert decide(given, [])["greater_is_better"] is False
-    assert "greater_is_better" not in decide(given | {"greater_is_better": True}, [])
+    assert decide(given, [], 64)["greater_is_better"] is False
+    assert "greater_is_better" not in decide(given | {"greater_is_better": True}, [], 64)
 
 
 def evaluate_in_turn(callback, values, state):
