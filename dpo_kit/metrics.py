@@ -170,6 +170,30 @@ def wilson(share: float, count: float, z: float = Z95) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def clopper_pearson(successes: int, count: int) -> tuple[float, float]:
+    """Clopper and Pearson's exact 95 % interval of a share seen as `successes` of `count`; (0, 1) without any.
+
+    It leaves ½ out just where the two-sided exact sign test rejects it at .05.
+    """
+
+    def at_most(most: int, share: float) -> float:
+        terms = (math.log(math.comb(count, k)) + k * math.log(share) + (count - k) * math.log1p(-share)
+                 for k in range(most + 1))  # fmt: skip
+        return sum(map(math.exp, terms))
+
+    def solve(most: int, probability: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(50):  # P(X ≤ most) falls as the share grows
+            middle = (low + high) / 2
+            low, high = (middle, high) if at_most(most, middle) > probability else (low, middle)
+        return (low + high) / 2
+
+    return (
+        solve(successes - 1, 0.975) if successes else 0.0,
+        solve(successes, 0.025) if successes < count else 1.0,
+    )
+
+
 def effective_count(values: Tensor, clusters: Sequence[str]) -> float:
     """Rows that would carry as much evidence if they were independent: n / design effect (arXiv:2411.00640).
 

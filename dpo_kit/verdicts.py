@@ -148,7 +148,8 @@ def run_controls(
     every question, and none at all ("null models" won 86.5 % before a naive judge, arXiv:2410.07137).
 
     `again` are second answers of the model that gave `answers` (None: the same ones). The first control passes where
-    its interval covers ½, the others where theirs ends below.
+    its interval, exact since a bootstrap of few prompts is too narrow for an honest judge, covers ½; the others where
+    theirs, by bootstrap, ends below.
     """
     count = len(prompts)
     tried = {"pick me": [PICK_ME] * count, "constant": [CONSTANT] * count, "empty": [""] * count}
@@ -164,12 +165,28 @@ def _control(name: str, verdicts: Sequence[Verdict], *, loses: bool) -> Control:
 
     from dpo_kit.metrics import bootstrap_interval
 
-    points = torch.tensor([v.points for v in verdicts if v.points is not None], dtype=torch.float64)
+    known = [v.points for v in verdicts if v.points is not None]
+    points = torch.tensor(known, dtype=torch.float64)
     expected = "interval below .5" if loses else "interval covers .5"
-    if not len(points):
+    if not known:
         return Control(name, expected, None, None, None, passed=False)
-    low, high = bootstrap_interval(points, [str(index) for index in range(len(points))])
+    if loses:
+        low, high = bootstrap_interval(points, [str(index) for index in range(len(known))])
+    else:
+        low, high = _exact_interval(known)
     return Control(name, expected, float(points.mean()), low, high, passed=high < 0.5 if loses else low <= 0.5 <= high)
+
+
+def _exact_interval(points: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of mean points, Clopper-Pearson's over the verdicts that decide; it covers ½ where the exact sign
+    test rejects nothing.
+    """
+    from dpo_kit.metrics import clopper_pearson
+
+    won, lost = points.count(1.0), points.count(0.0)
+    ties = len(points) - won - lost
+    low, high = ((share * (won + lost) + ties / 2) / len(points) for share in clopper_pearson(won, won + lost))
+    return low, high
 
 
 def describe_controls(controls: Sequence[Control]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import re
 
 import pytest
 
@@ -12,7 +11,6 @@ from dpo_kit.evaluate.failures import (
     RULES,
     Compared,
     analyze_failures,
-    fence_text,
     groups_of,
     mentioned_share,
     rate_ratio,
@@ -117,10 +115,11 @@ def test_losses_are_counted_against_wins_and_prompts_are_collected_by_urgency(tm
     numbers = [int(row["prompt"].split()[-1]) for row in collected]
     assert numbers == [*range(14, -1, -1), 19, 18, 17]  # the telling group first, in it by gold reward lost
     assert result["collected"] == 18 and "prompts of this evaluation" in result["note"]
-    assert json.loads((tmp_path / "failures.json").read_text()) == result
     shown = (tmp_path / "longer.md").read_text()
     assert shown.count("## Example") == 2 and "15 of the losses, 2 of the wins" in shown and "6.20 [" in shown
     assert not (tmp_path / "refusal.md").exists()
+    analyze_failures([], Failures(), tmp_path)
+    assert not (tmp_path / "longer.md").exists()  # it would show what is lost no more
 
 
 def test_a_prompt_asked_several_times_is_collected_once(tmp_path):
@@ -146,13 +145,3 @@ def test_what_chance_alone_makes_is_seldom_telling(tmp_path):
 def test_nothing_to_analyze_is_said_so(tmp_path):
     result = analyze_failures([], Failures(), tmp_path)
     assert not any(group["losses"] or group["telling"] for group in result["groups"])
-
-
-def test_no_answer_leaves_its_fence():
-    rng = random.Random(3)
-    for _ in range(200):
-        text = "".join(rng.choice(["`", "``", "```\n", "\n", "# x ", "a"]) for _ in range(rng.randint(0, 30)))
-        opened, *inside, closed = fence_text(text).split("\n")
-        assert opened == closed + "text" and set(closed) == {"`"} and len(closed) >= 3
-        assert "\n".join(inside) == text
-        assert all(len(run) < len(closed) for line in inside for run in re.findall(r"`+", line))

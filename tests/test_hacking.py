@@ -1,13 +1,11 @@
 """The reward-hacking watch: planted changes of style, histories in which proxy and truth part or stay together."""
 
-import json
 import random
 
 import pytest
 
 from dpo_kit.evaluate.failures import Compared
 from dpo_kit.evaluate.hacking import MEASURES, compare_styles, watch_hacking, watch_rewards
-from dpo_kit.history import append_row
 
 
 def history(gold, proxy, half=0.05, key="probe/reward_margin"):
@@ -98,12 +96,10 @@ def test_the_measures_say_what_their_names_say():
 
 
 def test_the_watch_writes_verdict_and_picture(tmp_path):
-    for row in HACKED:
-        append_row(tmp_path / "metrics.jsonl", row)
-    found = watch_hacking(spoken(60, longer=6), tmp_path / "metrics.jsonl", tmp_path / "out")
+    found = watch_hacking(spoken(60, longer=6), HACKED, tmp_path / "hacking.png")
     assert found["verdict"] == "hacked" and "read the length-controlled win rate" in found["reason"]
-    assert json.loads((tmp_path / "out" / "hacking.json").read_text())["rewards"]["peak_step"] == 40
-    assert (tmp_path / "out" / "hacking.png").stat().st_size > 10_000
-    alone = watch_hacking(spoken(60, longer=6), tmp_path / "none.jsonl", tmp_path / "alone")
+    assert found["rewards"]["peak_step"] == 40
+    assert (tmp_path / "hacking.png").stat().st_size > 10_000
+    alone = watch_hacking(spoken(60, longer=6), [], tmp_path / "alone.png")
     assert alone["verdict"] == "style changed"
-    assert watch_hacking(spoken(60), tmp_path / "none.jsonl", tmp_path / "same")["verdict"] == "nothing seen"
+    assert watch_hacking(spoken(60), [], tmp_path / "same.png")["verdict"] == "nothing seen"

@@ -10,7 +10,7 @@ from dpo_kit.config import check
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import Harness
 from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.evaluate.harness import harness_rows, run_harness
+from dpo_kit.evaluate.harness import run_harness
 from dpo_kit.toy.domain import DESK_OF, DESKS, QUESTIONS, desk_answer
 from tests.small import few_pairs
 
@@ -65,16 +65,15 @@ def test_a_tuned_lora_run_is_compared_with_its_reference_in_pairs(tmp_path, monk
     policy = Candidate("policy", check(cfg).model, tmp_path / "run" / "model")
     options = Harness(tasks=["desks"], include_path=[str(write_desks(tmp_path / "tasks", 120))])
     result = run_harness(policy, untrained(), options, tmp_path / "out")
-    print(*harness_rows(result), result["gate"]["reason"], sep="\n")
     (task,) = result["tasks"]
     assert task["n"] == 120 and task["reference"] > 0.9 and task["policy"] < 0.7
     assert task["difference"] == pytest.approx(task["policy"] - task["reference"])
     assert not result["gate"]["passed"] and result["gate"]["worst_task"] == "desks"
-    rows = [json.loads(line) for line in (tmp_path / "out/harness/desks.reference.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out/gate/desks.reference.jsonl").read_text().splitlines()]
     assert sum(row["metrics"]["acc"] for row in rows) == pytest.approx(120 * task["reference"])
     assert "Who repairs the toaster?" in rows[0]["prompt"] and rows[0]["prompt"] != "Who repairs the toaster?"
 
-    monkeypatch.setattr("dpo_kit.evaluate.harness.on_device", lambda candidate: pytest.fail("scored again"))
+    monkeypatch.setattr(Candidate, "load", lambda self: pytest.fail("scored again"))
     assert run_harness(policy, untrained(), options, tmp_path / "again") == result
     with pytest.raises(BaseException, match="scored again"):
         run_harness(policy, untrained(), options.model_copy(update={"limit": 7}), tmp_path / "other")
@@ -89,7 +88,7 @@ def test_generated_answers_are_scored_and_a_metric_without_numbers_per_sample_is
     spoken, errors = result["tasks"]
     assert spoken["n"] == 20 and spoken["policy"] == spoken["reference"] > 0.9 and spoken["verdict"] == "passed"
     assert errors["policy"] == -spoken["policy"]
-    row = json.loads((tmp_path / "out/harness/spoken.reference.jsonl").read_text().splitlines()[0])
+    row = json.loads((tmp_path / "out/gate/spoken.reference.jsonl").read_text().splitlines()[0])
     assert row["target"] == "The kitchen desk." and "The kitchen desk." in row["response"]
 
     write_desks(tmp_path / "tasks", 24, "generate_until", "again", metric="exact_match")
@@ -111,7 +110,7 @@ def refusal(folder: Path, **options) -> str:
 
 
 def test_what_cannot_be_had_or_must_not_be_run_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpo_kit.evaluate.harness.on_device", lambda candidate: pytest.fail("loaded"))
+    monkeypatch.setattr(Candidate, "load", lambda self: pytest.fail("loaded"))
     for name in ("humaneval", "mbpp_instruct"):
         assert "executes on this machine what the model writes: allow_code=true" in refusal(tmp_path, tasks=[name])
     tasks = write_desks(tmp_path / "tasks", 8)

@@ -295,6 +295,16 @@ def test_a_judge_that_only_looks_at_the_place_fails_all_that_must_lose():
     assert found == {"same model twice": True, "pick me": False, "constant": False, "empty": False}
 
 
+def test_an_honest_judge_of_few_prompts_passes_same_model_twice():
+    """Four prompts of equal answers to which the coin says 0, 1, 1, 1 or even 0, 0, 0, 0: p = .63 and .13."""
+    for votes in ("0111", "0000", "00000"):
+        better = {prompt: "again" if vote == "1" else "once" for prompt, vote in zip(PROMPTS, votes, strict=False)}
+        judge = Spoken(lambda shown, better=better: "first" if shown.first == better[shown.prompt] else "second")
+        prompts, count = list(better), len(votes)
+        (twice, *_) = run_controls(judge, prompts, ["once"] * count, ["again"] * count)
+        assert twice.passed and twice.low <= twice.points <= twice.high and twice.points == votes.count("1") / count
+
+
 def test_a_judge_that_gives_no_verdict_passes_nothing():
     assert set(passed(Spoken(lambda shown: "unjudged")).values()) == {False}
 

@@ -172,3 +172,14 @@ def test_kl_of_masked_positions_and_of_impossible_tokens_counts_nothing() -> Non
     mask = torch.tensor([[1, 0]])
     assert metrics.rao_blackwell(p, q, mask).tolist() == pytest.approx([math.log(4)])
     assert metrics.k1(p[..., 0], q[..., 0], mask).tolist() == pytest.approx([math.log(4)])
+
+
+def test_the_exact_interval_of_a_share_is_scipy_s_and_rejects_one_half_where_the_sign_test_does() -> None:
+    for _ in range(40):
+        count = random.randint(1, 60)
+        successes = random.randint(0, count)
+        test = stats.binomtest(successes, count)
+        low, high = metrics.clopper_pearson(successes, count)
+        assert (low, high) == pytest.approx(tuple(test.proportion_ci(0.95, "exact")), abs=1e-9)
+        assert (low <= 0.5 <= high) == (test.pvalue >= 0.05)
+    assert metrics.clopper_pearson(0, 0) == (0, 1)

@@ -12,7 +12,7 @@ from dpo_kit.config import check
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import MTBench, MTBenchJudge
 from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.evaluate.dialogue import Speaker, Voice, local_speaker
+from dpo_kit.evaluate.dialogue import Speaker, local_speaker
 from dpo_kit.evaluate.mt_bench import (
     Grade,
     Question,
@@ -23,6 +23,7 @@ from dpo_kit.evaluate.mt_bench import (
     run_mt_bench,
     summarize_grades,
 )
+from dpo_kit.generation import Asking
 from dpo_kit.journal import Journal
 from dpo_kit.server import Reply
 from tests.scripted_server import Turn, scripted_server
@@ -96,7 +97,7 @@ def test_answers_and_judgements_have_fastchat_s_formats(tmp_path):
         ("policy", 1, 8): 3, ("policy", 2, 8): 2, ("reference", 1, 5): 3, ("reference", 2, 5): 2,
     }  # fmt: skip
     policy = result["models"]["policy"]
-    assert (result["status"], policy["mean"], policy["n"], policy["low"]) == ("complete", 8.0, 3, 8.0)
+    assert (result["status"], policy["mean"], policy["n"], policy["low"]) == ("done", 8.0, 3, 8.0)
     assert (result["difference"]["value"], result["difference"]["count"]) == (3.0, 3)
     assert [(turn["turn"], turn["n"]) for turn in policy["turns"]] == [(1, 3), (2, 2)]
     assert policy["categories"]["math"]["mean"] == 8 and result["without_reference"] == 0
@@ -162,7 +163,7 @@ def test_a_judge_that_fails_leaves_a_partial_result_that_the_next_call_completes
         second = run_mt_bench(speaker("m"), None, options(tmp_path, server.base_url), tmp_path)
         assert len(server.bodies) == 3
     found = second["models"]["m"]
-    assert second["status"] == "complete" and (found["unparsable"], found["unjudged"]) == (1, 0)
+    assert second["status"] == "done" and (found["unparsable"], found["unjudged"]) == (1, 0)
     assert found["mean"] == (2 * 6 + 2 * 9) / 4
     lines = (tmp_path / "mt_bench/model_judgment/org_judge_single.jsonl").read_text().splitlines()
     assert Counter(json.loads(line)["score"] for line in lines) == {6: 2, 9: 2, -1: 1}
@@ -219,13 +220,13 @@ def test_a_local_model_answers_both_turns_and_nothing_is_drawn_twice(tmp_path, m
     ]
     questions = [Question(row["question_id"], row["category"], row["turns"], []) for row in rows]
     with Journal(tmp_path / "answers.jsonl") as journal:
-        first = ask_questions(local_speaker(policy, journal, Voice(48)), questions)
+        first = ask_questions(local_speaker(policy, journal, Asking(48)), questions)
         drawn = len(journal.rows)
     assert drawn == 6 and all(len(said) == 2 and all(said) for said in first.values())
     with Journal(tmp_path / "answers.jsonl") as journal:
         with monkeypatch.context() as patch:
-            patch.setattr("dpo_kit.evaluate.dialogue.on_device", lambda candidate: pytest.fail("loaded again"))
-            again = ask_questions(local_speaker(policy, journal, Voice(48)), questions)
+            patch.setattr(Candidate, "load", lambda self: pytest.fail("loaded again"))
+            again = ask_questions(local_speaker(policy, journal, Asking(48)), questions)
         assert again == first and len(journal.rows) == drawn
-        other = ask_questions(local_speaker(policy, journal, Voice(48, seed=1)), questions)
+        other = ask_questions(local_speaker(policy, journal, Asking(48, seed=1)), questions)
         assert other[0] == first[0] and other[1] != first[1]  # math is greedy, writing is sampled

@@ -25,11 +25,14 @@ PROMPTS = 805  # of AlpacaEval: its length control knows the difficulty of these
 KEYS = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator", "preference")
 
 
-def run_alpaca(policy: Speaker, reference: Speaker | None, options: Alpaca, folder: Path) -> dict[str, Any]:
+def run_alpaca(
+    policy: Speaker, reference: Speaker | None, options: Alpaca, folder: Path, shared: Path | None = None
+) -> dict[str, Any]:
     """Outputs of both for AlpacaEval, and its verdict on them once its command has run (which only the user does).
 
     {models: {name: {outputs, command, result}}, difference}: `result` is as `read_annotations` gives it (None before),
-    `difference` policy − reference against the same baseline, by instruction. Written to `folder`/alpaca.json.
+    `difference` policy − reference against the same baseline, by instruction. The policy's files lie in
+    `folder`/alpaca_eval, the reference's in `shared`/alpaca_eval, so that a sweep pays for those once.
     ConfigError or DataError where instructions or annotations cannot be had.
     """
     speakers = [policy, reference] if reference else [policy]
@@ -37,7 +40,7 @@ def run_alpaca(policy: Speaker, reference: Speaker | None, options: Alpaca, fold
     asked = read_instructions(options)
     models, points = {}, []
     for speaker in speakers:
-        own = folder / "alpaca_eval" / speaker.name
+        own = (folder if speaker is policy else shared or folder) / "alpaca_eval" / speaker.name
         outputs = own / "model_outputs.json"
         answers = speaker.answer([row["instruction"] for row in asked], options.temperature)
         rows = write_outputs(asked, answers, speaker.name, outputs)
@@ -49,13 +52,11 @@ def run_alpaca(policy: Speaker, reference: Speaker | None, options: Alpaca, fold
             "command": alpaca_command(outputs, options, len(asked)),
             "result": found,
         }
-    result = {
+    return {
         "prompts": len(asked),
         "models": models,
         "difference": _difference(points[0], points[-1] if reference else None),
     }
-    write_json(folder / "alpaca.json", result)
-    return result
 
 
 def read_instructions(options: Alpaca) -> list[dict[str, Any]]:

@@ -48,8 +48,9 @@ class Candidate:
         base = self.model.reference or self.model.path if self.tuned is None else self.model.path
         adapted = self.tuned is not None and self.model.tuning != "full"
         weights = [hash_weights(path) or f"{path}@{self.model.revision}" for path in self._parts(base, adapted)]
-        return LocalModel(self.name, ["candidate", *weights, self.model.dtype, self.model.tuning == "qlora"],
-                          self._open, wrap=False)  # fmt: skip
+        loaded = [self.model.dtype, self.model.quantization if self.model.tuning == "qlora" else None]
+        identity = ["candidate", *weights, *loaded, self.tokenizer().chat_template]
+        return LocalModel(self.name, identity, self._open, wrap=False)
 
     def _parts(self, base: str, adapted: bool) -> list[str]:
         """The folders whose weights make this model."""

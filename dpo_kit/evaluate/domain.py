@@ -16,7 +16,7 @@ from typing import Any
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import Domain
 from dpo_kit.evaluate.dialogue import Speaker, check_names
-from dpo_kit.run import write_json, write_jsonl
+from dpo_kit.run import write_jsonl
 from dpo_kit.verdicts import Prompt
 
 DRAWS = 2000
@@ -52,9 +52,9 @@ class Figure:
 
 
 def run_domain(policy: Speaker, reference: Speaker | None, options: Domain, folder: Path) -> dict[str, Any]:
-    """{kind, n, figures: [Figure…], unrecognised: {model: answers without a label}}; answers beside it in `folder`.
+    """{kind, n, figures: [Figure…], unrecognised: {model: answers without a label}}; the answers in `folder`.
 
-    Written to `folder`/domain.json and domain.jsonl. DataError names a row that is not {prompt, label | reference}.
+    Written to `folder`/domain.jsonl. DataError names a row that is not {prompt, label | reference}.
     """
     speakers = [policy, reference] if reference else [policy]
     check_names(*(speaker.name for speaker in speakers))
@@ -72,25 +72,9 @@ def run_domain(policy: Speaker, reference: Speaker | None, options: Domain, fold
         read = [[_extract(answer, options.pattern) for answer in said] for said in answers]
         measures = text_measures(targets)
     figures = [_figure(name, measure, read, len(rows)) for name, measure in measures.items()]
-    result = {"kind": kind, "n": len(rows), "figures": [asdict(each) for each in figures], "unrecognised": unrecognised}
-    write_json(folder / "domain.json", result)
     write_jsonl(folder / "domain.jsonl", _answer_rows(rows, speakers, answers, read))
-    return result
-
-
-def domain_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """(metric, reference, policy, policy's interval, difference, its interval) as texts, for a table."""
-    return [
-        (
-            each["metric"],
-            "–" if each["reference"] is None else f"{each['reference']:.3f}",
-            f"{each['policy']:.3f}",
-            f"[{each['policy_low']:.3f}, {each['policy_high']:.3f}]",
-            "–" if each["difference"] is None else f"{each['difference']:+.3f}",
-            "–" if each["low"] is None else f"[{each['low']:+.3f}, {each['high']:+.3f}]",
-        )
-        for each in result["figures"]
-    ]
+    found = [asdict(each) for each in figures]
+    return {"kind": kind, "n": len(rows), "figures": found, "unrecognised": unrecognised}
 
 
 # --- the file ----------------------------------------------------------------------------------------------------

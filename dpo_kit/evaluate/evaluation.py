@@ -40,8 +40,11 @@ def evaluate(job: Job) -> dict[str, Any]:
     Raises ConfigError, DataError, ModelError.
     """
     check_parts(job.options.parts)
+    asked = [name for name in PARTS if name in job.options.parts]
+    for name in asked:
+        PARTS[name].check(job)
     skipped = {}
-    for name in job.options.parts:
+    for name in asked:
         found = PARTS[name].measure(job)
         if found["status"] == "skipped":
             skipped[name] = found["reason"]
@@ -86,6 +89,8 @@ def next_command(job: Job, parts: Found) -> str:
     words = [f"{key}={value}" for key, value in asked.items() if value is not None]
     again = shlex.join(["python", "-m", "dpo_kit.evaluate", *words])
     won = parts.get("win_rate")
+    if won is None and "win_rate" not in job.options.parts:
+        return again
     if won is None:
         return f"{again} judge=llm judge.base_url=http://localhost:8000/v1 judge.model=…"
     if won["status"] == "waiting":
@@ -115,10 +120,12 @@ def _report(job: Job, result: dict[str, Any], parts: Found) -> None:
         name = f"{job.policy.name} against {job.opponent_name}"
         tracker = tracking.start(job.config, run_dir=job.folder, job_type="evaluate", **options | {"name": name})
     place = "evaluation" if job.options.against is None else f"evaluation/{job.folder.name}"
-    numbers = {key: value for key, value in result.items() if isinstance(value, int | float | str) and key != "next"}
+    flat = result | {f"gate/{key}": value for key, value in result.get("gate", {}).items()}
+    numbers = {key: value for key, value in flat.items() if isinstance(value, int | float | str) and key != "next"}
     tracker.summary({f"{place}/{key}": value for key, value in numbers.items()})
-    if (job.folder / "evaluation.png").exists():
-        tracker.image(f"{place}/picture", job.folder / "evaluation.png")
+    for name, picture in (("picture", "evaluation.png"), ("hacking", "hacking.png")):
+        if (job.folder / picture).exists():
+            tracker.image(f"{place}/{name}", job.folder / picture)
     if "win_rate" in parts:
         rows = read_metrics(job.folder / "verdicts.jsonl")[:SHOWN]
         shown = ("prompt", "policy", "opponent", "outcome")
@@ -169,6 +176,7 @@ def show_line(job: Job, result: dict[str, Any], console: Console) -> None:
             console.print(warning, style="bold red", highlight=False, markup=False, soft_wrap=True)
     shown = ("accuracy", "auc", "win_rate")
     said = [f"{key.replace('_', ' ')} {_shown(result, key)}" for key in shown if result.get(key) is not None]
+    said += [f"gate {result['gate']['verdict']}"] if "gate" in result else []
     verdict = f" ({result['win_rate_verdict']})" if result.get("win_rate_verdict") else ""
     console.print(f"{job.policy.name}: {', '.join(said)}{verdict}", highlight=False, markup=False, soft_wrap=True)
 

@@ -16,8 +16,9 @@ from statistics import NormalDist
 from typing import Any
 
 from dpo_kit.evaluate.benchmark_options import Failures
+from dpo_kit.evaluate.samples import fence
 from dpo_kit.llm_judge import conversation_text
-from dpo_kit.run import write_json, write_jsonl, write_text
+from dpo_kit.run import write_jsonl, write_text
 from dpo_kit.verdicts import Prompt
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -214,7 +215,6 @@ def analyze_failures(rows: Iterable[Compared], options: Failures, folder: Path) 
     """Counts of each group among losses and wins, most telling first; pages and collect.jsonl in `folder`.
 
     A group is `telling` where it is more frequent among losses beyond chance, all rules considered (Bonferroni).
-    Written as `folder`/failures.json.
     """
     known = list(rows)
     outcomes = Counter(row.outcome for row in known)
@@ -222,7 +222,9 @@ def analyze_failures(rows: Iterable[Compared], options: Failures, folder: Path) 
     groups = [_count(name, named, outcomes) for name in (*(rule.name for rule in RULES), OTHER)]
     groups.sort(key=lambda each: (not each["telling"], each["name"] == OTHER, -each["losses"]))
     collected = _collect(named, groups, options.collect)
-    result = {
+    _write_pages(groups, named, options.examples, folder)
+    write_jsonl(folder / "collect.jsonl", collected)
+    return {
         "outcomes": dict(outcomes),
         "groups": groups,
         "collected": len(collected),
@@ -231,13 +233,19 @@ def analyze_failures(rows: Iterable[Compared], options: Failures, folder: Path) 
             "model trained on these very prompts could not be measured with them any more"
         ),
     }
-    write_json(folder / "failures.json", result)
-    write_jsonl(folder / "collect.jsonl", collected)
+
+
+def _write_pages(
+    groups: Sequence[Mapping[str, Any]], named: Sequence[tuple[Compared, list[str]]], examples: int, folder: Path
+) -> None:
+    """A page for each group that has losses; those of an earlier analysis go."""
     for group in groups:
+        file = folder / f"{group['name'].replace(' ', '_')}.md"
         members = [row for row, names in named if row.outcome == "loss" and group["name"] in names]
         if members:
-            write_text(folder / f"{group['name'].replace(' ', '_')}.md", page(group, members[: options.examples]))
-    return result
+            write_text(file, page(group, members[:examples]))
+        else:
+            file.unlink(missing_ok=True)
 
 
 def _count(name: str, named: Sequence[tuple[Compared, list[str]]], outcomes: Mapping[str, int]) -> dict[str, Any]:
@@ -296,10 +304,4 @@ def page(group: Mapping[str, Any], members: Sequence[Compared]) -> str:
 def _example(row: Compared) -> str:
     gold = [f" (gold reward {value:.2f})" if value is not None else "" for value in (row.gold_answer, row.gold_other)]
     parts = {"Prompt": row.question, f"Lost with{gold[0]}": row.answer, f"Lost to{gold[1]}": row.other}
-    return "".join(f"\n{name}:\n\n{fence_text(text)}\n" for name, text in parts.items())
-
-
-def fence_text(text: str) -> str:
-    """`text` in a Markdown fence longer than any run of backticks in it."""
-    fence = "`" * (1 + max([2, *map(len, re.findall(r"`+", text))]))
-    return f"{fence}text\n{text}\n{fence}"
+    return "".join(f"\n{name}:\n\n{fence(text)}\n" for name, text in parts.items())

@@ -13,9 +13,8 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.evaluate.failures import Compared, forms, repeated_share, words
-from dpo_kit.history import read_metrics, series
+from dpo_kit.history import series
 from dpo_kit.report import BLUE, GREEN, GREY, ORANGE
-from dpo_kit.run import write_json
 from dpo_kit.sweep.evidence import from_intervals, paired_bootstrap
 
 if TYPE_CHECKING:
@@ -134,27 +133,24 @@ def _reason(found: Mapping[str, Any]) -> str:
     return f"no sign of reward hacking beyond chance: {between}"
 
 
-def watch_hacking(rows: Sequence[Compared], metrics: Path, folder: Path) -> dict[str, Any]:
-    """Styles and rewards in one: {verdict, reason, styles: […], rewards: {…}}; written with a picture into `folder`.
+def watch_hacking(rows: Sequence[Compared], history: Sequence[Mapping[str, Any]], picture: Path) -> dict[str, Any]:
+    """Styles and rewards in one: {verdict, reason, styles: […], rewards: {…}}; drawn into `picture`.
 
-    `rows` are the policy's answers beside the reference's, `metrics` the run's metrics.jsonl (it need not be there).
+    `rows` are the policy's answers beside the reference's, `history` the rows of the run's metrics.jsonl, if any.
     The verdict is that on the rewards where they are known, else `style changed` or `nothing seen`.
     """
-    history = read_metrics(metrics)
     styles, rewards = compare_styles(rows), watch_rewards(history)
     changed = [style for style in styles if style.changed]
     said = [_changed(style) for style in changed]
     seen = "style changed" if changed else "nothing seen"
     known = rewards["verdict"] != "unknown"
-    result = {
+    draw_hacking(history, styles, rewards, picture)
+    return {
         "verdict": rewards["verdict"] if known else seen,
         "reason": ". ".join([rewards["reason"], *said]),
         "styles": [asdict(style) for style in styles],
         "rewards": rewards,
     }
-    write_json(folder / "hacking.json", result)
-    draw_hacking(history, styles, rewards, folder / "hacking.png")
-    return result
 
 
 def _changed(style: Style) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import gc
 import importlib.metadata
+import importlib.util
 import logging
 import math
 import os
@@ -23,8 +24,9 @@ from typing import Any
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import Harness
 from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.evaluate.dialogue import check_names, identify, on_device
+from dpo_kit.evaluate.dialogue import check_names
 from dpo_kit.evaluate.gate import TaskComparison, compare_task, decide_gate
+from dpo_kit.generation import LocalModel
 from dpo_kit.history import plain
 from dpo_kit.journal import key_of
 from dpo_kit.quiet import quiet_imports
@@ -58,60 +60,46 @@ class Task:
 def run_harness(policy: Candidate, reference: Candidate, options: Harness, folder: Path) -> dict[str, Any]:
     """The gate: {harness, tasks: [TaskComparison…], gate: {passed, worst_task, difference, low, high, limit, …}}.
 
-    Written to `folder`/harness.json, each model's samples beside it. What was scored before, by the same weights on
-    the same samples, is not scored again. ConfigError where a task cannot be had, DataError where it cannot be paired.
+    Each model's samples are written to `folder`/gate. What was scored before, by the same weights on the same samples,
+    is not scored again. ConfigError where a task cannot be had, DataError where it cannot be paired.
     """
     check_names(policy.name, reference.name)
     quiet_imports()
     with _harness_settings(options):
         manager = _open_manager(options)
         tasks = [_load_task(manager, name, options) for name in options.tasks]
-        ours, theirs = (_score(each, manager, tasks, options, folder / "harness") for each in (policy, reference))
+        ours, theirs = (_score(each, manager, tasks, options, folder / "gate") for each in (policy, reference))
     compared = [_compare(task, ours, theirs, options) for task in tasks]
-    result = {
+    return {
         "harness": importlib.metadata.version("lm-eval"),
         "tasks": [asdict(each) for each in compared],
         "gate": decide_gate(compared, options.max_regression),
     }
-    write_json(folder / "harness.json", result)
-    return result
-
-
-def harness_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """(task, metric, reference, policy, difference, interval, n, verdict) as texts, for a table."""
-    return [
-        (
-            each["task"],
-            each["metric"],
-            f"{each['reference']:.3f}",
-            f"{each['policy']:.3f}",
-            f"{each['difference']:+.3f}",
-            f"[{each['low']:+.3f}, {each['high']:+.3f}]",
-            str(each["n"]),
-            each["verdict"] + (f" (≈ {each['needed']:,} samples would settle it)" if each["needed"] else ""),
-        )
-        for each in result["tasks"]
-    ]
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------
 
 
-def _open_manager(options: Harness) -> Any:
-    """The harness's index of tasks, with those of `include_path`; what is wrong with the options is said before."""
+def check_harness(options: Harness) -> None:
+    """ConfigError for what is wrong with the options whatever the tasks hold; loads nothing."""
     for name in options.tasks:
         if name.startswith(EXECUTES):
             _refuse_code(name, options)
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError("the gate needs lm-evaluation-harness: pip install 'dpo-kit[eval]'") from error
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("the gate needs lm-evaluation-harness: pip install 'dpo-kit[eval]'")
     missing = [path for path in options.include_path if not Path(path).expanduser().is_dir()]
     if missing:
         raise ConfigError(f"include_path={missing[0]} is no folder: name the one that holds your task's .yaml file")
     unknown = [name for name in options.metrics if name not in options.tasks]
     if unknown:
         raise ConfigError(f"metrics names {unknown[0]}, which is not among tasks={','.join(options.tasks)}")
+
+
+def _open_manager(options: Harness) -> Any:
+    """The harness's index of tasks, with those of `include_path`."""
+    check_harness(options)
+    from lm_eval.tasks import TaskManager
+
     own = [str(Path(path).expanduser()) for path in options.include_path]
     if own:  # reading the harness's thousands of task files takes seconds
         manager = TaskManager(include_path=own, include_defaults=False)
@@ -186,12 +174,13 @@ def _score(
     chat = tokenizer.chat_template is not None if options.chat == "auto" else options.chat
     if chat and tokenizer.chat_template is None:
         raise ConfigError(f"chat=true, but the tokenizer of {candidate.name} has no chat template: use chat=auto")
-    own = [importlib.metadata.version("lm-eval"), identify(candidate), options.seed, chat]
+    sampler = candidate.sampler()
+    own = [importlib.metadata.version("lm-eval"), sampler.identity, options.seed, chat]
     kept = cache_folder("harness")
     files = {name: kept / f"{key_of(own, text)}.json" for task in tasks for name, text in task.contents.items()}
     missing = [name for name, file in files.items() if not file.exists()]
     if missing:
-        model = _wrap(candidate, tokenizer, options)
+        model = _wrap(sampler, options)
         for name in missing:
             write_json(files[name], _evaluate(model, manager, leaves[name], options, chat))
         del model
@@ -202,10 +191,11 @@ def _score(
     return rows
 
 
-def _wrap(candidate: Candidate, tokenizer: Any, options: Harness) -> Any:
+def _wrap(sampler: LocalModel, options: Harness) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=on_device(candidate), tokenizer=tokenizer, batch_size=options.batch_size, backend="causal")
+    weights, tokenizer = sampler.open()
+    return HFLM(pretrained=weights, tokenizer=tokenizer, batch_size=options.batch_size, backend="causal")
 
 
 def _evaluate(model: Any, manager: Any, leaf: Any, options: Harness, chat: bool) -> Rows:

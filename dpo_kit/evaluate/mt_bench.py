@@ -21,7 +21,7 @@ from dpo_kit.evaluate.benchmark_options import MTBench, MTBenchJudge
 from dpo_kit.evaluate.dialogue import Speaker, check_names
 from dpo_kit.journal import Journal, key_of
 from dpo_kit.llm_judge import fence_parts
-from dpo_kit.run import write_json, write_jsonl
+from dpo_kit.run import write_jsonl
 from dpo_kit.server import Reply, Request, Server
 from dpo_kit.sweep.evidence import paired_bootstrap
 from dpo_kit.verdicts import Prompt
@@ -71,18 +71,21 @@ class Grade:
     score: int | None
 
 
-def run_mt_bench(policy: Speaker, reference: Speaker | None, options: MTBench, folder: Path) -> dict[str, Any]:
+def run_mt_bench(
+    policy: Speaker, reference: Speaker | None, options: MTBench, folder: Path, shared: Path | None = None
+) -> dict[str, Any]:
     """Answers, judgements and means of both models; the same call goes on where an earlier one stopped.
 
-    {questions, status: complete | partial, models: {name: {mean, low, high, n, turns, categories, unparsable,
+    {questions, status: done | partial, models: {name: {mean, low, high, n, turns, categories, unparsable,
     unjudged}}, difference, without_reference, spend}; n counts graded questions, intervals are bootstraps by question.
-    `folder`/mt_bench.json, and `folder`/mt_bench/{model_answer,model_judgment}/ in FastChat's formats.
+    `folder`/mt_bench/{model_answer,model_judgment}/ are in FastChat's formats. Replies are kept in `shared`,
+    so that a sweep pays for those on the reference once.
     """
     speakers = [policy, reference] if reference else [policy]
     check_names(*(speaker.name for speaker in speakers))
     questions, place = read_questions(options), folder / "mt_bench"
     graded = {}
-    with Journal(place / "replies.jsonl") as journal:
+    with Journal((shared or folder) / "mt_bench_replies.jsonl") as journal:
         server = Server(options.judge, journal)
         for speaker in speakers:
             answers = ask_questions(speaker, questions)
@@ -95,16 +98,14 @@ def run_mt_bench(policy: Speaker, reference: Speaker | None, options: MTBench, f
     rows = [row for name, grades in graded.items() for row in _judgement_rows(name, options.judge.model, grades)]
     write_jsonl(place / "model_judgment" / f"{judge}_single.jsonl", rows)
     models = {name: summarize_grades(grades) for name, grades in graded.items()}
-    result = {
+    return {
         "questions": len(questions),
-        "status": "partial" if any(each["unjudged"] for each in models.values()) else "complete",
+        "status": "partial" if any(each["unjudged"] for each in models.values()) else "done",
         "models": models,
         "difference": compare_grades(*graded.values()) if reference else None,
         "without_reference": sum(each.category in REFERENCED and not each.references for each in questions),
         "spend": spend,
     }
-    write_json(folder / "mt_bench.json", result)
-    return result
 
 
 # --- questions ---------------------------------------------------------------------------------------------------

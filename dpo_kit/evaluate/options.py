@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness, MTBench
 from dpo_kit.settings import Endpoint, Judge, Strict
 
 Split = Literal["select", "test"]
@@ -27,7 +28,10 @@ class WinRate(Strict):
 
 
 class Evaluate(Strict):
-    """What is evaluated, against what, and where the findings go; `judge` None: no win rate."""
+    """What is evaluated, against what, and where the findings go; `judge` None: no win rate.
+
+    The options of a part that is not asked for are None.
+    """
 
     run: str | None
     sweep: str | None
@@ -40,3 +44,8 @@ class Evaluate(Strict):
     review: NonNegativeInt
     win_rate: WinRate
     judge: Judge | None
+    gate: Harness | None
+    alpaca_eval: Alpaca | None
+    mt_bench: MTBench | None
+    domain: Domain | None
+    failures: Failures | None

@@ -5,48 +5,15 @@ A further part is one entry of `PARTS`; its findings are kept in `<name>.json`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
+from dpo_kit.evaluate.after import FAILURES, HACKING
+from dpo_kit.evaluate.benchmarks import ALPACA_EVAL, DOMAIN, GATE, MT_BENCH
 from dpo_kit.evaluate.comparison import measure_win_rate
 from dpo_kit.evaluate.held_pairs import measure_preferences
+from dpo_kit.evaluate.part import Found, Line, Part, interval_line, interval_text, number_text
 from dpo_kit.evaluate.picture import DOUBTS, SCORING
-from dpo_kit.evaluate.plan import Job
 from dpo_kit.evaluate.rates import CUT
-
-Found = dict[str, Any]
-Line = tuple[str, str, str]  # measure, value, 95 % interval
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of an evaluation.
-
-    measure: the findings, plain values, with `status` (done, partial, waiting, skipped with `reason`) among them.
-    headline: the few of them that result.json has, under the same names everywhere.
-    lines: rows of the table on the terminal. warnings: sentences that must stand above it. notes: those below.
-    """
-
-    measure: Callable[[Job], Found]
-    headline: Callable[[Found], Found]
-    lines: Callable[[Found], Iterator[Line]]
-    warnings: Callable[[Found], Iterator[str]] = lambda found: iter(())
-    notes: Callable[[Found], Iterator[str]] = lambda found: iter(())
-
-
-def interval_line(found: Found, key: str, label: str, form: str = ".3f") -> Iterator[Line]:
-    """The row of the table for `key` and its `_low` and `_high`; nothing where it was not measured."""
-    value, low, high = (found.get(f"{key}{end}") for end in ("", "_low", "_high"))
-    if value is not None:
-        has = low is not None and high is not None
-        yield label, _text(value, form), f"[{_text(low, form)}, {_text(high, form)}]" if has else ""
-
-
-def _text(value: Any, form: str) -> str:
-    text = f"{value:{form}}"
-    return f"{0:{form}}" if float(text) == 0 else text.replace("-", "−")
-
 
 # --- held-out preferences ----------------------------------------------------------------------------------------
 
@@ -73,8 +40,7 @@ def _preference_lines(found: Found) -> Iterator[Line]:
     for key, test in (found.get("against") or {}).items():
         if key != "name":
             label = f"{key.replace('_nats', ', nats')}, less that of {found['against']['name']}"
-            interval = f"[{_text(test['low'], '.3f')}, {_text(test['high'], '.3f')}]"
-            yield label, _text(test["difference"], "+.3f"), interval
+            yield label, number_text(test["difference"], "+.3f"), interval_text(test["low"], test["high"], ".3f")
 
 
 # --- win rate ----------------------------------------------------------------------------------------------------
@@ -137,9 +103,15 @@ def _win_rate_notes(found: Found) -> Iterator[str]:
         yield f"{missing} of {asked} comparisons have no verdict; the rate is of the others."
 
 
-PARTS: dict[str, Part] = {
+PARTS: dict[str, Part] = {  # in the order in which they are measured: the last two read what win_rate wrote
     "preferences": Part(measure_preferences, _preference_headline, _preference_lines),
     "win_rate": Part(
         measure_win_rate, _win_rate_headline, _win_rate_lines, _win_rate_warnings, _win_rate_notes
     ),
+    "gate": GATE,
+    "alpaca_eval": ALPACA_EVAL,
+    "mt_bench": MT_BENCH,
+    "domain": DOMAIN,
+    "failures": FAILURES,
+    "hacking": HACKING,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""evaluation.png: win rates, verdicts, accuracy by group and calibration at a glance. Needs no torch."""
+"""evaluation.png: win rates, verdicts, accuracy by group, calibration and the gate at a glance. Needs no torch."""
 
 from __future__ import annotations
 
@@ -153,9 +153,37 @@ def _draw_calibration(axes: Axes, found: Found) -> None:
     axes.set_position((place.x0 + 0.05, place.y0, place.width - 0.05, place.height))
 
 
+def _draw_gate(axes: Axes, found: Found) -> None:
+    """The change of each task with its interval, the worst first; the dashed line is the largest loss allowed."""
+    limit, shown = found["gate"]["limit"], sorted(found["tasks"], key=lambda task: task["difference"])[:6]
+    axes.set_title(f"Regression gate: {found['gate']['verdict']}", **TITLE)
+    axes.axvline(0, color=GREY, linewidth=1.5)
+    axes.axvline(-limit, color=ORANGE, linewidth=1.5, linestyle=(0, (4, 3)))
+    colors = {"failed": ORANGE, "passed": BLUE, "inconclusive": GREY}
+    for line, task in enumerate(shown):
+        color = colors[task["verdict"]]
+        axes.plot([task["low"], task["high"]], [-line, -line], color=color, linewidth=3)
+        axes.plot(task["difference"], -line, marker="o", markersize=10, color=color)
+        label = f"{_short(task['task'], 24)} ({task['n']:,}): {task['difference']:+.3f}, {task['verdict']}"
+        place: dict[str, Any] = {
+            "transform": axes.get_yaxis_transform(),
+            "va": "bottom",
+            "ha": "left",
+            "bbox": OVER_THE_LINE,
+        }
+        axes.text(0.0, -line + 0.16, label.replace("-", "−"), fontsize=TEXT, color=color, **place)
+    low, high = min(task["low"] for task in shown), max(task["high"] for task in shown)
+    axes.set_xlim(min(low, -2 * limit, -0.02) * 1.1, max(high, limit, 0.02) * 1.1)
+    axes.set_ylim(-max(4, len(shown)) + 0.5, 0.95)
+    axes.set_yticks([])
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlabel("policy − reference; dashed: the largest loss allowed", fontsize=TEXT, color=GREY)
+
+
 PANELS: tuple[tuple[str, Callable[[Found], bool], Callable[..., None]], ...] = (
     ("win_rate", lambda found: found["win_rate"] is not None, _draw_win_rates),
     ("win_rate", lambda found: bool(found["comparisons"]), _draw_verdicts),
     ("preferences", lambda found: found["kind"] == "pairs", _draw_groups),
     ("preferences", lambda found: bool(found.get("calibration")), _draw_calibration),
+    ("gate", lambda found: bool(found["tasks"]), _draw_gate),
 )

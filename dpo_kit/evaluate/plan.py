@@ -16,15 +16,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_kit.config import check, compose_unchecked, explain, known_keys, unknown_key
 from dpo_kit.errors import ConfigError
+from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness, MTBench, MTBenchJudge
 from dpo_kit.evaluate.candidate import ADAPTER, Candidate, of_path, of_run
 from dpo_kit.evaluate.options import Evaluate, Split, WinRate
 from dpo_kit.journal import key_of
 from dpo_kit.run import RunDirectory, read_json
-from dpo_kit.settings import GoldJudge, HumanJudge, LLMJudge, Method, Model, RewardModelJudge, Tracking
+from dpo_kit.settings import GoldJudge, HumanJudge, LLMJudge, Method, Model, RewardModelJudge, Strict, Tracking
 from dpo_kit.sweep.runs import read_runs
 
 MODES = ("run", "sweep", "policy")
 OWN = tuple(Evaluate.model_fields)
+OF_A_PART = ("gate", "alpaca_eval", "mt_bench", "domain", "failures")  # options that are nothing without their part
+GROUPS: dict[str, type[Strict]] = {
+    "win_rate": WinRate, "gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "mt_bench.judge": MTBenchJudge,
+    "domain": Domain, "failures": Failures,
+}  # fmt: skip
 OF_THE_RUN = ("beta", "seed", "method", "model", "data", "trl", "callbacks")
 JUDGES = (GoldJudge, RewardModelJudge, LLMJudge, HumanJudge)
 
@@ -92,14 +98,15 @@ def plan(arguments: Sequence[str]) -> list[Job]:
 
 
 def _compose(arguments: Sequence[str]) -> DictConfig:
-    known = [*OWN, *(f"win_rate.{name}" for name in WinRate.model_fields)]
+    known = [*OWN, *(f"{group}.{name}" for group, model in GROUPS.items() for name in model.model_fields)]
     roots = {each.split(".")[0] for each in (*known, *known_keys(), "hydra")}
     for word in arguments:
         key, equals, _ = word.partition("=")
         if not equals:
             raise ConfigError(f"arguments are key=value, got {word}; did you mean run={word}?")
         name = key.lstrip("+~").partition("@")[0]
-        if name.split(".")[0].split("/")[0] not in roots or (name.startswith("win_rate.") and name not in known):
+        root, nested, _ = name.partition(".")
+        if root.split("/")[0] not in roots or (nested and root in GROUPS and name not in known):
             near = difflib.get_close_matches(name, [*known, *roots], n=1, cutoff=0.5)
             raise ConfigError(f"unknown key {key}; did you mean {near[0]}?" if near else unknown_key(key, known))
     return compose_unchecked(["+tool=evaluate", *arguments])
@@ -132,6 +139,7 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
     OmegaConf.set_struct(cfg, False)
     for name in OF_THE_RUN:
         cfg[name] = config[name]
+    cfg.choose = read_json(RunDirectory(folder).manifest).get("choose") or cfg.choose
     options = _options(cfg, arguments)
     opponent = _opponent(options.against, policy.start, policy.model)
     split: Split = options.split or ("select" if sweep else "test")
@@ -200,8 +208,12 @@ def _options(cfg: DictConfig, arguments: Sequence[str]) -> Evaluate:
         cfg = cfg.copy()
         OmegaConf.set_struct(cfg, False)
         cfg.judge = None  # the default one needs what these data do not have
+    unasked = [name for name in OF_A_PART if name not in cfg.parts]
+    for word in arguments:
+        if (name := word.lstrip("+~").partition("=")[0].split(".")[0]) in unasked:
+            raise ConfigError(f"{word} does nothing without that part: parts=[{','.join([*cfg.parts, name])}]")
     try:
-        values = {name: _plain(cfg[name]) for name in OWN}
+        values: dict[str, Any] = {name: None if name in unasked else _plain(cfg[name]) for name in OWN}
         return Evaluate(**values)
     except OmegaConfBaseException as error:
         raise explain(error) from error
