@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dpo_kit.finish import Result
 
 TERMINATED = 143
-TOOLS = {"dashboard", "data", "sweep"}
+TOOLS = {"dashboard", "data", "export", "sweep"}
 log = logging.getLogger("dpo_kit")
 
 

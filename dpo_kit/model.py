@@ -37,21 +37,21 @@ def load_tokenizer(model: Model) -> Any:
 
 def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:
     """The weights to be tuned; 4-bit under `tuning=qlora`."""
-    policy = _load_weights(model, model.path)
+    policy = load_weights(model)
     _refuse_foreign_tokenizer(policy, tokenizer, model.path)
     return policy
 
 
 def load_reference(model: Model) -> PreTrainedModel:
     """The reference: the policy's own start, or `model.reference`; frozen."""
-    return _load_weights(model, model.reference or model.path).eval().requires_grad_(False)
+    return load_weights(model, model.reference or model.path).eval().requires_grad_(False)
 
 
 def load_tuned(model: Model, folder: Path) -> PreTrainedModel:
     """What a run left in `folder`: the tuned weights, or its adapter on the weights that it started from."""
     if model.tuning == "full":
-        return _load_weights(model, str(folder))
-    return PeftModel.from_pretrained(_load_weights(model, model.path), folder)  # type: ignore[return-value]
+        return load_weights(model, str(folder))
+    return PeftModel.from_pretrained(load_weights(model), folder)  # type: ignore[return-value]
 
 
 def build_adapter(model: Model) -> PeftConfig | None:
@@ -64,7 +64,9 @@ def build_adapter(model: Model) -> PeftConfig | None:
         raise ConfigError(f"model.lora: peft.LoraConfig refuses it: {error}") from error
 
 
-def _load_weights(model: Model, path: str) -> PreTrainedModel:
+def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
+    """The weights at `path` (default: model.path) in the dtype, attention and quantisation that `model` asks for."""
+    path = path or model.path
     options: dict[str, Any] = {"dtype": weight_dtype(model.dtype, model.tuning), "use_safetensors": True}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation

@@ -37,6 +37,9 @@ class RunDirectory:
     picture = property(lambda self: self.root / "report.png")
     result = property(lambda self: self.root / "result.json")
     test = property(lambda self: self.root / "test.json")
+    evaluation = property(lambda self: self.root / "evaluation" / "result.json")
+    export = property(lambda self: self.root / "export")
+    reproduction = property(lambda self: self.root / "reproduce")
     wandb_file = property(lambda self: self.root / "wandb_id")
 
     def read_result(self) -> dict[str, Any] | None:
