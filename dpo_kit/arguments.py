@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.hardware import precision_arguments
+from dpo_kit.secrets import redact
 from dpo_kit.settings import Settings
 from dpo_kit.trl_schema import load_schema
 
@@ -35,6 +36,12 @@ def build_arguments(settings: Settings, rows: Rows, output_dir: Path) -> Any:
         "report_to": "none" if reporter in ("wandb", "none") else [reporter],  # wandb is a sink of our own
     }
     return import_class(settings.method.config)(**meant, **own)
+
+
+def describe_arguments(args: Any) -> dict[str, Any]:
+    """The fields of a TRL config object as plain values, secrets redacted; its class takes them back as they are."""
+    tokens = {name: getattr(args, name) for name in args.to_dict() if name.endswith("_token")}  # to_dict hides them all
+    return redact(args.to_dict() | tokens)
 
 
 def uses_store(settings: Settings, rows: Rows) -> bool:

@@ -17,7 +17,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpo_kit import tracking
-from dpo_kit.arguments import build_arguments, count_steps, effective_batch, import_class, uses_store
+from dpo_kit.arguments import (
+    build_arguments,
+    count_steps,
+    describe_arguments,
+    effective_batch,
+    import_class,
+    uses_store,
+)
 from dpo_kit.checkpoints import explain_full_disk
 from dpo_kit.config import check
 from dpo_kit.data.interleave import interleave, unpair
@@ -150,7 +157,7 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     """TRL's trainer for the method: one keyword call serves them all."""
     adapter = build_adapter(settings.model)
     args = build_arguments(settings, data.train, run.checkpoints)
-    write_json(run.trl_config, redact(args.to_dict()))
+    write_json(run.trl_config, describe_arguments(args))
     policy = load_policy(settings.model, tokenizer)
     given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings, args) else {}
     describe(settings, args, data)
@@ -161,8 +168,8 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     return trainer(
         model=policy,
         args=args,
-        train_dataset=_dataset(data.train, settings.method.rows),
-        eval_dataset=_dataset(_held_out(data, settings), settings.method.rows),
+        train_dataset=build_dataset(data.train, settings.method.rows),
+        eval_dataset=build_dataset(held_out_rows(data, settings), settings.method.rows),
         processing_class=tokenizer,
         peft_config=adapter,
         **given,
@@ -177,13 +184,14 @@ def _needs_reference(settings: Settings, args: Any) -> bool:
     return has_none or settings.model.reference is not None
 
 
-def _held_out(data: Prepared, settings: Settings) -> Rows:
+def held_out_rows(data: Prepared, settings: Settings) -> Rows:
     """The rows of the probe, for TRL's own evaluation: in the form that the method's trainer takes."""
     rows = probe_rows(data, settings)
     return rows if data.kind == settings.method.rows else interleave(unpair(rows), settings.seed)
 
 
-def _dataset(rows: Rows, kind: str) -> Dataset:
+def build_dataset(rows: Rows, kind: str) -> Dataset:
+    """What TRL is given: the columns of `kind`, in the order of `rows`."""
     return Dataset.from_list([{name: row[name] for name in COLUMNS[kind]} for row in rows])
 
 
