@@ -26,7 +26,9 @@ from omegaconf import DictConfig
 from dpo_kit.config import CONF, check, compose_unchecked, register
 from dpo_kit.errors import ConfigError
 from dpo_kit.help import help_text
+from dpo_kit.quiet import quiet_imports
 from dpo_kit.secrets import redact_text
+from dpo_kit.settings import Settings
 from dpo_kit.sweep.plan import Plan, means_multirun, plan_sweep, without_hydra
 from dpo_kit.tool import guard
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from dpo_kit.finish import Result
 
 TERMINATED = 143
-TOOLS = {"dashboard", "data", "export", "sweep"}
+TOOLS = {"dashboard", "data", "export", "plan", "sweep"}
 log = logging.getLogger("dpo_kit")
 
 
@@ -73,8 +75,15 @@ def _terminate(number: int, frame: object) -> None:
 def _work(args: argparse.Namespace) -> None:
     if args.hydra_help or args.shell_completion or args.info:
         run()
+        return
+    plan = refuse_early(args)
+    if isinstance(plan, Settings):
+        quiet_imports()
+        from dpo_kit.plan import dry_run
+
+        dry_run(plan)
     else:
-        _run(refuse_early(args))
+        _run(plan)
 
 
 def _run(plan: Plan | None) -> None:
@@ -95,8 +104,9 @@ def _conclude(plan: Plan | None) -> None:
         conclude(plan.directory, plan.tracking, measure=plan.local)
 
 
-def refuse_early(args: argparse.Namespace) -> Plan | None:
-    """Compose and check what is about to run, before Hydra writes its first file; the plan where it is a sweep.
+def refuse_early(args: argparse.Namespace) -> Plan | Settings | None:
+    """Compose and check what is about to run, before Hydra writes its first file; the plan where it is a sweep, the
+    settings where it is a dry run.
 
     A sweep's directories are added to the command line that Hydra will read. Raises ConfigError.
     """
@@ -104,8 +114,10 @@ def refuse_early(args: argparse.Namespace) -> Plan | None:
     implied = means_multirun(args)
     if args.cfg or not (args.multirun or implied or "hydra.mode=MULTIRUN" in args.overrides):
         cfg = compose_unchecked([*search, *args.overrides], args.config_name or "config", with_hydra=True)
-        check(without_hydra(cfg))
-        return None
+        settings = check(without_hydra(cfg))
+        return settings if settings.dry_run and not args.cfg else None
+    if "dry_run=true" in args.overrides:
+        raise ConfigError("dry_run=true looks at one run: leave out the sweep, and give beta and seed one value each")
     plan = plan_sweep(args.overrides, search, args.config_name or "config")
     flags = [word for word in sys.argv[1:] if word not in args.overrides]  # argparse wants the overrides in one piece
     sys.argv[1:] = [*flags, *(["--multirun"] if implied else []), *args.overrides, *plan.named]

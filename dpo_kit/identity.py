@@ -16,7 +16,7 @@ from dpo_kit.settings import Choose, Settings, Tracking
 def comparable(settings: Settings) -> dict[str, Any]:
     """The resolved config without what may differ between two starts of one run."""
     reported = {"benchmark": True, "reference_margin": True}  # they change the data report, not the run
-    left_out: Any = {"resume": True, "tracking": True, "choose": True, "data": reported}
+    left_out: Any = {"resume": True, "dry_run": True, "tracking": True, "choose": True, "data": reported}
     return redact(settings.model_dump(mode="json", exclude=left_out))
 
 

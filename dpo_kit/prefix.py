@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     layout: Layout | None = None,
+    kernel: Callable[..., Tensor] = scaled_dot_product_attention,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of every row of `layout` to itself; transformers' own SDPA where there is no layout.
@@ -99,7 +100,7 @@ def attend(
     for row, (shared, own) in enumerate(layout.rows):
         if own:
             q, k, v = (_whole_row(part, row, shared).transpose(1, 2) for part in parts)
-            whole = scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.get("scaling"))
+            whole = kernel(q, k, v, is_causal=True, scale=options.get("scaling"))
             attended.append(whole.transpose(1, 2)[:, shared:])
     return torch.cat(attended, 1), None
 

@@ -113,14 +113,7 @@ def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, comman
 
 def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepared:
     """Rows for training and measuring, with the report and the dropped rows written to the run directory."""
-    data = prepare(
-        settings.data,
-        wanted=settings.method.rows,
-        tokenizer=tokenizer,
-        max_length=settings.trl["max_length"],
-        truncation=settings.trl.get("truncation_mode", "keep_start"),
-        seed=settings.seed,
-    )
+    data = read_data(settings, tokenizer)
     if settings.data.reference_margin and data.kind == "pairs":
         pairs = data.train if settings.method.rows == "pairs" else data.select
         data.report["reference"] = measure_preference(reference_margins(pairs, settings, tokenizer))
@@ -133,6 +126,18 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
         write_jsonl(run.dropped_rows, (redact(vars(fault)) for fault in data.dropped))
         log.info("%d rows dropped: %s", len(data.dropped), data.report["dropped_by_reason"])
     return data
+
+
+def read_data(settings: Settings, tokenizer: Any) -> Prepared:
+    """Rows for training and measuring, checked. Raises DataError."""
+    return prepare(
+        settings.data,
+        wanted=settings.method.rows,
+        tokenizer=tokenizer,
+        max_length=settings.trl["max_length"],
+        truncation=settings.trl.get("truncation_mode", "keep_start"),
+        seed=settings.seed,
+    )
 
 
 def typed_command() -> str | None:
@@ -159,7 +164,7 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     args = build_arguments(settings, data.train, run.checkpoints)
     write_json(run.trl_config, describe_arguments(args))
     policy = load_policy(settings.model, tokenizer)
-    given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings, args) else {}
+    given = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
     describe(settings, args, data)
     speed_up([policy, *given.values()], settings.speed)
     trainer = with_safekeeping(import_class(settings.method.trainer))
@@ -176,7 +181,7 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     )
 
 
-def _needs_reference(settings: Settings, args: Any) -> bool:
+def needs_reference(settings: Settings, args: Any) -> bool:
     """Whether TRL needs a reference of its own: LoRA has the policy without adapter, precomputing has the start."""
     if not settings.method.reference:
         return False

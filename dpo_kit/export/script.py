@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.checkpoints import SAVING, put_in_place
-from dpo_kit.data.prepare import Prepared, prepare
+from dpo_kit.data.prepare import Prepared
 from dpo_kit.data.rows import digest
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.export.folder import finished
@@ -18,7 +18,7 @@ from dpo_kit.model import load_tokenizer
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.run import RunDirectory, read_json, write_json, write_text
 from dpo_kit.settings import Model, Settings
-from dpo_kit.training import build_dataset, held_out_rows
+from dpo_kit.training import build_dataset, held_out_rows, read_data
 
 log = logging.getLogger(__name__)
 NAME = "reproduce.py"
@@ -85,14 +85,7 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
 
 def prepare_again(settings: Settings, manifest: dict[str, Any]) -> Prepared:
     """The run's rows from their sources; DataError where their fingerprints are not those of the manifest."""
-    data = prepare(
-        settings.data,
-        wanted=settings.method.rows,
-        tokenizer=load_tokenizer(settings.model),
-        max_length=settings.trl["max_length"],
-        truncation=settings.trl.get("truncation_mode", "keep_start"),
-        seed=settings.seed,
-    )
+    data = read_data(settings, load_tokenizer(settings.model))
     for name, rows in (("train", data.train), ("select", data.select)):
         if digest(contents(rows)) != manifest["data"][name]["sha256"]:
             raise DataError(
