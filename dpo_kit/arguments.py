@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.hardware import precision_arguments
+from dpo_kit.processes import world_size
 from dpo_kit.secrets import redact
 from dpo_kit.settings import Settings
 from dpo_kit.trl_schema import load_schema
@@ -80,10 +80,6 @@ def count_steps(trl: dict[str, Any], rows: int) -> int:
 def effective_batch(trl: dict[str, Any]) -> int:
     """Rows per optimizer step over all devices."""
     return trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"] * world_size()
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _even_weight(rows: Rows) -> float:

@@ -38,9 +38,10 @@ from dpo_kit.lock import only_writer
 from dpo_kit.manifest import build_manifest
 from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
+from dpo_kit.processes import is_writer
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.reference import with_store
-from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on, is_writer
+from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on
 from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
 from dpo_kit.safekeeping import with_safekeeping
 from dpo_kit.secrets import redact, redact_argv
@@ -69,14 +70,16 @@ def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
 
 
 def _train(settings: Settings, run: RunDirectory) -> Result:
-    run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
+    if is_writer():
+        run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
     data = prepare_data(settings, tokenizer, run)
     manifest = build_manifest(settings, data, typed_command(), tokenizer)
     checkpoint = find_checkpoint(settings, run, manifest)
     begin_from(run, checkpoint)
-    write_json(run.manifest, manifest)
+    if is_writer():
+        write_json(run.manifest, manifest)
     tracker = start_tracking(settings, manifest, run)
     try:
         trainer = build_trainer(settings, data, tokenizer, run)
@@ -87,7 +90,8 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         result = finish_run(trainer, settings, run, tracker, seconds=seconds, ceiling=data.report.get("ceiling"))
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-            write_failure(run, settings, error)
+            if is_writer():
+                write_failure(run, settings, error)
         tracker.finish(exit_code=1)
         raise
     tracker.finish()
@@ -119,6 +123,8 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
         data.report["reference"] = measure_preference(reference_margins(pairs, settings, tokenizer))
     if settings.data.gold and data.kind == "pairs":
         data.report["ceiling"] = label_ceiling(load_gold(settings.data.gold), data.select)
+    if not is_writer():
+        return data
     write_json(run.data_report, data.report)
     if about := [warning["about"] for warning in data.report["warnings"]]:
         log.info("the data report has something to say on %s: %s", ", ".join(dict.fromkeys(about)), run.data_report)
@@ -152,7 +158,7 @@ def typed_command() -> str | None:
 
 def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirectory) -> tracking.Tracker:
     """A wandb run, or a tracker that does nothing where another reporter or none is chosen."""
-    if settings.tracking.reporter != "wandb":
+    if settings.tracking.reporter != "wandb" or not is_writer():
         return tracking.Tracker()
     options = settings.tracking.model_dump(exclude={"reporter"})
     return tracking.start(manifest["config"], run_dir=run.root, run_id=run.wandb_id(), **options)
@@ -162,7 +168,8 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     """TRL's trainer for the method: one keyword call serves them all."""
     adapter = build_adapter(settings.model)
     args = build_arguments(settings, data.train, run.checkpoints)
-    write_json(run.trl_config, describe_arguments(args))
+    if is_writer():
+        write_json(run.trl_config, describe_arguments(args))
     policy = load_policy(settings.model, tokenizer)
     given = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
     describe(settings, args, data)

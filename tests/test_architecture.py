@@ -17,6 +17,7 @@ LAYERS = [
         "run",
         "secrets",
         "lock",
+        "processes",
         "interrupt",
         "toy",
         "toy.domain",
