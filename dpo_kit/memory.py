@@ -18,6 +18,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
+from trl.trainer.utils import disable_dropout_in_model
 
 from dpo_kit.arguments import import_class
 from dpo_kit.errors import ModelError
@@ -107,6 +108,8 @@ def build_meta(model: Model, args: Any) -> Any:
         if adapter:
             bare.enable_input_require_grads()
     bare.set_attn_implementation(NAME)
+    if args.disable_dropout:
+        disable_dropout_in_model(policy)
     return policy.train()
 
 

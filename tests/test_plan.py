@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from trl.trainer.utils import disable_dropout_in_model
 
 from dpo_kit import ConfigError
 from dpo_kit.arguments import build_arguments
@@ -19,7 +20,7 @@ from tests.conftest import ROOT
 from tests.small import few_pairs
 
 ROWS = [{"tokens": {"prompt": 10, "chosen": 6, "rejected": 4, "cut": False}} for _ in range(8)]
-SHAPE = ((0, 40), (0, 30), (16, 20), (12, 18))
+SHAPE = ((0, 400), (0, 300), (160, 200), (120, 180))
 
 
 def _settings(*words):
@@ -61,6 +62,7 @@ def test_activations_counted_without_weights_are_those_of_a_real_forward_pass(wo
     real = AutoModelForCausalLM.from_pretrained(MODEL)
     adapter = build_adapter(settings.model)
     real = (get_peft_model(real, adapter) if adapter else real).train()
+    disable_dropout_in_model(real)  # as TRL does
     planned = count_activations(build_meta(settings.model, _args(tmp_path, *words)), SHAPE, False)
     assert planned == pytest.approx(_kept_on_the_cpu(real), rel=0.02)
 

@@ -169,10 +169,11 @@ def _arguments(options: dict[str, Any], *first: str) -> str:
 
 def _say_what_differs(settings: Settings, data: Prepared) -> None:
     """Where the script's numbers cannot be those of the run beyond rounding."""
-    if settings.model.tuning != "full" and settings.model.lora.get("lora_dropout") and settings.speed.share_prefix:
+    drops = not settings.trl["disable_dropout"] and settings.model.tuning != "full"
+    if drops and settings.model.lora.get("lora_dropout") and settings.speed.share_prefix:
         log.warning(
             "which values LoRA's dropout drops depends on how a batch is laid out: the script's losses scatter around "
-            "those of the run; runs with model.lora.lora_dropout=0 or speed.share_prefix=false are repeated exactly"
+            "those of the run; runs with trl.disable_dropout=true or speed.share_prefix=false are repeated exactly"
         )
     held = data.report["control_tokens"]
     if held["rows"] and held["read_as"] == "text":
