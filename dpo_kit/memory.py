@@ -47,6 +47,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    recomputed: int  # one layer's activations, where checkpointing computes them again
     logits: int
     measuring: int  # key-value cache, logits and a reloaded reference, while the probe is at work
 
@@ -58,8 +59,8 @@ class Memory:
         """Bytes at the highest moment. Gradients take the place of activations, layer by layer, in the backward pass;
         where they are accumulated over several batches they stay beside them.
         """
-        forward = self.activations + self.logits + (self.gradients if accumulates else 0)
-        return self.lasting + max(forward, self.gradients, self.measuring)
+        forward = self.activations + max(self.logits, self.recomputed) + (self.gradients if accumulates else 0)
+        return self.lasting + max(forward, self.gradients + self.recomputed, self.measuring)
 
 
 def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool, shares: bool) -> Memory:
@@ -77,12 +78,14 @@ def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool
     fused = "fused_lm_head" in inspect.getsource(import_class(settings.method.trainer))
     padded = len(shape) * max(sum(row) for row in shape)
     cast = _cast_weights(weights, args)
+    kept, recomputed = count_activations(model, shape, args.gradient_checkpointing)
     return Memory(
         parameters=parameters,
         reference=parameters if loads_reference else 0,
         gradients=trained,
         optimizer=int(trained / 4 * optimizer_bytes(args.optim)),
-        activations=count_activations(model, shape, args.gradient_checkpointing) + cast,
+        activations=kept + cast,
+        recomputed=recomputed,
         logits=_head(model, answered, vocabulary) if fused else int(LOGITS_COPIES * 4 * padded * vocabulary),
         measuring=_measuring(settings.callbacks, model, parameters, settings.model.tuning == "full", rows),
     )
@@ -113,14 +116,15 @@ def build_meta(model: Model, args: Any) -> Any:
     return policy.train()
 
 
-def count_activations(model: Any, shape: Shape, checkpointing: bool) -> int:
-    """Bytes that a forward pass over a batch of `shape` keeps for the backward pass, and one layer's more where layers
-    are computed again."""
+def count_activations(model: Any, shape: Shape, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that a forward pass over a batch of `shape` keeps for the backward pass, and those of one layer where
+    layers are computed again there, else 0.
+    """
     kept = _kept_by(model, shape)
     if not checkpointing:
-        return kept
+        return kept, 0
     _bare(model).activation_checkpointing_disable()
-    return kept + _kept_by(model, shape) // model.config.get_text_config().num_hidden_layers
+    return kept, _kept_by(model, shape) // model.config.get_text_config().num_hidden_layers
 
 
 def _bare(model: Any) -> Any:

@@ -202,6 +202,7 @@ LABELS = {
     "optimizer": "optimizer",
     "gradients": "gradients",
     "activations": "activations of a batch",
+    "recomputed": "activations computed again",
     "logits": "logits of a batch",
     "measuring": "while the probe measures",
 }
