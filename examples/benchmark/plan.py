@@ -66,7 +66,7 @@ def write_model(folder, sizes):
 
 def write_pairs(file, count=64):
     """Prompts of some 160 tokens, answers of some 120."""
-    words = AutoTokenizer.from_pretrained(MODEL).vocab
+    words = sorted(AutoTokenizer.from_pretrained(MODEL).vocab)
     plain, rng = [word for word in words if word.isalpha()], random.Random(0)
 
     def text(least, most):
