@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.hardware import precision_arguments
+from dpo_kit.processes import world_size
+from dpo_kit.secrets import redact
 from dpo_kit.selection import greater_is_better
 from dpo_kit.settings import Settings
 from dpo_kit.trl_schema import load_schema
@@ -36,6 +37,12 @@ def build_arguments(settings: Settings, rows: Rows, output_dir: Path, width: int
         "report_to": "none" if reporter in ("wandb", "none") else [reporter],  # wandb is a sink of our own
     }
     return import_class(settings.method.config)(**meant, **own)
+
+
+def describe_arguments(args: Any) -> dict[str, Any]:
+    """The fields of a TRL config object as plain values, secrets redacted; its class takes them back as they are."""
+    tokens = {name: getattr(args, name) for name in args.to_dict() if name.endswith("_token")}  # to_dict hides them all
+    return redact(args.to_dict() | tokens)
 
 
 def uses_store(settings: Settings, rows: Rows) -> bool:
@@ -76,10 +83,6 @@ def count_steps(trl: dict[str, Any], rows: int) -> int:
 def effective_batch(trl: dict[str, Any]) -> int:
     """Rows per optimizer step over all devices."""
     return trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"] * world_size()
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _even_weight(rows: Rows) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from dpo_kit.report import ceiling_line, result_rows
+from dpo_kit.report import ceiling_line, interval_text, result_rows
 from dpo_kit.secrets import redact, redact_argv
 
 DIRECTION = {
@@ -21,18 +21,33 @@ def write_card(run_dir: str | Path, result: Mapping[str, Any], manifest: Mapping
 
     `result` and `manifest` are what result.json and manifest.json hold; both are redacted first.
     """
-    result, manifest = redact(dict(result)), redact(dict(manifest))
-    parts = (_front_matter, _headline, _measured, _findings, _data, _training, _versions)
-    text = "\n\n".join(filter(None, (part(result, manifest) for part in parts))) + "\n"
+    text = card_text(result, manifest)
     path = Path(run_dir) / "model" / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return text
 
 
+def card_text(
+    result: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    judged: Mapping[str, Any] | None = None,
+    export: Mapping[str, Any] | None = None,
+) -> str:
+    """The card as Markdown. `judged` is what evaluation/result.json holds, `export` what export.json holds: with it the
+    card is that of a model without adapters. All are redacted first.
+    """
+    result, manifest = redact(dict(result) | {"merged": export is not None}), redact(dict(manifest))
+    parts = [part(result, manifest) for part in (_front_matter, _headline, _measured, _findings, _data, _training)]
+    parts += [_export(redact(dict(export))) if export else "", _versions(result, manifest)]
+    parts.insert(3, _judged(redact(dict(judged or {}))))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
 def _front_matter(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    plain = result["tuning"] == "full" or result.get("merged")
     facts: dict[str, Any] = {
-        "library_name": "transformers" if result["tuning"] == "full" else "peft",
+        "library_name": "transformers" if plain else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["dpo_kit", "trl", "preference-tuning", result["method"]],
     }
@@ -59,6 +74,13 @@ def _measured(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     return "\n\n".join(filter(None, ("## Measured", about, table, note and f"{note[0].upper()}{note[1:]}.")))
 
 
+def _judged(judged: Mapping[str, Any]) -> str:
+    if not isinstance(judged.get("win_rate"), int | float):
+        return ""
+    interval = interval_text(judged, "win_rate", ".3f")
+    return f"Win rate against the reference, ties counting half: {judged['win_rate']:.3f} {interval}".rstrip() + "."
+
+
 def _findings(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     found = [f"- {item['symptom']} {item['meaning']}" for item in result.get("findings") or []]
     return "## To know\n\n" + "\n".join(found) if found else ""
@@ -80,6 +102,10 @@ def _training(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     facts = f"{result['tuning']} tuning, {result['steps']} steps, seed {result['seed']}; {shown}."
     command = " ".join(redact_argv((manifest.get("command") or "").split()))
     return "\n\n".join(filter(None, ("## Training", facts, command and f"```\n{command}\n```")))
+
+
+def _export(export: Mapping[str, Any]) -> str:
+    return f"## Export\n\n{export['how']} Weights in {export['dtype']}. Checked on fixed prompts: {export['checked']}."
 
 
 def _versions(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:

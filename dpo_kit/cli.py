@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,10 @@ from omegaconf import DictConfig
 from dpo_kit.config import CONF, check, compose_unchecked, register
 from dpo_kit.errors import ConfigError
 from dpo_kit.help import help_text
+from dpo_kit.processes import agree, is_writer, refuse_sweep, world_size
+from dpo_kit.quiet import quiet_imports
 from dpo_kit.secrets import redact_text
+from dpo_kit.settings import Settings
 from dpo_kit.sweep.plan import Plan, means_multirun, plan_sweep, without_hydra
 from dpo_kit.tool import guard
 
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
     from dpo_kit.finish import Result
 
 TERMINATED = 143
-TOOLS = {"dashboard", "data", "evaluate", "sweep"}
+TOOLS = {"dashboard", "data", "evaluate", "export", "plan", "sweep"}
 log = logging.getLogger("dpo_kit")
 
 
@@ -73,8 +77,15 @@ def _terminate(number: int, frame: object) -> None:
 def _work(args: argparse.Namespace) -> None:
     if args.hydra_help or args.shell_completion or args.info:
         run()
+        return
+    plan = refuse_early(args)
+    if isinstance(plan, Settings):
+        quiet_imports()
+        from dpo_kit.plan import dry_run
+
+        dry_run(plan)
     else:
-        _run(refuse_early(args))
+        _run(plan)
 
 
 def _run(plan: Plan | None) -> None:
@@ -95,8 +106,9 @@ def _conclude(plan: Plan | None) -> None:
         conclude(plan.directory, plan.tracking, measure=plan.local)
 
 
-def refuse_early(args: argparse.Namespace) -> Plan | None:
-    """Compose and check what is about to run, before Hydra writes its first file; the plan where it is a sweep.
+def refuse_early(args: argparse.Namespace) -> Plan | Settings | None:
+    """Compose and check what is about to run, before Hydra writes its first file; the plan where it is a sweep, the
+    settings where it is a dry run.
 
     A sweep's directories are added to the command line that Hydra will read. Raises ConfigError.
     """
@@ -104,12 +116,22 @@ def refuse_early(args: argparse.Namespace) -> Plan | None:
     implied = means_multirun(args)
     if args.cfg or not (args.multirun or implied or "hydra.mode=MULTIRUN" in args.overrides):
         cfg = compose_unchecked([*search, *args.overrides], args.config_name or "config", with_hydra=True)
-        check(without_hydra(cfg))
-        return None
+        settings = check(without_hydra(cfg))
+        if world_size() > 1:
+            _add_words(args, agree(args.overrides, str(cfg.hydra.run.dir)))
+        return settings if settings.dry_run and not args.cfg else None
+    refuse_sweep(args.overrides)
+    if "dry_run=true" in args.overrides:
+        raise ConfigError("dry_run=true looks at one run: leave out the sweep, and give beta and seed one value each")
     plan = plan_sweep(args.overrides, search, args.config_name or "config")
-    flags = [word for word in sys.argv[1:] if word not in args.overrides]  # argparse wants the overrides in one piece
-    sys.argv[1:] = [*flags, *(["--multirun"] if implied else []), *args.overrides, *plan.named]
+    _add_words(args, plan.named, *(["--multirun"] if implied else []))
     return plan
+
+
+def _add_words(args: argparse.Namespace, added: Sequence[str], *flags: str) -> None:
+    """Put overrides and flags on the command line that Hydra will read; argparse wants the overrides in one piece."""
+    given = [word for word in sys.argv[1:] if word not in args.overrides]
+    sys.argv[1:] = [*given, *flags, *args.overrides, *added]
 
 
 def task(cfg: DictConfig) -> float | None:
@@ -123,7 +145,8 @@ def task(cfg: DictConfig) -> float | None:
         from dpo_kit import train
 
     result = train(cfg, directory)
-    show(result)
+    if is_writer():
+        show(result)
     return result.final.get("probe/accuracy")
 
 

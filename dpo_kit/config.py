@@ -201,6 +201,11 @@ def _model_faults(model: Model) -> Iterator[str]:
             "model.trust_remote_code=true runs code of a repository, so model.revision must be a full commit hash "
             f"(40 hex digits) whose code you have read, got {model.revision}"
         )
+    if model.tuning != "full" and model.reference == model.path:
+        yield (
+            f"model.reference={model.reference} is the start itself, which model.tuning={model.tuning} has already "
+            "(the policy with its adapter off): leave it out, and save a second model's memory"
+        )
     if model.attn_implementation and "/" in model.attn_implementation:
         yield (
             f"model.attn_implementation={model.attn_implementation} would download code and run it: take sdpa, eager "

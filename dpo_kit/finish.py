@@ -61,6 +61,9 @@ def finish_run(
     """Save the model, draw the report, write the result."""
     refuse_non_finite(trainer.model, "after training")
     save_model(trainer, run)
+    if not trainer.is_world_process_zero():
+        trainer.accelerator.wait_for_everyone()  # until the first process has written the result
+        return Result.read(run.root)
     history, manifest = read_metrics(run.metrics), read_json(run.manifest)
     result = Result(
         status="done",
@@ -79,6 +82,7 @@ def finish_run(
     write_card(run.root, dataclasses.asdict(result), manifest)
     report_to_tracker(tracker, run, result)
     write_json(run.result, dataclasses.asdict(result))
+    trainer.accelerator.wait_for_everyone()
     return result
 
 

@@ -10,14 +10,20 @@ from dpo_kit.data.rows import digest
 from dpo_kit.errors import ConfigError
 from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.secrets import redact
-from dpo_kit.settings import Settings
+from dpo_kit.settings import Choose, Settings, Tracking
 
 
 def comparable(settings: Settings) -> dict[str, Any]:
     """The resolved config without what may differ between two starts of one run."""
     reported = {"benchmark": True, "reference_margin": True}  # they change the data report, not the run
-    left_out: Any = {"resume": True, "tracking": True, "choose": True, "data": reported}
+    left_out: Any = {"resume": True, "dry_run": True, "tracking": True, "choose": True, "data": reported}
     return redact(settings.model_dump(mode="json", exclude=left_out))
+
+
+def recall_settings(manifest: dict[str, Any]) -> Settings:
+    """The settings of the run that wrote `manifest`; what does not belong to a run's identity is as if unset."""
+    silent: dict[str, Any] = {"reporter": "none", "project": "", "entity": None, "group": None, "tags": [], "name": ""}
+    return Settings(**manifest["config"], resume="never", tracking=Tracking(**silent), choose=Choose())
 
 
 def refuse_other_run(run: RunDirectory, settings: Settings) -> None:

@@ -8,12 +8,13 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from dpo_kit.arguments import effective_batch, world_size
+from dpo_kit.arguments import effective_batch
 from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.data.rows import digest
-from dpo_kit.hardware import device_name
+from dpo_kit.hardware import device_name, weight_dtype
 from dpo_kit.identity import comparable
 from dpo_kit.origin import find_parent
+from dpo_kit.processes import world_size
 from dpo_kit.run import hash_weights
 from dpo_kit.settings import Model, Settings
 from dpo_kit.template import template_hash
@@ -45,6 +46,7 @@ def build_manifest(settings: Settings, data: Prepared, command: str | None, toke
             "processor": platform.machine(),
             "device": device_name(),
             "world_size": world_size(),
+            "dtype": str(weight_dtype(settings.model.dtype, settings.model.tuning)).removeprefix("torch."),
         },
         "config": config,
         "config_hash": digest(config),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.hardware import has_accelerator, weight_dtype
 from dpo_kit.origin import find_parent, refuse_unsafe
 from dpo_kit.settings import Model
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -37,21 +40,39 @@ def load_tokenizer(model: Model) -> Any:
 
 def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:
     """The weights to be tuned; 4-bit under `tuning=qlora`."""
-    policy = _load_weights(model, model.path)
+    policy = load_weights(model)
     _refuse_foreign_tokenizer(policy, tokenizer, model.path)
+    warn_of_tied_head(model, policy)
     return policy
 
 
 def load_reference(model: Model) -> PreTrainedModel:
     """The reference: the policy's own start, or `model.reference`; frozen."""
-    return _load_weights(model, model.reference or model.path).eval().requires_grad_(False)
+    return load_weights(model, model.reference or model.path).eval().requires_grad_(False)
 
 
 def load_tuned(model: Model, folder: Path) -> PreTrainedModel:
     """What a run left in `folder`: the tuned weights, or its adapter on the weights that it started from."""
     if model.tuning == "full":
-        return _load_weights(model, str(folder))
-    return PeftModel.from_pretrained(_load_weights(model, model.path), folder)  # type: ignore[return-value]
+        return load_weights(model, str(folder))
+    return PeftModel.from_pretrained(load_weights(model), folder)  # type: ignore[return-value]
+
+
+def warn_of_tied_head(model: Model, policy: PreTrainedModel) -> None:
+    """Say what an adapter on one of two tied embeddings means: they come apart, in training and in what is exported."""
+    named = [name for key in ("target_modules", "modules_to_save") for name in _names(model.lora.get(key))]
+    touched = sorted({name for name in named if name in ("lm_head", "embed_tokens")})
+    tied = policy.config.get_text_config().tie_word_embeddings
+    if model.tuning != "full" and touched and tied and not model.lora.get("ensure_weight_tying"):
+        log.warning(
+            "model.lora puts an adapter on %s, one of two embeddings that this model ties: they will differ after "
+            "training, and the exported model holds both; +model.lora.ensure_weight_tying=true keeps them one",
+            " and ".join(touched),
+        )
+
+
+def _names(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def build_adapter(model: Model) -> PeftConfig | None:
@@ -64,7 +85,9 @@ def build_adapter(model: Model) -> PeftConfig | None:
         raise ConfigError(f"model.lora: peft.LoraConfig refuses it: {error}") from error
 
 
-def _load_weights(model: Model, path: str) -> PreTrainedModel:
+def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
+    """The weights at `path` (default: model.path) in the dtype, attention and quantisation that `model` asks for."""
+    path = path or model.path
     options: dict[str, Any] = {"dtype": weight_dtype(model.dtype, model.tuning), "use_safetensors": True}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation

@@ -8,9 +8,10 @@ over all earlier tokens; `why_not` names the models where it is not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     layout: Layout | None = None,
+    kernel: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of every row of `layout` to itself; transformers' own SDPA where there is no layout.
@@ -91,22 +93,24 @@ def attend(
     """
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    kernel = kernel or attend_row
     groups = query.shape[1] // key.shape[1]
     lengths = [own for _, own in layout.rows]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # once, not for every row
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    if autocast:  # once, not for every row
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))  # tokens first, as they lie in memory
     if groups > 1:
         keys, values = (x.repeat_interleave(groups, 2) for x in (keys, values))
     parts = [x.split(lengths, 1) for x in (queries, keys, values)]
     attended = []
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
         for row, (shared, own) in enumerate(layout.rows):
             if own:
                 q, k, v = parts[0][row], *(_whole_row(each, row, shared) for each in parts[1:])
-                seen = _attend_row(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+                seen = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
                 attended.append(seen.transpose(1, 2))
     return torch.cat(attended, 1), None
 
@@ -116,24 +120,29 @@ def _whole_row(parts: Sequence[Tensor], row: int, shared: int) -> Tensor:
     return torch.cat((parts[row - len(parts) // 2][:, :shared], parts[row]), 1) if shared else parts[row]
 
 
-def _attend_row(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attend_row(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of the last tokens of a row to all of it.
 
     query (1, heads, own, width), key and value (1, heads, shared + own, width); as query.
     """
     own, whole = query.shape[-2], key.shape[-2]
-    if query.device.type == "cpu" and (query.dtype == torch.bfloat16 or own < whole):
-        return _attend_in_blocks(query, key, value, scale)
+    if query.device.type == "cpu" and pays_in_blocks(query, key):
+        return attend_in_blocks(query, key, value, scale)
     if own == whole:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     return scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(own, whole), scale=scale)
 
 
+def pays_in_blocks(query: Tensor, key: Tensor) -> bool:
+    """Whether `attend_in_blocks` is the faster way on a CPU."""
+    return query.dtype == torch.bfloat16 or query.shape[-2] < key.shape[-2]
+
+
 BLOCK = 256  # queries at a time: each block leaves out the keys after it, and what it holds stays in the cache
 
 
-def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """`_attend_row` by plain matrix products: PyTorch's fused kernel takes two to four times as long in bf16 on CPUs
+def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`attend_row` by plain matrix products: PyTorch's fused kernel takes two to four times as long in bf16 on CPUs
     (AVX-512, torch 2.13), and computes a square of queries and keys where only a part is asked for.
     """
     own, whole = query.shape[-2], key.shape[-2]

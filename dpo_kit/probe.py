@@ -99,7 +99,13 @@ class PairProbe:
 
     def _score(self, model: Any) -> Tensor:
         tokenizer: Any = self.trainer.processing_class
-        return score(model, self._sequences, pad_id=pad_token_id(tokenizer), tokens_per_batch=self.tokens_per_batch)
+        return score(
+            model,
+            self._sequences,
+            pad_id=pad_token_id(tokenizer),
+            tokens_per_batch=self.tokens_per_batch,
+            accelerator=self.trainer.accelerator,
+        )
 
     def _find_reference_logps(self, policy_logps: Tensor) -> Tensor:
         logps = policy_logps

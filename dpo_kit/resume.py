@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import shutil
 from pathlib import Path
@@ -15,15 +14,11 @@ from hydra.types import RunMode
 from dpo_kit import checkpoints
 from dpo_kit.errors import ConfigError
 from dpo_kit.identity import origin, refuse_inexact_resume
+from dpo_kit.processes import is_writer
 from dpo_kit.run import RunDirectory
 from dpo_kit.settings import Settings
 
 log = logging.getLogger(__name__)
-
-
-def is_writer() -> bool:
-    """Whether this process writes the run directory: of several that train together, the first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def find_checkpoint(settings: Settings, run: RunDirectory, manifest: dict[str, Any]) -> Path | None:

@@ -38,6 +38,8 @@ class RunDirectory:
     result = property(lambda self: self.root / "result.json")
     test = property(lambda self: self.root / "test.json")
     evaluation = property(lambda self: self.root / "evaluation")
+    export = property(lambda self: self.root / "export")
+    reproduction = property(lambda self: self.root / "reproduce")
     wandb_file = property(lambda self: self.root / "wandb_id")
 
     def read_result(self) -> dict[str, Any] | None:

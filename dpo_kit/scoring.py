@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from tqdm import tqdm
@@ -111,19 +112,34 @@ def score(
     pad_id: int,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     description: str | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Tensor:
     """Summed completion log-probability of each sequence (EOS in), in nats: (sequences,), float64.
 
     Plain sums as in DPO's and KTO's loss; call inside `measuring`. With a `description` a terminal shows a bar.
+    The processes of an `accelerator` take turns at the very batches that one would take, so that the values are the
+    same; all of them must call this, and all get every value.
     """
+    place, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     logps = torch.zeros(len(sequences), dtype=torch.float64)
     batches = twin_batches(sequences, batch_size_in_tokens(model, tokens_per_batch))
-    for indices in tqdm(batches, description, disable=not (description and sys.stderr.isatty()), leave=False):
+    turns = range(
+        place, place + count * -(-len(batches) // count), count
+    )  # as many for each: weights may be shared out
+    for turn in tqdm(turns, description, disable=not (description and sys.stderr.isatty()), leave=False):
+        indices = batches[min(turn, len(batches) - 1)]
         batch = [sequences[index] for index in indices]
         targets, lengths = completion_targets(batch)
         terms = token_logps(completion_logits(model, batch, pad_id), targets).double()
-        logps[indices] = torch.stack([part.sum() for part in terms.split(lengths)])
-    return logps
+        if turn < len(batches):
+            logps[indices] = torch.stack([part.sum() for part in terms.split(lengths)])
+    return logps if accelerator is None or count == 1 else _sum(accelerator, logps)
+
+
+def _sum(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Of all processes; exact where each value comes from one of them and is zero in the others."""
+    total: Any = accelerator.reduce(values.to(accelerator.device), "sum")
+    return total.cpu()
 
 
 def _log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:

@@ -149,6 +149,7 @@ class Settings(Strict):
     beta: float
     seed: NonNegativeInt
     resume: str
+    dry_run: bool = False
     allow_beta: bool
     allow_learning_rate: bool
     method: Method

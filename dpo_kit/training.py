@@ -17,7 +17,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpo_kit import tracking
-from dpo_kit.arguments import build_arguments, count_steps, effective_batch, import_class, uses_store
+from dpo_kit.arguments import (
+    build_arguments,
+    count_steps,
+    describe_arguments,
+    effective_batch,
+    import_class,
+    uses_store,
+)
 from dpo_kit.checkpoints import explain_full_disk
 from dpo_kit.config import check
 from dpo_kit.data.interleave import interleave, unpair
@@ -33,9 +40,10 @@ from dpo_kit.lock import only_writer
 from dpo_kit.manifest import build_manifest
 from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
+from dpo_kit.processes import is_writer
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.reference import with_store
-from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on, is_writer
+from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on
 from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
 from dpo_kit.safekeeping import with_safekeeping
 from dpo_kit.secrets import redact, redact_argv
@@ -65,14 +73,16 @@ def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
 
 
 def _train(settings: Settings, run: RunDirectory) -> Result:
-    run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
+    if is_writer():
+        run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
     data = prepare_data(settings, tokenizer, run)
     manifest = build_manifest(settings, data, typed_command(), tokenizer)
     checkpoint = find_checkpoint(settings, run, manifest)
     begin_from(run, checkpoint)
-    write_json(run.manifest, manifest)
+    if is_writer():
+        write_json(run.manifest, manifest)
     tracker = start_tracking(settings, manifest, run)
     try:
         trainer = build_trainer(settings, data, tokenizer, run)
@@ -83,7 +93,8 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         result = finish_run(trainer, settings, run, tracker, seconds=seconds, ceiling=data.report.get("ceiling"))
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-            write_failure(run, settings, error)
+            if is_writer():
+                write_failure(run, settings, error)
         tracker.finish(exit_code=1)
         raise
     tracker.finish()
@@ -109,19 +120,14 @@ def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, comman
 
 def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepared:
     """Rows for training and measuring, with the report and the dropped rows written to the run directory."""
-    data = prepare(
-        settings.data,
-        wanted=settings.method.rows,
-        tokenizer=tokenizer,
-        max_length=settings.trl["max_length"],
-        truncation=settings.trl.get("truncation_mode", "keep_start"),
-        seed=settings.seed,
-    )
+    data = read_data(settings, tokenizer)
     if settings.data.reference_margin and data.kind == "pairs":
         pairs = data.train if settings.method.rows == "pairs" else data.select
         data.report["reference"] = measure_preference(reference_margins(pairs, settings, tokenizer))
     if settings.data.gold and data.kind == "pairs":
         data.report["ceiling"] = label_ceiling(load_gold(settings.data.gold), data.select)
+    if not is_writer():
+        return data
     write_json(run.data_report, data.report)
     if fault := kind_fault(settings.trl["metric_for_best_model"], data.kind):
         raise ConfigError(fault)
@@ -131,6 +137,18 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
         write_jsonl(run.dropped_rows, (redact(vars(fault)) for fault in data.dropped))
         log.info("%d rows dropped: %s", len(data.dropped), data.report["dropped_by_reason"])
     return data
+
+
+def read_data(settings: Settings, tokenizer: Any) -> Prepared:
+    """Rows for training and measuring, checked. Raises DataError."""
+    return prepare(
+        settings.data,
+        wanted=settings.method.rows,
+        tokenizer=tokenizer,
+        max_length=settings.trl["max_length"],
+        truncation=settings.trl.get("truncation_mode", "keep_start"),
+        seed=settings.seed,
+    )
 
 
 def typed_command() -> str | None:
@@ -145,7 +163,7 @@ def typed_command() -> str | None:
 
 def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirectory) -> tracking.Tracker:
     """A wandb run, or a tracker that does nothing where another reporter or none is chosen."""
-    if settings.tracking.reporter != "wandb":
+    if settings.tracking.reporter != "wandb" or not is_writer():
         return tracking.Tracker()
     options = settings.tracking.model_dump(exclude={"reporter"})
     return tracking.start(manifest["config"], run_dir=run.root, run_id=run.wandb_id(), **options)
@@ -156,8 +174,9 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     adapter = build_adapter(settings.model)
     policy = load_policy(settings.model, tokenizer)
     args = build_arguments(settings, data.train, run.checkpoints, policy.config.get_text_config().hidden_size)
-    write_json(run.trl_config, redact(args.to_dict()))
-    given = {"ref_model": load_reference(settings.model)} if _needs_reference(settings, args) else {}
+    if is_writer():
+        write_json(run.trl_config, describe_arguments(args))
+    given = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
     describe(settings, args, data)
     trainer = with_safekeeping(import_class(settings.method.trainer))
     if speed_up([policy, *given.values()], settings.speed, settings.trl):
@@ -167,15 +186,15 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     return trainer(
         model=policy,
         args=args,
-        train_dataset=_dataset(data.train, settings.method.rows),
-        eval_dataset=_dataset(_held_out(data, settings), settings.method.rows),
+        train_dataset=build_dataset(data.train, settings.method.rows),
+        eval_dataset=build_dataset(held_out_rows(data, settings), settings.method.rows),
         processing_class=tokenizer,
         peft_config=adapter,
         **given,
     )
 
 
-def _needs_reference(settings: Settings, args: Any) -> bool:
+def needs_reference(settings: Settings, args: Any) -> bool:
     """Whether TRL needs a reference of its own: LoRA has the policy without adapter, precomputing has the start."""
     if not settings.method.reference:
         return False
@@ -183,13 +202,14 @@ def _needs_reference(settings: Settings, args: Any) -> bool:
     return has_none or settings.model.reference is not None
 
 
-def _held_out(data: Prepared, settings: Settings) -> Rows:
+def held_out_rows(data: Prepared, settings: Settings) -> Rows:
     """The rows of the probe, for TRL's own evaluation: in the form that the method's trainer takes."""
     rows = probe_rows(data, settings)
     return rows if data.kind == settings.method.rows else interleave(unpair(rows), settings.seed)
 
 
-def _dataset(rows: Rows, kind: str) -> Dataset:
+def build_dataset(rows: Rows, kind: str) -> Dataset:
+    """What TRL is given: the columns of `kind`, in the order of `rows`."""
     return Dataset.from_list([{name: row[name] for name in COLUMNS[kind]} for row in rows])
 
 

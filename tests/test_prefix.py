@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpo_kit.prefix import _attend_row, build_layout, share_prefixes, why_not
+from dpo_kit.prefix import attend_row, build_layout, share_prefixes, why_not
 
 SMALL = {
     "vocab_size": 60,
@@ -111,7 +111,7 @@ def test_a_row_s_own_tokens_see_what_the_whole_row_would_show_them(shared, own, 
     pull = torch.randn(1, 2, own, 8, generator=draw)
     results = [
         scaled_dot_product_attention(*whole, is_causal=True, scale=0.4)[:, :, shared:],
-        _attend_row(given[0][:, :, shared:], *given[1:], 0.4).float(),
+        attend_row(given[0][:, :, shared:], *given[1:], 0.4).float(),
     ]
     expected, found = ([each.detach(), *torch.autograd.grad(each, whole, pull)] for each in results)
     for ours, theirs in zip(found, expected, strict=True):

@@ -1,0 +1,106 @@
+"""`python -m dpo_kit.export run=DIR`: a finished run for others to load, or to repeat in plain TRL."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_kit.errors import ConfigError
+from dpo_kit.quiet import quiet_imports
+from dpo_kit.run import RunDirectory
+from dpo_kit.tool import Values, parse, run_tool
+
+if TYPE_CHECKING:
+    from dpo_kit.export.folder import Export
+
+USAGE = """\
+usage: python -m dpo_kit.export run=DIR [key=value] …
+
+  run=DIR              a finished run
+  mode=model           (default) a plain transformers folder: adapters merged, checked against the policy of the run
+  out=DIR              where to (default: export/ inside the run)
+  dtype=auto           auto: as training left it | float32 | bfloat16 | float16
+  base=original        what a QLoRA adapter is merged into: original weights | dequantised: the rounded ones it was
+                       trained on
+  push=org/name        upload it to the hub as well, with the token of `hf auth login`
+  private=true         false: everybody may see it there
+  mode=script          a plain TRL script and the prepared rows, which repeat the run without dpo_kit
+                       (out: reproduce/ inside the run)
+"""
+CHOICES = {
+    "mode": ("model", "script"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "base": ("original", "dequantised"),
+    "private": ("true", "false"),
+}
+ONLY_MODEL = ("dtype", "base", "push", "private")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 done, 1 failed, 2 refused."""
+    return run_tool("export", USAGE, arguments, export)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Do what `arguments` ask for and say where it is. Raises ConfigError, DataError, ModelError."""
+    values = parse_words(arguments)
+    _log_to_terminal()
+    quiet_imports()
+    if values["mode"] == "script":
+        _export_script(values)
+    else:
+        _export_model(values)
+
+
+def parse_words(arguments: Sequence[str]) -> Values:
+    """{key: value} of the command line, defaults filled in. Raises ConfigError."""
+    keys = ("run", "out", "push", *CHOICES)
+    given = parse(arguments, keys, needed="run", meaning="DIR, a finished run")
+    values = {key: choices[0] for key, choices in CHOICES.items()} | given
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {values[key]}")
+    if values["mode"] == "script" and (extra := [key for key in ONLY_MODEL if key in given]):
+        raise ConfigError(f"{', '.join(extra)} belongs to mode=model, not to mode=script")
+    if "push" in values and values["push"].count("/") != 1:
+        raise ConfigError(f"push must be org/name, got {values['push']}")
+    return values
+
+
+def _export_model(values: Values) -> None:
+    from dpo_kit.export.folder import Export, export_run, push
+
+    run = RunDirectory(Path(values["run"]))
+    wanted: Export = Export(run, Path(values.get("out") or run.export), values["dtype"], values["base"])
+    facts = export_run(wanted)
+    _say(f"{wanted.out}: {facts['dtype']}. {facts['how']}\nchecked: {facts['checked']}")
+    if "push" in values:
+        _say(f"on the hub: {push(wanted.out, values['push'], private=values['private'] == 'true')}")
+    _say(f"next: transformers chat {wanted.out}, or vllm serve {wanted.out}")
+
+
+def _export_script(values: Values) -> None:
+    from dpo_kit.export.script import write_reproduction
+
+    run = RunDirectory(Path(values["run"]))
+    script = write_reproduction(run, Path(values.get("out") or run.reproduction))
+    _say(f"{script.read_text(encoding='utf-8')}\nnext: python {script}")
+
+
+def _log_to_terminal() -> None:
+    """What we have to say; libraries and their warnings say nothing here."""
+    logging.getLogger().addHandler(logging.NullHandler())
+    own = logging.getLogger("dpo_kit")
+    own.addHandler(logging.StreamHandler())
+    own.setLevel(logging.INFO)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The tuned policy as one plain model: adapters merged into their base, compared with what the run left.
+
+Merging is done and compared in float32, where it is exact but for rounding; the dtype of the export comes after it and
+is compared again, from the files themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from dpo_kit.errors import ModelError
+from dpo_kit.model import load_policy, load_weights
+from dpo_kit.run import RunDirectory, hash_weights
+from dpo_kit.settings import Model
+
+log = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16")
+NOISE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
+PROMPTS = (
+    "Hello, how are you?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number.\n\nExplain it.",
+    "Schreibe einen kurzen Brief an eine Freundin, die umgezogen ist.",
+    "1, 1, 2, 3, 5, 8,",
+    "What is the capital of 日本? 🙂",
+)
+"""Texts of several kinds, the same for every export."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models are apart on PROMPTS: logits, relative to the largest; KL in nats per token; greedy tokens."""
+
+    logits: float
+    kl: float
+    greedy: float  # share of positions with the same most probable token
+
+    def describe(self) -> str:
+        same = f"the same most probable token at {self.greedy:.1%} of positions"
+        return f"logits within {self.logits:.1e} of the largest, KL {self.kl:.1e} nats a token, {same}"
+
+
+def merge(model: Model, run: RunDirectory, tokenizer: Any, base: str) -> tuple[PreTrainedModel, Tensor]:
+    """The policy of `run` in float32 without adapters, and its logits on PROMPTS before: (positions, vocabulary).
+
+    ModelError where the base is not the one that training started from, or where merging changed the logits.
+    """
+    if model.tuning == "full":
+        policy = load_weights(model.model_copy(update={"dtype": "float32"}), str(run.model))
+        return policy, prompt_logits(policy, tokenizer)
+    weights = _load_base(model, base)
+    if tied := _is_tied(weights):
+        _untie(weights)
+    adapted = PeftModel.from_pretrained(weights, run.model).eval()  # type: ignore[arg-type]
+    before = prompt_logits(adapted, tokenizer)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    if tied:
+        _tie_again(merged)
+    difference = compare(before, prompt_logits(merged, tokenizer))
+    refuse_other("merging the adapter", difference, "float32")
+    return merged, before
+
+
+def quantised_logits(model: Model, run: RunDirectory, tokenizer: Any) -> Tensor:
+    """Logits on PROMPTS of a QLoRA policy as it was trained and measured: the adapter on the 4-bit base."""
+    adapted = PeftModel.from_pretrained(load_policy(model, tokenizer), run.model)  # type: ignore[arg-type]
+    return prompt_logits(adapted.eval(), tokenizer)
+
+
+def refuse_other_base(model: Model, manifest: dict[str, Any]) -> None:
+    """ModelError where the weights at `model.path` have changed since the run."""
+    recorded = manifest["model"]["sha256"]
+    if model.tuning != "full" and recorded and hash_weights(model.path) != recorded:
+        raise ModelError(
+            f"model.path={model.path} does not hold the weights that the adapter was trained on (sha256 "
+            f"{recorded[:12]}… then): bring them back, or train again on what is there now"
+        )
+
+
+def _load_base(model: Model, base: str) -> PreTrainedModel:
+    """The base in float32: as published, or with the rounding that its 4-bit form had in training."""
+    if base == "dequantised":
+        return load_weights(model).dequantize(dtype=torch.float32)
+    weights = load_weights(model.model_copy(update={"dtype": "float32", "tuning": "lora"}))
+    if getattr(weights, "is_quantized", False):
+        raise ModelError(
+            f"model.path={model.path} is published in a quantised form, into which no adapter can be merged without "
+            "rounding it away: name the original repository as model.path, or say base=dequantised"
+        )
+    return weights
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head a matrix of its own: merged into a shared one, an adapter on either would change both."""
+    head: Any = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    """Tie the embeddings where the adapter left them alike; else say in the config that they are two."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    alike = torch.equal(head.weight, embedding.weight)
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = alike
+    if alike:
+        head.weight = embedding.weight
+    else:
+        model._tied_weights_keys = model.all_tied_weights_keys = {}
+        log.warning("the adapter changed one of the tied embeddings: the export holds both, untied")
+
+
+@torch.no_grad()
+def prompt_logits(model: Any, tokenizer: Any) -> Tensor:
+    """Logits at every position of PROMPTS, in the tokenizer's chat form where it has one: (positions, vocabulary)."""
+    ids = (torch.tensor([encode(tokenizer, prompt)], device=model.device) for prompt in PROMPTS)
+    return torch.cat([model(input_ids=each, use_cache=False).logits[0].float().cpu() for each in ids])
+
+
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of `prompt` as a user's message, or as plain text where there is no chat template."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt)["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def compare(one: Tensor, other: Tensor) -> Difference:
+    """How far `other` is from `one`: KL(one‖other), logits; shapes (positions, vocabulary) twice."""
+    logp, logq = one.double().log_softmax(-1), other.double().log_softmax(-1)
+    return Difference(
+        logits=float((one - other).abs().max() / one.abs().max()),
+        kl=max(0.0, float((logp.exp() * (logp - logq)).sum(-1).mean())),
+        greedy=float((one.argmax(-1) == other.argmax(-1)).float().mean()),
+    )
+
+
+def refuse_other(what: str, difference: Difference, dtype: str) -> None:
+    """ModelError where `difference` is more than rounding in `dtype` explains; not a number counts as more."""
+    if not difference.logits <= NOISE[dtype]:
+        raise ModelError(
+            f"{what} changed the policy: its logits differ by {difference.logits:.2g} of the largest one, where "
+            f"{dtype} explains {NOISE[dtype]:g}; nothing is exported"
+        )
+
+
+def load_plain(folder: Path) -> PreTrainedModel:
+    """`folder` as anybody loads it, without dpo_kit."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def choose_dtype(model: Model, run: RunDirectory, asked: str) -> str:
+    """`asked`, or for auto the dtype of what training left: of model/, or of the base that an adapter belongs to."""
+    if asked != "auto":
+        return asked
+    own = AutoConfig.from_pretrained(run.model if model.tuning == "full" else model.path, **_revision(model)).dtype
+    return str(own or torch.float32).removeprefix("torch.")
+
+
+def _revision(model: Model) -> dict[str, Any]:
+    return {} if model.tuning == "full" else {"revision": model.revision}

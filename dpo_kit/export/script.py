@@ -1,0 +1,182 @@
+"""A run in plain TRL: a script of some twenty lines beside the run's TRL arguments and its prepared rows."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.checkpoints import SAVING, put_in_place
+from dpo_kit.data.prepare import Prepared
+from dpo_kit.data.rows import digest
+from dpo_kit.errors import ConfigError, DataError
+from dpo_kit.export.folder import finished
+from dpo_kit.identity import recall_settings
+from dpo_kit.manifest import contents
+from dpo_kit.model import load_tokenizer
+from dpo_kit.quiet import quiet_libraries
+from dpo_kit.run import RunDirectory, read_json, write_json, write_text
+from dpo_kit.settings import Model, Settings
+from dpo_kit.training import build_dataset, held_out_rows, read_data
+
+log = logging.getLogger(__name__)
+NAME = "reproduce.py"
+ON_A_CPU = [
+    "for module in model.modules():  # bitsandbytes-foundation/bitsandbytes#1804",
+    '    if hasattr(module, "support_avx512bf16_for_cpu"):',
+    "        module.support_avx512bf16_for_cpu = False",
+]
+SCRIPT = '''\
+"""{title}, as dpo_kit {versions[dpo-kit]} ran it, in plain TRL {versions[trl]}.
+
+{start}
+"""
+
+import json
+from pathlib import Path
+
+{imports}
+
+HERE = Path(__file__).parent
+config = json.loads((HERE / "trl_config.json").read_text())
+config |= {{"output_dir": str(HERE / "output"), "report_to": "none"}}
+{model}
+trainer = {trainer}(
+    model=model,
+    args={config}(**config),
+    train_dataset=load_from_disk(str(HERE / "train")),
+    eval_dataset=load_from_disk(str(HERE / "eval")),
+    processing_class=tokenizer,{more}
+)
+trainer.train()
+trainer.save_model(str(HERE / "model"))
+'''
+
+
+def write_reproduction(run: RunDirectory, out: Path) -> Path:
+    """Write `out` with script, arguments and rows, complete or not at all; the script's path.
+
+    ConfigError where the run has not ended well or `out` is there already; DataError where the rows that its sources
+    give now are not those that it trained on.
+    """
+    manifest, result = finished(run)
+    if out.exists():
+        raise ConfigError(f"{out} is there already: delete it, or name another folder with out=DIR")
+    quiet_libraries()
+    settings = recall_settings(manifest)
+    data = prepare_again(settings, manifest)
+    aside = out.with_name(f"{SAVING}-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        rows = {"train": data.train, "eval": held_out_rows(data, settings)}
+        for name, part in rows.items():
+            build_dataset(part, settings.method.rows).save_to_disk(str(aside / name))
+        write_json(aside / "trl_config.json", read_json(run.trl_config) | {"hub_token": None, "push_to_hub": False})
+        write_text(aside / NAME, build_script(settings, manifest, result))
+        put_in_place(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
+    log.info("%s: %d rows to train on, %d held out, %.1f MB", out, len(rows["train"]), len(rows["eval"]), size)
+    _say_what_differs(settings, data)
+    return out / NAME
+
+
+def prepare_again(settings: Settings, manifest: dict[str, Any]) -> Prepared:
+    """The run's rows from their sources; DataError where their fingerprints are not those of the manifest."""
+    data = read_data(settings, load_tokenizer(settings.model))
+    for name, rows in (("train", data.train), ("select", data.select)):
+        if digest(contents(rows)) != manifest["data"][name]["sha256"]:
+            raise DataError(
+                f"data.train={settings.data.train} gives other {name} rows now than the run was made of "
+                f"({len(rows)}, then {manifest['data'][name]['rows']}): bring its files back to what they were"
+            )
+    return data
+
+
+def build_script(settings: Settings, manifest: dict[str, Any], result: dict[str, Any]) -> str:
+    """The text of the script."""
+    model, machine = settings.model, manifest["machine"]
+    processes = machine["world_size"]
+    trainer, config = settings.method.trainer, settings.method.config
+    start = f"python {NAME}" if processes == 1 else f"accelerate launch --num_processes {processes} {NAME}"
+    return SCRIPT.format(
+        title=f"{result['method']} of {model.path}, beta {result['beta']:g}, seed {result['seed']}",
+        versions=manifest["versions"],
+        start=f"Start it with: {start}",
+        imports=_imports(settings),
+        model="\n".join([*_model_lines(model, machine), *_tokenizer_lines(model)]),
+        trainer=trainer.rpartition(".")[2],
+        config=config.rpartition(".")[2],
+        more="".join(f"\n    {line}," for line in _trainer_lines(settings, machine)),
+    )
+
+
+def _imports(settings: Settings) -> str:
+    """Import lines, sorted as isort has them."""
+    wanted = {"datasets": {"load_from_disk"}, "transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
+    for path in (settings.method.trainer, settings.method.config):
+        module, name = path.rsplit(".", 1)
+        wanted.setdefault(module, set()).add(name)
+    if settings.model.tuning != "full":
+        wanted["peft"] = {"LoraConfig"}
+    if settings.model.tuning == "qlora":
+        wanted["transformers"].add("BitsAndBytesConfig")
+    lines = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(wanted.items())]
+    return "\n".join(["import torch", *lines] if settings.model.tuning == "qlora" else lines)
+
+
+def _model_lines(model: Model, machine: dict[str, Any]) -> list[str]:
+    options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code or None}
+    options |= _weights(model, machine)
+    if model.tuning != "qlora":
+        return [f"model = AutoModelForCausalLM.from_pretrained({_arguments(options, model.path)})"]
+    quantised = {name: value for name, value in model.quantization.items() if value is not None}
+    lines = [
+        f"quantization = BitsAndBytesConfig({_arguments(quantised)})",
+        f"model = AutoModelForCausalLM.from_pretrained({_arguments(options, model.path)}, "
+        'device_map={"": 0 if torch.cuda.is_available() else "cpu"}, quantization_config=quantization)',
+    ]
+    return lines + (ON_A_CPU if machine["device"] == "cpu" else [])
+
+
+def _weights(model: Model, machine: dict[str, Any]) -> dict[str, Any]:
+    return {"dtype": machine["dtype"], "attn_implementation": model.attn_implementation}
+
+
+def _tokenizer_lines(model: Model) -> list[str]:
+    here = {"revision": model.revision, "trust_remote_code": model.trust_remote_code or None}
+    lines = [f"tokenizer = AutoTokenizer.from_pretrained({_arguments(here, model.path)})"]
+    return [*lines, "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token"]
+
+
+def _trainer_lines(settings: Settings, machine: dict[str, Any]) -> list[str]:
+    model, lines = settings.model, []
+    if model.tuning != "full":
+        lines.append(f"peft_config=LoraConfig({_arguments(model.lora | {'task_type': 'CAUSAL_LM'})})")
+    if model.reference and settings.method.reference:
+        given = _arguments(_weights(model, machine), model.reference)
+        lines.append(f"ref_model=AutoModelForCausalLM.from_pretrained({given})")
+    return lines
+
+
+def _arguments(options: dict[str, Any], *first: str) -> str:
+    """The inside of a call's brackets; what is None is left to the called one."""
+    named = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    return ", ".join([*map(repr, first), *named])
+
+
+def _say_what_differs(settings: Settings, data: Prepared) -> None:
+    """Where the script's numbers cannot be those of the run beyond rounding."""
+    drops = not settings.trl["disable_dropout"] and settings.model.tuning != "full"
+    if drops and settings.model.lora.get("lora_dropout") and settings.speed.share_prefix:
+        log.warning(
+            "which values LoRA's dropout drops depends on how a batch is laid out: the script's losses scatter around "
+            "those of the run; runs with trl.disable_dropout=true or speed.share_prefix=false are repeated exactly"
+        )
+    held = data.report["control_tokens"]
+    if held["rows"] and held["read_as"] == "text":
+        log.warning(
+            "rows hold control tokens in their text, which the run read as text; plain TRL may read them as turns"
+        )

@@ -1,0 +1,292 @@
+"""`python -m dpo_kit.plan [overrides]`: what a run will take, before it runs: memory, steps, tokens, disk, a launcher.
+
+No weights are loaded: the model's config and the checked rows are enough. `first_step=true` also takes three steps and
+compares.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_kit.config import check, compose_unchecked
+from dpo_kit.errors import ConfigError
+from dpo_kit.quiet import quiet_imports
+from dpo_kit.run import write_json
+from dpo_kit.settings import Settings
+from dpo_kit.tool import run_tool
+
+if TYPE_CHECKING:
+    from dpo_kit.data.prepare import Prepared
+
+USAGE = """\
+usage: python -m dpo_kit.plan [first_step=true] [out=FILE] [group=option | key=value] …
+
+Takes what `python -m dpo_kit` takes, trains nothing, and says what that run will need: memory by what it is for, steps,
+tokens, disk, and how to start it on how many devices.
+
+  first_step=true   take three steps as well (in a folder that is removed) and compare memory and speed
+  out=FILE          write the plan as JSON too
+"""
+OWN = ("first_step", "out")
+POLL_SECONDS = 0.005
+CARDS = (24, 40, 80, 141)  # GB of memory that accelerators have
+USABLE = 0.9  # of it: the rest is the driver's, the allocator's and the estimate's error
+LARGE = 80
+LAUNCH = "accelerate launch --config_file examples/accelerate"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`memory`: bytes by what they are for; `peak`: of one process; `disk`: of checkpoints and model."""
+
+    memory: dict[str, int]
+    peak: int
+    steps: int
+    batch: int
+    epochs: float
+    tokens: int
+    disk: int
+    parameters: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 done, 1 failed, 2 refused."""
+    return run_tool("plan", USAGE, arguments, plan)
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Plan the run that `arguments` describe, and print it. Raises ConfigError, DataError, ModelError."""
+    own, overrides = split_words(arguments)
+    settings = check(compose_unchecked(overrides))
+    quiet_imports()
+    found = plan_run(settings)
+    measured = measure_first_steps(overrides) if own.get("first_step") == "true" else {}
+    show(found, settings, measured)
+    if "out" in own:
+        write_json(Path(own["out"]), vars(found) | {"measured": measured})
+
+
+def split_words(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The tool's own keys, and the overrides of the run. Raises ConfigError."""
+    for word in arguments:
+        if "=" not in word:
+            raise ConfigError(f"arguments are key=value, got {word}")
+    words = [(word, *word.split("=", 1)) for word in arguments]
+    own = {key: value for _, key, value in words if key in OWN}
+    if own.get("first_step", "false") not in ("true", "false"):
+        raise ConfigError(f"first_step must be true or false, got {own['first_step']}")
+    return own, [word for word, key, _ in words if key not in OWN]
+
+
+def plan_run(settings: Settings) -> Plan:
+    """The plan of one run; its rows are read and checked, nothing is written."""
+    from dpo_kit.model import load_tokenizer
+    from dpo_kit.quiet import quiet_libraries
+    from dpo_kit.training import read_data
+
+    quiet_libraries()
+    return plan_on(settings, read_data(settings, load_tokenizer(settings.model)))
+
+
+def plan_on(settings: Settings, data: Prepared) -> Plan:
+    """The plan of a run on `data`."""
+    from dpo_kit.arguments import build_arguments, count_steps, effective_batch
+    from dpo_kit.memory import build_meta, estimate, read_config
+    from dpo_kit.safekeeping import OPTIMIZER_VALUES
+    from dpo_kit.training import needs_reference
+
+    width = read_config(settings.model).get_text_config().hidden_size
+    args = build_arguments(settings, data.train, Path(tempfile.gettempdir()) / "dpo_kit-plan", width)
+    trl = args.to_dict()
+    memory = estimate(
+        settings,
+        args,
+        data.train,
+        loads_reference=needs_reference(settings, args),
+        shares=settings.speed.share_prefix is not False,
+    )
+    steps, batch = count_steps(trl, len(data.train)), effective_batch(trl)
+    whole = sum(p.numel() for p in build_meta(settings.model, args).parameters())
+    kept = (args.save_total_limit or 1) + 1 if args.save_strategy != "no" else 0
+    return Plan(
+        memory=dict(vars(memory)),
+        peak=memory.peak(args.gradient_accumulation_steps > 1),
+        steps=steps,
+        batch=batch,
+        epochs=steps * batch / len(data.train),
+        tokens=int(steps * batch * _mean_tokens(data)),
+        disk=memory.gradients * (1 + kept * (1 + OPTIMIZER_VALUES)),
+        parameters=whole,
+    )
+
+
+def _mean_tokens(data: Prepared) -> float:
+    """Of a row: prompt and answers, each once."""
+    lengths = [value for row in data.train for name, value in row["tokens"].items() if name != "cut"]
+    return sum(lengths) / len(data.train)
+
+
+# --- first steps -------------------------------------------------------------------------------------------------
+
+
+class PeakMemory:
+    """The most memory that a block takes beyond what was there before it: of the accelerator where there is one, else
+    of this process, looked at every few milliseconds. Bytes.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        import torch
+
+        self.device = torch.cuda.is_available()
+        if self.device:
+            torch.cuda.reset_peak_memory_stats()
+        self.before = self.bytes = 0 if self.device else anonymous_memory()
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        self._ended.set()
+        self._watcher.join()
+        self.bytes = torch.cuda.max_memory_allocated() if self.device else self.bytes - self.before
+
+    def _watch(self) -> None:
+        while not self.device and not self._ended.wait(POLL_SECONDS):
+            self.bytes = max(self.bytes, anonymous_memory())
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file backs."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("first_step=true needs a system that says how much memory a process takes (Linux)")
+
+
+def measure_first_steps(overrides: Sequence[str]) -> dict[str, float]:
+    """Peak memory in bytes and seconds a step of the run's first steps, with the probe's first and last measurement."""
+    from dpo_kit.config import compose
+    from dpo_kit.history import read_metrics
+    from dpo_kit.training import train
+
+    short = [
+        "trl.max_steps=3",
+        "trl.save_strategy=no",
+        "trl.eval_strategy=no",
+        "trl.logging_steps=1",
+        "tracking=none",
+        "resume=never",
+    ]
+    keys = tuple(word.split("=")[0] + "=" for word in short)
+    cfg = compose([*(word for word in overrides if not word.startswith(keys)), *short])
+    with tempfile.TemporaryDirectory() as folder:
+        with PeakMemory() as peak:
+            train(cfg, Path(folder) / "run")
+        rows = [row for row in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "loss" in row]
+    return {"peak": peak.bytes, "seconds_per_step": rows[2]["time"] - rows[1]["time"]}
+
+
+# --- showing -----------------------------------------------------------------------------------------------------
+
+LABELS = {
+    "parameters": "weights",
+    "reference": "reference model",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "activations": "activations of a batch",
+    "recomputed": "activations computed again",
+    "logits": "logits of a batch",
+    "measuring": "while the probe measures",
+}
+
+
+def show(found: Plan, settings: Settings, measured: dict[str, float]) -> None:
+    """The tables, and the command to start the run with."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{settings.method.name}, {settings.model.tuning} tuning of {settings.model.path}")
+    table.add_column("memory of one process")
+    table.add_column("GB", justify="right")
+    for name, label in LABELS.items():
+        table.add_row(label, f"{found.memory[name] / 1e9:.2f}")
+    table.add_section()
+    table.add_row("peak (not all at the same time)", f"{found.peak / 1e9:.2f}")
+    if measured:
+        table.add_row("measured in three steps", f"{measured['peak'] / 1e9:.2f}")
+    console.print(table)
+    speed = f", {measured['seconds_per_step']:.2f} s a step" if measured else ""
+    console.print(
+        f"{found.steps} steps of {found.batch} rows, {found.epochs:.2f} epochs, {found.tokens / 1e6:.2f}M tokens{speed}"
+        f"; {found.disk / 1e9:.2f} GB of disk for checkpoints and model",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(advise(found, settings), highlight=False, soft_wrap=True)
+
+
+def advise(found: Plan, settings: Settings) -> str:
+    """How to start the run: on one device where its memory suffices, else sharded over several, else cheaper."""
+    shared = ("parameters", "reference", "optimizer", "gradients")
+    split = sum(found.memory[name] for name in shared)
+    rest = max(0, found.peak - split)
+    for card in CARDS:
+        if found.peak <= USABLE * card * 1e9:
+            return f"fits one device of {card} GB: python -m dpo_kit …; on several: {LAUNCH}/ddp.yaml -m dpo_kit …"
+    for devices in (2, 4, 8, 16, 32) if settings.model.tuning != "qlora" else ():
+        if split / devices + rest <= USABLE * LARGE * 1e9:
+            launch = f"{LAUNCH}/fsdp2.yaml --num_processes {devices} -m dpo_kit …"
+            return f"fits {devices} devices of {LARGE} GB, sharded: {launch}"
+    return (
+        "fits no usual device: take trl.gradient_checkpointing=true, a smaller trl.per_device_train_batch_size with "
+        "more trl.gradient_accumulation_steps, a smaller trl.max_length, or model.tuning=lora or qlora"
+    )
+
+
+# --- a dry run ---------------------------------------------------------------------------------------------------
+
+
+def dry_run(settings: Settings) -> None:
+    """Compose, check, tokenise, show one row as it is trained on, plan; write nothing. Raises as training."""
+    from dpo_kit.model import load_tokenizer
+    from dpo_kit.quiet import quiet_libraries
+    from dpo_kit.training import read_data
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(settings.model)
+    data = read_data(settings, tokenizer)
+    sys.stdout.write(show_row(data.train[0], tokenizer, settings.trl) + "\n\n")
+    show(plan_on(settings, data), settings, {})
+    sys.stdout.write("nothing was trained or written: dry_run=true\n")
+
+
+def show_row(row: dict[str, Any], tokenizer: Any, trl: dict[str, Any]) -> str:
+    """One row as the loss sees it: what is read, what is scored (after the mark), what `max_length` cuts."""
+    from dpo_kit.tokens import encode_rows, truncate_both
+
+    names = [name for name in ("chosen", "rejected", "completion") if name in row]
+    ((prompt, answers),) = encode_rows(tokenizer, [row["prompt"]], [[row[name] for name in names]])
+    mode = trl.get("truncation_mode", "keep_start")
+    lines = [f"a row as it is trained on ({row['pair_id']}): the prompt is read, what follows ▶ is scored"]
+    for name, answer in zip(names, answers, strict=True):
+        read, scored = truncate_both(prompt, answer, trl["max_length"], mode)
+        cut = len(prompt) + len(answer) - len(read) - len(scored)
+        said = f"{len(read)} + {len(scored)} tokens" + (
+            f", {cut} cut by trl.max_length={trl['max_length']}" if cut else ""
+        )
+        lines.append(f"{name} ({said}):\n{tokenizer.decode(read)}▶{tokenizer.decode(scored)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

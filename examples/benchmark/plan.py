@@ -1,0 +1,95 @@
+"""The memory that a plan foresees against what training takes, on random weights: `python examples/benchmark/plan.py`.
+
+Each cell is a process of its own. Expect every estimate within 20 % of the measured peak; some minutes on two cores.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from dpo_kit.toy import MODEL
+
+SIZES = {
+    "29M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 4096},
+    "98M": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "vocab_size": 8192},
+}
+CELLS = {
+    "full": [],
+    "full, reference beside": ["speed.reference_store=false"],
+    "full, checkpointing": ["trl.gradient_checkpointing=true"],
+    "full, no shared prefix": ["speed.share_prefix=false"],
+    "full, accumulated": ["trl.gradient_accumulation_steps=2"],
+    "full, with the probe": ["callbacks=default", "callbacks.pairs=8", "callbacks.prompts=8"],
+    "lora": ["model.tuning=lora"],
+    "lora, checkpointing": ["model.tuning=lora", "trl.gradient_checkpointing=true"],
+    "lora, no shared prefix": ["model.tuning=lora", "speed.share_prefix=false"],
+    "orpo, full": ["method=orpo"],
+    "kto, lora": ["method=kto", "model.tuning=lora"],
+}
+COMMON = ["model=local", "data=jsonl", "callbacks=none", "trl.max_length=512", "trl.per_device_train_batch_size=4"]
+COMMON += ["allow_learning_rate=true"]
+
+
+def main(wanted):
+    """Print one row a cell; `wanted`: `sizes=29M` and `cells=2` take fewer."""
+    sizes = wanted.get("sizes", ",".join(SIZES)).split(",")
+    table = Table(title="peak memory of one process, MB")
+    for name in ("model", "run", "planned", "measured", "planned / measured"):
+        table.add_column(name, justify="left" if name in ("model", "run") else "right")
+    with tempfile.TemporaryDirectory() as folder:
+        write_pairs(Path(folder) / "pairs.jsonl")
+        for size in sizes:
+            write_model(Path(folder) / size, SIZES[size])
+            for name, words in list(CELLS.items())[: int(wanted.get("cells", len(CELLS)))]:
+                planned, measured = compare(Path(folder), size, words)
+                row = (f"{planned / 1e6:.0f}", f"{measured / 1e6:.0f}", f"{planned / measured:.2f}")
+                table.add_row(size, name, *row)
+                print(size, name, *row, file=sys.stderr, flush=True)
+    Console().print(table)
+
+
+def write_model(folder, sizes):
+    config = LlamaConfig(
+        num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True, eos_token_id=4, **sizes
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+
+
+def write_pairs(file, count=64):
+    """Prompts of some 160 tokens, answers of some 120."""
+    words = sorted(AutoTokenizer.from_pretrained(MODEL).vocab)
+    plain, rng = [word for word in words if word.isalpha()], random.Random(0)
+
+    def text(least, most):
+        return " ".join(rng.choices(plain, k=rng.randint(least, most)))
+
+    rows = [{"prompt": text(50, 90), "chosen": text(40, 70), "rejected": text(40, 70)} for _ in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def compare(folder, size, words):
+    """Planned and measured peak of one run, in bytes."""
+    out = folder / "plan.json"
+    given = [*COMMON, f"model.path={folder / size}", f"data.train={folder / 'pairs.jsonl'}", *words]
+    once = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}  # what is freed is given back
+    with tempfile.TemporaryDirectory() as cache:
+        env = os.environ | once | {"DPO_KIT_CACHE": cache}
+        command = [sys.executable, "-m", "dpo_kit.plan", *given, "first_step=true", f"out={out}"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found = json.loads(out.read_text())
+    return found["peak"], found["measured"]["peak"]
+
+
+if __name__ == "__main__":
+    main(dict(word.split("=", 1) for word in sys.argv[1:]))

@@ -1,0 +1,218 @@
+"""A plan foresees memory from the config alone; a dry run checks everything and writes nothing."""
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from trl.trainer.utils import disable_dropout_in_model
+
+from dpo_kit import ConfigError
+from dpo_kit.arguments import build_arguments
+from dpo_kit.config import check, compose
+from dpo_kit.memory import batch_shape, build_meta, count_activations, estimate, optimizer_bytes, worst_batch
+from dpo_kit.model import load_tokenizer
+from dpo_kit.plan import PeakMemory, Plan, advise, main, plan_run, show_row, split_words
+from dpo_kit.prefix import NAME, Layout
+from dpo_kit.run import read_json
+from dpo_kit.toy import MODEL
+from tests.conftest import ROOT
+from tests.small import few_pairs
+
+ROWS = [{"tokens": {"prompt": 10, "chosen": 6, "rejected": 4, "cut": False}} for _ in range(8)]
+SHAPE = ((0, 400), (0, 300), (160, 200), (120, 180))
+
+
+def _settings(*words):
+    return check(compose([*words, "tracking=none"]))
+
+
+def _args(tmp_path, *words):
+    return build_arguments(_settings(*words), [{}] * 64, tmp_path, 96)
+
+
+def _kept_on_the_cpu(model):
+    """Bytes that a real forward pass of a batch of SHAPE keeps, weights aside."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(1, sum(own for _, own in SHAPE), dtype=torch.long)
+    layout = Layout(ids=ids, positions=ids, source=ids[0], rows=SHAPE)
+    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    bare.set_attn_implementation(NAME)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        bare.base_model(
+            input_ids=ids, position_ids=ids, attention_mask=torch.ones(1, 1, 1, 1), use_cache=False, layout=layout
+        )
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("words", [[], ["model.tuning=lora"], ["model.tuning=lora", "model.lora.lora_dropout=0"]])
+def test_activations_counted_without_weights_are_those_of_a_real_forward_pass(words, tmp_path):
+    from peft import get_peft_model
+
+    from dpo_kit.model import build_adapter
+
+    settings = _settings(*words)
+    real = AutoModelForCausalLM.from_pretrained(MODEL)
+    adapter = build_adapter(settings.model)
+    real = (get_peft_model(real, adapter) if adapter else real).train()
+    disable_dropout_in_model(real)  # as TRL does
+    planned = count_activations(build_meta(settings.model, _args(tmp_path, *words)), SHAPE, False)[0]
+    assert planned == pytest.approx(_kept_on_the_cpu(real), rel=0.02)
+
+
+def test_checkpointing_keeps_less_and_computes_one_layer_again(tmp_path):
+    words = ["trl.gradient_checkpointing=true"]
+    model = _settings().model
+    whole = count_activations(build_meta(model, _args(tmp_path)), SHAPE, False)[0]
+    saved = count_activations(build_meta(model, _args(tmp_path, *words)), SHAPE, True)
+    saved = sum(saved)
+    assert whole / 3 < saved < 0.6 * whole  # three layers, of which one is computed again at a time
+
+
+def test_bytes_of_weights_gradients_and_adam_are_four_four_and_eight_for_each_weight(tmp_path):
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MODEL).parameters())
+    memory = estimate(_settings(), _args(tmp_path), ROWS, loads_reference=True, shares=True)
+    assert (memory.parameters, memory.reference, memory.gradients) == (4 * count,) * 3
+    assert memory.optimizer == 8 * count
+    lora = estimate(
+        _settings("model.tuning=lora"), _args(tmp_path, "model.tuning=lora"), ROWS, loads_reference=False, shares=True
+    )
+    assert lora.reference == 0 and lora.gradients < 4 * count and lora.optimizer == 2 * lora.gradients
+
+
+def test_a_quantised_base_takes_half_a_byte_and_its_scales_for_each_weight_of_its_layers(tmp_path):
+    words = ["model.tuning=qlora", "model.lora.r=1"]
+    memory = estimate(_settings(*words), _args(tmp_path, *words), ROWS, loads_reference=False, shares=True)
+    sizes = AutoModelForCausalLM.from_pretrained(MODEL)
+    linear = sum(p.numel() for n, p in sizes.named_parameters() if p.dim() == 2 and "embed" not in n)
+    rest = sum(p.numel() for p in sizes.parameters()) - linear
+    assert memory.parameters - memory.gradients == pytest.approx(linear * (0.5 + 1 / 64) + 4 * rest, rel=0.01)
+
+
+def test_gradients_take_the_place_of_activations_unless_they_are_accumulated(tmp_path):
+    memory = estimate(_settings("callbacks=none"), _args(tmp_path), ROWS, loads_reference=False, shares=True)
+    forward = memory.activations + memory.logits
+    assert memory.peak(False) == memory.lasting + max(forward, memory.gradients)
+    assert memory.peak(True) == memory.lasting + forward + memory.gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("adamw_torch_fused", 8), ("adamw_bnb_8bit", 2), ("sgd", 0), ("lion_32bit", 4)]
+)
+def test_an_optimizer_keeps_what_its_name_says(name, size):
+    assert optimizer_bytes(name) == size
+
+
+def test_a_batch_shares_its_prompts_and_is_cut_and_padded_as_training_does():
+    lengths = [
+        {"prompt": 10, "chosen": 6, "rejected": 4, "cut": False},
+        {"prompt": 5, "chosen": 9, "rejected": 1, "cut": True},
+    ]
+    assert batch_shape(lengths, True, None) == ((0, 16), (0, 14), (10, 4), (5, 1))
+    assert batch_shape(lengths, False, None) == ((0, 16),) * 4
+    assert batch_shape(lengths, False, 12) == ((0, 12),) * 4
+    assert batch_shape([{"prompt": 1, "chosen": 50, "rejected": 50}], True, None) == ((0, 51), (0, 51))  # not worth it
+    assert batch_shape([{"prompt": 4, "completion": 3}], True, None) == ((0, 7),)
+
+
+def test_the_worst_batch_is_the_one_with_most_tokens(tmp_path):
+    rows = [{"tokens": {"prompt": n, "chosen": 1, "rejected": 1}} for n in (1, 1, 1, 90, 80, 1, 1, 1)]
+    args = _args(tmp_path)
+    assert max(own for _, own in worst_batch(rows, 2, True, args)) == 91
+    args.train_sampling_strategy = "group_by_length"
+    assert [own for _, own in worst_batch(rows, 2, True, args)] == [91, 81, 1, 1]
+
+
+def test_a_plan_counts_steps_tokens_and_disk_and_loads_no_weights(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", refuse)
+    words = [*few_pairs(tmp_path / "pairs.jsonl"), "trl.max_steps=12", "trl.save_total_limit=1"]
+    found = plan_run(_settings(*words))
+    assert (found.steps, found.batch, found.epochs) == (12, 4, 2.0)
+    assert 48 * 20 < found.tokens < 48 * 120
+    weights = 4 * found.parameters
+    assert found.disk == weights * (1 + 2 * 3)  # the model, and two checkpoints with Adam's values
+    assert not [path for path in tmp_path.iterdir() if path.name != "pairs.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("billions", "tuning", "said"),
+    [
+        (1, "full", "fits one device of 24 GB"),
+        (4, "full", "fits one device of 80 GB"),
+        (8, "full", "fits 2 devices of 80 GB, sharded"),
+        (70, "full", "fits 16 devices of 80 GB, sharded"),
+        (300, "qlora", "fits no usual device"),
+    ],
+)
+def test_advice_follows_memory_and_tuning(billions, tuning, said):
+    size = billions * 10**9
+    memory = {"parameters": 4 * size, "reference": 0, "optimizer": 8 * size, "gradients": 4 * size}
+    found = Plan(memory, 16 * size + 2 * 10**9, 1, 1, 1.0, 1, 1, size)
+    assert said in advise(found, _settings(f"model.tuning={tuning}"))
+
+
+def test_the_peak_of_a_block_is_measured():
+    with PeakMemory() as peak:
+        torch.ones(50_000_000)
+        block = torch.ones(50_000_000)
+        del block
+    assert 180e6 < peak.bytes < 450e6
+
+
+def test_one_row_is_shown_as_the_loss_sees_it():
+    tokenizer = load_tokenizer(_settings().model)
+    row = {"pair_id": "p1", "prompt": "one two three", "chosen": " four", "rejected": " five six"}
+    text = show_row(row, tokenizer, {"max_length": 5, "truncation_mode": "keep_start"})
+    assert re.search(r"chosen \(\d \+ \d tokens", text) and "cut by trl.max_length=5" in text
+    assert text.count("▶") == 3
+
+
+def test_the_tool_takes_a_run_s_overrides_and_its_own_keys():
+    own, overrides = split_words(["method=ipo", "first_step=true", "out=x.json", "trl.max_steps=3"])
+    assert own == {"first_step": "true", "out": "x.json"} and overrides == ["method=ipo", "trl.max_steps=3"]
+    for words, said in ((["ipo"], "key=value"), (["first_step=yes"], "first_step must be true or false")):
+        with pytest.raises(ConfigError, match=said):
+            split_words(words)
+    assert main(["method=ipoo"]) == 2
+
+
+@pytest.mark.slow
+def test_the_plan_is_written_and_compared_with_the_first_steps(command, tmp_path):
+    words = few_pairs(tmp_path / "pairs.jsonl")
+    done = command("plan", *words, "first_step=true", "out=plan.json")
+    assert done.returncode == 0, done.stderr
+    assert "measured in three steps" in done.stdout and "fits one device" in done.stdout
+    found = read_json(tmp_path / "plan.json")
+    assert found["measured"]["peak"] > 0 and not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_shows_a_row_and_the_plan_and_writes_nothing(command, tmp_path):
+    done = command(*few_pairs(tmp_path / "pairs.jsonl"), "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert "▶" in done.stdout and "fits one device" in done.stdout and "nothing was trained" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+    swept = command("-m", "beta=0.1,0.2", "dry_run=true")
+    assert swept.returncode == 2 and "looks at one run" in swept.stderr
+
+
+@pytest.mark.slow
+def test_estimates_stay_within_a_fifth_of_what_training_takes(tmp_path):
+    import subprocess
+    import sys
+
+    script = [sys.executable, str(ROOT / "examples" / "benchmark" / "plan.py"), "sizes=29M", "cells=1"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    ratio = float(re.search(r"29M full \d+ \d+ ([\d.]+)", done.stderr)[1])
+    assert 0.8 < ratio < 1.2
