@@ -29,10 +29,14 @@ STAND_INS = {"path/to/model": str(MODEL), "pairs.jsonl": str(TRAIN)}
 CLUSTERS = [command for command in COMMANDS if "hydra/launcher=" in command]
 ACCOUNTS = [command for command in COMMANDS if "dpo_kit.dashboard" in command]
 SERVERS = [command for command in COMMANDS if "base_url" in command]
-NOT_RUN = [*CLUSTERS, *ACCOUNTS, *SERVERS]
+HUBS = [command for command in COMMANDS if "push=" in command]
+NOT_RUN = [*CLUSTERS, *ACCOUNTS, *SERVERS, *HUBS]
 BUILDS = [command for command in COMMANDS if "mode=build" in command]
 DATA = [command for command in COMMANDS if "dpo_kit.data" in command and command not in BUILDS]
 EVALUATIONS = [command for command in COMMANDS if "dpo_kit.evaluate" in command]
+PLANS = [command for command in COMMANDS if "dpo_kit.plan" in command]
+EXPORTS = [command for command in COMMANDS if "dpo_kit.export" in command]
+TOOLS = [*DATA, *BUILDS, *EVALUATIONS, *PLANS, *EXPORTS]
 SWEEPS = [c for c in COMMANDS if ("sweep=" in c or " -m beta" in c) and c not in NOT_RUN + EVALUATIONS]
 SHORT = ["trl.max_steps=4", "callbacks.pairs=16", "callbacks.prompts=8"]
 FOR_THE_TINY_MODEL = ["allow_learning_rate=true", "trl.learning_rate=1e-4", "trl.num_train_epochs=0.1"]
@@ -48,9 +52,7 @@ def test_the_readme_has_commands():
     assert len(COMMANDS) >= 5
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN + DATA + BUILDS + EVALUATIONS]
-)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN + TOOLS])
 def test_every_command_of_the_readme_composes(command):
     compose(_arguments(command))
 
@@ -114,9 +116,22 @@ def test_every_evaluation_of_the_readme_runs(command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "written", ["python -m dpo_kit", *(c for c in COMMANDS if c not in SWEEPS + NOT_RUN + DATA + BUILDS + EVALUATIONS)]
-)
+@pytest.mark.parametrize("written", PLANS)
+def test_every_plan_of_the_readme_runs(written, command):
+    done = command(*_arguments(written), module="dpo_kit.plan")
+    assert done.returncode == 0 and "peak" in done.stdout and "Warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_every_export_of_the_readme_runs(command):
+    assert command("hydra.run.dir=outputs/mine", *SHORT).returncode == 0
+    for written in (each for each in EXPORTS if each not in NOT_RUN):
+        done = command(*_arguments(written), module="dpo_kit.export")
+        assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", ["python -m dpo_kit", *(c for c in COMMANDS if c not in SWEEPS + NOT_RUN + TOOLS)])
 def test_every_command_of_the_readme_runs(written, command):
     arguments = _arguments(written)
     if "model=local" in arguments:
