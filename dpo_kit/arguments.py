@@ -23,9 +23,17 @@ def import_class(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def build_arguments(settings: Settings, rows: Rows, output_dir: Path, width: int) -> Any:
-    """An object of the method's TRL config class, for training on `rows` a model of hidden size `width`."""
+def build_arguments(
+    settings: Settings, rows: Rows, output_dir: Path, width: int, checkpointing: bool | None = None
+) -> Any:
+    """An object of the method's TRL config class, for training on `rows` a model of hidden size `width`.
+
+    `checkpointing` says whether activations are computed again, where the user has left it open.
+    """
     given = settings.trl | decide(settings.trl, rows, width)
+    if settings.trl["gradient_checkpointing"] is None:
+        asked = settings.speed.checkpointing
+        given["gradient_checkpointing"] = bool(checkpointing) if asked == "auto" else asked
     if uses_store(settings, rows):
         given["precompute_ref_log_probs"] = True
     fields = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["fields"]

@@ -231,6 +231,10 @@ def _speed_faults(settings: Settings) -> Iterator[str]:
             "speed.group_by_length=true would change the order of rows, which this loss needs as it is "
             "(trl.train_sampling_strategy=sequential): take auto"
         )
+    ours, theirs = settings.speed.checkpointing, settings.trl["gradient_checkpointing"]
+    if ours != "auto" and theirs is not None and ours != theirs:
+        said = f"speed.checkpointing={ours} and trl.gradient_checkpointing={theirs}"
+        yield f"{said.lower()} contradict each other: set one of them"
 
 
 def _loss_faults(settings: Settings) -> Iterator[str]:

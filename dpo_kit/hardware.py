@@ -34,16 +34,13 @@ def device_name() -> str:
 
 
 def precision_arguments(trl: dict[str, Any], width: int) -> dict[str, bool]:
-    """`bf16`, `fp16`, `use_cpu` and `gradient_checkpointing` for the fields that are null in `trl`; `width` is the
-    model's hidden size.
-    """
+    """`bf16`, `fp16` and `use_cpu` for the fields that are null in `trl`; `width` is the model's hidden size."""
     use_cpu = trl["use_cpu"] if trl["use_cpu"] is not None else not has_accelerator()
     precision = "float32" if use_cpu and has_accelerator() else training_precision(width)
     chosen = {
         "use_cpu": use_cpu,
         "bf16": precision == "bfloat16" and not trl["fp16"],
         "fp16": precision == "float16" and not trl["bf16"],
-        "gradient_checkpointing": False,
     }
     return {key: value for key, value in chosen.items() if trl[key] is None or (key == "fp16" and value)}
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
@@ -30,6 +32,7 @@ from dpo_kit.scoring import LOGITS_BYTES, TOKENS_PER_BATCH
 from dpo_kit.settings import Callbacks, Model, Settings
 from dpo_kit.speed import HEAD_TOKENS
 
+log = logging.getLogger(__name__)
 Rows = Sequence[dict[str, Any]]
 Shape = tuple[tuple[int, int], ...]  # of each row of a batch: tokens shared with an earlier row, tokens of its own
 NAME = "dpo_kit_counted"  # of our attention, among transformers' own
@@ -38,6 +41,7 @@ OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0.0, "lion": 4.0, "8bit": 2.0, "page
 HEAD_VOCABULARY, HEAD_COPIES = 32768, 3  # of the tiles of TRL's fused LM head
 LOGITS_COPIES = 3.5  # logits, their log-softmax for two losses, and their gradient, where logits are built whole
 DRAWN_AT_ONCE = 64
+ROOM = 0.8  # of the free memory: estimates are up to a fifth too low
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,22 @@ def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool
         logits=_head(model, answered, vocabulary) if fused else int(LOGITS_COPIES * 4 * padded * vocabulary),
         measuring=_measuring(settings.callbacks, model, parameters, settings.model.tuning == "full", rows),
     )
+
+
+def fits(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool) -> bool:
+    """Whether a run with the TRL arguments `args` is expected to find room in the memory that is free now."""
+    shares = settings.speed.share_prefix is not False
+    try:
+        needed = estimate(settings, args, rows, loads_reference=loads_reference, shares=shares)
+    except Exception as error:  # whatever an architecture raises that cannot be run without weights
+        log.info("memory cannot be estimated for this model (%s)", type(error).__name__)
+        return True
+    return needed.peak(args.gradient_accumulation_steps > 1) <= ROOM * free_memory()
+
+
+def free_memory() -> int:
+    """Bytes that are free on the accelerator, or on this machine where there is none."""
+    return torch.cuda.mem_get_info()[0] if has_accelerator() else psutil.virtual_memory().available
 
 
 def read_config(model: Model) -> Any:

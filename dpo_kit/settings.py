@@ -109,6 +109,7 @@ class Speed(Strict):
     reference_store: Literal["auto"] | bool
     share_prefix: Literal["auto"] | bool
     group_by_length: Literal["auto"] | bool
+    checkpointing: Literal["auto"] | bool
 
 
 class Callbacks(Strict):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -30,7 +31,7 @@ from dpo_kit.config import check
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.preference import measure_preference, reference_margins
 from dpo_kit.data.prepare import Prepared, Rows, prepare
-from dpo_kit.errors import ConfigError
+from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.finish import Result, finish_run, write_failure
 from dpo_kit.gold import label_ceiling, load_gold
 from dpo_kit.grouping import with_length_groups
@@ -39,6 +40,7 @@ from dpo_kit.interrupt import Interrupted
 from dpo_kit.lock import only_writer
 from dpo_kit.manifest import build_manifest
 from dpo_kit.measure import add_callbacks, probe_rows
+from dpo_kit.memory import fits
 from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
 from dpo_kit.processes import is_writer
 from dpo_kit.quiet import quiet_libraries
@@ -110,6 +112,12 @@ def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, comman
     started = time.time()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory at step {trainer.state.global_step + 1}: take speed.checkpointing=true, fewer rows at a "
+            "time (trl.per_device_train_batch_size, and as many times more trl.gradient_accumulation_steps), or "
+            "model.tuning=lora"
+        ) from error
     except OSError as error:
         raise explain_full_disk(error, run.root) from error
     except Interrupted:
@@ -173,7 +181,7 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     """TRL's trainer for the method: one keyword call serves them all."""
     adapter = build_adapter(settings.model)
     policy = load_policy(settings.model, tokenizer)
-    args = build_arguments(settings, data.train, run.checkpoints, policy.config.get_text_config().hidden_size)
+    args = choose_arguments(settings, data.train, run.checkpoints, policy.config.get_text_config().hidden_size)
     if is_writer():
         write_json(run.trl_config, describe_arguments(args))
     given = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
@@ -192,6 +200,15 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
         peft_config=adapter,
         **given,
     )
+
+
+def choose_arguments(settings: Settings, rows: Rows, checkpoints: Path, width: int) -> Any:
+    """The TRL arguments, with activation checkpointing where the user left it open and memory would not do without."""
+    args = build_arguments(settings, rows, checkpoints, width)
+    left_open = settings.trl["gradient_checkpointing"] is None and settings.speed.checkpointing == "auto"
+    if not left_open or fits(settings, args, rows, loads_reference=needs_reference(settings, args)):
+        return args
+    return build_arguments(settings, rows, checkpoints, width, checkpointing=True)
 
 
 def needs_reference(settings: Settings, args: Any) -> bool:

@@ -87,6 +87,7 @@ REFUSED = {
     "method=mpo trl.loss_weights=[1]": "one weight per loss",
     "method=kto trl.per_device_train_batch_size=1": "at least 2",
     "method=kto speed.group_by_length=true": "take auto",
+    "speed.checkpointing=false trl.gradient_checkpointing=true": "contradict each other",
     "model.tuning=lora trl.sync_ref_model=true": "model.tuning=full",
     "data.on_bad_row=skip": "'fail' or 'drop'",
     "beta=0.1,0.2": "--multirun",

@@ -244,6 +244,7 @@ def sensible(number, body):
     return Turn(f"Clear.\nVERDICT: {dict(zip((1, 0, -1), ('1', 'TIE', '2'), strict=True))[better]}")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("a judge's server that returns 429, 500, time-outs, garbage", promise="P4")
 def test_a_judge_s_server_that_misbehaves_gives_a_whole_result_and_is_paid_once(run):
     faults = [

@@ -94,7 +94,7 @@ def test_the_arguments_of_a_run_can_be_given_back_to_trl_as_they_are(finished_ru
 
 def test_a_token_of_the_hub_is_in_no_run_directory(tmp_path):
     settings = check(compose(QUICK))
-    args = build_arguments(settings, [{}] * 64, tmp_path)
+    args = build_arguments(settings, [{}] * 64, tmp_path, 96)
     args.hub_token = "hf_" + "abcdefgh" * 5
     assert describe_arguments(args)["hub_token"] == "<redacted>"
 

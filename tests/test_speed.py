@@ -9,6 +9,8 @@ from trl.kernels import chunked_logprob
 from trl.kernels.chunked_logprob import _addmm_fp32, _use_triton
 from trl.trainer import utils as trl_utils
 
+from dpo_kit import compose, memory, training
+from dpo_kit.config import check
 from dpo_kit.errors import ConfigError
 from dpo_kit.hardware import precision_arguments, training_precision
 from dpo_kit.prefix import share_prefixes
@@ -121,7 +123,7 @@ SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 
 
 def asked(share, group="auto"):
-    return Speed(reference_store="auto", share_prefix=share, group_by_length=group)
+    return Speed(reference_store="auto", share_prefix=share, group_by_length=group, checkpointing="auto")
 
 
 def test_what_a_model_cannot_do_is_left_off_and_said_under_auto_and_refused_when_asked_for(caplog):
@@ -170,7 +172,23 @@ def test_a_cpu_trains_wide_models_in_bf16_where_it_multiplies_it(able, width, pr
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert training_precision(width) == precision
-    left_open = {"use_cpu": None, "bf16": None, "fp16": False, "gradient_checkpointing": None}
-    chosen = precision_arguments(left_open, width)
-    assert chosen == {"use_cpu": True, "bf16": precision == "bfloat16", "gradient_checkpointing": False}
+    left_open = {"use_cpu": None, "bf16": None, "fp16": False}
+    assert precision_arguments(left_open, width) == {"use_cpu": True, "bf16": precision == "bfloat16"}
     assert "bf16" not in precision_arguments(left_open | {"bf16": False}, width)
+
+
+@pytest.mark.parametrize(
+    ("words", "free", "on"),
+    [
+        ([], 2**40, False),
+        ([], 2**20, True),
+        (["speed.checkpointing=false"], 2**20, False),
+        (["speed.checkpointing=true"], 2**40, True),
+        (["trl.gradient_checkpointing=false"], 2**20, False),
+    ],
+)
+def test_activations_are_computed_again_where_memory_would_not_do_or_asked(words, free, on, monkeypatch, tmp_path):
+    settings = check(compose(words))
+    rows = [{"tokens": {"prompt": 20, "chosen": 10, "rejected": 8}}] * 40
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
+    assert training.choose_arguments(settings, rows, tmp_path, 96).gradient_checkpointing is on
