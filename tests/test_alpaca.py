@@ -55,6 +55,8 @@ def annotate(folder: Path, options: Alpaca, preferences: list, name: str = "poli
 def test_outputs_have_the_package_s_form_and_the_command_names_them(tmp_path):
     options = instructions(tmp_path, 3)
     found = run_alpaca(ECHO, PLAIN, options, tmp_path / "a folder")
+    shared = run_alpaca(ECHO, PLAIN, options, tmp_path / "run", tmp_path / "sweep")["models"]
+    assert [Path(shared[each.name]["outputs"]).parts[-4] for each in (ECHO, PLAIN)] == ["run", "sweep"]
     own = found["models"]["policy"]
     rows = json.loads(Path(own["outputs"]).read_text())
     assert rows[1] == {

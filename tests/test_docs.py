@@ -12,8 +12,10 @@ from dpo_kit import dashboard
 from dpo_kit.config import compose
 from dpo_kit.data.__main__ import compose_tool
 from dpo_kit.data.build import check_plan
+from dpo_kit.run import write_jsonl
 from dpo_kit.sweep.plan import plan_sweep
 from dpo_kit.toy import MODEL, TRAIN
+from dpo_kit.toy.domain import DESK_OF
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -29,8 +31,8 @@ STAND_INS = {"path/to/model": str(MODEL), "pairs.jsonl": str(TRAIN)}
 CLUSTERS = [command for command in COMMANDS if "hydra/launcher=" in command]
 ACCOUNTS = [command for command in COMMANDS if "dpo_kit.dashboard" in command]
 SERVERS = [command for command in COMMANDS if "base_url" in command]
-HUBS = [command for command in COMMANDS if "push=" in command]
-NOT_RUN = [*CLUSTERS, *ACCOUNTS, *SERVERS, *HUBS]
+HUB = [c for c in COMMANDS if "push=" in c or "parts=[gate]" in c or "parts=[alpaca_eval]" in c]
+NOT_RUN = [*CLUSTERS, *ACCOUNTS, *SERVERS, *HUB]
 BUILDS = [command for command in COMMANDS if "mode=build" in command]
 DATA = [command for command in COMMANDS if "dpo_kit.data" in command and command not in BUILDS]
 EVALUATIONS = [command for command in COMMANDS if "dpo_kit.evaluate" in command]
@@ -74,7 +76,7 @@ def test_every_build_of_the_readme_runs(written, command, tmp_path):
 
 
 def test_what_needs_a_cluster_an_account_or_a_server_says_that_it_was_not_run():
-    assert len(CLUSTERS) == 2 and len(ACCOUNTS) == 1 and len(SERVERS) == 2
+    assert len(CLUSTERS) == 2 and len(ACCOUNTS) == 1 and len(SERVERS) == 3 and len(HUB) == 2
     for line in README.splitlines():
         if line.split("#")[0].strip() in NOT_RUN:
             assert "# not run: needs" in line
@@ -107,6 +109,12 @@ def test_every_sweep_of_the_readme_runs_and_is_summed_up_again(written, command,
 
 @pytest.mark.slow
 def test_every_evaluation_of_the_readme_runs(command, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is in the extra eval")
+    from tests.test_harness import write_desks
+
+    write_desks(tmp_path / "tasks", 24)
+    rows = [{"prompt": f"Who repairs the {item}?", "label": desk} for item, desk in list(DESK_OF.items())[:16]]
+    write_jsonl(tmp_path / "labelled.jsonl", rows)
     assert command("hydra.run.dir=outputs/mine", *SHORT).returncode == 0
     shutil.copytree(tmp_path / "outputs" / "mine", tmp_path / "outputs" / "sweep-0123abcd" / "mine")
     shutil.copytree(tmp_path / "outputs" / "mine" / "model", tmp_path / "path" / "to" / "tuned")

@@ -169,6 +169,10 @@ def test_mt_bench_is_asked_graded_and_shown_by_category(run, tmp_path, capsys): 
         asked = len(server.bodies)
         work([*words, "mt_bench.max_new_tokens=16"])
         assert len(server.bodies) == asked  # nothing is paid for twice
+        for name in ("a", "b"):
+            shutil.copytree(run, tmp_path / "sweep" / name, ignore=shutil.ignore_patterns("evaluation"))
+        work([f"sweep={tmp_path / 'sweep'}", *words[1:], "mt_bench.max_new_tokens=16"])
+        assert len(server.bodies) == 2 * asked  # b answers as a does, and both have one reference
     result = result_of(run)
     assert (result["status"], result["mt_bench_questions"]) == ("done", 2) and 6 <= result["mt_bench"] <= 8
     assert "… writing" in capsys.readouterr().out
@@ -239,11 +243,12 @@ def test_the_gate_of_a_sweep_scores_the_reference_once_and_a_damaged_run_is_reje
     trained,  # noqa: F811
     tmp_path,
     monkeypatch,
-    capsys,
+    capfd,
 ):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is in the extra eval")
     from tests.test_harness import write_desks
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path / "cache"))
     sweep = tmp_path / "sweep"
     for name in ("damaged", "sound"):
@@ -265,9 +270,9 @@ def test_the_gate_of_a_sweep_scores_the_reference_once_and_a_damaged_run_is_reje
     best = read_json(sweep / "best.json")
     reasons = {row["run"]: " ".join(row["why_not"]) for row in best["evidence"]}
     assert "the regression gate failed on desks" in reasons["damaged"] and "gate" not in reasons["sound"]
-    capsys.readouterr()
+    assert "fatal" not in capfd.readouterr().err  # what git says to the harness where there is no repository
     work([f"run={sweep / 'damaged'}", *words, "split=select"])
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     assert shown.startswith("REGRESSION GATE FAILED: -") and "desks, acc, 128 samples: failed" in shown
     rows = (sweep / "sound" / "evaluation" / "gate" / "desks.reference.jsonl").read_text().splitlines()
     assert len(rows) == 128 and "metrics" in json.loads(rows[0])

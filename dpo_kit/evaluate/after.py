@@ -46,7 +46,7 @@ def _failure_headline(found: Found) -> Found:
 
 def _failure_lines(found: Found) -> Iterator[Line]:
     total = found["outcomes"].get("loss", 0)
-    yield "losses; rate in a group over that among wins", f"{total:,}", ""
+    yield "losses; a group's rate over that among wins", f"{total:,}", ""
     for group in found["groups"]:
         if group["losses"]:
             label = f"… {group['name']}: {group['losses']:,} of the losses, {group['wins']:,} of the wins"

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import Harness
@@ -202,17 +203,18 @@ def _evaluate(model: Any, manager: Any, leaf: Any, options: Harness, chat: bool)
     import lm_eval
 
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    found = lm_eval.simple_evaluate(
-        model=model,
-        tasks=[leaf],
-        task_manager=manager,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        apply_chat_template=chat,
-        bootstrap_iters=0,
-        confirm_run_unsafe_code=options.allow_code,
-        **dict.fromkeys(seeds, options.seed),
-    )
+    with patch("lm_eval.evaluator.get_git_commit_hash"):  # git complains on the terminal where there is no repository
+        found = lm_eval.simple_evaluate(
+            model=model,
+            tasks=[leaf],
+            task_manager=manager,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            apply_chat_template=chat,
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=options.allow_code,
+            **dict.fromkeys(seeds, options.seed),
+        )
     assert found is not None  # None on the other processes of a distributed launch only
     return [_row(sample) for sample in found["samples"][leaf.task_name]]
 

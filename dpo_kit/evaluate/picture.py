@@ -1,4 +1,4 @@
-"""evaluation.png: win rates, verdicts, accuracy by group, calibration and the gate at a glance. Needs no torch."""
+"""evaluation.png: win rates, verdicts, accuracy, calibration, gate and failures at a glance. Needs no torch."""
 
 from __future__ import annotations
 
@@ -180,10 +180,31 @@ def _draw_gate(axes: Axes, found: Found) -> None:
     axes.set_xlabel("policy − reference; dashed: the largest loss allowed", fontsize=TEXT, color=GREY)
 
 
+def _draw_failures(axes: Axes, found: Found) -> None:
+    """How frequent each group of losses is among the losses and among the wins; bold where that is beyond chance."""
+    losses, wins = (found["outcomes"].get(name, 0) for name in ("loss", "win"))
+    shown = [group for group in found["groups"] if group["losses"]][:5]
+    axes.set_title(f"Where it loses: {losses:,} losses, {wins:,} wins", **TITLE)
+    for line, group in enumerate(shown):
+        ends = group["losses"] / losses, group["wins"] / wins if wins else 0.0
+        axes.plot(ends, [-line, -line], color=LIGHT, linewidth=3, zorder=1)
+        for share, color in zip(ends, (ORANGE, BLUE), strict=True):
+            axes.plot(share, -line, marker="o", markersize=10, color=color)
+        weight = "bold" if group["telling"] else "normal"
+        axes.text(0.0, -line + 0.16, group["name"], fontsize=TEXT, va="bottom", fontweight=weight)
+    for place, name, color in ((0.5, "of the losses", ORANGE), (0.82, "of the wins", BLUE)):
+        axes.text(place, 0.62, name, fontsize=TEXT, va="bottom", ha="left", color=color)
+    axes.set_xlim(-0.02, 1.15)
+    axes.set_ylim(-max(4, len(shown)) + 0.5, 0.95)
+    axes.set_yticks([])
+    axes.set_xticks([0, 0.5, 1], ["0", "half", "all"])
+
+
 PANELS: tuple[tuple[str, Callable[[Found], bool], Callable[..., None]], ...] = (
     ("win_rate", lambda found: found["win_rate"] is not None, _draw_win_rates),
     ("win_rate", lambda found: bool(found["comparisons"]), _draw_verdicts),
     ("preferences", lambda found: found["kind"] == "pairs", _draw_groups),
     ("preferences", lambda found: bool(found.get("calibration")), _draw_calibration),
     ("gate", lambda found: bool(found["tasks"]), _draw_gate),
+    ("failures", lambda found: bool(found["outcomes"].get("loss")), _draw_failures),
 )
