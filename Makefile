@@ -28,9 +28,10 @@ format: $(VENV)/installed  ## bring the code into form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/installed  ## start-up time, cost of the probe and of safe checkpoints
+bench: $(VENV)/installed  ## start-up time, cost of the probe and of safe checkpoints, speed beside stock TRL (an hour)
 	$(BIN)/python examples/benchmark/bench.py
 	$(BIN)/python examples/benchmark/checkpoints.py
+	$(BIN)/python examples/benchmark/speed.py
 
 clean:  ## remove what builds and tests left behind
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
