@@ -281,8 +281,8 @@ def scaling():
     return rows
 
 
-def show(title, rows):
-    table = Table("", "stock", "dpo_kit", "ratio", title=title, title_justify="left")
+def show(title, rows, other="stock"):
+    table = Table("", other, "dpo_kit", "ratio", title=title, title_justify="left")
     for each in rows:
         values = (f"{each[who]:,.4g} {each['unit']}" for who in ("stock", "dpo_kit"))
         table.add_row(each["name"], *values, f"{each['ratio']:.2f}")
@@ -322,7 +322,7 @@ def main(arguments):
             show_scaling(results[part])
         else:
             results[part] = [each for shape in SHAPES for each in PARTS[part](shape, int(options.get("repeats", 3)))]
-            show(part, results[part])
+            show(part, results[part], {"limit": "bare loop", "levers": "without it"}.get(part, "stock"))
         if "out" in options:
             Path(options["out"]).write_text(json.dumps(results, indent=2) + "\n")
 
