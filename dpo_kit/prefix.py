@@ -133,9 +133,13 @@ def attend_row(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     return scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(own, whole), scale=scale)
 
 
+LONGEST = 1024  # tokens of a row whose scores are kept for the backward pass; beyond it they would outweigh all else
+
+
 def pays_in_blocks(query: Tensor, key: Tensor) -> bool:
-    """Whether `attend_in_blocks` is the faster way on a CPU."""
-    return query.dtype == torch.bfloat16 or query.shape[-2] < key.shape[-2]
+    """Whether `attend_in_blocks` is the better way on a CPU."""
+    own, whole = query.shape[-2], key.shape[-2]
+    return whole <= LONGEST and (query.dtype == torch.bfloat16 or own < whole)
 
 
 BLOCK = 256  # queries at a time: each block leaves out the keys after it, and what it holds stays in the cache

@@ -103,7 +103,7 @@ def test_hidden_states_and_gradients_equal_those_of_padded_rows(config, seed):
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("shared", "own"), [(0, 40), (0, 300), (20, 40), (300, 1), (30, 700)])
+@pytest.mark.parametrize(("shared", "own"), [(0, 40), (0, 300), (20, 40), (300, 1), (30, 700), (0, 1030), (40, 1000)])
 def test_a_row_s_own_tokens_see_what_the_whole_row_would_show_them(shared, own, dtype, noise):
     draw = torch.Generator().manual_seed(own)
     whole = [torch.randn(1, 2, shared + own, 8, generator=draw).requires_grad_() for _ in range(3)]
