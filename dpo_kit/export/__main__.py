@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(arguments: Sequence[str]) -> None:
     """Do what `arguments` ask for and say where it is. Raises ConfigError, DataError, ModelError."""
     values = parse_words(arguments)
-    _log_to_terminal()
-    quiet_imports()
-    if values["mode"] == "script":
-        _export_script(values)
-    else:
-        _export_model(values)
+    with _log_to_terminal():
+        quiet_imports()
+        if values["mode"] == "script":
+            _export_script(values)
+        else:
+            _export_model(values)
 
 
 def parse_words(arguments: Sequence[str]) -> Values:
@@ -90,12 +91,20 @@ def _export_script(values: Values) -> None:
     _say(f"{script.read_text(encoding='utf-8')}\nnext: python {script}")
 
 
-def _log_to_terminal() -> None:
-    """What we have to say; libraries and their warnings say nothing here."""
-    logging.getLogger().addHandler(logging.NullHandler())
-    own = logging.getLogger("dpo_kit")
-    own.addHandler(logging.StreamHandler())
+@contextmanager
+def _log_to_terminal() -> Iterator[None]:
+    """For the length of the block: what we have to say; libraries and their warnings say nothing."""
+    everyone, own = logging.getLogger(), logging.getLogger("dpo_kit")
+    silence, terminal, level = logging.NullHandler(), logging.StreamHandler(), own.level
+    everyone.addHandler(silence)
+    own.addHandler(terminal)
     own.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        everyone.removeHandler(silence)
+        own.removeHandler(terminal)
+        own.setLevel(level)
 
 
 def _say(text: str) -> None:
