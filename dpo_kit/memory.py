@@ -91,7 +91,7 @@ def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool
         gradients=trained,
         optimizer=int(trained / 4 * optimizer_bytes(args.optim)),
         activations=kept + cast,
-        recomputed=recomputed,
+        recomputed=recomputed and recomputed + cast,  # autocast makes its copies anew
         logits=_head(model, answered, vocabulary) if fused else int(LOGITS_COPIES * 4 * padded * vocabulary),
         measuring=_measuring(settings.callbacks, model, parameters, settings.model.tuning == "full", rows),
     )
@@ -124,7 +124,8 @@ def read_config(model: Model) -> Any:
 def build_meta(model: Model, args: Any) -> Any:
     """The policy without weights, with its adapter, ready for a training step. ModelError where it has no config."""
     config = read_config(model)
-    dtype = torch.bfloat16 if args.bf16 or args.fp16 else weight_dtype(model.dtype, model.tuning)
+    half = (args.bf16 or args.fp16) and model.tuning != "full"  # of fp32 weights, autocast leaves most of it in fp32
+    dtype = torch.bfloat16 if half else weight_dtype(model.dtype, model.tuning)
     with torch.device("meta"):
         bare: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         if adapter := build_adapter(model):
