@@ -1,5 +1,6 @@
 """Benchmarks, failures and the hacking watch as parts of `python -m dpo_kit.evaluate`, on the embedded lab."""
 
+import importlib.util
 import json
 import shutil
 from collections import Counter
@@ -29,6 +30,10 @@ from tests.test_evaluate import read_jsonl, result_of, run, trained  # noqa: F40
 
 DEFAULTS = yaml.safe_load((CONF / "tool" / "evaluate.yaml").read_text())
 
+needs_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is in the extra eval"
+)
+
 
 def write_labelled(file, count=6):
     rows = [{"prompt": QUESTIONS[0].format(item=item), "label": desk} for item, desk in list(DESK_OF.items())[:count]]
@@ -55,6 +60,7 @@ def test_the_file_has_every_key_of_every_part_and_the_defaults_of_the_code():
         assert {*group, "judge"} == {*options.model_fields, "judge"}, name
 
 
+@needs_eval
 def test_what_is_wrong_with_a_part_s_settings_is_said_before_anything_is_measured(run, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Candidate, "load", lambda self: pytest.fail("a model was loaded"))
     (tmp_path / "one.jsonl").write_text('{"prompt": "x"}\n')
@@ -120,6 +126,7 @@ def test_without_verdicts_or_history_both_are_skipped_with_the_reason(run, capsy
     assert result_of(run)["parts"]["hacking"].startswith("skipped (no verdicts")
 
 
+@needs_eval
 def test_a_labelled_file_is_answered_once_by_both_models(run, tmp_path, monkeypatch, capsys):  # noqa: F811
     file = write_labelled(tmp_path / "labelled.jsonl")
     words = [f"run={run}", "parts=[domain]", f"domain.file={file}", "domain.max_new_tokens=24"]
@@ -199,6 +206,7 @@ def constructed(wins):
     return measure
 
 
+@needs_eval
 def test_a_run_whose_gate_failed_is_rejected_even_where_its_win_rate_is_the_highest(
     trained,  # noqa: F811
     tmp_path,
