@@ -91,3 +91,15 @@ def _completion(turn: Turn, body: dict[str, Any]) -> bytes:
     choice = {"index": 0, "message": message, "finish_reason": turn.finish_reason}
     whole = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
     return json.dumps(whole | ({"usage": turn.usage} if turn.usage else {})).encode()
+
+
+def unreliable(answer):
+    """`answer` (a function of a request's number and body) behind a server of which every fourth reply is a fault."""
+    faults = [
+        Turn(status=429, raw=b"{}", headers={"Retry-After-Ms": "5"}),
+        Turn(status=500, raw=b"oops", headers={"Retry-After-Ms": "5"}),
+        Turn(raw=b"<html>", headers={"Content-Type": "text/html"}),
+        Turn(raw=b'{"choices": [{'),
+        Turn(seconds=2),
+    ]
+    return lambda number, body: faults[number // 4 % 5] if number % 4 == 3 else answer(number, body)

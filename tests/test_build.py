@@ -23,7 +23,7 @@ from dpo_kit.data.prompts import read_prompts
 from dpo_kit.errors import BuildError, ConfigError, DataError
 from dpo_kit.generation import Answer
 from dpo_kit.settings import Build, Data
-from tests.scripted_server import Turn, scripted_server
+from tests.scripted_server import Turn, scripted_server, unreliable
 from tests.test_judges import parts
 
 PLACE = "My toaster leaks."
@@ -145,18 +145,7 @@ def test_a_server_s_answers_become_pairs(tmp_path):
 
 @pytest.mark.fault("a server that returns 429, 500, time-outs, garbage", promise="P4")
 def test_a_build_from_a_server_that_misbehaves_is_complete(tmp_path):
-    faults = [
-        Turn(status=429, raw=b"{}", headers={"Retry-After-Ms": "5"}),
-        Turn(status=500, raw=b"oops", headers={"Retry-After-Ms": "5"}),
-        Turn(raw=b"<html>", headers={"Content-Type": "text/html"}),
-        Turn(raw=b'{"choices": [{'),
-        Turn(seconds=2),
-    ]
-
-    def unreliable(number, body):
-        return faults[number // 4 % 5] if number % 4 == 3 else helpful(number, body)
-
-    with scripted_server(unreliable) as server:
+    with scripted_server(unreliable(helpful)) as server:
         source = server_source(server.base_url, timeout_s=0.5, retries=6)
         report = build_pairs(cfg(tmp_path, "build.limit=12", source))
     assert report["status"] == "done" and accounted(report) and report["spend"]["answers"][0]["retried"] >= 5

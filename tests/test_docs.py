@@ -216,6 +216,14 @@ def test_the_benchmark_of_checkpoints_prints_its_table(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_speed_prints_its_table(tmp_path):
+    words = ["part=limit", "repeats=1", "pairs=8"]
+    script = [sys.executable, str(ROOT / "examples" / "benchmark" / "speed.py"), *words]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0 and done.stdout.count("a step on the same packed tokens") == 2, done.stderr
+
+
+@pytest.mark.slow
 def test_the_benchmark_prints_its_table(tmp_path):
     script = str(ROOT / "examples" / "benchmark" / "bench.py")
     done = subprocess.run(

@@ -27,7 +27,7 @@ from dpo_kit.identity import comparable
 from dpo_kit.run import RunDirectory, read_json, write_json, write_jsonl
 from dpo_kit.verdicts import PICK_ME, Verdict
 from tests.offline_wandb import log_files, read_offline
-from tests.scripted_server import Turn, scripted_server
+from tests.scripted_server import Turn, scripted_server, unreliable
 from tests.small import few_pairs, write_pairs
 from tests.test_build import served_model, vote  # noqa: F401
 from tests.test_judges import parts as shown_parts
@@ -247,18 +247,7 @@ def sensible(number, body):
 @pytest.mark.slow
 @pytest.mark.fault("a judge's server that returns 429, 500, time-outs, garbage", promise="P4")
 def test_a_judge_s_server_that_misbehaves_gives_a_whole_result_and_is_paid_once(run):
-    faults = [
-        Turn(status=429, raw=b"{}", headers={"Retry-After-Ms": "5"}),
-        Turn(status=500, raw=b"oops", headers={"Retry-After-Ms": "5"}),
-        Turn(raw=b"<html>", headers={"Content-Type": "text/html"}),
-        Turn(raw=b'{"choices": [{'),
-        Turn(seconds=2),
-    ]
-
-    def unreliable(number, body):
-        return faults[number // 4 % 5] if number % 4 == 3 else sensible(number, body)
-
-    with scripted_server(unreliable) as server:
+    with scripted_server(unreliable(sensible)) as server:
         words = [f"run={run}", RATE, *llm(server, timeout_s=0.5, price_in=1, price_out=1)]
         work(words)
         found, asked = read_json(run / "evaluation" / "win_rate.json"), len(server.bodies)

@@ -62,16 +62,21 @@ def run_alpaca(
 def read_instructions(options: Alpaca) -> list[dict[str, Any]]:
     """AlpacaEval's prompts, rows with at least `instruction`: from `options.instructions`, else from the hub."""
     path = Path(options.instructions).expanduser() if options.instructions else _fetch()
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"instructions={path} cannot be read as JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"instructions={path} must be a list of rows with the key instruction, as alpaca_eval.json is")
+    rows = _read_list(path, f"instructions={path}", "a list of rows with the key instruction, as alpaca_eval.json is")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
             raise DataError(f"instructions={path}: row {number} has no text under the key instruction")
     return rows[: options.limit]
+
+
+def _read_list(path: Path, name: str, meant: str) -> list[Any]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name} cannot be read as JSON: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{name} must be {meant}")
+    return rows
 
 
 def _fetch() -> Path:
@@ -168,12 +173,7 @@ def read_annotations(path: Path, outputs: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path} must be a list of annotations, as alpaca_eval writes it")
+    rows = _read_list(path, str(path), "a list of annotations, as alpaca_eval writes it")
     for number, row in enumerate(rows, start=1):
         if missing := [key for key in KEYS if not isinstance(row, dict) or key not in row]:
             raise DataError(

@@ -212,11 +212,7 @@ def limit(shape, repeats):
         os.environ["DPO_KIT_CACHE"] = tempfile.mkdtemp(dir=WORK)
         text = run(sys.executable, Path(__file__).resolve(), "part=bare", f"shape={shape}")["text"]
         runs.append(json.loads(text.splitlines()[-1]))
-    return [
-        row(
-            f"{shape}: bare PyTorch loop on the same tokens, a step", median(runs, "bare"), median(runs, "trainer"), "s"
-        )
-    ]
+    return [row(f"{shape}: a step on the same packed tokens", median(runs, "bare"), median(runs, "trainer"), "s")]
 
 
 def bare(shape):
