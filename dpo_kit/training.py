@@ -52,6 +52,7 @@ from dpo_kit.secrets import redact, redact_argv
 from dpo_kit.selection import kind_fault
 from dpo_kit.settings import Settings
 from dpo_kit.speed import speed_up
+from dpo_kit.token_cache import with_token_cache
 
 log = logging.getLogger(__name__)
 COLUMNS = {"pairs": ("prompt", "chosen", "rejected"), "unary": ("prompt", "completion", "label")}
@@ -186,7 +187,8 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
         write_json(run.trl_config, describe_arguments(args))
     given = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
     describe(settings, args, data)
-    trainer = with_safekeeping(import_class(settings.method.trainer))
+    trainer = with_token_cache(import_class(settings.method.trainer), cache_folder("tokens"))
+    trainer = with_safekeeping(trainer)
     if speed_up([policy, *given.values()], settings.speed, settings.trl):
         trainer = with_length_groups(trainer)
     if uses_store(settings, data.train):

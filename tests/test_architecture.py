@@ -63,6 +63,7 @@ LAYERS = [
         "scores",
         "prefix",
         "grouping",
+        "token_cache",
     },
     {"data.gather", "data.signal", "data.figures", "data.duplicates", "data.leaks", "data.shortcuts", "data.advice"},
     {"data.inspect", "data.prepare", "data.options", "data.schemas"},
