@@ -16,7 +16,8 @@ from dpo_kit.settings import Choose, Settings, Tracking
 def comparable(settings: Settings) -> dict[str, Any]:
     """The resolved config without what may differ between two starts of one run."""
     reported = {"benchmark": True, "reference_margin": True}  # they change the data report, not the run
-    left_out: Any = {"resume": True, "dry_run": True, "tracking": True, "choose": True, "data": reported}
+    unasked = {"judge": True} if settings.judge is None else {}  # as before there was one
+    left_out: Any = unasked | {"resume": True, "dry_run": True, "tracking": True, "choose": True, "data": reported}
     return redact(settings.model_dump(mode="json", exclude=left_out))
 
 
@@ -59,6 +60,11 @@ def refuse_inexact_resume(checkpoint: Path, there: dict[str, Any], here: dict[st
     if settings.trl.get("save_only_model"):
         raise ConfigError(
             f"trl.save_only_model=true cannot be resumed from {checkpoint}, which has no optimizer state; {anew}"
+        )
+    if settings.trl.get("use_vllm"):
+        raise ConfigError(
+            f"trl.use_vllm=true cannot be resumed from {checkpoint}: vLLM draws answers from a random state of its "
+            f"own, which is in no checkpoint; {anew}"
         )
     if differing := describe_difference(there, here):
         raise ConfigError(

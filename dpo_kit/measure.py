@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, repeat
@@ -26,6 +27,8 @@ from dpo_kit.settings import Settings
 from dpo_kit.start import StartCheck
 from dpo_kit.tracking import Tracker
 
+log = logging.getLogger(__name__)
+
 
 def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDirectory, tracker: Tracker) -> None:
     """Give `trainer` everything that measures and records; nothing of it changes training."""
@@ -34,7 +37,9 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
     reference = build_reference(trainer, settings, run)
     trainer.add_callback(StartCheck(trainer, reference))
     rows = probe_rows(data, settings)
-    if wanted.preference_margin or wanted.implicit_reward:
+    if data.kind == "prompts":
+        log.info("the held-out rows have no answers: KL drift is measured, preferences are not")
+    elif wanted.preference_margin or wanted.implicit_reward:
         probe = PairProbe(
             trainer,
             rows,

@@ -86,7 +86,8 @@ class Server:
         return [self._kept(request.key) for request in requests]
 
     def spend(self) -> dict[str, Any]:
-        """Requests, tokens and cost so far, resumed sessions in; retries and failures of this session."""
+        """Requests, tokens and cost so far, resumed sessions in; retries and failures of this session, and why nothing
+        more is asked, if so."""
         rows = [row for row in self.journal.rows.values() if row.get("model") == self.endpoint.model]
         return {
             "model": self.endpoint.model,
@@ -96,6 +97,7 @@ class Server:
             "cost": self._cost,
             "retried": self.retried,
             "failed": dict(self.failures),
+            "stopped": self._stopped or None,
         }
 
     def _kept(self, key: str) -> Reply | None:
