@@ -241,7 +241,7 @@ def _judge_faults(settings: Settings) -> Iterator[str]:
 def _fresh_faults(settings: Settings) -> Iterator[str]:
     """What cannot be had where answers are drawn while training."""
     method, trl = settings.method, settings.trl
-    if trl["max_new_tokens"] >= (trl["max_length"] or trl["max_new_tokens"] + 1):
+    if trl["max_new_tokens"] >= (trl["max_length"] or 0):
         yield (
             f"trl.max_length counts prompt and answer and must be above trl.max_new_tokens={trl['max_new_tokens']}, "
             f"got {trl['max_length']}"

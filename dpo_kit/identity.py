@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_kit.data.rows import digest
 from dpo_kit.errors import ConfigError
+from dpo_kit.judges import COST_ONLY
 from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.secrets import redact
 from dpo_kit.settings import Choose, Settings, Tracking
@@ -16,8 +17,15 @@ from dpo_kit.settings import Choose, Settings, Tracking
 def comparable(settings: Settings) -> dict[str, Any]:
     """The resolved config without what may differ between two starts of one run."""
     reported = {"benchmark": True, "reference_margin": True}  # they change the data report, not the run
-    unasked = {"judge": True} if settings.judge is None else {}  # as before there was one
-    left_out: Any = unasked | {"resume": True, "dry_run": True, "tracking": True, "choose": True, "data": reported}
+    judge = True if settings.judge is None else set(COST_ONLY)  # what it may cost can be raised when it is reached
+    left_out: Any = {
+        "judge": judge,
+        "resume": True,
+        "dry_run": True,
+        "tracking": True,
+        "choose": True,
+        "data": reported,
+    }
     return redact(settings.model_dump(mode="json", exclude=left_out))
 
 
