@@ -67,7 +67,7 @@ def _beta_entry(name: str, roots: tuple[Path, ...]) -> str:
     method = _load_method(name, roots)
     beta, default = method["method"]["beta"], method["beta"]
     grid = ", ".join(f"{value:g}" for value in beta["grid"])
-    return _entry(name, f"{default:g}; {grid}. {beta['meaning']}. {PULL[beta['higher']]}", 12)
+    return _entry(name, f"{default:g}; {grid}. {beta['meaning']}. {PULL[beta['higher']]}", 13)
 
 
 @cache

@@ -133,7 +133,7 @@ def _inspect(
         max_length=settings.trl["max_length"],
         benchmark=settings.data.benchmark,
         held=held,
-        thorough=True,
+        thorough=gathered.kind != "prompts",  # near-duplicates are told by answers
     )
 
 
