@@ -9,6 +9,7 @@ from itertools import accumulate, repeat
 from typing import Any
 
 from dpo_kit.callbacks import ImplicitReward, KLDrift, Patience, PreferenceMargin
+from dpo_kit.data.fresh import distinct_prompts
 from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.gold import GoldFigures, answer_text, load_gold
@@ -53,7 +54,7 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
         if wanted.implicit_reward:
             trainer.add_callback(ImplicitReward(probe))
     if wanted.kl_drift:
-        prompts = distinct_prompts(data.select, wanted.prompts)
+        prompts = distinct_prompts(data.select)[: wanted.prompts]
         hooks = sample_hooks(trainer, settings, run)
         drift = KLDrift(
             trainer,
@@ -108,11 +109,6 @@ def _load_reference(trainer: Any, settings: Settings) -> Any:
     if shares_prefixes(trainer.model):
         share_prefixes(reference)
     return reference
-
-
-def distinct_prompts(rows: Rows, count: int) -> Rows:
-    """The first row of each of `count` prompts."""
-    return list({row["prompt_id"]: row for row in reversed(rows)}.values())[::-1][:count]
 
 
 def sample_hooks(

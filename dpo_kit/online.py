@@ -120,6 +120,7 @@ def open_reward(settings: Settings, run: RunDirectory) -> Iterator[JudgedReward 
         return
     folder = run.judge / f"rank-{rank()}" if world_size() > 1 else run.judge
     with open_judge(settings.judge, folder, settings.seed) as judge:
+        log.info("fresh answers are compared by %s, in both orders", judge.name)
         yield JudgedReward(judge, settings.seed)
 
 

@@ -76,7 +76,7 @@ class Server:
         pool = ThreadPoolExecutor(self.endpoint.workers)
         try:
             asked = [pool.submit(self._try, request) for request in missing]
-            with tqdm(total=len(asked), desc=description, unit="request", disable=None) as bar:
+            with tqdm(total=len(asked), desc=description, unit="request", disable=None, delay=2) as bar:
                 for done in as_completed(asked):
                     done.result()
                     bar.set_postfix_str(f"cost {self._cost:.4g}" if self._cost else "", refresh=False)
