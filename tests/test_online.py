@@ -173,15 +173,18 @@ def test_prompts_are_taken_once_each_from_pairs_and_from_rows_of_prompts_alone(t
 
 @pytest.mark.slow
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(tmp_path):
-    file = prompts_file(tmp_path / "prompts.jsonl", 30)
+    file, held = prompts_file(tmp_path / "prompts.jsonl", 30), prompts_file(tmp_path / "held.jsonl", 60)
+    held.write_text("".join(held.read_text().splitlines(keepends=True)[30:]))
     long = [{"role": "user", "content": "My iron flickers. " * 12}]
     file.write_text(file.read_text() + json.dumps({"prompt": long}) + "\n")
-    words = ["method=online_dpo", f"data.train={file}", "data.eval=null", "trl.max_new_tokens=100"]
-    settings = check(compose(words))
-    data = read_data(settings, load_tokenizer(settings.model))
-    assert long not in [row["prompt"] for row in (*data.train,)]
-    held = long in [row["prompt"] for row in (*data.select, *data.test)]
-    assert held or data.report["dropped_by_reason"] == {"prompt leaves no room for an answer": 1}
+    words = ["method=online_dpo", f"data.train={file}", f"data.eval={held}"]
+    kept = {}
+    for tokens in (100, 24):
+        settings = check(compose([*words, f"trl.max_new_tokens={tokens}"]))
+        data = read_data(settings, load_tokenizer(settings.model))
+        kept[tokens] = [row["prompt"] for row in data.train], data.report["dropped_by_reason"]
+    assert long in kept[24][0] and kept[24][1] == {} and len(kept[24][0]) == 31
+    assert long not in kept[100][0] and kept[100][1] == {"prompt leaves no room for an answer": 1}
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------
@@ -422,7 +425,7 @@ def test_gradients_do_not_grow_with_accumulation_as_plain_trl_s_do(folder, tmp_p
 @pytest.mark.slow
 def test_plain_trl_cannot_evaluate_and_we_measure_with_the_callbacks(folder, tmp_path):
     rows = Dataset.from_list([{"prompt": "red one"}])
-    with pytest.raises(Exception):  # noqa: B017  whatever transformers raises on a batch of text
+    with pytest.raises(ValueError, match="exactly one of input_ids"):  # the batch is text
         tiny_trainer(folder, tmp_path, eval_dataset=rows).evaluate()
     assert tiny_trainer(folder, tmp_path, with_fresh_answers, eval_dataset=rows).evaluate() == {}
 
