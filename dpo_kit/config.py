@@ -155,7 +155,7 @@ def _fields(described: dict[str, Any]) -> list[str]:
 
 def _checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, list[str]]:
     """`value` as TRL's annotation wants it (a lone one becomes a list where TRL takes lists), and its faults."""
-    alone = {str: "str", float: "float"}.get(type(value))
+    alone = {str: "str", float: "float", int: "float"}.get(type(value))
     if alone and f"list[{alone}]" in field["type"] and not re.search(rf"(^|\| ){alone}\b", field["type"]):
         value = [value]
     try:

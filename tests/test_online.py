@@ -108,6 +108,7 @@ def test_a_judge_is_refused_where_answers_are_given():
 def test_the_judge_of_fresh_answers_is_part_of_the_config_and_of_no_other_method_s():
     cfg = compose(["method=online_dpo"])
     assert (cfg.judge.kind, cfg.judge.module, cfg.trl.beta) == ("gold", "dpo_kit.toy", 0.1)
+    assert compose(["method=online_dpo", "beta=2"]).trl.beta == 2  # TRL wants a list of numbers or one number
     assert "judge" not in compose(["method=dpo"])
 
 
