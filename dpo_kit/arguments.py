@@ -55,7 +55,8 @@ def describe_arguments(args: Any) -> dict[str, Any]:
 
 def uses_store(settings: Settings, rows: Rows) -> bool:
     """Whether the reference's log-probabilities come from the store that runs share (see reference.py)."""
-    fixed = settings.method.reference and not settings.trl.get("sync_ref_model")
+    given = settings.method.rows != "prompts"  # of answers that are yet to be drawn nothing can be stored
+    fixed = settings.method.reference and given and not settings.trl.get("sync_ref_model")
     sees_all = count_steps(settings.trl, len(rows)) * effective_batch(settings.trl) >= len(rows)
     return fixed and (sees_all if settings.speed.reference_store == "auto" else settings.speed.reference_store)
 

@@ -22,7 +22,8 @@ COUNTERS = (
     "_initial_global_step",
     "_total_train_tokens",
 )
-AVERAGES = ("_metrics", "_stored_metrics")  # of DPO and KTO; of ORPO and CPO
+AVERAGES = ("_metrics", "_stored_metrics")  # of DPO and KTO; of ORPO and CPO, under "train"
+PLAIN_AVERAGES = ("stats",)  # of Online DPO
 Carried = dict[str, Any]
 
 
@@ -41,7 +42,7 @@ def carry(trainer: Any) -> Carried:
     """The state of `trainer` as plain values and tensors of its own."""
     return {
         "counters": {name: _own(vars(trainer)[name]) for name in COUNTERS if name in vars(trainer)},
-        "averages": {name: _lists(vars(trainer)[name]["train"]) for name in AVERAGES if name in vars(trainer)},
+        "averages": {name: _lists(values) for name, values in _averages(trainer).items()},
         "callbacks": [callback.carry() for callback in _carriers(trainer)],
         "training": trainer.model.training,
     }
@@ -52,7 +53,7 @@ def pick_up(trainer: Any, carried: Carried) -> None:
     for name, value in carried["counters"].items():
         setattr(trainer, name, value.to(trainer.args.device) if isinstance(value, Tensor) else value)
     for name, lists in carried["averages"].items():
-        vars(trainer)[name]["train"].update(_lists(lists))
+        _averages(trainer)[name].update(_lists(lists))
     for callback, values in zip(_carriers(trainer), carried["callbacks"], strict=True):
         callback.pick_up(values)
     trainer.model.train(carried["training"])
@@ -73,6 +74,13 @@ def set_random_states(states: dict[str, Any]) -> None:
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _averages(trainer: Any) -> dict[str, dict[str, list[Any]]]:
+    own = vars(trainer)
+    return {name: own[name]["train"] for name in AVERAGES if name in own} | {
+        name: own[name] for name in PLAIN_AVERAGES if name in own
+    }
 
 
 def _carriers(trainer: Any) -> Iterator[Carrier]:

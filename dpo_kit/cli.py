@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -162,11 +162,20 @@ def show(result: Result) -> None:
 
     console = Console()
     console.print(result_table(dataclasses.asdict(result)))
+    if result.judge:
+        console.print(_describe_judge(result.judge), highlight=False, markup=False, soft_wrap=True)
     for finding in result.findings:
         console.print(f"[bold]{escape(finding['symptom'])}[/bold]", highlight=False)
         console.print(f"{finding['meaning']} {finding['remedy']}\n", highlight=False, markup=False)
     console.print(f"run directory: {result.run_dir}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"next: {result.next}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _describe_judge(judge: dict[str, Any]) -> str:
+    """Who compared how many fresh answers, and how often a coin had to."""
+    coins = ", ".join(f"{count:,} {why}" for why, count in judge["coins"].items() if count)
+    said = f"{judge['comparisons']:,} times two fresh answers, compared by {judge['name']}"
+    return f"{said}; decided by coin: {coins or 'none'}"
 
 
 register()

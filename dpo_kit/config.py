@@ -21,7 +21,16 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from dpo_kit.errors import ConfigError
 from dpo_kit.secrets import refuse_secrets
 from dpo_kit.selection import selection_faults
-from dpo_kit.settings import Model, Rates, Settings, Strict
+from dpo_kit.settings import (
+    GoldJudge,
+    HumanJudge,
+    LLMJudge,
+    Model,
+    Rates,
+    RewardModelJudge,
+    Settings,
+    Strict,
+)
 from dpo_kit.trl_schema import load_schema
 
 PACKAGE = Path(__file__).resolve().parent
@@ -34,6 +43,8 @@ SET_ELSEWHERE = {
     "model_init_kwargs": "model.…",
     "trust_remote_code": "model.trust_remote_code=…",
     "resume_from_checkpoint": "resume=…",
+    "reward_model_path": "judge=reward_model judge.path=…",
+    "reward_weights": "judge=…",
 }
 GONE_FROM_TRL = {
     "max_prompt_length": "max_length",
@@ -46,6 +57,7 @@ GONE_FROM_TRL = {
     "tokenizer": "model.path",
     "torch_dtype": "model.dtype",
 }
+JUDGES: tuple[type[Strict], ...] = (GoldJudge, RewardModelJudge, LLMJudge, HumanJudge)
 REPORTERS = ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio")
 
 
@@ -94,18 +106,23 @@ def compose_unchecked(overrides: Sequence[str], config_name: str = "config", *, 
     return cfg
 
 
-def check(cfg: DictConfig) -> Settings:
-    """`cfg` resolved and typed; ConfigError lists every fault with key, rule, value and remedy."""
+def check(cfg: DictConfig, *, trains: bool = True) -> Settings:
+    """`cfg` resolved and typed; ConfigError lists every fault with key, rule, value and remedy.
+
+    `trains=False`, of tools that have a judge of their own: nobody needs to compare fresh answers.
+    """
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise explain(error) from error
     refuse_secrets(values)
+    _refuse_no_gold(values)
     try:
         settings = Settings(**values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
     faults = [*_trl_faults(settings), *_method_faults(settings), *_model_faults(settings.model)]
+    faults += _judge_faults(settings) if trains else []
     faults = faults or list(selection_faults(settings))
     if faults:
         raise ConfigError("\n".join(faults))
@@ -137,8 +154,9 @@ def _fields(described: dict[str, Any]) -> list[str]:
 
 
 def _checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, list[str]]:
-    """`value` as TRL's annotation wants it (a lone string becomes a list where TRL takes lists), and its faults."""
-    if isinstance(value, str) and "list[str]" in field["type"] and not re.search(r"(^|\| )str\b", field["type"]):
+    """`value` as TRL's annotation wants it (a lone one becomes a list where TRL takes lists), and its faults."""
+    alone = {str: "str", float: "float", int: "float"}.get(type(value))
+    if alone and f"list[{alone}]" in field["type"] and not re.search(rf"(^|\| ){alone}\b", field["type"]):
         value = [value]
     try:
         value = pydantic.TypeAdapter(_type(field["type"])).validate_python(value)
@@ -177,6 +195,7 @@ def _method_faults(settings: Settings) -> Iterator[str]:
     yield from _learning_rate_faults(settings)
     yield from _loss_faults(settings)
     yield from _speed_faults(settings)
+    yield from _fresh_faults(settings) if method.rows == "prompts" else ()
     if method.rows == "unary" and trl["per_device_train_batch_size"] < 2:
         yield (
             f"trl.per_device_train_batch_size must be at least 2 for method={method.name} (both labels in every "
@@ -186,6 +205,51 @@ def _method_faults(settings: Settings) -> Iterator[str]:
         yield (
             "trl.sync_ref_model needs a reference model of its own, which model.tuning="
             f"{settings.model.tuning} has not: use model.tuning=full or trl.sync_ref_model=false"
+        )
+
+
+NEEDS_JUDGE = (
+    "needs somebody to compare its answers: judge=reward_model judge.path=…, judge=llm judge.base_url=… judge.model=…, "
+    "or judge.module=… with your own gold_rewards(prompts, answers)"
+)
+
+
+def _refuse_no_gold(values: Any) -> None:
+    """The default judge needs a truth that data of one's own do not have."""
+    judge = values.get("judge") or {}
+    if judge.get("kind") == "gold" and judge.get("module") is None:
+        raise ConfigError(f"data.gold is null, and method={values['method']['name']} {NEEDS_JUDGE}")
+
+
+def _judge_faults(settings: Settings) -> Iterator[str]:
+    method, judge = settings.method, settings.judge
+    if method.rows != "prompts":
+        if judge is not None:
+            yield (
+                f"judge={judge.kind} has nothing to compare with method={method.name}, whose answers are given: leave "
+                "it out, or take method=online_dpo; python -m dpo_kit.data mode=build judge=… makes pairs"
+            )
+    elif judge is None:
+        yield f"method={method.name} {NEEDS_JUDGE}"
+    elif judge.kind == "human":
+        yield (
+            f"judge=human cannot answer while method={method.name} trains: take another judge, or train in rounds with "
+            "python -m dpo_kit.data mode=build judge=human and method=dpo"
+        )
+
+
+def _fresh_faults(settings: Settings) -> Iterator[str]:
+    """What cannot be had where answers are drawn while training."""
+    method, trl = settings.method, settings.trl
+    if trl["max_new_tokens"] >= (trl["max_length"] or 0):
+        yield (
+            f"trl.max_length counts prompt and answer and must be above trl.max_new_tokens={trl['max_new_tokens']}, "
+            f"got {trl['max_length']}"
+        )
+    if settings.speed.group_by_length is True:
+        yield (
+            f"speed.group_by_length=true needs the length of answers, which method={method.name} draws while it "
+            "trains: take auto"
         )
 
 
@@ -294,7 +358,8 @@ def known_keys() -> list[str]:
     """Every key that some config may have, for near misses."""
     groups = [entry.name for entry in CONF.iterdir() if entry.is_dir() and entry.name not in ("hydra", "trl")]
     of_trl = {field for it in load_schema()["classes"].values() for field in _fields(it)}
-    return sorted({*groups, *_model_keys(Settings), *of_trl})
+    of_judges = {f"judge.{name}" for kind in JUDGES for name in kind.model_fields}
+    return sorted({*groups, *_model_keys(Settings), *of_trl, *of_judges})
 
 
 def _model_keys(model: type[Strict], prefix: str = "") -> Iterator[str]:
@@ -312,9 +377,10 @@ def _near(word: str, words: list[str]) -> str:
 
 
 def _describe(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
+    place = [str(part) for part in fault["loc"]]
+    key = ".".join([*place[:1], *place[2:]] if place[0] == "judge" else place)  # without the kind of judge
     if fault["type"] == "extra_forbidden":
-        return unknown_key(key, _model_keys(Settings))
+        return unknown_key(key, known_keys() if place[0] == "judge" else _model_keys(Settings))
     if fault["type"] == "missing":
         return f"{key} is missing"
     return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"

@@ -48,6 +48,7 @@ class Result:
     seconds: dict[str, float]
     findings: list[dict[str, str]]
     next: str
+    judge: dict[str, Any] | None = None  # of fresh answers: comparisons, how many a coin decided and why, cost
 
     @classmethod
     def read(cls, run_dir: str | Path) -> Result:
@@ -56,7 +57,14 @@ class Result:
 
 
 def finish_run(
-    trainer: Trainer, settings: Settings, run: RunDirectory, tracker: Tracker, *, seconds: float, ceiling: float | None
+    trainer: Trainer,
+    settings: Settings,
+    run: RunDirectory,
+    tracker: Tracker,
+    *,
+    seconds: float,
+    ceiling: float | None,
+    judge: dict[str, Any] | None = None,
 ) -> Result:
     """Save the model, draw the report, write the result."""
     refuse_non_finite(trainer.model, "after training")
@@ -75,6 +83,7 @@ def finish_run(
         seconds={"train": round(seconds, 2)},
         findings=[dataclasses.asdict(finding) for finding in diagnose(history, settings.method.model_dump())],
         next=next_command(settings, manifest["command"]),
+        judge=judge,
         **identity(settings),
     )
     title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"

@@ -49,11 +49,13 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
     config = read_json(run.manifest)["config"]
     model, method = Model(**config["model"]), Method(**config["method"])
     tokenizer = load_tokenizer(model)
-    _, rows = read_held_out(config, method, tokenizer, "test")
+    kind, rows = read_held_out(config, method, tokenizer, "test")
     tuned = Tuned(place(load_tuned(model, run.model)), tokenizer, SimpleNamespace(**config["trl"]))
     beta = config["beta"] if method.implicit_reward else None
-    scores, _ = score_rows(tuned, rows, load_reference(model), beta)
-    values = preference_metrics(scores, beta, method.saturation) | reward_metrics(scores, beta)
+    values: dict[str, float] = {}
+    if kind != "prompts":
+        scores, _ = score_rows(tuned, rows, load_reference(model), beta)
+        values = preference_metrics(scores, beta, method.saturation) | reward_metrics(scores, beta)
     if gold := config["data"]["gold"]:
         values |= _gold(tuned, rows, gold, config["callbacks"]["max_new_tokens"])
     write_json(run.test, values)

@@ -32,7 +32,7 @@ groups and their options (the first line of an option's file says what it is):
 what beta means (default; grid):
 {betas}
 """
-GROUPS = ("method", "model", "data", "beta-sweep", "callbacks", "tracking", "experiment", "hydra/launcher")
+GROUPS = ("method", "model", "data", "beta-sweep", "judge", "callbacks", "tracking", "experiment", "hydra/launcher")
 PULL = {
     "closer": "Higher stays closer to the reference.",
     "stronger": "Higher pulls harder at the preferences.",
@@ -67,7 +67,7 @@ def _beta_entry(name: str, roots: tuple[Path, ...]) -> str:
     method = _load_method(name, roots)
     beta, default = method["method"]["beta"], method["beta"]
     grid = ", ".join(f"{value:g}" for value in beta["grid"])
-    return _entry(name, f"{default:g}; {grid}. {beta['meaning']}. {PULL[beta['higher']]}", 12)
+    return _entry(name, f"{default:g}; {grid}. {beta['meaning']}. {PULL[beta['higher']]}", 13)
 
 
 @cache
@@ -75,7 +75,9 @@ def _load_method(name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
     """A method file with what it inherits."""
     file = next(root / "method" / f"{name}.yaml" for root in roots if (root / "method" / f"{name}.yaml").exists())
     own = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    parents = [parent for parent in own.get("defaults", []) if not parent.startswith(("/", "_"))]
+    parents = [
+        parent for parent in own.get("defaults", []) if isinstance(parent, str) and not parent.startswith(("/", "_"))
+    ]
     merged: dict[str, Any] = {}
     for part in (*(_load_method(parent, roots) for parent in parents), own):
         merged = _merge(merged, part)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_kit.data.rows import digest
 from dpo_kit.errors import ConfigError
+from dpo_kit.judges import COST_ONLY
 from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.secrets import redact
 from dpo_kit.settings import Choose, Settings, Tracking
@@ -16,7 +17,15 @@ from dpo_kit.settings import Choose, Settings, Tracking
 def comparable(settings: Settings) -> dict[str, Any]:
     """The resolved config without what may differ between two starts of one run."""
     reported = {"benchmark": True, "reference_margin": True}  # they change the data report, not the run
-    left_out: Any = {"resume": True, "dry_run": True, "tracking": True, "choose": True, "data": reported}
+    judge = True if settings.judge is None else set(COST_ONLY)  # what it may cost can be raised when it is reached
+    left_out: Any = {
+        "judge": judge,
+        "resume": True,
+        "dry_run": True,
+        "tracking": True,
+        "choose": True,
+        "data": reported,
+    }
     return redact(settings.model_dump(mode="json", exclude=left_out))
 
 
@@ -59,6 +68,11 @@ def refuse_inexact_resume(checkpoint: Path, there: dict[str, Any], here: dict[st
     if settings.trl.get("save_only_model"):
         raise ConfigError(
             f"trl.save_only_model=true cannot be resumed from {checkpoint}, which has no optimizer state; {anew}"
+        )
+    if settings.trl.get("use_vllm"):
+        raise ConfigError(
+            f"trl.use_vllm=true cannot be resumed from {checkpoint}: vLLM draws answers from a random state of its "
+            f"own, which is in no checkpoint; {anew}"
         )
     if differing := describe_difference(there, here):
         raise ConfigError(

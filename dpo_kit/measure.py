@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, repeat
 from typing import Any
 
 from dpo_kit.callbacks import ImplicitReward, KLDrift, Patience, PreferenceMargin
+from dpo_kit.data.fresh import distinct_prompts
 from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.gold import GoldFigures, answer_text, load_gold
@@ -26,6 +28,8 @@ from dpo_kit.settings import Settings
 from dpo_kit.start import StartCheck
 from dpo_kit.tracking import Tracker
 
+log = logging.getLogger(__name__)
+
 
 def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDirectory, tracker: Tracker) -> None:
     """Give `trainer` everything that measures and records; nothing of it changes training."""
@@ -34,7 +38,9 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
     reference = build_reference(trainer, settings, run)
     trainer.add_callback(StartCheck(trainer, reference))
     rows = probe_rows(data, settings)
-    if wanted.preference_margin or wanted.implicit_reward:
+    if data.kind == "prompts":
+        log.info("the held-out rows have no answers: KL drift is measured, preferences are not")
+    elif wanted.preference_margin or wanted.implicit_reward:
         probe = PairProbe(
             trainer,
             rows,
@@ -48,7 +54,7 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
         if wanted.implicit_reward:
             trainer.add_callback(ImplicitReward(probe))
     if wanted.kl_drift:
-        prompts = distinct_prompts(data.select, wanted.prompts)
+        prompts = distinct_prompts(data.select)[: wanted.prompts]
         hooks = sample_hooks(trainer, settings, run)
         drift = KLDrift(
             trainer,
@@ -103,11 +109,6 @@ def _load_reference(trainer: Any, settings: Settings) -> Any:
     if shares_prefixes(trainer.model):
         share_prefixes(reference)
     return reference
-
-
-def distinct_prompts(rows: Rows, count: int) -> Rows:
-    """The first row of each of `count` prompts."""
-    return list({row["prompt_id"]: row for row in reversed(rows)}.values())[::-1][:count]
 
 
 def sample_hooks(

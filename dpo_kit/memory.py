@@ -24,6 +24,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import disable_dropout_in_model
 
 from dpo_kit.arguments import import_class
+from dpo_kit.data.fresh import with_answer_lengths
 from dpo_kit.errors import ModelError
 from dpo_kit.hardware import has_accelerator, weight_dtype
 from dpo_kit.model import build_adapter
@@ -74,6 +75,7 @@ def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool
 
     `loads_reference`: a reference model stays beside the policy. `shares`: each token is computed once.
     """
+    rows = with_answer_lengths(rows, getattr(args, "max_new_tokens", None))
     model = build_meta(settings.model, args)
     weights = list(model.parameters())
     trained = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)

@@ -70,6 +70,8 @@ def likely_cause(trainer: Any, bad: Sequence[Any], rows: Sequence[int]) -> str:
 def find_rows(trainer: Any, inputs: Any) -> list[int]:
     """The rows of the trainer's data set whose tokens are in a batch; compared only once something went wrong."""
     wanted = {tuple(ids) for ids in _sequences(inputs)}
+    if not wanted and "prompt" in inputs:  # answers that the trainer has drawn itself
+        return [row for row, prompt in enumerate(trainer.train_dataset["prompt"]) if prompt in inputs["prompt"]]
     return [
         row for row, example in enumerate(trainer.train_dataset) if any(_is_in(ids, wanted) for ids in _whole(example))
     ]

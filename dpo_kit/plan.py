@@ -120,15 +120,22 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
         steps=steps,
         batch=batch,
         epochs=steps * batch / len(data.train),
-        tokens=int(steps * batch * _mean_tokens(data)),
+        tokens=int(steps * batch * _mean_tokens(data, trl.get("max_new_tokens"))),
         disk=memory.gradients * (1 + kept * (1 + OPTIMIZER_VALUES)),
         parameters=whole,
     )
 
 
-def _mean_tokens(data: Prepared) -> float:
-    """Of a row: prompt and answers, each once."""
-    lengths = [value for row in data.train for name, value in row["tokens"].items() if name != "cut"]
+def _mean_tokens(data: Prepared, max_new_tokens: int | None) -> float:
+    from dpo_kit.data.fresh import with_answer_lengths
+
+    """Of a row: prompt and answers, each once; answers that are drawn as long as they may be."""
+    lengths = [
+        value
+        for row in with_answer_lengths(data.train, max_new_tokens)
+        for name, value in row["tokens"].items()
+        if name != "cut"
+    ]
     return sum(lengths) / len(data.train)
 
 
@@ -277,6 +284,9 @@ def show_row(row: dict[str, Any], tokenizer: Any, trl: dict[str, Any]) -> str:
     names = [name for name in ("chosen", "rejected", "completion") if name in row]
     ((prompt, answers),) = encode_rows(tokenizer, [row["prompt"]], [[row[name] for name in names]])
     mode = trl.get("truncation_mode", "keep_start")
+    if not names:
+        drawn = f"two answers of at most {trl['max_new_tokens']} tokens, drawn and compared"
+        return f"a row as it is trained on ({row['pair_id']}):\n{tokenizer.decode(prompt)}▶ {drawn}"
     lines = [f"a row as it is trained on ({row['pair_id']}): the prompt is read, what follows ▶ is scored"]
     for name, answer in zip(names, answers, strict=True):
         read, scored = truncate_both(prompt, answer, trl["max_length"], mode)

@@ -18,7 +18,12 @@ def world_size() -> int:
 
 def is_writer() -> bool:
     """Whether this process writes the run directory: of several that train together, the first."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
+
+
+def rank() -> int:
+    """The place of this process among those that train together."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def agree(overrides: Sequence[str], proposed: str) -> list[str]:

@@ -37,6 +37,7 @@ class RunDirectory:
     picture = property(lambda self: self.root / "report.png")
     result = property(lambda self: self.root / "result.json")
     test = property(lambda self: self.root / "test.json")
+    judge = property(lambda self: self.root / "judge")
     evaluation = property(lambda self: self.root / "evaluation")
     export = property(lambda self: self.root / "export")
     reproduction = property(lambda self: self.root / "reproduce")

@@ -31,6 +31,11 @@ def selection_faults(settings: Settings) -> Iterator[str]:
         yield f"callbacks.patience={patience} counts evaluations, and trl.eval_strategy=no has none"
     if metric.startswith(("probe/", "gold/")):
         yield from _probe_faults(metric, settings)
+    elif settings.method.rows == "prompts" and (metric or trl["load_best_model_at_end"]):
+        yield (
+            f"trl.metric_for_best_model={metric or 'loss'} is not measured by method={settings.method.name}, which has "
+            "no loss on given answers: take probe/accuracy, or probe/kl_forward_k1_nats"
+        )
     elif settings.method.rows == "unary" and metric.startswith(OF_ONE_CLASS):
         yield (
             f"trl.metric_for_best_model={metric} is missing where an evaluation batch of method={settings.method.name} "
@@ -74,6 +79,8 @@ def kind_fault(metric: str | None, kind: str) -> str | None:
     key = str(metric or "").removeprefix("eval_").removeprefix("probe/")
     if kind == "unary" and key in PAIRS + REWARDS:
         return f"trl.metric_for_best_model={metric} needs held-out pairs, and these rows are unary: take probe/auc"
+    if kind == "prompts" and key in (*PAIRS, *UNARY, *REWARDS, *SIDES, *SIDE_REWARDS):
+        return f"trl.metric_for_best_model={metric} needs held-out pairs, and these rows are prompts alone"
     if kind == "pairs" and key in UNARY:
         return (
             f"trl.metric_for_best_model={metric} is for unary held-out rows, and these are pairs: take probe/accuracy"

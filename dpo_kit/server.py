@@ -76,7 +76,7 @@ class Server:
         pool = ThreadPoolExecutor(self.endpoint.workers)
         try:
             asked = [pool.submit(self._try, request) for request in missing]
-            with tqdm(total=len(asked), desc=description, unit="request", disable=None) as bar:
+            with tqdm(total=len(asked), desc=description, unit="request", disable=None, delay=2) as bar:
                 for done in as_completed(asked):
                     done.result()
                     bar.set_postfix_str(f"cost {self._cost:.4g}" if self._cost else "", refresh=False)
@@ -86,7 +86,8 @@ class Server:
         return [self._kept(request.key) for request in requests]
 
     def spend(self) -> dict[str, Any]:
-        """Requests, tokens and cost so far, resumed sessions in; retries and failures of this session."""
+        """Requests, tokens and cost so far, resumed sessions in; retries and failures of this session, and why nothing
+        more is asked, if so."""
         rows = [row for row in self.journal.rows.values() if row.get("model") == self.endpoint.model]
         return {
             "model": self.endpoint.model,
@@ -96,6 +97,7 @@ class Server:
             "cost": self._cost,
             "retried": self.retried,
             "failed": dict(self.failures),
+            "stopped": self._stopped or None,
         }
 
     def _kept(self, key: str) -> Reply | None:

@@ -55,7 +55,7 @@ class Method(Strict):
     equation: str
     config: str  # import path of TRL's config class, set by the trl option that the file names
     trainer: str  # import path of TRL's trainer class
-    rows: Literal["pairs", "unary"]
+    rows: Literal["pairs", "unary", "prompts"]  # what it trains on; prompts: it draws its answers itself
     reference: bool  # the trainer takes a reference model
     start: Literal["instruct", "any"]  # the kind of model that the method is meant to start from
     implicit_reward: bool  # beta x logratio is the reward that the loss compares
@@ -144,25 +144,6 @@ class Choose(Strict):
     max_regression: float = Field(default=0.03, ge=0, le=1)  # capability lost, a share
 
 
-class Settings(Strict):
-    """A whole run, checked."""
-
-    beta: float
-    seed: NonNegativeInt
-    resume: str
-    dry_run: bool = False
-    allow_beta: bool
-    allow_learning_rate: bool
-    method: Method
-    model: Model
-    data: Data
-    speed: Speed
-    callbacks: Callbacks
-    choose: Choose
-    tracking: Tracking
-    trl: dict[str, Any]
-
-
 class Endpoint(Strict):
     """A model behind an OpenAI-compatible server, and what asking it may cost."""
 
@@ -217,6 +198,26 @@ class HumanJudge(Strict):
 
 
 Judge = Annotated[GoldJudge | RewardModelJudge | LLMJudge | HumanJudge, Field(discriminator="kind")]
+
+
+class Settings(Strict):
+    """A whole run, checked."""
+
+    beta: float
+    seed: NonNegativeInt
+    resume: str
+    dry_run: bool = False
+    allow_beta: bool
+    allow_learning_rate: bool
+    method: Method
+    model: Model
+    data: Data
+    speed: Speed
+    callbacks: Callbacks
+    choose: Choose
+    tracking: Tracking
+    judge: Judge | None = None  # of a method whose answers are drawn while it trains
+    trl: dict[str, Any]
 
 
 class Drawing(Strict):

@@ -20,8 +20,9 @@ from dpo_kit.settings import Speed
 log = logging.getLogger(__name__)
 
 
-def speed_up(models: Sequence[PreTrainedModel], speed: Speed, trl: dict[str, Any]) -> bool:
-    """Apply to `models` (policy, reference) what `speed` asks for; whether batches are to hold rows of similar length.
+def speed_up(models: Sequence[PreTrainedModel], speed: Speed, trl: dict[str, Any], *, lengths: bool = True) -> bool:
+    """Apply to `models` (policy, reference) what `speed` asks for; whether batches are to hold rows of similar length,
+    which needs rows whose `lengths` are known.
 
     Raises ConfigError where a model cannot do what is asked for.
     """
@@ -32,7 +33,7 @@ def speed_up(models: Sequence[PreTrainedModel], speed: Speed, trl: dict[str, Any
     padded = speed.share_prefix is not False and not shared
     grouped = speed.group_by_length
     if grouped == "auto":
-        grouped = padded and trl.get("train_sampling_strategy") != "sequential"
+        grouped = lengths and padded and trl.get("train_sampling_strategy") != "sequential"
     said = "each token of a batch is computed once: no padding, a pair's prompt not twice"
     if not shared:
         said = f"padding is computed, and a pair's prompt twice{'' if padded else ': speed.share_prefix=false'}"

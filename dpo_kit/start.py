@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from dpo_kit.reference import COLUMNS, column_logps
-from dpo_kit.sampling import measuring, pad_token_id
+from dpo_kit.sampling import draw_samples, measuring, pad_token_id
 from dpo_kit.scoring import Reference, Tokens, score
 
 log = logging.getLogger(__name__)
@@ -33,18 +33,33 @@ class StartCheck(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         dataset = self.trainer.train_dataset
-        if state.global_step > 0 or not set(COLUMNS) & set(dataset.column_names):
+        compare = self._compare_given if set(COLUMNS) & set(dataset.column_names) else self._compare_fresh
+        if state.global_step > 0 or (compare == self._compare_fresh and dataset.column_names != ["prompt"]):
             return
         sample = dataset.select(range(0, len(dataset), max(1, len(dataset) // ROWS))[:ROWS])
         with measuring(self.trainer, *self.reference.models):
-            policy = column_logps(self.trainer, sample, self._scorer(self.trainer.model))
-            stored = {column: torch.tensor(sample[column]) for column in policy if column in sample.column_names}
-            theirs = stored or self._live(sample)
-        differences = torch.cat([policy[column] - theirs[column] for column in theirs])
-        tokens = torch.cat([_lengths(sample, column) for column in theirs])
+            differences, tokens = compare(sample)
         offset = self.reference.check_start(differences, tokens)
         if not self.reference.is_start:
             log.info("the reference is another model: at step 0 it differs by up to %.3g nats an answer", offset)
+
+    def _compare_given(self, sample: Any) -> tuple[Tensor, Tensor]:
+        """Policy less reference on the answers of `sample`, and the tokens of each: (answers,) twice."""
+        policy = column_logps(self.trainer, sample, self._scorer(self.trainer.model))
+        stored = {column: torch.tensor(sample[column]) for column in policy if column in sample.column_names}
+        theirs = stored or self._live(sample)
+        differences = torch.cat([policy[column] - theirs[column] for column in theirs])
+        return differences, torch.cat([_lengths(sample, column) for column in theirs])
+
+    def _compare_fresh(self, sample: Any) -> tuple[Tensor, Tensor]:
+        """The same on answers of the policy, where it trains on those."""
+        tokenizer, length = self.trainer.processing_class, self.trainer.args.max_new_tokens
+        drawn = draw_samples(self.trainer.model, tokenizer, list(sample), max_new_tokens=length)
+        answers = [(each.prompt_ids, each.token_ids) for each in drawn]
+        policy = self._scorer(self.trainer.model)(answers)
+        with self.reference.active() as model:
+            differences = policy - self._scorer(model)(answers)
+        return differences, torch.tensor([len(ids) for _, ids in answers])
 
     def _live(self, sample: Any) -> dict[str, Tensor]:
         with self.reference.active() as model:

@@ -42,6 +42,7 @@ from dpo_kit.manifest import build_manifest
 from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.memory import fits
 from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
+from dpo_kit.online import JudgedReward, open_reward, with_fresh_answers
 from dpo_kit.processes import is_writer
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.reference import with_store
@@ -55,7 +56,11 @@ from dpo_kit.speed import speed_up
 from dpo_kit.token_cache import with_token_cache
 
 log = logging.getLogger(__name__)
-COLUMNS = {"pairs": ("prompt", "chosen", "rejected"), "unary": ("prompt", "completion", "label")}
+COLUMNS = {
+    "pairs": ("prompt", "chosen", "rejected"),
+    "unary": ("prompt", "completion", "label"),
+    "prompts": ("prompt",),
+}
 
 
 def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
@@ -88,12 +93,14 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         write_json(run.manifest, manifest)
     tracker = start_tracking(settings, manifest, run)
     try:
-        trainer = build_trainer(settings, data, tokenizer, run)
-        add_callbacks(trainer, settings, data, run, tracker)
-        pair_ids = [row["pair_id"] for row in data.train]
-        trainer.keep(origin=origin(manifest), record=run.record, pair_ids=pair_ids)
-        seconds = run_trainer(trainer, run, checkpoint, manifest["command"])
-        result = finish_run(trainer, settings, run, tracker, seconds=seconds, ceiling=data.report.get("ceiling"))
+        with open_reward(settings, run) as reward:
+            trainer = build_trainer(settings, data, tokenizer, run, reward)
+            add_callbacks(trainer, settings, data, run, tracker)
+            pair_ids = [row["pair_id"] for row in data.train]
+            trainer.keep(origin=origin(manifest), record=run.record, pair_ids=pair_ids)
+            seconds = run_trainer(trainer, run, checkpoint, manifest["command"])
+            judge, ceiling = reward.summary() if reward else None, data.report.get("ceiling")
+            result = finish_run(trainer, settings, run, tracker, seconds=seconds, ceiling=ceiling, judge=judge)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
             if is_writer():
@@ -157,6 +164,7 @@ def read_data(settings: Settings, tokenizer: Any) -> Prepared:
         max_length=settings.trl["max_length"],
         truncation=settings.trl.get("truncation_mode", "keep_start"),
         seed=settings.seed,
+        fresh_tokens=settings.trl.get("max_new_tokens", 0),
     )
 
 
@@ -178,22 +186,28 @@ def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirecto
     return tracking.start(manifest["config"], run_dir=run.root, run_id=run.wandb_id(), **options)
 
 
-def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDirectory) -> Any:
-    """TRL's trainer for the method: one keyword call serves them all."""
+def build_trainer(
+    settings: Settings, data: Prepared, tokenizer: Any, run: RunDirectory, reward: JudgedReward | None = None
+) -> Any:
+    """TRL's trainer for the method: one keyword call serves them all. `reward` compares answers that it draws."""
     adapter = build_adapter(settings.model)
     policy = load_policy(settings.model, tokenizer)
     args = choose_arguments(settings, data.train, run.checkpoints, policy.config.get_text_config().hidden_size)
     if is_writer():
         write_json(run.trl_config, describe_arguments(args))
-    given = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
+    given: dict[str, Any] = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
     describe(settings, args, data)
     trainer = with_token_cache(import_class(settings.method.trainer), cache_folder("tokens"))
+    if reward is not None:
+        trainer = with_fresh_answers(trainer)
     trainer = with_safekeeping(trainer)
-    if speed_up([policy, *given.values()], settings.speed, settings.trl):
+    if speed_up([policy, *given.values()], settings.speed, settings.trl, lengths=reward is None):
         trainer = with_length_groups(trainer)
     if uses_store(settings, data.train):
         trainer = with_store(trainer, cache_folder("reference"))
-    return trainer(
+    if reward is not None:
+        given["reward_funcs"] = reward
+    built = trainer(
         model=policy,
         args=args,
         train_dataset=build_dataset(data.train, settings.method.rows),
@@ -202,6 +216,10 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
         peft_config=adapter,
         **given,
     )
+    if reward is not None:
+        reward.trainer = built
+        built.add_callback(reward)
+    return built
 
 
 def choose_arguments(settings: Settings, rows: Rows, checkpoints: Path, width: int) -> Any:
@@ -217,14 +235,15 @@ def needs_reference(settings: Settings, args: Any) -> bool:
     """Whether TRL needs a reference of its own: LoRA has the policy without adapter, precomputing has the start."""
     if not settings.method.reference:
         return False
-    has_none = settings.model.tuning == "full" and not args.precompute_ref_log_probs
+    has_none = settings.model.tuning == "full" and not getattr(args, "precompute_ref_log_probs", False)
     return has_none or settings.model.reference is not None
 
 
 def held_out_rows(data: Prepared, settings: Settings) -> Rows:
     """The rows of the probe, for TRL's own evaluation: in the form that the method's trainer takes."""
     rows = probe_rows(data, settings)
-    return rows if data.kind == settings.method.rows else interleave(unpair(rows), settings.seed)
+    fits_method = settings.method.rows in (data.kind, "prompts")
+    return rows if fits_method else interleave(unpair(rows), settings.seed)
 
 
 def build_dataset(rows: Rows, kind: str) -> Dataset:

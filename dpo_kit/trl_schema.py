@@ -27,6 +27,7 @@ CONFIG_CLASSES = (
     "trl.KTOConfig",
     "trl.experimental.orpo.ORPOConfig",
     "trl.experimental.cpo.CPOConfig",
+    "trl.experimental.online_dpo.OnlineDPOConfig",
 )
 TESTED_BY_NAME = ("loss_type", "f_divergence_type")  # strings that TRL takes unchecked and compares in the trainer
 PINNED_FILE = Path(__file__).with_name("trl_schema.json")

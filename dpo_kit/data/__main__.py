@@ -85,7 +85,7 @@ def _own_keys() -> Iterable[str]:
 def check_tool(cfg: DictConfig) -> tuple[Settings, Tool]:
     """The config of the run and the tool's own options, both checked. Raises ConfigError."""
     theirs = [str(key) for key in cfg if key not in (*OWN, *ELSEWHERE)]
-    settings = check(OmegaConf.masked_copy(cfg, theirs))
+    settings = check(OmegaConf.masked_copy(cfg, theirs), trains=False)
     try:
         return settings, Tool(**OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(OWN)), resolve=True))  # type: ignore[arg-type]
     except pydantic.ValidationError as error:

@@ -57,7 +57,7 @@ def find_copies(rows: Rows, kind: Kind, keys: list[tuple[str, ...]], order: Sequ
     verdicts: dict[tuple[str, ...], dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index in order:
         prompt, *answers = keys[index]
-        verdict = tuple(answers) if kind == "pairs" else rows[index]["label"]
+        verdict = rows[index]["label"] if kind == "unary" else tuple(answers)
         verdicts[prompt, *sorted(answers)][verdict].append(index)
     for sides in verdicts.values():
         for first, *more in sides.values():

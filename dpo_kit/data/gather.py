@@ -35,10 +35,12 @@ class Gathered:
         return as_chat(row, self.kind) if self.wrap else row
 
 
-def gather(data: Data, tokenizer: Any, *, refuse: bool = True) -> Gathered:
-    """Read everything. Malformed rows are refused as `data.on_bad_row` says, or only listed. Raises DataError."""
+def gather(data: Data, tokenizer: Any, *, refuse: bool = True, bare: bool = False) -> Gathered:
+    """Read everything. Malformed rows are refused as `data.on_bad_row` says, or only listed; rows of a prompt alone are
+    taken where they may be `bare`. Raises DataError.
+    """
     wrap = tokenizer.chat_template is not None if data.wrap_as_chat == "auto" else data.wrap_as_chat
-    reader = _Reader(data, tokenizer, wrap)
+    reader = _Reader(data, tokenizer, wrap, bare)
     train = [reader.read(source.path, data.train_split) for source in sources(data.train)]
     held_out = [reader.read(source.path, data.eval_split or data.train_split) for source in eval_sources(data)]
     if refuse and data.on_bad_row == "fail":
@@ -46,7 +48,7 @@ def gather(data: Data, tokenizer: Any, *, refuse: bool = True) -> Gathered:
     for path, kind, _ in (*train, *held_out):
         if kind != train[0][1]:
             raise DataError(
-                f"pairs and unary rows cannot be mixed, as {train[0][0]} and {path} do: convert one of them"
+                f"{train[0][1]} and {kind} rows cannot be mixed, as {train[0][0]} and {path} do: convert one of them"
             )
     reader.refuse_mixture()
     pool = [row for _, _, rows in held_out for row in rows] if held_out else None
@@ -80,8 +82,8 @@ def refuse_malformed(faults: list[Fault]) -> None:
 class _Reader:
     """Reads one source after the other and keeps what is wrong."""
 
-    def __init__(self, data: Data, tokenizer: Any, wrap: bool) -> None:
-        self.data, self.wrap = data, wrap
+    def __init__(self, data: Data, tokenizer: Any, wrap: bool, bare: bool) -> None:
+        self.data, self.wrap, self.bare = data, wrap, bare
         self.has_template = tokenizer.chat_template is not None
         self.faults: list[Fault] = []
         self.count = 0
@@ -93,7 +95,7 @@ class _Reader:
         self.count += len(found)
         rows = self._keep(found)
         self._refuse_empty(path, rows, since)
-        kind = find_kind(path, rows, self.data.columns)
+        kind = find_kind(path, rows, self.data.columns, bare=self.bare)
         rows = self._keep(normalise(row, kind, self.data.columns) for row in rows)
         for row in rows:
             self.forms.setdefault(isinstance(row.values["prompt"], str), row.place)
@@ -127,8 +129,11 @@ class _Reader:
             )
 
 
-def find_kind(path: str, rows: list[Row], columns: dict[str, str]) -> Kind:
-    """Pairs or unary rows, by the columns that any row has. Raises DataError that says which columns to map."""
+def find_kind(path: str, rows: list[Row], columns: dict[str, str], *, bare: bool = False) -> Kind:
+    """Pairs or unary rows, or prompts alone where rows may be `bare`, by the columns that any row has.
+
+    Raises DataError that says which columns to map.
+    """
     names = {name for row in rows for name in row.values}
     for mine, theirs in columns.items():
         if theirs not in names:
@@ -139,6 +144,8 @@ def find_kind(path: str, rows: list[Row], columns: dict[str, str]) -> Kind:
         return "pairs"
     if {"prompt", "completion", "label"} <= ours:
         return "unary"
+    if bare and "prompt" in ours:
+        return "prompts"
     wanted = ("prompt", "chosen", "rejected", "completion", "label")
     hints = {w: difflib.get_close_matches(w, names - set(wanted), n=1) for w in wanted if w not in ours}
     hint = ", ".join(f"{w}: {near[0]}" for w, near in hints.items() if near)

@@ -65,6 +65,8 @@ def inspect(
 
 
 def _by_kind(train: Rows, every: Rows, kind: Kind) -> dict[str, Any]:
+    if kind == "prompts":
+        return {}
     if kind == "unary":
         return {"desirable": sum(row["label"] for row in train), "classes": figures.measure_classes(train)}
     shortcuts = measure_shortcuts(every)
@@ -121,7 +123,7 @@ def _difficulty(rows: Rows, kind: Kind) -> dict[str, Any] | None:
     """How alike the two answers are (Jaccard index of their shingles) on a fixed sample: the more, the harder to tell
     apart. What the raters and the reference find hard stands under `agreement` and `reference`.
     """
-    if kind == "unary":
+    if kind != "pairs":
         return None
     sample = sorted(rows, key=lambda row: row["prompt_id"])[:SAMPLE]
     overlaps = [jaccard(text_of(row["chosen"]), text_of(row["rejected"])) for row in sample]

@@ -32,7 +32,7 @@ from dpo_kit.settings import Settings
 def check_data(settings: Settings, tool: Tool, out: Path) -> None:
     """The whole report. Malformed rows are listed, and then refused where training would refuse them."""
     data, tokenizer = settings.data, _tokenizer(settings)
-    gathered = gather(data, tokenizer, refuse=False)
+    gathered = gather(data, tokenizer, refuse=False, bare=settings.method.rows == "prompts")
     malformed = list(gathered.faults)
     train, held_out = split(gathered, data, tokenizer, *_limit(settings))
     report = _inspect(gathered, train, held_out, settings)
@@ -133,7 +133,7 @@ def _inspect(
         max_length=settings.trl["max_length"],
         benchmark=settings.data.benchmark,
         held=held,
-        thorough=True,
+        thorough=gathered.kind != "prompts",  # near-duplicates are told by answers
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_kit.data.fresh import as_prompts, distinct_prompts
 from dpo_kit.data.gather import Gathered, Rows, gather, sources
 from dpo_kit.data.inspect import inspect
 from dpo_kit.data.interleave import interleave, unpair
@@ -29,26 +30,40 @@ class Prepared:
 
 
 def prepare(
-    data: Data, *, wanted: Kind, tokenizer: Any, max_length: int | None, truncation: str, seed: int
+    data: Data,
+    *,
+    wanted: Kind,
+    tokenizer: Any,
+    max_length: int | None,
+    truncation: str,
+    seed: int,
+    fresh_tokens: int = 0,
 ) -> Prepared:
     """Read, check, split, and bring into the form that the method trains on.
 
-    `wanted`: the form of the method's rows; pairs are split for a unary method, never the other way. Raises DataError.
+    `wanted`: the form of the method's rows; pairs are split for a unary method, never the other way, and prompts are
+    taken from rows of any kind. `fresh_tokens`: of an answer that is drawn to a prompt, at most. Raises DataError.
     """
-    gathered = gather(data, tokenizer)
+    gathered = gather(data, tokenizer, bare=wanted == "prompts")
     kind = gathered.kind
     if kind == "unary" and wanted == "pairs":
         raise DataError("rows with completion and label train method=kto or method=kto_apo; this method needs pairs")
     train, pool = split(gathered, data, tokenizer, max_length, truncation)
     report = inspect(gathered, train, pool, wanted=wanted, max_length=max_length, benchmark=data.benchmark)
     select, test = _halves([gathered.form(row) for row in pool])
+    if wanted == "prompts":
+        train = [distinct_prompts(rows) for rows in train]
     weighed = [
         gathered.form(row)
         for rows, source in zip(train, sources(data.train), strict=True)
         for row in _weigh(rows, source.weight)
     ]
+    if wanted == "prompts":
+        weighed = as_prompts(weighed, tokenizer, max_length and max_length - fresh_tokens, gathered.faults)
+        _refuse_none(weighed, gathered.faults)
+        report["dropped_by_reason"] = dict(Counter(fault.reason for fault in gathered.faults).most_common())
     report |= _sizes(gathered, train=weighed, select=select, test=test)
-    trained = list(identify(weighed, kind))
+    trained = list(identify(weighed, "prompts" if wanted == "prompts" else kind))
     if wanted == "unary":
         trained = interleave(unpair(trained) if kind == "pairs" else trained, seed)
     return Prepared(kind, trained, list(identify(select, kind)), list(identify(test, kind)), report, gathered.faults)
@@ -98,6 +113,11 @@ def _refuse_one_class(rows: Rows) -> None:
             f"every label to train on is {str(only).lower()}, from {rows[0]['_place']} on: KTO learns from the "
             f"difference between the two classes, so add rows with label {str(not only).lower()}"
         )
+
+
+def _refuse_none(prompts: Rows, faults: list[Fault]) -> None:
+    if not prompts:
+        raise DataError(f"no prompt is left to answer: {faults[-1]}")
 
 
 def _halves(pool: Rows) -> tuple[Rows, Rows]:

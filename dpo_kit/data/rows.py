@@ -1,6 +1,7 @@
 """One row in its normal form, or the reason why it cannot have one.
 
-pairs: prompt, chosen, rejected; unary: prompt, completion, label. Prompt and answers are text, or chat messages.
+pairs: prompt, chosen, rejected; unary: prompt, completion, label; prompts: prompt alone. Prompt and answers are text,
+or chat messages.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any, Literal
 
 from dpo_kit.data.read import Fault, Row
 
-Kind = Literal["pairs", "unary"]
-ANSWERS: dict[Kind, tuple[str, ...]] = {"pairs": ("chosen", "rejected"), "unary": ("completion",)}
+Kind = Literal["pairs", "unary", "prompts"]
+ANSWERS: dict[Kind, tuple[str, ...]] = {"pairs": ("chosen", "rejected"), "unary": ("completion",), "prompts": ()}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # characters that show nothing and that strip() leaves
 LEAST_ECHO = 3  # words; a shorter prompt may well stand at the beginning of an honest answer
@@ -36,11 +37,12 @@ def normalise(row: Row, kind: Kind, columns: dict[str, str]) -> Row | Fault:
         values |= {} if fault else _implicit_prompt(values)
     fault = fault or _text_fault("prompt", values["prompt"]) or _answer_fault(values, kind)
     fault = fault or _mixed_fault(values, kind) or _echo_fault(values, kind) or _label_fault(values, kind)
+    fault = fault or _question_fault(values, kind)
     return Fault(row.place, *fault) if fault else Row(row.place, values)
 
 
 def _missing_fault(values: dict[str, Any], kind: Kind) -> Found | None:
-    needed = ANSWERS[kind] + (("prompt", "label") if kind == "unary" else ())
+    needed = ANSWERS[kind] + {"pairs": (), "unary": ("prompt", "label"), "prompts": ("prompt",)}[kind]
     missing = next((name for name in needed if values.get(name) is None), None)
     if missing is None:
         return None
@@ -124,6 +126,12 @@ def _label_fault(values: dict[str, Any], kind: Kind) -> Found | None:
         return None
     remedy = "write true or false; every other value would count as true"
     return "label is not true or false", repr(values["label"])[:40], remedy
+
+
+def _question_fault(values: dict[str, Any], kind: Kind) -> Found | None:
+    if kind != "prompts" or isinstance(values["prompt"], str) or values["prompt"][-1]["role"] != "assistant":
+        return None
+    return "prompt ends with the assistant", "assistant", "its last message must be one to answer"
 
 
 def _implicit_prompt(values: dict[str, Any]) -> dict[str, Any]:

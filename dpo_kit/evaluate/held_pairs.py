@@ -18,6 +18,8 @@ def measure_preferences(job: Job) -> dict[str, Any]:
 
     method = job.method
     kind, rows = job.held_out()
+    if kind == "prompts":
+        return {"status": "skipped", "reason": "the held-out rows are prompts without answers"}
     scores, used = _score(job, job.policy, job.reference, rows, job.beta)
     found = {
         "status": "done",

@@ -168,7 +168,7 @@ def _folder(run: Path, split: str) -> Path:
 
 
 def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
-    settings = check(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in OWN]))
+    settings = check(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in OWN]), trains=False)
     options = _options(cfg, arguments)
     policy = of_path(str(options.policy), settings.model)
     if options.reference is None and policy.tuned is None:

@@ -57,10 +57,15 @@ trainer.save_model(str(HERE / "model"))
 def write_reproduction(run: RunDirectory, out: Path) -> Path:
     """Write `out` with script, arguments and rows, complete or not at all; the script's path.
 
-    ConfigError where the run has not ended well or `out` is there already; DataError where the rows that its sources
-    give now are not those that it trained on.
+    ConfigError where the run has not ended well or drew its answers itself, or `out` is there already; DataError where
+    the rows that its sources give now are not those that it trained on.
     """
     manifest, result = finished(run)
+    if manifest["config"]["method"]["rows"] == "prompts":
+        raise ConfigError(
+            f"mode=script repeats a run on its prepared rows, but {run.root} drew its answers and had them judged "
+            "while it trained: its command in manifest.json repeats it, seeded; mode=model exports its policy"
+        )
     if out.exists():
         raise ConfigError(f"{out} is there already: delete it, or name another folder with out=DIR")
     quiet_libraries()

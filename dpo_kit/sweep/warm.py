@@ -20,6 +20,7 @@ MODULES = (
     "trl.trainer.dpo_trainer",
     "trl.trainer.kto_trainer",
     "trl.experimental.cpo",
+    "trl.experimental.online_dpo",
     "trl.experimental.orpo",
     "transformers.models.auto.processing_auto",
     "transformers.models.auto.feature_extraction_auto",

@@ -11,7 +11,14 @@ from dpo_kit.trl_schema import load_schema
 
 def resolved(method: str) -> dict:
     """What a method decides: beta, its own facts, and where its TRL config differs from TRL's defaults."""
-    overrides = [f"method={method}", "model=local", "model.path=m", "data=jsonl", "data.train=d"]
+    overrides = [
+        f"method={method}",
+        "model=local",
+        "model.path=m",
+        "data=jsonl",
+        "data.train=d",
+        "data.gold=dpo_kit.toy",
+    ]
     cfg = OmegaConf.to_container(compose(overrides), resolve=True)
     fields = load_schema()["classes"][cfg["method"]["config"].split(".")[-1]]["fields"]
     differs = {key: value for key, value in cfg["trl"].items() if value != fields[key]["default"]}

@@ -1,0 +1,148 @@
+"""A policy that learns from its own fresh answers: a judge as TRL's reward function, and what TRL's trainer lacks.
+
+    with open_reward(settings, run) as reward:
+        trainer = with_fresh_answers(OnlineDPOTrainer)(reward_funcs=reward, …)
+
+The judge is shown every two answers in both orders. Where it does not decide, a seeded coin does, and that is counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dpo_kit.data.rows import text_of
+from dpo_kit.errors import TrainingError
+from dpo_kit.judges import Judge, Prompt, compare, open_judge, toss_coin
+from dpo_kit.processes import rank, world_size
+from dpo_kit.run import RunDirectory
+from dpo_kit.settings import Settings
+
+log = logging.getLogger(__name__)
+Base: Any = object  # in use, a trainer follows in the method resolution order
+DECIDED = ("win", "loss")
+COINS = ("tie", "order-dependent", "unjudged", "identical")
+"""Why a coin was tossed: the judge calls both as good, follows their order, gives no verdict; or is not asked."""
+
+
+class JudgedReward(TrainerCallback):
+    """A reward function of TRL: of a prompt's two answers the better one gets 1, the other 0.
+
+    A callback as well, so that a resumed run goes on counting (see carried.py). `trainer`, once it is there, logs under
+    `judge/…` the share of coins, of identical answers, and the judge's mean score where it has a scale.
+    """
+
+    def __init__(self, judge: Judge, seed: int) -> None:
+        self.judge, self.seed = judge, seed
+        self.counts: Counter[str] = Counter()
+        self.trainer: Any = None
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[Prompt], *, trainer_state: Any, **_: Any
+    ) -> list[float]:
+        """Points of 2n answers, of which the i-th and the (n + i)-th belong to one prompt.
+
+        TrainingError where the judge has given up: coins alone teach nothing.
+        """
+        half, texts = len(prompts) // 2, [text_of(each) for each in completions]
+        matches = list(zip(prompts[:half], texts[:half], texts[half:], strict=True))
+        outcomes = self._outcomes(matches)
+        points = [
+            float(outcome == "win" if outcome in DECIDED else self._first_by_coin(trainer_state.global_step, *match))
+            for outcome, match in zip(outcomes, matches, strict=True)
+        ]
+        self.counts.update(outcomes)
+        self._log(outcomes, prompts, texts)
+        return [*points, *(1 - each for each in points)]
+
+    def _outcomes(self, matches: Sequence[tuple[Prompt, str, str]]) -> list[str]:
+        """What becomes of the first answer of each match; equal answers are not shown to the judge."""
+        asked = [match for match in matches if match[1] != match[2]]
+        verdicts = iter(compare(self.judge, *map(list, zip(*asked, strict=True))) if asked else ())
+        outcomes: list[str] = ["identical" if a == b else next(verdicts).outcome for _, a, b in matches]
+        if "unjudged" in outcomes and (reason := self.judge.spend().get("stopped")):
+            raise TrainingError(
+                f"{self.judge.name} gives no more verdicts ({reason}), and coins alone teach nothing: once it answers, "
+                "the same command goes on from the last checkpoint, and asks nothing twice"
+            )
+        return outcomes
+
+    def _first_by_coin(self, step: int, prompt: Prompt, first: str, second: str) -> bool:
+        """Thrown anew at every step, for the answer whose text comes first, wherever it stands."""
+        low, high = sorted((first, second))
+        return toss_coin(self.seed, step, prompt, low, high) == (first == low)
+
+    def _log(self, outcomes: Sequence[str], prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
+        if self.trainer is None:
+            return
+        values = {name: [outcome == name for outcome in outcomes] for name in COINS}
+        shares = {"judge/coin_share": sum(map(sum, values.values())), "judge/identical_share": sum(values["identical"])}
+        logged = {key: count / len(outcomes) for key, count in shares.items()}
+        if scores := self.judge.scores(prompts, texts):
+            logged["judge/score"] = statistics.fmean(scores)
+        for key, value in logged.items():
+            self.trainer.stats.setdefault(key, []).append(value)
+
+    def carry(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"counts": dict(self.counts)}
+
+    def pick_up(self, carried: dict[str, Any]) -> None:
+        """Take back what `carry` gave."""
+        self.counts = Counter(carried["counts"])
+
+    def summary(self) -> dict[str, Any]:
+        """Comparisons of all processes since the run began, how many a coin has decided and why, and what they cost."""
+        names = (*DECIDED, *COINS)
+        own = torch.tensor([self.counts[name] for name in names], device=self.trainer.args.device)
+        total = dict(zip(names, self.trainer.accelerator.reduce(own, "sum").tolist(), strict=True))
+        return {
+            "name": self.judge.name,
+            "comparisons": sum(total.values()),
+            "decided": sum(total[name] for name in DECIDED),
+            "coins": {name: total[name] for name in COINS},
+            "spend": self.judge.spend(),
+        }
+
+
+@contextmanager
+def open_reward(settings: Settings, run: RunDirectory) -> Iterator[JudgedReward | None]:
+    """The judge of `settings` as a reward; None where answers are given. What it says is kept in the run directory."""
+    if settings.judge is None:
+        yield None
+        return
+    folder = run.judge / f"rank-{rank()}" if world_size() > 1 else run.judge
+    with open_judge(settings.judge, folder, settings.seed) as judge:
+        log.info("fresh answers are compared by %s, in both orders", judge.name)
+        yield JudgedReward(judge, settings.seed)
+
+
+class FreshAnswers(Base):
+    """Mixin before TRL's OnlineDPOTrainer: gradients that do not grow with accumulation, and evaluations."""
+
+    control: Any
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's step does not divide its loss by the number of accumulated batches, as transformers' own does: so that
+        the gradient would be their sum. Accelerate divides here."""
+        self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """What the callbacks measure on held-out rows, and no loss: TRL's trainer has none for given answers, and fails
+        in transformers' own evaluation."""
+        metrics: dict[str, float] = {}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def with_fresh_answers(trainer: type) -> type:
+    """The class `trainer`, TRL's for online preferences, so that it accumulates and evaluates as others do."""
+    return type(trainer.__name__, (FreshAnswers, trainer), {})
