@@ -97,7 +97,7 @@ def plan_run(settings: Settings) -> Plan:
 def plan_on(settings: Settings, data: Prepared) -> Plan:
     """The plan of a run on `data`."""
     from dpo_kit.arguments import build_arguments, count_steps, effective_batch
-    from dpo_kit.memory import build_meta, estimate, read_config
+    from dpo_kit.memory import build_weightless, estimate, read_config
     from dpo_kit.safekeeping import OPTIMIZER_VALUES
     from dpo_kit.training import needs_reference
 
@@ -112,7 +112,7 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
         shares=settings.speed.share_prefix is not False,
     )
     steps, batch = count_steps(trl, len(data.train)), effective_batch(trl)
-    whole = sum(p.numel() for p in build_meta(settings.model, args).parameters())
+    whole = sum(p.numel() for p in build_weightless(settings.model, args).parameters())
     kept = (args.save_total_limit or 1) + 1 if args.save_strategy != "no" else 0
     return Plan(
         memory=dict(vars(memory)),
@@ -203,9 +203,11 @@ LABELS = {
     "optimizer": "optimizer",
     "gradients": "gradients",
     "activations": "activations of a batch",
+    "copies": "half-precision copies",
     "recomputed": "activations computed again",
     "logits": "logits of a batch",
     "measuring": "while the probe measures",
+    "libraries": "libraries",
 }
 
 
