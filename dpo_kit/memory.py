@@ -7,7 +7,6 @@ under its autocast, tells every tensor that is kept for the backward pass.
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import random
 from collections.abc import Sequence
@@ -24,10 +23,11 @@ from transformers.masking_utils import sdpa_mask
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import disable_dropout_in_model
 
-from dpo_kit.arguments import import_class
+from dpo_kit.arguments import import_class, uses_fused_head
 from dpo_kit.errors import ModelError
 from dpo_kit.hardware import has_accelerator, weight_dtype
-from dpo_kit.model import build_adapter
+from dpo_kit.model import check_targets, read_lora
+from dpo_kit.origin import base_of, read_adapter
 from dpo_kit.prefix import NAME as SHARING
 from dpo_kit.prefix import WORTH, Layout, attend
 from dpo_kit.scoring import LOGITS_BYTES, TOKENS_PER_BATCH
@@ -81,13 +81,13 @@ def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool
 
     `loads_reference`: a reference model stays beside the policy. `shares`: each token is computed once.
     """
-    model = build_weightless(settings.model, args)
+    model = build_weightless(settings, args)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     parameters = sum(_bytes(name, p, settings.model, model) for name, p in model.named_parameters())
     shape = worst_batch(rows, args.per_device_train_batch_size, shares, args)
     answered = sum(own for _, own in shape)
     vocabulary = model.config.get_text_config().vocab_size
-    fused = "fused_lm_head" in inspect.getsource(import_class(settings.method.trainer))
+    fused = uses_fused_head(import_class(settings.method.trainer))
     padded = len(shape) * max(sum(row) for row in shape)
     kept, recomputed = count_activations(model, shape, args)
     return Memory(
@@ -122,23 +122,28 @@ def free_memory() -> int:
 
 def read_config(model: Model) -> Any:
     """The model's config alone. ModelError where there is none."""
+    base = base_of(model)
     try:
-        return AutoConfig.from_pretrained(model.path, revision=model.revision or "main")
+        return AutoConfig.from_pretrained(base.path, revision=base.revision or "main")
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={model.path} has no config to plan with: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"model.path={base.path} has no config to plan with: {str(error).splitlines()[0]}") from error
 
 
-def build_weightless(model: Model, args: Any) -> Any:
+def build_weightless(settings: Settings, args: Any) -> Any:
     """The policy without weights, with its adapter, ready for a training step. ModelError where it has no config."""
+    model = settings.model
     config = read_config(model)
     half = _autocast_dtype(args) if model.tuning == "qlora" else None  # 4-bit weights compute in half precision
     dtype = half or weight_dtype(model.dtype, model.tuning)
     with torch.device("meta"):
         bare: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        if adapter := build_adapter(model):
+        if adapter := read_lora(model):
             from peft import get_peft_model
 
+            check_targets(adapter, bare, import_class(settings.method.trainer))
             policy: Any = get_peft_model(bare, adapter)
+            if read_adapter(model) is not None and model.reference is None:
+                policy.add_adapter("ref", adapter)
         else:
             policy = bare
     if args.gradient_checkpointing:

@@ -41,7 +41,7 @@ from dpo_kit.lock import only_writer
 from dpo_kit.manifest import build_manifest
 from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.memory import fits
-from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
+from dpo_kit.model import build_adapter, check_targets, keep_start, load_policy, load_reference, load_tokenizer
 from dpo_kit.processes import is_writer
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.reference import with_store
@@ -181,10 +181,14 @@ def build_trainer(settings: Settings, data: Prepared, tokenizer: Any, run: RunDi
     """TRL's trainer for the method: one keyword call serves them all."""
     adapter = build_adapter(settings.model)
     policy = load_policy(settings.model, tokenizer)
+    if adapter:
+        check_targets(adapter, policy, import_class(settings.method.trainer))
     args = choose_arguments(settings, data.train, run.checkpoints, policy.config.get_text_config().hidden_size)
     if is_writer():
         write_json(run.trl_config, describe_arguments(args))
     given = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
+    if not settings.method.reference and settings.model.reference is None:
+        keep_start(policy)  # for the probe; TRL's trainers with a reference do it themselves
     describe(settings, args, data)
     trainer = with_safekeeping(import_class(settings.method.trainer))
     if speed_up([policy, *given.values()], settings.speed, settings.trl):

@@ -67,13 +67,13 @@ def test_activations_counted_without_weights_are_those_of_a_real_forward_pass(wo
     real = (get_peft_model(real, adapter) if adapter else real).train()
     disable_dropout_in_model(real)  # as TRL does
     args = _args(tmp_path, *words)
-    planned = count_activations(build_weightless(settings.model, args), SHAPE, args)[0]
+    planned = count_activations(build_weightless(settings, args), SHAPE, args)[0]
     assert planned == pytest.approx(_kept_on_the_cpu(real, half == "true"), rel=0.001)
 
 
 def test_checkpointing_keeps_less_and_computes_one_layer_again(tmp_path):
     words = ["trl.gradient_checkpointing=true"]
-    model = _settings().model
+    model = _settings()
     args, sparing = _args(tmp_path), _args(tmp_path, *words)
     whole = count_activations(build_weightless(model, args), SHAPE, args)[0]
     saved = sum(count_activations(build_weightless(model, sparing), SHAPE, sparing))
