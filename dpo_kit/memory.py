@@ -221,11 +221,11 @@ AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 
 def worst_batch(rows: Rows, size: int, shares: bool, args: Any) -> Shape:
-    """The batch with the most tokens of an epoch: as shuffled, or the longest rows together where rows are grouped."""
+    """The batch with the most tokens of an epoch: as shuffled, in their order, or the longest rows together."""
     order = list(range(len(rows)))
-    if getattr(args, "train_sampling_strategy", "random") != "random":
+    if args.train_sampling_strategy == "group_by_length":
         order.sort(key=lambda index: -sum(rows[index]["tokens"].values()))
-    else:
+    elif args.train_sampling_strategy == "random":
         random.Random(0).shuffle(order)
     batches = [[rows[index] for index in order[at : at + size]] for at in range(0, len(order), size)]
     shapes = [batch_shape([row["tokens"] for row in batch], shares, args.max_length) for batch in batches]

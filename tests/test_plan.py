@@ -10,6 +10,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from dpo_kit import ConfigError
 from dpo_kit.arguments import build_arguments
 from dpo_kit.config import check, compose
+from dpo_kit.data.interleave import unpair
 from dpo_kit.memory import batch_shape, build_weightless, count_activations, estimate, optimizer_bytes, worst_batch
 from dpo_kit.model import load_tokenizer
 from dpo_kit.plan import PeakMemory, Plan, advise, main, plan_run, show_row, split_words
@@ -132,6 +133,20 @@ def test_the_worst_batch_is_the_one_with_most_tokens(tmp_path):
     assert max(own for _, own in worst_batch(rows, 2, True, args)) == 91
     args.train_sampling_strategy = "group_by_length"
     assert [own for _, own in worst_batch(rows, 2, True, args)] == [91, 81, 1, 1]
+    args.train_sampling_strategy = "sequential"  # rows 3 and 4 stand in different batches
+    assert [own for _, own in worst_batch(rows, 2, True, args)] == [2, 91, 1, 1]
+
+
+def test_a_row_of_one_answer_counts_that_answer(tmp_path):
+    pair = {
+        "prompt": "a",
+        "chosen": "b",
+        "rejected": "c",
+        "tokens": {"prompt": 10, "chosen": 6, "rejected": 4, "cut": 0},
+    }
+    rows = unpair([pair])
+    args = _args(tmp_path, "method=kto")
+    assert [sum(own for _, own in worst_batch([row], 1, True, args)) for row in rows] == [16, 14]
 
 
 def test_a_plan_counts_steps_tokens_and_disk_and_loads_no_weights(tmp_path, monkeypatch):
