@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ def import_class(path: str) -> Any:
     """The class at `path`, such as trl.DPOTrainer."""
     module, name = path.rsplit(".", 1)
     return getattr(importlib.import_module(module), name)
+
+
+def uses_fused_head(trainer: type) -> bool:
+    """Whether log-probabilities come from hidden states and the LM head's weights, without logits of every position."""
+    return "fused_lm_head" in inspect.getsource(trainer)
 
 
 def build_arguments(

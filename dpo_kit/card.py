@@ -101,6 +101,9 @@ def _training(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     shown = ", ".join(f"{name} {arguments[name]}" for name in SHOWN_ARGUMENTS if arguments.get(name) is not None)
     facts = f"{result['tuning']} tuning, {result['steps']} steps, seed {result['seed']}; {shown}."
     command = " ".join(redact_argv((manifest.get("command") or "").split()))
+    if adapter := manifest.get("model", {}).get("adapter"):
+        options = f"r {adapter['r']}, alpha {adapter['lora_alpha']}"
+        facts += f" Goes on from the LoRA ({options}) on `{adapter['base']}`; reference: {adapter['reference']}."
     return "\n\n".join(filter(None, ("## Training", facts, command and f"```\n{command}\n```")))
 
 

@@ -265,7 +265,7 @@ def _model_faults(model: Model) -> Iterator[str]:
             "model.trust_remote_code=true runs code of a repository, so model.revision must be a full commit hash "
             f"(40 hex digits) whose code you have read, got {model.revision}"
         )
-    if model.tuning != "full" and model.reference == model.path:
+    if model.tuning != "full" and model.reference and _same_place(model.reference, model.path):
         yield (
             f"model.reference={model.reference} is the start itself, which model.tuning={model.tuning} has already "
             "(the policy with its adapter off): leave it out, and save a second model's memory"
@@ -275,6 +275,17 @@ def _model_faults(model: Model) -> Iterator[str]:
             f"model.attn_implementation={model.attn_implementation} would download code and run it: take sdpa, eager "
             "or flash_attention_2"
         )
+
+
+def _same_place(one: str, other: str) -> bool:
+    here, there = (Path(path).expanduser() for path in (one, other))
+    return one == other or (here.exists() and here.resolve() == there.resolve())
+
+
+def usual_lora() -> dict[str, Any]:
+    """The options of a new adapter where nothing else is said: conf/model/local.yaml."""
+    options: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / "local.yaml"))
+    return options["lora"]
 
 
 def _learning_rate_faults(settings: Settings) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -17,16 +18,19 @@ from dpo_kit.scoring import (
     TOKENS_PER_BATCH,
     Reference,
     Tokens,
+    add_up,
     batch_size_in_tokens,
     completion_logits,
     completion_targets,
     fingerprint,
     length_sorted_batches,
+    take_turns,
     token_logps,
 )
 from dpo_kit.tokens import encode_prompts
 
 logger = logging.getLogger(__name__)
+ESTIMATORS = ("rb", "k1")
 _CHUNK = 1024  # positions whose fp32 log-probabilities under both models are held at once
 
 
@@ -42,20 +46,22 @@ class Divergence:
 class ReferenceSamples:
     """Samples drawn from the reference once, with what it says along them.
 
-    `logps`: per sample the log-probability of each completion token (nats). `rows`: per sample the logits
-    over the whole vocabulary at each of them, or None where they exceed the cache.
+    `logps`: per sample the log-probability of each completion token (nats). `rows`: by sample the logits
+    over the whole vocabulary at each of them, or None where they exceed the cache; of several processes each has those
+    of its own batches.
     """
 
     samples: list[Sample]
     logps: list[Tensor]
-    rows: list[Tensor] | None
+    rows: dict[int, Tensor] | None
 
 
 class Drift:
     """Draws samples of policy and reference and measures KL along them. Its methods run inside `measuring`.
 
     `rows` hold the prompts; `cache_bytes` bounds the reference's full-vocabulary rows. `shared` is a folder that runs
-    from this very reference have in common: its samples are drawn once for all of them.
+    from this very reference have in common: its samples are drawn once for all of them. Several processes share the
+    work and reach the numbers of one; all of them must call its methods.
     """
 
     def __init__(
@@ -80,13 +86,15 @@ class Drift:
         }
         self.policy: Any = reference.trainer.model
         self._tokenizer: Any = reference.trainer.processing_class
+        self._accelerator: Any = reference.trainer.accelerator
 
     def draw(self, model: Any, processor: Callable[[Tensor], LogitsProcessor] | None = None) -> list[Sample]:
         """One sample per row, with the same seed each time, so that neighbouring models are compared on like
         draws.
         """
         torch.manual_seed(self.seed)
-        return draw_samples(model, self._tokenizer, self.rows, processor=processor, **self._draw_options)
+        shared_out = {"processor": processor, "accelerator": self._accelerator}
+        return draw_samples(model, self._tokenizer, self.rows, **shared_out, **self._draw_options)
 
     def prepare(self, step: int) -> ReferenceSamples:
         """The reference's samples: drawn and recorded at step 0, read back or made again after a resume.
@@ -119,33 +127,38 @@ class Drift:
     def _record(self, model: Any, samples: list[Sample]) -> ReferenceSamples:
         positions = sum(len(sample.token_ids) for sample in samples)
         fits = 4 * positions * model.config.get_text_config().vocab_size <= self.cache_bytes
-        logps: dict[int, Tensor] = {}
+        own: list[tuple[int, Tensor]] = []
         rows: dict[int, Tensor] = {}
-        for indices, batch in self._batches(samples):
+        for indices, batch, counts in self._batches(samples):
             logits = completion_logits(model, batch, pad_token_id(self._tokenizer))
             targets, lengths = completion_targets(batch)
-            logps.update(zip(indices, token_logps(logits, targets).split(lengths), strict=True))
+            if counts:
+                own += zip(indices, token_logps(logits, targets).split(lengths), strict=True)
             if fits:
                 rows.update(zip(indices, logits.cpu().split(lengths), strict=True))
-        order = range(len(samples))
-        return ReferenceSamples(samples, [logps[i] for i in order], [rows[i] for i in order] if fits else None)
+        logps = dict(gather_object(own))
+        return ReferenceSamples(samples, [logps[index] for index in range(len(samples))], rows if fits else None)
 
     def _compare(
         self, samples: list[Sample], prepared: ReferenceSamples | None, *, forward: bool, share: float = 1.0
     ) -> Divergence:
-        sums = {name: torch.full((len(samples),), torch.nan, dtype=torch.float64) for name in ("rb", "k1")}
-        for indices, batch in self._batches(samples):
+        only_k1 = prepared is not None and prepared.rows is None and not self.reference.live
+        sums = torch.zeros(len(ESTIMATORS), len(samples), dtype=torch.float64)
+        for indices, batch, counts in self._batches(samples):
             targets, lengths = completion_targets(batch)
             policy = completion_logits(self.policy, batch, pad_token_id(self._tokenizer))
-            if prepared is not None and prepared.rows is None and not self.reference.live:
+            if prepared is not None and only_k1:
                 terms = {"k1": torch.cat([prepared.logps[i] for i in indices]) - token_logps(policy, targets)}
             else:
                 reference = self._reference_logits(indices, batch, prepared).to(policy.device)
                 policy = policy if share == 1 else torch.lerp(reference.to(policy), policy, share)
                 terms = kl_terms(reference, policy, targets) if forward else kl_terms(policy, reference, targets)
-            for name, values in terms.items():
-                sums[name][indices] = torch.stack([part.sum() for part in values.double().split(lengths)])
-        return Divergence(sums["rb"] if "rb" in terms else None, sums["k1"])
+            for name, values in terms.items() if counts else ():
+                sums[ESTIMATORS.index(name), indices] = torch.stack(
+                    [part.sum() for part in values.double().split(lengths)]
+                )
+        rb, k1 = add_up(sums, self._accelerator)
+        return Divergence(None if only_k1 else rb, k1)
 
     def _reference_logits(self, indices: list[int], batch: list[Tokens], prepared: ReferenceSamples | None) -> Tensor:
         if prepared is not None and prepared.rows is not None:
@@ -153,11 +166,12 @@ class Drift:
         with self.reference.active() as model:
             return completion_logits(model, batch, pad_token_id(self._tokenizer))
 
-    def _batches(self, samples: list[Sample]) -> Iterator[tuple[list[int], list[Tokens]]]:
+    def _batches(self, samples: list[Sample]) -> Iterator[tuple[list[int], list[Tokens], bool]]:
+        """The batches of this process: indices, sequences, and whether they count (`take_turns`)."""
         sequences = [(sample.prompt_ids, sample.token_ids) for sample in samples]
-        size = batch_size_in_tokens(self.policy, self.tokens_per_batch)
-        for indices in length_sorted_batches(sequences, size):
-            yield indices, [sequences[index] for index in indices]
+        batches = length_sorted_batches(sequences, batch_size_in_tokens(self.policy, self.tokens_per_batch))
+        for indices, counts in take_turns(batches, self._accelerator):
+            yield indices, [sequences[index] for index in indices], counts
 
     def _reference_samples(self, model: Any) -> list[Sample]:
         if self.shared is None:
@@ -168,12 +182,14 @@ class Drift:
             self.shared
             / f"samples-{fingerprint([ids, self._tokenizer.eos_token_id, self._draw_options, self.seed])}.pt"
         )
-        if not file.exists():
-            drawn = self.draw(model)
+        if all(gather_object([file.exists()])):
+            return _with_rows(self.rows, torch.load(file, weights_only=True))
+        drawn = self.draw(model)
+        if self._accelerator.is_main_process:
             partial = file.with_suffix(f".{os.getpid()}")
             torch.save(_plain(drawn), partial)
             partial.replace(file)
-        return _with_rows(self.rows, torch.load(file, weights_only=True))
+        return drawn
 
     @property
     def _fingerprint(self) -> str:
@@ -181,8 +197,9 @@ class Drift:
 
     def _keep(self, prepared: ReferenceSamples) -> None:
         drawn = _plain(prepared.samples)
-        # Rows are large: kept only where no model could give them again
-        rows = None if self.reference.can_load else prepared.rows
+        rows = None  # they are large: kept only where no model could give them again
+        if prepared.rows is not None and not self.reference.can_load:
+            rows = dict(gather_object(list(prepared.rows.items())))
         values = {"fingerprint": self._fingerprint, "samples": drawn, "logps": prepared.logps, "rows": rows}
         self.reference.save("samples", values)
 

@@ -104,6 +104,7 @@ def save_model(trainer: Trainer, run: RunDirectory) -> None:
     trainer.save_model(str(aside))
     if trainer.is_world_process_zero():
         (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle with every argument, useless to a reader
+        shutil.rmtree(aside / "ref", ignore_errors=True)  # the start of an adapter that was there before
         put_in_place(aside, run.model)
 
 

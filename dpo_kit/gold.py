@@ -66,5 +66,6 @@ class GoldFigures:
                 self.trainer.processing_class,
                 [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts],
                 max_new_tokens=self.gold.MAX_NEW_TOKENS,
+                accelerator=self.trainer.accelerator,
             )
         return self.gold.capability_score(prompts, [sample.text for sample in drawn])

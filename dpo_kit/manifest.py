@@ -13,7 +13,7 @@ from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.data.rows import digest
 from dpo_kit.hardware import device_name, weight_dtype
 from dpo_kit.identity import comparable
-from dpo_kit.origin import find_parent
+from dpo_kit.origin import base_of, find_parent, read_adapter
 from dpo_kit.processes import world_size
 from dpo_kit.run import hash_weights
 from dpo_kit.settings import Model, Settings
@@ -71,7 +71,21 @@ def describe_start(model: Model, tokenizer: Any) -> dict[str, Any]:
         "remote_code": {"repository": model.path, "commit": model.revision} if model.trust_remote_code else None,
         "parent": find_parent("model.path", model.path),
         **reference,
+        **describe_adapter(model),
     }
+
+
+ADAPTER = ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+
+
+def describe_adapter(model: Model) -> dict[str, Any]:
+    """`adapter`, where training goes on from one: its base, its options, and what it is measured against."""
+    if (found := read_adapter(model)) is None:
+        return {}
+    base = base_of(model)
+    weights = {"base": base.path, "base_revision": base.revision, "base_sha256": hash_weights(base.path)}
+    options = {name: found.get(name) for name in ADAPTER}
+    return {"adapter": weights | options | {"reference": model.reference or "the adapter as it started, on its base"}}
 
 
 CONTENT = ("pair_id", "prompt", "chosen", "rejected", "completion", "label")

@@ -18,6 +18,7 @@ from dpo_kit.model import load_reference
 from dpo_kit.prefix import share_prefixes, shares_prefixes
 from dpo_kit.preview import Preview
 from dpo_kit.probe import PairProbe
+from dpo_kit.processes import is_writer
 from dpo_kit.recorder import Recorder, show_progress
 from dpo_kit.reference import StoredReference
 from dpo_kit.run import RunDirectory
@@ -118,7 +119,7 @@ def sample_hooks(
     gold = load_gold(settings.data.gold) if settings.data.gold else None
 
     def keep(step: int, samples: Sequence[Sample]) -> dict[str, float]:
-        for row in describe_samples(step, samples, gold):
+        for row in describe_samples(step, samples, gold) if is_writer() else ():
             append_row(run.samples, row)
         return {}
 

@@ -1,13 +1,12 @@
-"""How much memory a run takes, from the model's config alone: its modules are built without weights (meta device).
+"""How much memory a run takes, from the model's config alone: its modules are built without weights (fake tensors).
 
-Activations are counted, not looked up in a formula: a forward pass on the meta device, laid out as the run's batches,
-tells every tensor that is kept for the backward pass.
+Activations are counted, not looked up in a formula: a forward pass of fake tensors, laid out as the run's batches and
+under its autocast, tells every tensor that is kept for the backward pass.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import random
 from collections.abc import Sequence
@@ -18,17 +17,20 @@ import psutil
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import disable_dropout_in_model
 
-from dpo_kit.arguments import import_class
+from dpo_kit.arguments import import_class, uses_fused_head
 from dpo_kit.data.fresh import with_answer_lengths
 from dpo_kit.errors import ModelError
 from dpo_kit.hardware import has_accelerator, weight_dtype
-from dpo_kit.model import build_adapter
-from dpo_kit.prefix import WORTH, Layout, attend, attend_in_blocks, pays_in_blocks
+from dpo_kit.model import check_targets, read_lora
+from dpo_kit.origin import base_of, read_adapter
+from dpo_kit.prefix import NAME as SHARING
+from dpo_kit.prefix import WORTH, Layout, attend
 from dpo_kit.scoring import LOGITS_BYTES, TOKENS_PER_BATCH
 from dpo_kit.settings import Callbacks, Model, Settings
 from dpo_kit.speed import HEAD_TOKENS
@@ -36,7 +38,9 @@ from dpo_kit.speed import HEAD_TOKENS
 log = logging.getLogger(__name__)
 Rows = Sequence[dict[str, Any]]
 Shape = tuple[tuple[int, int], ...]  # of each row of a batch: tokens shared with an earlier row, tokens of its own
-NAME = "dpo_kit_counted"  # of our attention, among transformers' own
+FAKE = FakeTensorMode()  # tensors have shape, dtype and device, as on a CPU, but no memory
+FUSED = "dpo_kit_counted"  # of our attention with a fused kernel in every case, among transformers' own
+LIBRARIES = 70_000_000  # bytes that what training imports takes of a CPU's memory (with a model of 2 MB, x86-64)
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: nf4 with doubly quantised scales
 OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0.0, "lion": 4.0, "8bit": 2.0, "paged": 0.0}  # a trained fp32 weight
 HEAD_VOCABULARY, HEAD_COPIES = 32768, 3  # of the tiles of TRL's fused LM head
@@ -54,20 +58,23 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    copies: int  # in half precision, of the weights, where checkpointing drops them after the forward pass
     recomputed: int  # one layer's activations, where checkpointing computes them again
     logits: int
     measuring: int  # key-value cache, logits and a reloaded reference, while the probe is at work
+    libraries: int  # code, in the memory of a CPU
 
     @property
     def lasting(self) -> int:
-        return self.parameters + self.reference + self.optimizer
+        return self.libraries + self.parameters + self.reference + self.optimizer
 
     def peak(self, accumulates: bool) -> int:
         """Bytes at the highest moment. Gradients take the place of activations, layer by layer, in the backward pass;
         where they are accumulated over several batches they stay beside them.
         """
-        forward = self.activations + max(self.logits, self.recomputed) + (self.gradients if accumulates else 0)
-        return self.lasting + max(forward, self.gradients + self.recomputed, self.measuring)
+        forward = self.activations + max(self.copies + self.logits, self.recomputed)
+        kept = self.gradients if accumulates else 0
+        return self.lasting + max(forward + kept, self.gradients + self.recomputed, self.measuring)
 
 
 def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool, shares: bool) -> Memory:
@@ -76,26 +83,26 @@ def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool
     `loads_reference`: a reference model stays beside the policy. `shares`: each token is computed once.
     """
     rows = with_answer_lengths(rows, getattr(args, "max_new_tokens", None))
-    model = build_meta(settings.model, args)
-    weights = list(model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
+    model = build_weightless(settings, args)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     parameters = sum(_bytes(name, p, settings.model, model) for name, p in model.named_parameters())
     shape = worst_batch(rows, args.per_device_train_batch_size, shares, args)
     answered = sum(own for _, own in shape)
     vocabulary = model.config.get_text_config().vocab_size
-    fused = "fused_lm_head" in inspect.getsource(import_class(settings.method.trainer))
+    fused = uses_fused_head(import_class(settings.method.trainer))
     padded = len(shape) * max(sum(row) for row in shape)
-    cast = _cast_weights(weights, args)
-    kept, recomputed = count_activations(model, shape, args.gradient_checkpointing)
+    kept, recomputed = count_activations(model, shape, args)
     return Memory(
         parameters=parameters,
         reference=parameters if loads_reference else 0,
         gradients=trained,
         optimizer=int(trained / 4 * optimizer_bytes(args.optim)),
-        activations=kept + cast,
-        recomputed=recomputed and recomputed + cast,  # autocast makes its copies anew
+        activations=kept,
+        copies=_cast_weights(model, args) if args.gradient_checkpointing else 0,
+        recomputed=recomputed,
         logits=_head(model, answered, vocabulary) if fused else int(LOGITS_COPIES * 4 * padded * vocabulary),
         measuring=_measuring(settings.callbacks, model, parameters, settings.model.tuning == "full", rows),
+        libraries=0 if has_accelerator() else LIBRARIES,
     )
 
 
@@ -117,51 +124,76 @@ def free_memory() -> int:
 
 def read_config(model: Model) -> Any:
     """The model's config alone. ModelError where there is none."""
+    base = base_of(model)
     try:
-        return AutoConfig.from_pretrained(model.path, revision=model.revision or "main")
+        return AutoConfig.from_pretrained(base.path, revision=base.revision or "main")
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={model.path} has no config to plan with: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"model.path={base.path} has no config to plan with: {str(error).splitlines()[0]}") from error
 
 
-def build_meta(model: Model, args: Any) -> Any:
+def build_weightless(settings: Settings, args: Any) -> Any:
     """The policy without weights, with its adapter, ready for a training step. ModelError where it has no config."""
+    model = settings.model
     config = read_config(model)
-    half = (args.bf16 or args.fp16) and model.tuning != "full"  # of fp32 weights, autocast leaves most of it in fp32
-    dtype = torch.bfloat16 if half else weight_dtype(model.dtype, model.tuning)
+    half = _autocast_dtype(args) if model.tuning == "qlora" else None  # 4-bit weights compute in half precision
+    dtype = half or weight_dtype(model.dtype, model.tuning)
     with torch.device("meta"):
         bare: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        if adapter := build_adapter(model):
+        if adapter := read_lora(model):
             from peft import get_peft_model
 
+            check_targets(adapter, bare, import_class(settings.method.trainer))
             policy: Any = get_peft_model(bare, adapter)
+            if read_adapter(model) is not None and model.reference is None:
+                policy.add_adapter("ref", adapter)
         else:
             policy = bare
     if args.gradient_checkpointing:
         bare.activation_checkpointing_enable({"use_reentrant": False})
         if adapter:
             bare.enable_input_require_grads()
-    bare.set_attn_implementation(NAME)
     if args.disable_dropout:
         disable_dropout_in_model(policy)
-    return policy.train()
+    return _on_a_cpu(policy.train())
 
 
-def count_activations(model: Any, shape: Shape, checkpointing: bool) -> tuple[int, int]:
+def _on_a_cpu(model: Any) -> Any:
+    """`model` with fake tensors of a CPU, which autocast knows, in place of those of the meta device."""
+    fakes: dict[Tensor, Any] = {}
+    with FAKE:
+        for tensors in (each for module in model.modules() for each in (module._parameters, module._buffers)):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    trained = isinstance(tensor, torch.nn.Parameter)
+                    fakes[tensor] = torch.nn.Parameter(fake, tensor.requires_grad) if trained else fake
+                tensors[name] = fakes.get(tensor)
+    return model
+
+
+def count_activations(model: Any, shape: Shape, args: Any) -> tuple[int, int]:
     """Bytes that a forward pass over a batch of `shape` keeps for the backward pass, and those of one layer where
     layers are computed again there, else 0.
     """
-    kept = _kept_by(model, shape)
-    if not checkpointing:
+    plain = len(set(shape)) == 1  # rows of one length, none of which shares anything: as padded ones are computed
+    _bare(model).set_attn_implementation(FUSED if plain or has_accelerator() else SHARING)
+    kept = _kept_by(model, shape, _autocast_dtype(args))
+    if not args.gradient_checkpointing:
         return kept, 0
     _bare(model).activation_checkpointing_disable()
-    return kept, _kept_by(model, shape) // model.config.get_text_config().num_hidden_layers
+    whole = _kept_by(model, shape, _autocast_dtype(args))
+    return kept, whole // model.config.get_text_config().num_hidden_layers
+
+
+def _autocast_dtype(args: Any) -> torch.dtype | None:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def _bare(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def _kept_by(model: Any, shape: Shape) -> int:
+def _kept_by(model: Any, shape: Shape, dtype: torch.dtype | None) -> int:
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -171,33 +203,31 @@ def _kept_by(model: Any, shape: Shape) -> int:
             kept[storage] = tensor
         return tensor
 
-    ids = torch.zeros(1, sum(own for _, own in shape), dtype=torch.long, device="meta")
-    layout = Layout(ids=ids, positions=ids, source=ids[0], rows=shape)
-    mask = torch.ones(1, 1, 1, 1, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    cast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    with FAKE, cast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.zeros(1, sum(own for _, own in shape), dtype=torch.long)
+        layout = Layout(ids=ids, positions=ids, source=ids[0], rows=shape)
+        mask = torch.ones(1, 1, 1, 1)  # 4-D: used as it is
         _bare(model).base_model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False, layout=layout)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """As `prefix.attend_row` on this machine: every fused attention keeps query, key, value, output and one number a
-    token, which the meta device's own would not; in blocks the scores are kept too."""
-    if not has_accelerator() and pays_in_blocks(query, key):
-        return attend_in_blocks(query, key, value, scale)
+    """Fused attention, which keeps query, key, value, output and one number a token wherever it runs."""
     square = query.shape[-2] == key.shape[-2]
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, square, scale=scale)[0]
 
 
-AttentionInterface.register(NAME, functools.partial(attend, kernel=_attend))
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(FUSED, functools.partial(attend, kernel=_attend))
+AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 
 def worst_batch(rows: Rows, size: int, shares: bool, args: Any) -> Shape:
-    """The batch with the most tokens of an epoch: as shuffled, or the longest rows together where rows are grouped."""
+    """The batch with the most tokens of an epoch: as shuffled, in their order, or the longest rows together."""
     order = list(range(len(rows)))
-    if getattr(args, "train_sampling_strategy", "random") != "random":
+    if args.train_sampling_strategy == "group_by_length":
         order.sort(key=lambda index: -sum(rows[index]["tokens"].values()))
-    else:
+    elif args.train_sampling_strategy == "random":
         random.Random(0).shuffle(order)
     batches = [[rows[index] for index in order[at : at + size]] for at in range(0, len(order), size)]
     shapes = [batch_shape([row["tokens"] for row in batch], shares, args.max_length) for batch in batches]
@@ -234,11 +264,10 @@ def _bytes(name: str, weight: Tensor, model: Model, policy: Any) -> int:
     return int(weight.numel() * (FOUR_BIT if quantised else size))
 
 
-def _cast_weights(weights: Sequence[Tensor], args: Any) -> int:
-    """The half-precision copies that autocast keeps of fp32 weights for the length of a forward pass."""
-    if not (args.bf16 or args.fp16):
-        return 0
-    return sum(2 * p.numel() for p in weights if p.requires_grad and p.dim() == 2)
+def _cast_weights(model: Any, args: Any) -> int:
+    """The half-precision copies that autocast keeps of trained fp32 matrices for the length of a forward pass."""
+    matrices = (p for p in model.parameters() if p.requires_grad and p.dim() == 2 and p.dtype == torch.float32)
+    return sum(2 * p.numel() for p in matrices) if _autocast_dtype(args) else 0
 
 
 def _head(model: Any, tokens: int, vocabulary: int) -> int:

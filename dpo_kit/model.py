@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,21 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from dpo_kit.arguments import uses_fused_head
+from dpo_kit.config import usual_lora
 from dpo_kit.control_tokens import neutralised
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.hardware import has_accelerator, weight_dtype
-from dpo_kit.origin import find_parent, refuse_unsafe
+from dpo_kit.origin import (
+    base_of,
+    find_parent,
+    has_tokenizer,
+    is_quantised,
+    read_adapter,
+    refuse_adapter,
+    refuse_unsafe,
+)
+from dpo_kit.run import hash_weights
 from dpo_kit.settings import Model
 
 log = logging.getLogger(__name__)
@@ -28,61 +40,169 @@ def load_tokenizer(model: Model) -> Any:
     for key, path in (("model.path", model.path), ("model.reference", model.reference)):
         if path:
             find_parent(key, path)
-    tokenizer = _load(AutoTokenizer, model.path, model)
+    base = base_of(model)
+    home = model if has_tokenizer(model.path, model.revision) else base
+    tokenizer = _load(AutoTokenizer, home.path, home)
     if tokenizer.eos_token is None:
         raise ModelError(f"the tokenizer of {model.path} has no EOS token, so that no answer would ever end: set one")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.reference:
         _refuse_other_vocabulary(model, tokenizer)
+        _refuse_second_copy(model)
     return neutralised(tokenizer)
 
 
 def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:
-    """The weights to be tuned; 4-bit under `tuning=qlora`."""
-    policy = load_weights(model)
+    """The weights to be tuned, 4-bit under `tuning=qlora`; or the adapter that training goes on from, on its base."""
+    if model.tuning == "full" and is_quantised(model):
+        raise ModelError(
+            f"model.path={model.path} is published in a quantised form, whose weights cannot be tuned: take "
+            "model.tuning=lora, or the original repository"
+        )
+    if model.tuning == "qlora" and (
+        find_parent("model.path", model.path) or (Path(model.path) / "export.json").exists()
+    ):
+        _warn_of_rounding(model)
+    policy = load_start(model)
     _refuse_foreign_tokenizer(policy, tokenizer, model.path)
-    warn_of_tied_head(model, policy)
     return policy
+
+
+def _warn_of_rounding(model: Model) -> None:
+    """Say what becomes of a tuned policy whose adapter is merged already."""
+    if read_adapter(model) is None:
+        log.warning(
+            "model.path=%s is a tuned policy: 4 bit rounds away part of what tuning changed, and training starts from "
+            "what is left; after LoRA or QLoRA go on with the adapter itself, model.path=<its run>/model",
+            model.path,
+        )
 
 
 def load_reference(model: Model) -> PreTrainedModel:
     """The reference: the policy's own start, or `model.reference`; frozen."""
-    return load_weights(model, model.reference or model.path).eval().requires_grad_(False)
+    reference = load_weights(model, model.reference) if model.reference else load_start(model)
+    return reference.eval().requires_grad_(False)
+
+
+def load_start(model: Model) -> Any:
+    """What training starts from: the weights at `model.path`, or its adapter on its base, ready to be trained."""
+    if read_adapter(model) is None:
+        return load_weights(model)
+    refuse_unsafe("model.path", model.path, model.revision)
+    revision = model.revision or "main"
+    start = PeftModel.from_pretrained(
+        load_weights(base_of(model)), model.path, is_trainable=True, revision=revision
+    ).eval()
+    for name, weight in start.named_parameters():
+        if model.tuning == "qlora" and weight.requires_grad and "magnitude" not in name:
+            weight.data = weight.data.to(torch.bfloat16).to(weight.dtype)  # as TRL will round what it trains
+    return start
+
+
+def keep_start(policy: Any) -> None:
+    """Give an adapter that training goes on from a frozen copy, named as TRL names the one of its own trainers with a
+    reference; nothing where the policy is no adapter yet.
+    """
+    if not isinstance(policy, PeftModel):
+        return
+    policy.add_adapter("ref", policy.peft_config["default"])
+    for name, weight in policy.named_parameters():
+        if ".default." in name:
+            policy.get_parameter(name.replace(".default.", ".ref.")).data.copy_(weight.data)
 
 
 def load_tuned(model: Model, folder: Path) -> PreTrainedModel:
     """What a run left in `folder`: the tuned weights, or its adapter on the weights that it started from."""
     if model.tuning == "full":
         return load_weights(model, str(folder))
-    return PeftModel.from_pretrained(load_weights(model), folder)  # type: ignore[return-value]
+    return PeftModel.from_pretrained(load_weights(base_of(model)), folder)  # type: ignore[return-value]
 
 
-def warn_of_tied_head(model: Model, policy: PreTrainedModel) -> None:
-    """Say what an adapter on one of two tied embeddings means: they come apart, in training and in what is exported."""
-    named = [name for key in ("target_modules", "modules_to_save") for name in _names(model.lora.get(key))]
-    touched = sorted({name for name in named if name in ("lm_head", "embed_tokens")})
-    tied = policy.config.get_text_config().tie_word_embeddings
-    if model.tuning != "full" and touched and tied and not model.lora.get("ensure_weight_tying"):
+def check_targets(adapter: LoraConfig, policy: PreTrainedModel, trainer: type) -> None:
+    """ConfigError for names of modules that the policy has not, and for a head that `trainer` would never train; a
+    warning for one of two embeddings that the policy ties.
+    """
+    head = next((name for name, module in policy.named_modules() if module is policy.get_output_embeddings()), None)
+    if head and _is_target(head, adapter.target_modules) and uses_fused_head(trainer):
+        raise ConfigError(
+            f"model.lora.target_modules puts an adapter on {head}, but {trainer.__name__} works out log-probabilities "
+            f"from the head's own weights, so that it would never be trained: take {head} out, or train the whole "
+            f"head, model.lora.modules_to_save=[{head}]"
+        )
+    modules = [name for name, _ in policy.named_modules()]
+    for key in ("target_modules", "modules_to_save"):
+        for wanted in _names(getattr(adapter, key)):
+            if not any(_is_target(name, [wanted]) for name in modules):
+                own = {
+                    name.rpartition(".")[2] for name, module in policy.named_modules() if [*module.parameters(False)]
+                }
+                near = difflib.get_close_matches(wanted, sorted(own), n=2)
+                meant = f"; did you mean {' or '.join(near)}?" if near else f": it has {', '.join(sorted(own))}"
+                raise ConfigError(f"model.lora.{key}: this model has no module {wanted}{meant}")
+    touched = {name for key in ("target_modules", "modules_to_save") for name in _names(getattr(adapter, key))}
+    touched &= {"lm_head", "embed_tokens"}
+    if touched and policy.config.get_text_config().tie_word_embeddings and not adapter.ensure_weight_tying:
         log.warning(
             "model.lora puts an adapter on %s, one of two embeddings that this model ties: they will differ after "
             "training, and the exported model holds both; +model.lora.ensure_weight_tying=true keeps them one",
-            " and ".join(touched),
+            " and ".join(sorted(touched)),
         )
 
 
+def _is_target(name: str, targets: Any) -> bool:
+    """Whether PEFT means the module `name` by `targets`: ends of names, or a pattern of whole ones."""
+    if isinstance(targets, str):
+        return targets != "all-linear" and bool(re.fullmatch(targets, name))
+    return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+
 def _names(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
+    """Names of modules. A string is a pattern or all-linear, which PEFT itself refuses where it fits nothing."""
+    return [] if isinstance(value, str) else sorted(value or [])
 
 
-def build_adapter(model: Model) -> PeftConfig | None:
-    """The LoRA that wraps the policy, or None under full tuning. Raises ConfigError for options that PEFT refuses."""
+def build_adapter(model: Model) -> LoraConfig | None:
+    """The new LoRA that wraps the policy; None under full tuning, and where training goes on from one that is there.
+
+    Raises ConfigError for options that PEFT refuses, or that are not those of the adapter that is there.
+    """
     if model.tuning == "full":
+        return None
+    if (there := read_adapter(model)) is not None:
+        _refuse_other_options(model, there)
         return None
     try:
         return LoraConfig(task_type="CAUSAL_LM", **model.lora)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.lora: peft.LoraConfig refuses it: {error}") from error
+
+
+def read_lora(model: Model) -> LoraConfig | None:
+    """The LoRA that the policy has in training, new or there already; None under full tuning."""
+    if (new := build_adapter(model)) or model.tuning == "full":
+        return new
+    return PeftConfig.from_pretrained(model.path, revision=model.revision or "main")  # type: ignore[return-value]
+
+
+def _refuse_other_options(model: Model, there: dict[str, Any]) -> None:
+    """ConfigError where `model.lora` asks, other than by default, for something that the adapter `there` is not."""
+    asked = {name: value for name, value in model.lora.items() if value != usual_lora().get(name)}
+    differing = [
+        f"{name}: {value} asked, {there.get(name)} there"
+        for name, value in asked.items()
+        if _as_set(value) != _as_set(there.get(name))
+    ]
+    if differing:
+        raise ConfigError(
+            f"model.lora asks for another adapter than the one at model.path={model.path} ({'; '.join(differing)}): "
+            "leave these options out, training goes on with the adapter as it is; or begin a new one on its base, "
+            f"model.path={there['base_model_name_or_path']}"
+        )
+
+
+def _as_set(value: Any) -> Any:
+    return frozenset(value) if isinstance(value, list | tuple) else value
 
 
 def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
@@ -123,6 +243,8 @@ def _load(auto_class: Any, path: str, model: Model, **options: Any) -> Any:
     key = "model.reference" if path == model.reference and path != model.path else "model.path"
     options |= {"revision": model.revision, "code_revision": model.revision} if path == model.path else {}
     _refuse_wrong_path(key, path)
+    if auto_class is not AutoTokenizer:
+        refuse_adapter(key, path, options.get("revision"))
     refuse_unsafe(key, path, options.get("revision"))
     trusted = model.trust_remote_code and path == model.path  # the commit is that of model.path's repository
     try:
@@ -164,7 +286,10 @@ def _refuse_other_vocabulary(model: Model, tokenizer: Any) -> None:
     those of other texts.
     """
     other = _load(AutoTokenizer, str(model.reference), model)
-    rows, rows_there = (_load(AutoConfig, path, model).get_text_config().vocab_size for path in _both(model))
+    base = base_of(model)
+    rows, rows_there = (
+        _load(AutoConfig, path, base).get_text_config().vocab_size for path in (base.path, str(model.reference))
+    )
     mine, theirs = tokenizer.get_vocab(), other.get_vocab()
     names = (("eos_token_id", tokenizer.eos_token_id, other.eos_token_id), ("rows of the embedding", rows, rows_there))
     moved = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
@@ -180,8 +305,20 @@ def _refuse_other_vocabulary(model: Model, tokenizer: Any) -> None:
         )
 
 
-def _both(model: Model) -> tuple[str, str]:
-    return model.path, str(model.reference)
+def _refuse_second_copy(model: Model) -> None:
+    """ConfigError where the reference beside a new adapter has the very weights of the base."""
+    if model.tuning == "full" or read_adapter(model) is not None or _sizes(model.path) != _sizes(str(model.reference)):
+        return
+    if (own := hash_weights(model.path)) and own == hash_weights(str(model.reference)):
+        raise ConfigError(
+            f"model.reference={model.reference} has the very weights of model.path={model.path}, which "
+            f"model.tuning={model.tuning} has already (the policy with its adapter off): leave it out, and save a "
+            "second model's memory"
+        )
+
+
+def _sizes(path: str) -> list[int]:
+    return sorted(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
 
 
 def _refuse_foreign_tokenizer(policy: Any, tokenizer: Any, path: str) -> None:

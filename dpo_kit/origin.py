@@ -1,4 +1,4 @@
-"""Where a model comes from, and what is refused before anything is loaded: adapters, unfinished runs, code, pickles.
+"""Where a model comes from, an adapter's base, and what is refused unloaded: unfinished runs, code, pickles.
 
 Nothing of a repository is executed: weights are safetensors, code runs only from a repository at a commit that the
 config names (`model.trust_remote_code` with `model.revision`, see config.py).
@@ -14,13 +14,14 @@ from typing import Any
 from dpo_kit.errors import ModelError
 from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.secrets import redact_text
+from dpo_kit.settings import Model
 
+ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def refuse_unsafe(key: str, path: str, revision: str | None = None) -> None:
-    """ModelError where `path` (a folder or hub id, given as `key`) is an adapter, pickled, or asks for foreign code."""
-    _refuse_adapter(key, path, revision)
+    """ModelError where `path` (a folder or hub id, given as `key`) is pickled or asks for foreign code."""
     _refuse_pickles(key, Path(path).expanduser())
     config = _read(path, "config.json", revision)
     kernel = str(config.get("attn_implementation") or config.get("_attn_implementation") or "")
@@ -73,16 +74,52 @@ def find_parent(key: str, path: str) -> dict[str, Any] | None:
     }
 
 
-def _refuse_adapter(key: str, path: str, revision: str | None) -> None:
-    """transformers would load the adapter's base with the adapter in it, and peft would tune on top, without a word."""
-    adapter = _read(path, "adapter_config.json", revision)
+def read_adapter(model: Model) -> dict[str, Any] | None:
+    """What adapter_config.json says of an adapter at `model.path`, from which training goes on; None for whole models.
+
+    ModelError for an adapter that cannot be gone on with.
+    """
+    found = _read(model.path, ADAPTER, model.revision)
+    if not found:
+        return None
+    if model.tuning == "full":
+        refuse_adapter("model.path", model.path, model.revision)
+    if found.get("peft_type") != "LORA":
+        raise ModelError(f"model.path={model.path} is an adapter of kind {found.get('peft_type')}, not a LoRA")
+    return found
+
+
+def base_of(model: Model) -> Model:
+    """`model` itself, or with the base in the place of an adapter that training goes on from."""
+    if (adapter := read_adapter(model)) is None:
+        return model
+    base = {"path": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}
+    return model.model_copy(update=base | {"trust_remote_code": False})  # whose commit was named is the adapter's
+
+
+def has_tokenizer(path: str, revision: str | None) -> bool:
+    """Whether `path` brings a tokenizer of its own, as adapters of a trainer do."""
+    return bool(_read(path, "tokenizer_config.json", revision))
+
+
+def is_quantised(model: Model) -> bool:
+    """Whether the weights of `model` are published in a quantised form."""
+    return "quantization_config" in _read(model.path, "config.json", model.revision)
+
+
+def refuse_adapter(key: str, path: str, revision: str | None) -> None:
+    """ModelError for an adapter where a whole model is meant: transformers would load its base with the adapter in it,
+    and peft would tune on top, without a word.
+    """
+    adapter = _read(path, ADAPTER, revision)
     if not adapter:
         return
     base = adapter.get("base_model_name_or_path")
+    remedy = "go on training it with model.tuning=lora or qlora, " if key == "model.path" else ""
     raise ModelError(
-        f"{key}={path} is an adapter on {base}, not a model: name the base itself ({key}={base}), or merge the adapter "
-        f"into it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(base)!r}), {path!r})"
-        ".merge_and_unload().save_pretrained('merged')"
+        f"{key}={path} is an adapter on {base}, not a model: {remedy}name the base itself ({key}={base}), or merge the "
+        "adapter into it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("
+        f"{str(base)!r}), {path!r}).merge_and_unload().save_pretrained('merged')"
     )
 
 

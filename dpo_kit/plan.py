@@ -35,6 +35,7 @@ tokens, disk, and how to start it on how many devices.
 """
 OWN = ("first_step", "out")
 POLL_SECONDS = 0.005
+LOOK_AT_FILES = 50  # polls between two looks at which weights lie in mapped files, which takes longer
 CARDS = (24, 40, 80, 141)  # GB of memory that accelerators have
 USABLE = 0.9  # of it: the rest is the driver's, the allocator's and the estimate's error
 LARGE = 80
@@ -97,7 +98,7 @@ def plan_run(settings: Settings) -> Plan:
 def plan_on(settings: Settings, data: Prepared) -> Plan:
     """The plan of a run on `data`."""
     from dpo_kit.arguments import build_arguments, count_steps, effective_batch
-    from dpo_kit.memory import build_meta, estimate, read_config
+    from dpo_kit.memory import build_weightless, estimate, read_config
     from dpo_kit.safekeeping import OPTIMIZER_VALUES
     from dpo_kit.training import needs_reference
 
@@ -112,7 +113,7 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
         shares=settings.speed.share_prefix is not False,
     )
     steps, batch = count_steps(trl, len(data.train)), effective_batch(trl)
-    whole = sum(p.numel() for p in build_meta(settings.model, args).parameters())
+    whole = sum(p.numel() for p in build_weightless(settings, args).parameters())
     kept = (args.save_total_limit or 1) + 1 if args.save_strategy != "no" else 0
     return Plan(
         memory=dict(vars(memory)),
@@ -144,7 +145,7 @@ def _mean_tokens(data: Prepared, max_new_tokens: int | None) -> float:
 
 class PeakMemory:
     """The most memory that a block takes beyond what was there before it: of the accelerator where there is one, else
-    of this process, looked at every few milliseconds. Bytes.
+    of this process, looked at every few milliseconds, with the weights that are only read, from their files. Bytes.
     """
 
     def __enter__(self) -> PeakMemory:
@@ -167,8 +168,11 @@ class PeakMemory:
         self.bytes = torch.cuda.max_memory_allocated() if self.device else self.bytes - self.before
 
     def _watch(self) -> None:
+        polls = mapped = 0
         while not self.device and not self._ended.wait(POLL_SECONDS):
-            self.bytes = max(self.bytes, anonymous_memory())
+            mapped = mapped_weights() if polls % LOOK_AT_FILES == 0 else mapped
+            self.bytes = max(self.bytes, anonymous_memory() + mapped)
+            polls += 1
 
 
 def anonymous_memory() -> int:
@@ -177,6 +181,18 @@ def anonymous_memory() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise ConfigError("first_step=true needs a system that says how much memory a process takes (Linux)")
+
+
+def mapped_weights() -> int:
+    """Bytes of safetensors files that lie in this process's memory unchanged."""
+    size, weights = {"Rss": 0, "Anonymous": 0}, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        key, _, rest = line.partition(":")
+        if " " in key:  # the head of a mapping: addresses, rights, file
+            weights = line.endswith(".safetensors")
+        elif weights and key in size:
+            size[key] += int(rest.split()[0]) * 1024
+    return size["Rss"] - size["Anonymous"]
 
 
 def measure_first_steps(overrides: Sequence[str]) -> dict[str, float]:
@@ -210,9 +226,11 @@ LABELS = {
     "optimizer": "optimizer",
     "gradients": "gradients",
     "activations": "activations of a batch",
+    "copies": "half-precision copies",
     "recomputed": "activations computed again",
     "logits": "logits of a batch",
     "measuring": "while the probe measures",
+    "libraries": "libraries",
 }
 
 

@@ -35,8 +35,8 @@ class Preview(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         reference = self.drift.reference
         with measuring(reference.trainer, *reference.models), reference.loaded() as live:
+            points = [self._predict(beta) for beta in self.betas] if live else []
             if live and reference.trainer.is_world_process_zero():
-                points = [self._predict(beta) for beta in self.betas]
                 write_json(self.path, {"from_beta": self.beta, "points": points})
 
     def _predict(self, beta: float) -> dict[str, float]:

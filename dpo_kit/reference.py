@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from filelock import FileLock
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -222,6 +223,9 @@ def reference_key(trainer: Any, model: Any) -> str:
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         total.update(flat.view(torch.uint8).numpy().data)
     config = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE}
+    for name, module in model.named_modules():  # of an adapter that training goes on from
+        if isinstance(module, LoraLayer) and "ref" in module.scaling:
+            config[f"scaling of {name}"] = module.scaling["ref"]
     total.update(json.dumps(config, sort_keys=True, default=str).encode())
     total.update(f"{trainer.accelerator.mixed_precision}".encode())
     return total.hexdigest()[:32]

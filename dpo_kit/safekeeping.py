@@ -311,6 +311,23 @@ class Safekeeping(Base):
         what = f"this run ({more} checkpoints of {self.checkpoint_bytes / 1e9:.2f} GB and the model)"
         checkpoints.refuse_full_disk(root, needed, what, ConfigError)
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._same_dtypes():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with self._same_dtypes():
+            super()._load_best_model()
+
+    @contextlib.contextmanager
+    def _same_dtypes(self) -> Iterator[None]:
+        """After loading, each weight in the dtype that it had: PEFT widens adapters that TRL trains in bfloat16."""
+        before = {name: weight.dtype for name, weight in self.model.named_parameters()}
+        yield
+        for name, weight in self.model.named_parameters():
+            if weight.dtype != before[name]:
+                weight.data = weight.data.to(before[name])
+
     # --- stopping and going on ------------------------------------------------------------------------------------
 
     def _now(self, *, evaluate: bool = False, save: bool = False) -> Moment:

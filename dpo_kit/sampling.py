@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, Trainer
 
@@ -56,6 +58,7 @@ def draw_samples(
     batch_size: int = 64,
     template_kwargs: dict[str, Any] | None = None,
     processor: Callable[[Tensor], LogitsProcessor] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> list[Sample]:
     """One completion per row (`prompt`: text or messages), drawn from the model itself; in the order of the
     rows.
@@ -63,7 +66,8 @@ def draw_samples(
     Temperature 1, no top-k, top-p, penalty, ban or forced token, whatever `model.generation_config` holds.
     EOS is the tokenizer's and the model config's. `processor` makes, from the attention mask of a batch's prompts, what
     changes the logits on purpose. Draws from torch's global random state: call it inside
-    `measuring`.
+    `measuring`. The processes of an `accelerator` share out the rows of each batch and all get all samples, the same
+    that one process would draw: all of them must call this, from the same random state.
     """
     prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], template_kwargs)
     config = _plain_generation_config(model, tokenizer, max_new_tokens)
@@ -72,7 +76,8 @@ def draw_samples(
     with _generation_config(model, config):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            drawn.update(zip(batch, _generate(model, [prompts[i] for i in batch], config, processor), strict=True))
+            ids = _generate(model, [prompts[i] for i in batch], config, processor, accelerator)
+            drawn.update(zip(batch, ids, strict=True))
     return [_sample(tokenizer, rows[i], prompts[i], drawn[i], config) for i in range(len(rows))]
 
 
@@ -97,10 +102,7 @@ def pad_batch(
 
 def _plain_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
     return GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,  # `Draw` has drawn
         max_new_tokens=max_new_tokens,
         eos_token_id=_eos_token_ids(model, tokenizer) or None,
         pad_token_id=pad_token_id(tokenizer),
@@ -119,11 +121,39 @@ def _generate(
     prompts: list[list[int]],
     config: GenerationConfig,
     processor: Callable[[Tensor], LogitsProcessor] | None,
+    accelerator: Accelerator | None,
 ) -> list[list[int]]:
-    ids, mask = pad_batch(prompts, config.pad_token_id, model.device, "left")
-    own = [processor(mask)] if processor else []
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=own)
-    return out[:, ids.shape[1] :].tolist()
+    place, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    rows = list(range(len(prompts)))[place::count] or [0]  # none left: the first again, since weights may be shared out
+    ids, mask = pad_batch([prompts[row] for row in rows], config.pad_token_id, model.device, "left")
+    draw = Draw(rows, len(prompts))
+    processors = [processor(mask), draw] if processor else [draw]
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+    own = out[:, ids.shape[1] :].tolist()
+    if count == 1:
+        return own
+    drawn = dict(gather_object(list(zip(rows, own, strict=True))))
+    draw.catch_up(max(map(len, drawn.values())))
+    return [drawn[row] for row in range(len(prompts))]
+
+
+class Draw(LogitsProcessor):
+    """Draws the next token of some `rows` of a batch as if all `count` rows were drawn here: argmax of p/Exp(1), which
+    is how torch.multinomial draws, with noise made for all of them. The token's score is the largest.
+    """
+
+    def __init__(self, rows: list[int], count: int) -> None:
+        self.rows, self.count, self.steps = rows, count, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.noise = scores.new_empty(self.count, scores.shape[-1])
+        self.steps += 1
+        return scores.softmax(-1) / self.noise.exponential_()[self.rows]
+
+    def catch_up(self, steps: int) -> None:
+        """Bring the random state to where it is after so many steps: other rows may have gone on for longer."""
+        for _ in range(steps - self.steps):
+            self.noise.exponential_()
 
 
 def _sample(

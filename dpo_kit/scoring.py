@@ -120,24 +120,31 @@ def score(
     The processes of an `accelerator` take turns at the very batches that one would take, so that the values are the
     same; all of them must call this, and all get every value.
     """
-    place, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     logps = torch.zeros(len(sequences), dtype=torch.float64)
-    batches = twin_batches(sequences, batch_size_in_tokens(model, tokens_per_batch))
-    turns = range(
-        place, place + count * -(-len(batches) // count), count
-    )  # as many for each: weights may be shared out
-    for turn in tqdm(turns, description, disable=not (description and sys.stderr.isatty()), leave=False):
-        indices = batches[min(turn, len(batches) - 1)]
+    turns = take_turns(twin_batches(sequences, batch_size_in_tokens(model, tokens_per_batch)), accelerator)
+    for indices, counts in tqdm(turns, description, disable=not (description and sys.stderr.isatty()), leave=False):
         batch = [sequences[index] for index in indices]
         targets, lengths = completion_targets(batch)
         terms = token_logps(completion_logits(model, batch, pad_id), targets).double()
-        if turn < len(batches):
+        if counts:
             logps[indices] = torch.stack([part.sum() for part in terms.split(lengths)])
-    return logps if accelerator is None or count == 1 else _sum(accelerator, logps)
+    return add_up(logps, accelerator)
 
 
-def _sum(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """Of all processes; exact where each value comes from one of them and is zero in the others."""
+def take_turns(batches: list[list[int]], accelerator: Accelerator | None) -> list[tuple[list[int], bool]]:
+    """The batches of this process, of several that take turns; each with whether it counts.
+
+    As many for each process, since their weights may be shared out: one that has nothing left repeats the last batch.
+    """
+    place, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    turns = [first + place for first in range(0, len(batches), count)]
+    return [(batches[min(turn, len(batches) - 1)], turn < len(batches)) for turn in turns]
+
+
+def add_up(values: Tensor, accelerator: Accelerator | None) -> Tensor:
+    """Over all processes; exact where each value comes from one of them and is zero in the others."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return values
     total: Any = accelerator.reduce(values.to(accelerator.device), "sum")
     return total.cpu()
 

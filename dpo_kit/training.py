@@ -41,7 +41,7 @@ from dpo_kit.lock import only_writer
 from dpo_kit.manifest import build_manifest
 from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.memory import fits
-from dpo_kit.model import build_adapter, load_policy, load_reference, load_tokenizer
+from dpo_kit.model import build_adapter, check_targets, keep_start, load_policy, load_reference, load_tokenizer
 from dpo_kit.online import JudgedReward, open_reward, with_fresh_answers
 from dpo_kit.processes import is_writer
 from dpo_kit.quiet import quiet_libraries
@@ -192,10 +192,14 @@ def build_trainer(
     """TRL's trainer for the method: one keyword call serves them all. `reward` compares answers that it draws."""
     adapter = build_adapter(settings.model)
     policy = load_policy(settings.model, tokenizer)
+    if adapter:
+        check_targets(adapter, policy, import_class(settings.method.trainer))
     args = choose_arguments(settings, data.train, run.checkpoints, policy.config.get_text_config().hidden_size)
     if is_writer():
         write_json(run.trl_config, describe_arguments(args))
     given: dict[str, Any] = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
+    if not settings.method.reference and settings.model.reference is None:
+        keep_start(policy)  # for the probe; TRL's trainers with a reference do it themselves
     describe(settings, args, data)
     trainer = with_token_cache(import_class(settings.method.trainer), cache_folder("tokens"))
     if reward is not None:

@@ -1,15 +1,27 @@
 """LoRA in PEFT's own variants, for methods with a reference and without; choices that cost or mislead are said."""
 
+import json
 import math
+import runpy
+import shutil
 
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_kit import ConfigError, compose, train
+from dpo_kit import ConfigError, ModelError, compose, train
+from dpo_kit.arguments import build_arguments, import_class
+from dpo_kit.config import check
 from dpo_kit.export.folder import Export, export_run
+from dpo_kit.export.script import write_reproduction
 from dpo_kit.history import read_metrics
-from dpo_kit.run import RunDirectory, read_json
+from dpo_kit.model import load_policy, load_reference, load_tokenizer
+from dpo_kit.plan import plan_run
+from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.toy import MODEL
-from tests.small import few_pairs
+from dpo_kit.training import build_dataset, read_data
+from tests.small import differences, few_pairs
 
 QUICK = ["callbacks=none", "trl.save_strategy=no", "trl.logging_steps=1", "trl.learning_rate=1e-3"]
 
@@ -34,7 +46,21 @@ def test_a_variant_of_lora_trains_every_kind_of_method_and_is_merged(variant, me
 def test_a_full_reference_that_the_adapter_has_already_is_refused():
     with pytest.raises(ConfigError, match=r"is the start itself, which model.tuning=lora has already"):
         compose(["model.tuning=lora", f"model.reference={MODEL}"])
+    with pytest.raises(ConfigError, match=r"is the start itself"):
+        compose(["model.tuning=lora", f"model.reference={MODEL}/../model/"])
     compose([f"model.reference={MODEL}"])
+
+
+def test_a_full_reference_of_the_same_weights_beside_an_adapter_is_refused_and_another_one_is_not(tmp_path):
+    copy = shutil.copytree(MODEL, tmp_path / "copy")
+    words = ["model.tuning=lora", f"model.reference={copy}"]
+    with pytest.raises(ConfigError, match=r"has the very weights of model.path=.*save a second model's memory"):
+        load_tokenizer(_model(*words))
+    other = AutoModelForCausalLM.from_pretrained(MODEL)
+    other.lm_head.weight.data[0, 0] += 1
+    other.save_pretrained(copy)
+    load_tokenizer(_model(*words))
+    load_tokenizer(_model(f"model.reference={MODEL}"))  # full tuning: the start, said by its name
 
 
 def test_an_adapter_on_one_of_two_tied_embeddings_is_said(tmp_path, caplog):
@@ -44,3 +70,224 @@ def test_an_adapter_on_one_of_two_tied_embeddings_is_said(tmp_path, caplog):
     caplog.clear()
     train(compose([*words, "model.lora.target_modules=[q_proj]"]), tmp_path / "other")
     assert "ties" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "said"),
+    [
+        (
+            "dpo",
+            "target_modules=[q_proj,v_prj]",
+            r"target_modules: this model has no module v_prj; did you mean v_proj",
+        ),
+        ("orpo", "target_modules=[attn]", r"target_modules: this model has no module attn.*it has .*q_proj"),
+        (
+            "kto",
+            "modules_to_save=[embed_token]",
+            r"modules_to_save: .* no module embed_token; did you mean embed_tokens",
+        ),
+        ("dpo", "target_modules=[q_proj,lm_head]", r"DPOTrainer works out .* never be trained: take lm_head out"),
+        ("kto", "target_modules='.*(q_proj|head)'", r"KTOTrainer works out .*model.lora.modules_to_save=\[lm_head\]"),
+    ],
+)
+def test_an_adapter_that_would_be_left_out_in_silence_is_refused_before_any_weight_is_loaded(method, option, said):
+    with pytest.raises(ConfigError, match=said):
+        plan_run(check(compose([f"method={method}", "tracking=none", "model.tuning=lora", f"model.lora.{option}"])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["method=orpo", "model.lora.target_modules=[q_proj,lm_head]"], ["method=dpo"]])
+def test_a_head_is_trained_by_methods_that_can_and_as_a_whole_by_all(words, tmp_path):
+    tied = "+model.lora.ensure_weight_tying=true"
+    words = [*words, *([tied, "model.lora.modules_to_save=[lm_head]"] if len(words) == 1 else [])]
+    train(compose([*few_pairs(tmp_path / "pairs.jsonl"), *QUICK, *words, "model.tuning=lora"]), tmp_path / "run")
+    start, policy = AutoModelForCausalLM.from_pretrained(MODEL), _adapted(tmp_path / "run" / "model")
+    merged = policy.merge_and_unload()
+    assert not torch.equal(merged.get_output_embeddings().weight, start.get_output_embeddings().weight)
+
+
+def test_weights_that_are_published_quantised_are_not_tuned_in_full(tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    config = read_json(model / "config.json") | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    write_json(model / "config.json", config)
+    with pytest.raises(ModelError, match=r"published in a quantised form, .* take model.tuning=lora"):
+        load_policy(_model(f"model.path={model}"), None)
+
+
+def test_a_tuned_policy_that_is_rounded_to_4_bit_is_told_to_go_on_as_an_adapter(tmp_path, caplog):
+    model = shutil.copytree(MODEL, tmp_path / "export")
+    write_json(model / "export.json", {})
+    for tuning in ("lora", "qlora"):
+        wanted = _model(f"model.path={model}", f"model.tuning={tuning}")
+        load_policy(wanted, load_tokenizer(wanted))
+        assert ("4 bit rounds away part of what tuning changed" in caplog.text) == (tuning == "qlora")
+
+
+# --- going on with an adapter that is there ------------------------------------------------------------------------
+
+
+def _model(*words):
+    return check(compose(["tracking=none", *words])).model
+
+
+def _adapted(folder, base=MODEL, **options):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), folder, **options)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter that says something else than its base, without a tokenizer."""
+    folder = tmp_path_factory.mktemp("adapter")
+    options = {"r": 8, "lora_alpha": 12, "lora_dropout": 0.0, "target_modules": ["q_proj", "down_proj"]}
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(task_type="CAUSAL_LM", **options))
+    torch.manual_seed(0)
+    for name, weight in made.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.05).copy_(weight.data.bfloat16())
+        if "lora_A" in name:
+            weight.data.copy_(weight.data.bfloat16())
+    made.save_pretrained(folder)
+    return folder
+
+
+def _go_on(adapter, tmp_path, *words):
+    return [
+        *few_pairs(tmp_path / "pairs.jsonl"),
+        "trl.logging_steps=1",
+        f"model.path={adapter}",
+        "model.tuning=lora",
+        *words,
+    ]
+
+
+def _losses(run):
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["true", "false"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo"])
+def test_an_adapter_goes_on_as_it_does_in_plain_trl_and_is_measured_from_its_own_start(
+    method, store, adapter, tmp_path
+):
+    words = _go_on(adapter, tmp_path, f"method={method}", "trl.learning_rate=1e-2", f"speed.reference_store={store}")
+    cfg = compose(words)
+    result = train(cfg, tmp_path / "run")
+    settings = check(cfg)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    rows = read_data(settings, tokenizer).train
+    args = build_arguments(settings, rows, tmp_path / "trl", 96)
+    args.eval_strategy, args.save_strategy, args.precompute_ref_log_probs = "no", "no", False
+    theirs = import_class(settings.method.trainer)(
+        model=_adapted(adapter, is_trainable=True),
+        args=args,
+        train_dataset=build_dataset(rows, settings.method.rows),
+        processing_class=tokenizer,
+    )
+    theirs.train()
+    expected = [row["loss"] for row in theirs.state.log_history if "loss" in row]
+    assert _losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5) and len(set(expected)) > 2
+    assert abs(result.start["probe/margin_nats"]) < 1e-3 < abs(result.final["probe/margin_nats"])
+    assert result.start["probe/kl_reverse_rb_nats"] < 1e-6 < result.final["probe/kl_reverse_rb_nats"]
+
+
+@pytest.mark.slow
+def test_a_fresh_4_bit_run_resumes_to_the_last_bit(tmp_path):
+    words = [*few_pairs(tmp_path / "pairs.jsonl"), "model.tuning=qlora", "trl.learning_rate=1e-2", "trl.save_steps=2"]
+    train(compose(words), tmp_path / "whole")
+    halved = _halve(tmp_path / "whole")
+    train(compose(words), halved)
+    assert differences(tmp_path / "whole", halved) == []
+
+
+def _halve(whole):
+    """A copy of a run of four steps that was killed after the second."""
+    halved = shutil.copytree(whole, whole.with_name("halved"))
+    for name in ("result.json", "model", "checkpoints/checkpoint-4"):
+        path = halved / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return halved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["dpo", "simpo"])
+def test_a_run_that_goes_on_with_an_adapter_resumes_to_the_last_bit_and_is_merged(method, tuning, adapter, tmp_path):
+    words = _go_on(adapter, tmp_path, f"method={method}", f"model.tuning={tuning}", "trl.learning_rate=1e-2")
+    whole = tmp_path / "whole"
+    train(compose([*words, "trl.save_steps=2"]), whole)
+    halved = _halve(whole)
+    train(compose([*words, "trl.save_steps=2"]), halved)
+    assert differences(whole, halved) == []
+    assert not (whole / "model" / "ref").exists() and read_json(whole / "model" / "adapter_config.json")["r"] == 8
+    base = "dequantised" if tuning == "qlora" else "original"
+    assert export_run(Export(RunDirectory(whole), tmp_path / "export", base=base))["greedy"] == 1
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    if tuning == "lora":
+        ids = torch.arange(5, 45)[None]
+        expected = _adapted(whole / "model")(input_ids=ids).logits
+        assert torch.allclose(plain(input_ids=ids).logits, expected, atol=1e-3)
+        assert not torch.allclose(_adapted(adapter)(input_ids=ids).logits, expected, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_a_run_s_adapter_is_gone_on_with_and_its_origin_is_told(tmp_path):
+    first = [*few_pairs(tmp_path / "pairs.jsonl"), "model.tuning=lora", "model.lora.r=4", "trl.learning_rate=1e-2"]
+    train(compose(first), tmp_path / "first")
+    words = _go_on(tmp_path / "first" / "model", tmp_path, "method=ipo", "trl.learning_rate=1e-2")
+    train(compose(words), tmp_path / "second")
+    told = read_json(tmp_path / "second" / "manifest.json")["model"]
+    assert told["parent"]["run"] == str(tmp_path / "first") and told["parent"]["method"] == "dpo"
+    assert told["adapter"]["r"] == 4 and told["adapter"]["base"] == str(MODEL)
+    assert told["adapter"]["reference"] == "the adapter as it started, on its base"
+    card = (tmp_path / "second" / "model" / "README.md").read_text()
+    assert f"Goes on from the LoRA (r 4, alpha 32) on `{MODEL}`; reference: the adapter as it started" in card
+    script = write_reproduction(RunDirectory(tmp_path / "second"), tmp_path / "script")
+    assert "is_trainable=True" in script.read_text() and "LoraConfig" not in script.read_text()
+    again = runpy.run_path(str(script))["trainer"].state.log_history
+    assert _losses(tmp_path / "second") == pytest.approx([row["loss"] for row in again if "loss" in row], rel=1e-5)
+    weights = tmp_path / "first" / "model" / "adapter_model.safetensors"
+    assert plan_run(check(compose(words))).memory["parameters"] > 2 * weights.stat().st_size
+
+
+def test_the_reference_of_an_adapter_that_goes_on_is_its_start_in_every_part_of_the_house(adapter):
+    from dpo_kit.evaluate.candidate import Candidate
+
+    model = _model(f"model.path={adapter}", "model.tuning=lora")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = _adapted(adapter)(input_ids=ids).logits
+        for found in (load_policy(model, load_tokenizer(model)), load_reference(model), Candidate("its", model).load()):
+            assert torch.allclose(found(input_ids=ids).logits, expected, atol=1e-5)
+        bare = AutoModelForCausalLM.from_pretrained(MODEL)(input_ids=ids).logits
+        assert not torch.allclose(bare, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("r=4", "r: 4 asked, 8 there"),
+        ("lora_alpha=99", "lora_alpha: 99 asked, 12 there"),
+        ("use_dora=true", "use_dora: True asked, False there"),
+        ("target_modules=[q_proj]", r"target_modules: \['q_proj'\] asked, \[.*\] there"),
+    ],
+)
+def test_options_of_another_adapter_than_the_one_that_is_there_are_refused(option, said, adapter):
+    words = [f"model.path={adapter}", "model.tuning=lora", "tracking=none"]
+    with pytest.raises(ConfigError, match=f"{said}.*leave these options out"):
+        plan_run(check(compose([*words, f"model.lora.{option}"])))
+    plan_run(check(compose([*words, "model.lora.target_modules=[down_proj,q_proj]", "model.lora.r=8"])))
+
+
+def test_an_adapter_of_another_kind_or_without_its_base_is_refused(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    there = json.loads(file.read_text())
+    model = _model(f"model.path={folder}", "model.tuning=lora")
+    for change, said in (
+        ({"peft_type": "IA3"}, "is an adapter of kind IA3, not a LoRA"),
+        ({"base_model_name_or_path": str(tmp_path / "gone")}, "gone does not exist"),
+    ):
+        file.write_text(json.dumps(there | change))
+        with pytest.raises(ModelError, match=said):
+            load_tokenizer(model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from dpo_kit import ConfigError
+from dpo_kit import ConfigError, sampling
 from dpo_kit.history import read_metrics
 from dpo_kit.processes import QUIET, agree, is_writer, refuse_sweep
 from dpo_kit.run import RunDirectory, read_json
@@ -32,8 +32,15 @@ def _launch(folder, words, *, launcher=("torch.distributed.run", "--nproc_per_no
 
 def _values(run):
     rows = read_metrics(RunDirectory(run).metrics)
-    kept = ("loss", "eval_loss", "grad_norm", "probe/margin_nats", "probe/accuracy", "probe/kl_forward_rb_nats")
+    kept = ("loss", "eval_loss", "grad_norm", "probe/margin_nats", "probe/accuracy", "gold/reward", "gold/capability")
+    kept += tuple(f"probe/kl_{way}_{name}" for way in ("forward", "reverse") for name in ("rb_nats", "k1_nats_se"))
     return {key: [row[key] for row in rows if key in row] for key in kept}
+
+
+def _samples(run):
+    """What was sampled, in the order in which it was written."""
+    rows = [json.loads(line) for line in RunDirectory(run).samples.read_text().splitlines()]
+    return [(row["step"], row["prompt_id"], row["answer"]) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,8 @@ def test_two_processes_reach_the_losses_of_one_with_the_same_global_batch(method
     assert len(ours["loss"]) == 4 and len(set(ours["loss"])) > 2
     for key, values in ours.items():
         assert theirs[key] == pytest.approx(values, rel=1e-5, abs=1e-5), key
+    assert len(ours["probe/kl_reverse_rb_nats"]) >= 2 and max(ours["probe/kl_reverse_rb_nats"]) > 0.01
+    assert _samples(run) == _samples(tmp_path / "one")
     manifest = read_json(RunDirectory(run).manifest)
     assert manifest["machine"]["world_size"] == 2 and manifest["effective_batch"] == 4
 
@@ -153,6 +162,41 @@ def test_processes_score_the_very_batches_that_one_would_and_each_once(count):
         ]
     assert torch.equal(torch.stack(parts).sum(0), alone)
     assert bool(((torch.stack(parts) != 0).sum(0) == 1).all())
+
+
+class _SentError(Exception):
+    """What a process would send to the others."""
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_processes_draw_the_very_samples_that_one_would(count, monkeypatch):
+    model, rows = tiny.model(scale=0.1).eval(), [{"prompt": " ".join(["red"] * (1 + n % 4))} for n in range(5)]
+
+    def draw(answers=(), accelerator=None):
+        waiting = iter(answers)
+
+        def gather(own):
+            for answer in waiting:
+                return answer
+            raise _SentError(own)
+
+        monkeypatch.setattr(sampling, "gather_object", gather)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            options = {"max_new_tokens": 40, "batch_size": 3, "accelerator": accelerator}
+            return sampling.draw_samples(model, tiny.tokenizer(), rows, **options)
+
+    gathered = []
+    for _ in range(2):  # batches: the second goes on from the random state that one process would be in
+        sent = []
+        for place in range(count):
+            with pytest.raises(_SentError) as stopped:
+                draw(gathered, _OneOf(place, count))
+            sent += stopped.value.args[0]
+        gathered.append(sent)
+    alone = draw()
+    assert all(draw(gathered, _OneOf(place, count)) == alone for place in range(count))
+    assert len({len(each.token_ids) for each in alone}) > 2
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

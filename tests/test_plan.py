@@ -10,7 +10,8 @@ from trl.trainer.utils import disable_dropout_in_model
 from dpo_kit import ConfigError
 from dpo_kit.arguments import build_arguments
 from dpo_kit.config import check, compose
-from dpo_kit.memory import batch_shape, build_meta, count_activations, estimate, optimizer_bytes, worst_batch
+from dpo_kit.data.interleave import unpair
+from dpo_kit.memory import batch_shape, build_weightless, count_activations, estimate, optimizer_bytes, worst_batch
 from dpo_kit.model import load_tokenizer
 from dpo_kit.plan import PeakMemory, Plan, advise, main, plan_run, show_row, split_words
 from dpo_kit.prefix import NAME, Layout
@@ -31,8 +32,8 @@ def _args(tmp_path, *words):
     return build_arguments(_settings(*words), [{}] * 64, tmp_path, 96)
 
 
-def _kept_on_the_cpu(model):
-    """Bytes that a real forward pass of a batch of SHAPE keeps, weights aside."""
+def _kept_on_the_cpu(model, half):
+    """Bytes that a real forward pass of a batch of SHAPE keeps, weights aside; in bfloat16 where `half`."""
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -45,34 +46,38 @@ def _kept_on_the_cpu(model):
     layout = Layout(ids=ids, positions=ids, source=ids[0], rows=SHAPE)
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     bare.set_attn_implementation(NAME)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
         bare.base_model(
             input_ids=ids, position_ids=ids, attention_mask=torch.ones(1, 1, 1, 1), use_cache=False, layout=layout
         )
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@pytest.mark.parametrize("half", ["false", "true"])
 @pytest.mark.parametrize("words", [[], ["model.tuning=lora"], ["model.tuning=lora", "model.lora.lora_dropout=0"]])
-def test_activations_counted_without_weights_are_those_of_a_real_forward_pass(words, tmp_path):
+def test_activations_counted_without_weights_are_those_of_a_real_forward_pass(words, half, tmp_path):
     from peft import get_peft_model
 
     from dpo_kit.model import build_adapter
 
+    words = [*words, f"trl.bf16={half}"]
     settings = _settings(*words)
     real = AutoModelForCausalLM.from_pretrained(MODEL)
     adapter = build_adapter(settings.model)
     real = (get_peft_model(real, adapter) if adapter else real).train()
     disable_dropout_in_model(real)  # as TRL does
-    planned = count_activations(build_meta(settings.model, _args(tmp_path, *words)), SHAPE, False)[0]
-    assert planned == pytest.approx(_kept_on_the_cpu(real), rel=0.02)
+    args = _args(tmp_path, *words)
+    planned = count_activations(build_weightless(settings, args), SHAPE, args)[0]
+    assert planned == pytest.approx(_kept_on_the_cpu(real, half == "true"), rel=0.001)
 
 
 def test_checkpointing_keeps_less_and_computes_one_layer_again(tmp_path):
     words = ["trl.gradient_checkpointing=true"]
-    model = _settings().model
-    whole = count_activations(build_meta(model, _args(tmp_path)), SHAPE, False)[0]
-    saved = count_activations(build_meta(model, _args(tmp_path, *words)), SHAPE, True)
-    saved = sum(saved)
+    model = _settings()
+    args, sparing = _args(tmp_path), _args(tmp_path, *words)
+    whole = count_activations(build_weightless(model, args), SHAPE, args)[0]
+    saved = sum(count_activations(build_weightless(model, sparing), SHAPE, sparing))
     assert whole / 3 < saved < 0.6 * whole  # three layers, of which one is computed again at a time
 
 
@@ -128,6 +133,20 @@ def test_the_worst_batch_is_the_one_with_most_tokens(tmp_path):
     assert max(own for _, own in worst_batch(rows, 2, True, args)) == 91
     args.train_sampling_strategy = "group_by_length"
     assert [own for _, own in worst_batch(rows, 2, True, args)] == [91, 81, 1, 1]
+    args.train_sampling_strategy = "sequential"  # rows 3 and 4 stand in different batches
+    assert [own for _, own in worst_batch(rows, 2, True, args)] == [2, 91, 1, 1]
+
+
+def test_a_row_of_one_answer_counts_that_answer(tmp_path):
+    pair = {
+        "prompt": "a",
+        "chosen": "b",
+        "rejected": "c",
+        "tokens": {"prompt": 10, "chosen": 6, "rejected": 4, "cut": 0},
+    }
+    rows = unpair([pair])
+    args = _args(tmp_path, "method=kto")
+    assert [sum(own for _, own in worst_batch([row], 1, True, args)) for row in rows] == [16, 14]
 
 
 def test_a_plan_counts_steps_tokens_and_disk_and_loads_no_weights(tmp_path, monkeypatch):

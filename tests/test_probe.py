@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from dpo_kit.drift import Drift, drift_metrics, kl_terms
 from dpo_kit.errors import DataError, ModelError
 from dpo_kit.probe import PairProbe, name_rows
-from dpo_kit.sampling import draw_samples, measuring
+from dpo_kit.sampling import Draw, draw_samples, measuring
 from dpo_kit.scoring import Reference, completion_logits, length_sorted_batches, score, twin_batches
 from tests import oracle, tiny
 
@@ -168,6 +168,16 @@ def test_a_hostile_generation_config_gives_the_same_samples_as_a_clean_one(
     assert drawn[0] == drawn[1]
     lengths = {len(each.token_ids) for each in drawn[0]}
     assert len(lengths) > 2 and len({tuple(each.token_ids) for each in drawn[0]}) > 10
+
+
+def test_tokens_are_drawn_as_torch_draws_them_row_by_row() -> None:
+    scores = torch.randn(7, 50)
+    torch.manual_seed(5)
+    expected = [torch.multinomial(scores.softmax(-1), 1)[:, 0] for _ in range(3)]
+    for rows in (list(range(7)), [4, 1]):
+        torch.manual_seed(5)
+        draw = Draw(rows, 7)
+        assert all(torch.equal(draw(None, scores[rows]).argmax(-1), each[rows]) for each in expected)  # type: ignore[arg-type]
 
 
 def test_samples_follow_the_models_own_distribution() -> None:

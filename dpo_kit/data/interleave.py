@@ -16,12 +16,15 @@ Rows = list[dict[str, Any]]
 
 def unpair(pairs: Iterable[dict[str, Any]]) -> Rows:
     """Each pair as its chosen row (label true) and its rejected row (label false)."""
-    rows = []
-    for pair in pairs:
-        common = {key: value for key, value in pair.items() if key not in ("chosen", "rejected")}
-        rows += [common | {"completion": pair["chosen"], "label": True}]
-        rows += [common | {"completion": pair["rejected"], "label": False}]
-    return rows
+    return [_one_of(pair, side) for pair in pairs for side in ("chosen", "rejected")]
+
+
+def _one_of(pair: dict[str, Any], side: str) -> dict[str, Any]:
+    row = {key: value for key, value in pair.items() if key not in ("chosen", "rejected")}
+    row |= {"completion": pair[side], "label": side == "chosen"}
+    if lengths := pair.get("tokens"):
+        row["tokens"] = {"prompt": lengths["prompt"], "completion": lengths[side], "cut": lengths["cut"]}
+    return row
 
 
 def interleave(rows: Rows, seed: int) -> Rows:

@@ -8,10 +8,9 @@ from typing import Any
 
 from dpo_kit.errors import ConfigError
 from dpo_kit.generation import LocalModel
+from dpo_kit.origin import ADAPTER, base_of
 from dpo_kit.run import RunDirectory, hash_weights, read_json
 from dpo_kit.settings import Model
-
-ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,18 @@ class Candidate:
 
     def sampler(self) -> LocalModel:
         """This candidate as one whose answers are drawn here; known by its weights, wherever they lie."""
-        base = self.model.reference or self.model.path if self.tuned is None else self.model.path
-        adapted = self.tuned is not None and self.model.tuning != "full"
-        weights = [hash_weights(path) or f"{path}@{self.model.revision}" for path in self._parts(base, adapted)]
+        weights = [hash_weights(path) or f"{path}@{self.model.revision}" for path in self._parts()]
         loaded = [self.model.dtype, self.model.quantization if self.model.tuning == "qlora" else None]
         identity = ["candidate", *weights, *loaded, self.tokenizer().chat_template]
         return LocalModel(self.name, identity, self._open, wrap=False)
 
-    def _parts(self, base: str, adapted: bool) -> list[str]:
+    def _parts(self) -> list[str]:
         """The folders whose weights make this model."""
         if self.tuned is None:
-            return [base]
-        return [base, str(self.tuned)] if adapted else [str(self.tuned)]
+            start = self.model.reference or self.model.path
+            base = base_of(self.model).path
+            return [start] if self.model.reference or base == start else [base, start]
+        return [str(self.tuned)] if self.model.tuning == "full" else [base_of(self.model).path, str(self.tuned)]
 
     def _open(self) -> tuple[Any, Any]:
         from dpo_kit.hardware import training_precision

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo_kit.errors import ModelError
-from dpo_kit.model import load_policy, load_weights
+from dpo_kit.model import load_weights
+from dpo_kit.origin import base_of
 from dpo_kit.run import RunDirectory, hash_weights
 from dpo_kit.settings import Model
 
@@ -71,22 +72,26 @@ def merge(model: Model, run: RunDirectory, tokenizer: Any, base: str) -> tuple[P
 
 def quantised_logits(model: Model, run: RunDirectory, tokenizer: Any) -> Tensor:
     """Logits on PROMPTS of a QLoRA policy as it was trained and measured: the adapter on the 4-bit base."""
-    adapted = PeftModel.from_pretrained(load_policy(model, tokenizer), run.model)  # type: ignore[arg-type]
+    adapted = PeftModel.from_pretrained(load_weights(base_of(model)), run.model)  # type: ignore[arg-type]
     return prompt_logits(adapted.eval(), tokenizer)
 
 
 def refuse_other_base(model: Model, manifest: dict[str, Any]) -> None:
-    """ModelError where the weights at `model.path` have changed since the run."""
-    recorded = manifest["model"]["sha256"]
-    if model.tuning != "full" and recorded and hash_weights(model.path) != recorded:
+    """ModelError where the weights at `model.path`, or the base of the adapter there, have changed since the run."""
+    if model.tuning == "full":
+        return
+    base = base_of(model).path
+    recorded = manifest["model"].get("adapter", {}).get("base_sha256") or manifest["model"]["sha256"]
+    if recorded and hash_weights(base) != recorded:
         raise ModelError(
-            f"model.path={model.path} does not hold the weights that the adapter was trained on (sha256 "
+            f"{base} does not hold the weights that the adapter was trained on (sha256 "
             f"{recorded[:12]}… then): bring them back, or train again on what is there now"
         )
 
 
 def _load_base(model: Model, base: str) -> PreTrainedModel:
     """The base in float32: as published, or with the rounding that its 4-bit form had in training."""
+    model = base_of(model)
     if base == "dequantised":
         return load_weights(model).dequantize(dtype=torch.float32)
     weights = load_weights(model.model_copy(update={"dtype": "float32", "tuning": "lora"}))
@@ -165,9 +170,9 @@ def choose_dtype(model: Model, run: RunDirectory, asked: str) -> str:
     """`asked`, or for auto the dtype of what training left: of model/, or of the base that an adapter belongs to."""
     if asked != "auto":
         return asked
-    own = AutoConfig.from_pretrained(run.model if model.tuning == "full" else model.path, **_revision(model)).dtype
+    if model.tuning == "full":
+        own = AutoConfig.from_pretrained(run.model).dtype
+    else:
+        base = base_of(model)
+        own = AutoConfig.from_pretrained(base.path, revision=base.revision or "main").dtype
     return str(own or torch.float32).removeprefix("torch.")
-
-
-def _revision(model: Model) -> dict[str, Any]:
-    return {} if model.tuning == "full" else {"revision": model.revision}

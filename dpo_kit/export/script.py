@@ -15,6 +15,7 @@ from dpo_kit.export.folder import finished
 from dpo_kit.identity import recall_settings
 from dpo_kit.manifest import contents
 from dpo_kit.model import load_tokenizer
+from dpo_kit.origin import base_of, has_tokenizer, read_adapter
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.run import RunDirectory, read_json, write_json, write_text
 from dpo_kit.settings import Model, Settings
@@ -125,7 +126,7 @@ def _imports(settings: Settings) -> str:
         module, name = path.rsplit(".", 1)
         wanted.setdefault(module, set()).add(name)
     if settings.model.tuning != "full":
-        wanted["peft"] = {"LoraConfig"}
+        wanted["peft"] = {"PeftModel" if read_adapter(settings.model) else "LoraConfig"}
     if settings.model.tuning == "qlora":
         wanted["transformers"].add("BitsAndBytesConfig")
     lines = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(wanted.items())]
@@ -133,6 +134,14 @@ def _imports(settings: Settings) -> str:
 
 
 def _model_lines(model: Model, machine: dict[str, Any]) -> list[str]:
+    lines = _base_lines(base_of(model), machine)
+    if read_adapter(model) is None:
+        return lines
+    options = _arguments({"revision": model.revision, "is_trainable": True}, model.path)
+    return [*lines, f"model = PeftModel.from_pretrained(model, {options})  # TRL keeps a copy of it as the reference"]
+
+
+def _base_lines(model: Model, machine: dict[str, Any]) -> list[str]:
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code or None}
     options |= _weights(model, machine)
     if model.tuning != "qlora":
@@ -151,6 +160,7 @@ def _weights(model: Model, machine: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer_lines(model: Model) -> list[str]:
+    model = model if has_tokenizer(model.path, model.revision) else base_of(model)
     here = {"revision": model.revision, "trust_remote_code": model.trust_remote_code or None}
     lines = [f"tokenizer = AutoTokenizer.from_pretrained({_arguments(here, model.path)})"]
     return [*lines, "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token"]
@@ -158,7 +168,7 @@ def _tokenizer_lines(model: Model) -> list[str]:
 
 def _trainer_lines(settings: Settings, machine: dict[str, Any]) -> list[str]:
     model, lines = settings.model, []
-    if model.tuning != "full":
+    if model.tuning != "full" and read_adapter(model) is None:
         lines.append(f"peft_config=LoraConfig({_arguments(model.lora | {'task_type': 'CAUSAL_LM'})})")
     if model.reference and settings.method.reference:
         given = _arguments(_weights(model, machine), model.reference)

@@ -27,10 +27,12 @@ CELLS = {
     "full, checkpointing": ["trl.gradient_checkpointing=true"],
     "full, no shared prefix": ["speed.share_prefix=false"],
     "full, accumulated": ["trl.gradient_accumulation_steps=2"],
+    "full, fp32": ["trl.bf16=false"],
     "full, with the probe": ["callbacks=default", "callbacks.pairs=8", "callbacks.prompts=8"],
     "lora": ["model.tuning=lora"],
     "lora, checkpointing": ["model.tuning=lora", "trl.gradient_checkpointing=true"],
     "lora, no shared prefix": ["model.tuning=lora", "speed.share_prefix=false"],
+    "lora, fp32": ["model.tuning=lora", "model.dtype=float32", "trl.bf16=false"],
     "orpo, full": ["method=orpo"],
     "kto, lora": ["method=kto", "model.tuning=lora"],
 }
