@@ -158,10 +158,13 @@ def show(result: Result) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    from dpo_kit.published import sentences
     from dpo_kit.report import result_table
 
     console = Console()
     console.print(result_table(dataclasses.asdict(result)))
+    for line in sentences(result.published) if result.published else ():
+        console.print(line, highlight=False, markup=False)
     for finding in result.findings:
         console.print(f"[bold]{escape(finding['symptom'])}[/bold]", highlight=False)
         console.print(f"{finding['meaning']} {finding['remedy']}\n", highlight=False, markup=False)

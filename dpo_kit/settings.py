@@ -72,6 +72,7 @@ class Model(Strict):
     tuning: Literal["full", "lora", "qlora"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     attn_implementation: str | None
+    chat_template: str | None = None
     trust_remote_code: bool
     reference: str | None
     learning_rate: Rates | None
@@ -144,6 +145,17 @@ class Choose(Strict):
     max_regression: float = Field(default=0.03, ge=0, le=1)  # capability lost, a share
 
 
+class Experiment(Strict):
+    """A published run that an experiment file repeats: where it stands, and what it reached there."""
+
+    name: FileName
+    title: str
+    source: str
+    batch: PositiveInt  # rows per optimizer step, over all devices
+    expected: dict[str, Annotated[list[float], Field(min_length=1)]] = {}  # by measured key, a value of each report
+    expected_from: str
+
+
 class Settings(Strict):
     """A whole run, checked."""
 
@@ -160,6 +172,7 @@ class Settings(Strict):
     callbacks: Callbacks
     choose: Choose
     tracking: Tracking
+    experiment: Experiment | None = None
     trl: dict[str, Any]
 
 
