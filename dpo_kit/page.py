@@ -60,13 +60,16 @@ def page_text(facts: Facts) -> str:
 
 
 def _headline(facts: Facts) -> Iterator[str]:
-    result, method = facts.result, facts.manifest.get("config", {}).get("method", {})
-    yield f"# {inline(str(result['method']))} · beta {result['beta']:g} · seed {result['seed']}"
-    rows = facts.manifest.get("data", {}).get("train", {}).get("rows")
+    result, config = facts.result, facts.manifest.get("config") or {}
+    name = str(result.get("method", "run"))
+    beta = f" · beta {result['beta']:g}" if "beta" in result else ""
+    yield f"# {inline(name)}{beta} · seed {result.get('seed', 'unknown')}"
+    rows = ((facts.manifest.get("data") or {}).get("train") or {}).get("rows")
     on = f" on {rows:,} rows of {_sources(facts)}" if rows else ""
-    title = inline(str(method.get("title", result["method"])))
+    title = inline(str((config.get("method") or {}).get("title", name)))
     steps = f", {result['steps']} steps" if "steps" in result else ""
-    yield f"{title}, {result['tuning']} tuning of {code(str(result['model']))}{on}{steps}. {_verdict(facts)}"
+    tuned = f"{result.get('tuning', 'some')} tuning of {code(str(result.get('model', 'an unnamed model')))}"
+    yield f"{title}, {tuned}{on}{steps}. {_verdict(facts)}"
     if following := result.get("next"):
         yield f"Next:\n\n{fence(following, 'bash')}"
 
@@ -80,8 +83,8 @@ def _sources(facts: Facts) -> str:
 def _verdict(facts: Facts) -> str:
     """Whether the policy is better than what it started from, by the best measure that there is, in a sentence."""
     result, judged = facts.result, facts.judged
-    if result["status"] != "done":
-        return f"**{result['status'].capitalize()}**: {inline(str(result.get('error', 'no reason recorded')))}"
+    if (status := str(result.get("status", "running or killed"))) != "done":
+        return f"**{status.capitalize()}**: {inline(str(result.get('error', 'no reason recorded')))}"
     if judged.get("win_rate_verdict"):
         rate = f"win rate {number_text(judged['win_rate'], '.3f')} {interval_text(judged, 'win_rate', '.3f')}"
         against = f"{inline(str(judged['opponent']))}, on {judged['win_rate_prompts']} prompts"
@@ -156,15 +159,15 @@ def _findings(facts: Facts) -> Iterator[str]:
 
 
 def _data(facts: Facts) -> Iterator[str]:
-    splits = facts.manifest.get("data", {})
+    splits = facts.manifest.get("data") or {}
     if not splits:
         return
     yield "## Data"
-    rows = [(name, f"{split['rows']:,}", f"`{split['sha256']}`") for name, split in splits.items()]
+    rows = [(name, f"{split['rows']:,}", code(str(split.get("sha256", "–")))) for name, split in splits.items()]
     yield table(("split", "rows", "sha256"), rows)
     dropped = facts.data.get("dropped_by_reason") or {}
     reasons = ", ".join(f"{inline(reason)} {count:,}" for reason, count in dropped.items())
-    if facts.data:
+    if "rows_read" in facts.data:
         yield f"Read: {facts.data['rows_read']:,} rows. Dropped: {reasons or 'none'}."
     if warnings := facts.data.get("warnings"):
         lines = (f"- **{inline(w['what'])}**: {inline(w['why'])}; {inline(w['do'])}" for w in warnings)
@@ -178,16 +181,25 @@ def _repeat(facts: Facts) -> Iterator[str]:
     yield "## Repeat it"
     if manifest.get("command"):
         yield fence(redact_command(manifest["command"]), "bash")
-    machine, start = manifest["machine"], manifest["model"]
-    weights = start.get("sha256") or start.get("revision") or "a revision that was not named"
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    seconds = f", {facts.result['seconds']['train']:g} s of training" if "seconds" in facts.result else ""
-    facts_of = (
-        ("config", f"`{manifest['config_hash']}`"),
-        ("start", f"{code(str(start['path']))}, weights `{weights}`"),
-        ("rows per optimizer step", str(manifest["effective_batch"])),
-        ("machine", f"{inline(machine['device'])}, {machine['dtype']}, world size {machine['world_size']}{seconds}"),
-        ("code", f"`{manifest['git']}`" if manifest.get("git") else "no repository"),
-        ("versions", inline(versions)),
-    )
-    yield table(("", ""), facts_of, left=2)
+    yield table(("", ""), _provenance(manifest, facts.result), left=2)
+
+
+def _provenance(manifest: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a run was made of and on; what its manifest does not say is left out."""
+    start, machine = manifest.get("model") or {}, manifest.get("machine") or {}
+    if "config_hash" in manifest:
+        yield "config", code(manifest["config_hash"])
+    if "path" in start:
+        weights = start.get("sha256") or start.get("revision") or "of a revision that was not named"
+        yield "start", f"{code(str(start['path']))}, weights {code(str(weights))}"
+    if "effective_batch" in manifest:
+        yield "rows per optimizer step", str(manifest["effective_batch"])
+    if machine:
+        named = ("device", "dtype", "world_size")
+        seconds = (result.get("seconds") or {}).get("train")
+        spent = f", {seconds:g} s of training" if seconds is not None else ""
+        yield "machine", inline(", ".join(f"{name} {machine[name]}" for name in named if name in machine)) + spent
+    if manifest.get("git"):
+        yield "code", code(manifest["git"])
+    if versions := manifest.get("versions"):
+        yield "versions", inline(", ".join(f"{name} {version}" for name, version in versions.items()))

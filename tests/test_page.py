@@ -67,7 +67,7 @@ def test_the_page_states_what_was_trained_on_what_and_how_to_repeat_it(run: Path
         "**few rows**: wide intervals; add rows",
         "python -m dpo_kit method=ipo beta=0.2 +trl.hub_token=<redacted>",
         "| config | `d91c8e97181959cc` |",
-        "cpu, float32, world size 2, 12.5 s of training",
+        "device cpu, dtype float32, world_size 2, 12.5 s of training",
         "trl 1.16.0",
         "```bash\npython -m dpo_kit -m method=ipo beta=0.1,0.2\n```",
     ]:
