@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dpo_kit.finish import Result
 
 TERMINATED = 143
-TOOLS = {"dashboard", "data", "evaluate", "export", "plan", "sweep"}
+TOOLS = {"dashboard", "data", "env", "evaluate", "export", "plan", "sweep"}
 log = logging.getLogger("dpo_kit")
 
 

@@ -47,6 +47,7 @@ LAYERS = [
         "votes",
         "selection",
         "markdown",
+        "env",
     },
     {"server", "verdicts", "reward_model"},
     {"llm_judge", "generation"},
