@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from dpo_kit.config import CONF, check, compose_unchecked, register
@@ -75,7 +76,10 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _work(args: argparse.Namespace) -> None:
-    if args.hydra_help or args.shell_completion or args.info:
+    if args.shell_completion:
+        _complete()
+        return
+    if args.hydra_help or args.info:
         run()
         return
     plan = refuse_early(args)
@@ -86,6 +90,14 @@ def _work(args: argparse.Namespace) -> None:
         dry_run(plan)
     else:
         _run(plan)
+
+
+def _complete() -> None:
+    """Hydra's completion, silent where it has nothing to offer: after a tool's name, in a word it cannot read."""
+    if set(os.environ.get("COMP_LINE", "").split()[1:2]) & TOOLS:
+        return
+    with contextlib.suppress(HydraException):
+        run()
 
 
 def _run(plan: Plan | None) -> None:

@@ -65,6 +65,28 @@ def test_the_console_script_answers_and_completes():
     assert query.stdout.split() == ["method=ipo"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("dpo-kit experiment=zephyr", ["experiment=zephyr-7b-dpo", "experiment=zephyr-7b-dpo-qlora"]),
+        ("dpo-kit trl.warmup_st", ["trl.warmup_steps="]),
+        ("dpo-kit evaluate run=", []),
+        ("dpo-kit nonsense ", []),
+    ],
+)
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_tab_in_bash_offers_what_fits_and_never_a_traceback(line, offered):
+    folder = Path(sys.executable).parent
+    script = (
+        'eval "$(dpo-kit -sc install=bash)"; complete -p dpo-kit >/dev/null || exit 1; export COMP_LINE="$LINE"; COMP_WORDS=($COMP_LINE); '
+        "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); hydra_bash_completion; printf '%s\\n' ${COMPREPLY[@]}"
+    )
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, offered, "")
+
+
 def _installed(name, extras, seen):
     """{package: version} of what is installed of `name[extras]` and all that it needs."""
     key = re.sub(r"[-_.]+", "-", name).lower()
