@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NEWEST := .venv.newest
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -18,6 +19,15 @@ test-all: $(VENV)/installed-all  ## every test, whole runs of every method among
 
 faults: $(VENV)/installed-all  ## every fault that is promised to be survived, with a table of what it cost (10 minutes)
 	$(BIN)/python -m pytest -n 2 -m fault
+
+newest:  ## the tests of config and schema, and one run, with the newest TRL of the index (own environment; 10 minutes)
+	$(PYTHON) -m venv $(NEWEST)
+	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --constraint $(NEWEST)/constraints.txt --editable '.[dev]'
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --constraint $(NEWEST)/constraints.txt trl transformers datasets accelerate peft
+	$(NEWEST)/bin/python -m dpo_kit.env
+	$(NEWEST)/bin/python -m pytest -m "not slow" tests/test_config.py tests/test_experiments.py tests/test_exactness.py tests/test_architecture.py
+	$(NEWEST)/bin/python -m dpo_kit trl.max_steps=4 tracking=none hydra.run.dir=outputs/newest resume=never
 
 check: $(VENV)/installed  ## format, lint and types; changes nothing
 	$(BIN)/ruff format --check
@@ -48,5 +58,5 @@ $(VENV)/installed-all: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,slurm,ray,serve,eval]'
 	@touch $@
 
-.PHONY: help demo test test-all faults check format bench clean
+.PHONY: help demo test test-all newest faults check format bench clean
 .DEFAULT_GOAL := help

@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
+from dpo_kit.markdown import table
 from dpo_kit.report import ceiling_line, interval_text, result_rows
-from dpo_kit.secrets import redact, redact_argv
+from dpo_kit.secrets import redact, redact_command
 
 DIRECTION = {
     "closer": "a higher beta keeps the policy closer to the reference",
@@ -67,11 +68,10 @@ def _headline(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 
 
 def _measured(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    rows = [("", "start", "end", "95 % interval"), ("---", "---:", "---:", "---:"), *result_rows(result)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = table(("", "start", "end", "95 % interval"), result_rows(result))
     note = ceiling_line(result.get("final") or {}, result.get("ceiling"))
     about = "On held-out prompts, against the model that training started from."
-    return "\n\n".join(filter(None, ("## Measured", about, table, note and f"{note[0].upper()}{note[1:]}.")))
+    return "\n\n".join(filter(None, ("## Measured", about, rows, note and f"{note[0].upper()}{note[1:]}.")))
 
 
 def _judged(judged: Mapping[str, Any]) -> str:
@@ -100,10 +100,10 @@ def _training(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     arguments = manifest["config"].get("trl", {})
     shown = ", ".join(f"{name} {arguments[name]}" for name in SHOWN_ARGUMENTS if arguments.get(name) is not None)
     facts = f"{result['tuning']} tuning, {result['steps']} steps, seed {result['seed']}; {shown}."
-    command = " ".join(redact_argv((manifest.get("command") or "").split()))
     if adapter := manifest.get("model", {}).get("adapter"):
         options = f"r {adapter['r']}, alpha {adapter['lora_alpha']}"
         facts += f" Goes on from the LoRA ({options}) on `{adapter['base']}`; reference: {adapter['reference']}."
+    command = redact_command(manifest.get("command") or "")
     return "\n\n".join(filter(None, ("## Training", facts, command and f"```\n{command}\n```")))
 
 

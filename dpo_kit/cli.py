@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from dpo_kit.config import CONF, check, compose_unchecked, register
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from dpo_kit.finish import Result
 
 TERMINATED = 143
-TOOLS = {"dashboard", "data", "evaluate", "export", "plan", "sweep"}
+TOOLS = {"dashboard", "data", "env", "evaluate", "export", "plan", "sweep"}
 log = logging.getLogger("dpo_kit")
 
 
@@ -75,7 +76,10 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _work(args: argparse.Namespace) -> None:
-    if args.hydra_help or args.shell_completion or args.info:
+    if args.shell_completion:
+        _complete()
+        return
+    if args.hydra_help or args.info:
         run()
         return
     plan = refuse_early(args)
@@ -86,6 +90,14 @@ def _work(args: argparse.Namespace) -> None:
         dry_run(plan)
     else:
         _run(plan)
+
+
+def _complete() -> None:
+    """Hydra's completion, silent where it has nothing to offer: after a tool's name, in a word it cannot read."""
+    if set(os.environ.get("COMP_LINE", "").split()[1:2]) & TOOLS:
+        return
+    with contextlib.suppress(HydraException):
+        run()
 
 
 def _run(plan: Plan | None) -> None:
@@ -158,12 +170,15 @@ def show(result: Result) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    from dpo_kit.published import sentences
     from dpo_kit.report import result_table
 
     console = Console()
     console.print(result_table(dataclasses.asdict(result)))
     if result.judge:
         console.print(_describe_judge(result.judge), highlight=False, markup=False, soft_wrap=True)
+    for line in sentences(result.published) if result.published else ():
+        console.print(line, highlight=False, markup=False)
     for finding in result.findings:
         console.print(f"[bold]{escape(finding['symptom'])}[/bold]", highlight=False)
         console.print(f"{finding['meaning']} {finding['remedy']}\n", highlight=False, markup=False)

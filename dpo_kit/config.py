@@ -383,7 +383,8 @@ def _model_keys(model: type[Strict], prefix: str = "") -> Iterator[str]:
 def _near(word: str, words: list[str]) -> str:
     tail = word.rpartition(".")[2]
     same_tail = sorted((w for w in words if w.rpartition(".")[2] == tail and w != word), reverse=True)
-    close = same_tail or difflib.get_close_matches(word, words, n=2, cutoff=0.7)
+    longer = [w for w in words if w.startswith(f"{word}-")]
+    close = same_tail or longer or difflib.get_close_matches(word, words, n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(close[:3])}?" if close else ""
 
 

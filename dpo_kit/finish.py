@@ -16,6 +16,8 @@ from dpo_kit.checkpoints import SAVING, put_in_place
 from dpo_kit.diagnosis import diagnose
 from dpo_kit.history import read_metrics
 from dpo_kit.nonfinite import refuse_non_finite
+from dpo_kit.page import write_page
+from dpo_kit.published import compare
 from dpo_kit.report import draw_report
 from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.secrets import redact_text
@@ -49,6 +51,7 @@ class Result:
     findings: list[dict[str, str]]
     next: str
     judge: dict[str, Any] | None = None  # of fresh answers: comparisons, how many a coin decided and why, cost
+    published: dict[str, Any] | None = None  # beside the published run that an experiment repeats: published.py
 
     @classmethod
     def read(cls, run_dir: str | Path) -> Result:
@@ -84,12 +87,13 @@ def finish_run(
         findings=[dataclasses.asdict(finding) for finding in diagnose(history, settings.method.model_dump())],
         next=next_command(settings, manifest["command"]),
         judge=judge,
+        published=compare(manifest, history),
         **identity(settings),
     )
     title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
     draw_report(run.root, title=title, ceiling=ceiling)
     write_card(run.root, dataclasses.asdict(result), manifest)
-    report_to_tracker(tracker, run, result)
+    report_to_tracker(tracker, run, result, write_page(run.root, dataclasses.asdict(result)))
     write_json(run.result, dataclasses.asdict(result))
     trainer.accelerator.wait_for_everyone()
     return result
@@ -124,8 +128,9 @@ def measured(history: list[dict[str, Any]]) -> dict[str, float]:
     return {key: value for row in history for key, value in row.items() if key.startswith(MEASURED)}
 
 
-def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result) -> None:
-    """Final scalars, the picture and the samples."""
+def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result, page: str) -> None:
+    """Final scalars, the page, the picture and the samples."""
+    tracker.notes(page)
     tracker.summary({f"final/{key}": value for key, value in result.final.items()} | {"status": result.status})
     tracker.image("report", run.picture)
     if run.samples.exists():
@@ -155,3 +160,4 @@ def write_failure(run: RunDirectory, settings: Settings, error: BaseException) -
             "traceback": redact_text("".join(traceback.format_exception(error))),
         },
     )
+    write_page(run.root)

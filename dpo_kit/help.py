@@ -31,6 +31,9 @@ groups and their options (the first line of an option's file says what it is):
 
 what beta means (default; grid):
 {betas}
+
+published runs (experiment=NAME; what the source says and what it reached is in the option's file):
+{experiments}
 """
 GROUPS = ("method", "model", "data", "beta-sweep", "judge", "callbacks", "tracking", "experiment", "hydra/launcher")
 PULL = {
@@ -44,7 +47,9 @@ def help_text(config_dir: str | None = None) -> str:
     roots = [CONF, *([Path(config_dir)] if config_dir else [])]
     groups = [_entry(group, ", ".join(_options(group, roots)), 17) for group in GROUPS]
     betas = [_beta_entry(name, tuple(roots)) for name in _options("method", roots)]
-    return USAGE.format(groups="\n".join(groups), betas="\n".join(betas))
+    found = {name: _load("experiment", name, tuple(roots)) for name in _options("experiment", roots)}
+    runs = [_entry(name, said["experiment"]["title"], 28) for name, said in found.items() if "experiment" in said]
+    return USAGE.format(groups="\n".join(groups), betas="\n".join(betas), experiments="\n".join(runs))
 
 
 def _entry(name: str, text: str, column: int) -> str:
@@ -64,22 +69,21 @@ def _options(group: str, roots: list[Path]) -> list[str]:
 
 
 def _beta_entry(name: str, roots: tuple[Path, ...]) -> str:
-    method = _load_method(name, roots)
+    method = _load("method", name, roots)
     beta, default = method["method"]["beta"], method["beta"]
     grid = ", ".join(f"{value:g}" for value in beta["grid"])
     return _entry(name, f"{default:g}; {grid}. {beta['meaning']}. {PULL[beta['higher']]}", 13)
 
 
 @cache
-def _load_method(name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
-    """A method file with what it inherits."""
-    file = next(root / "method" / f"{name}.yaml" for root in roots if (root / "method" / f"{name}.yaml").exists())
+def _load(group: str, name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
+    """A file of a group with what it inherits from others of that group."""
+    file = next(path for root in roots if (path := root / group / f"{name}.yaml").exists())
     own = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    parents = [
-        parent for parent in own.get("defaults", []) if isinstance(parent, str) and not parent.startswith(("/", "_"))
-    ]
+    named = (entry for entry in own.get("defaults", []) if isinstance(entry, str))
+    parents = [entry for entry in named if not entry.startswith(("/", "_"))]
     merged: dict[str, Any] = {}
-    for part in (*(_load_method(parent, roots) for parent in parents), own):
+    for part in (*(_load(group, parent, roots) for parent in parents), own):
         merged = _merge(merged, part)
     return merged
 

@@ -50,7 +50,22 @@ def load_tokenizer(model: Model) -> Any:
     if model.reference:
         _refuse_other_vocabulary(model, tokenizer)
         _refuse_second_copy(model)
+    if model.chat_template:
+        tokenizer.chat_template = read_template(model.chat_template)
     return neutralised(tokenizer)
+
+
+def read_template(given: str) -> str:
+    """The Jinja text of `model.chat_template`: `given` itself, or what the file of that name holds."""
+    if "{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"model.chat_template must be a Jinja template or a file with one, got {given} ({error}): name the file "
+            "with its folder"
+        ) from error
 
 
 def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:

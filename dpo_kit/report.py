@@ -187,7 +187,7 @@ def _label_ends(axes: "Axes", ends: Sequence[tuple[int, float, Curve]]) -> None:
 
 def _short(value: float) -> str:
     size = abs(value)
-    return _cell(value, ".1f" if size >= 10 else ".2f" if size >= 0.1 or value == 0 else ".1g")
+    return number_text(value, ".1f" if size >= 10 else ".2f" if size >= 0.1 or value == 0 else ".1g")
 
 
 TABLE = (
@@ -231,7 +231,7 @@ def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(measure, start, end, interval) as texts, for each quantity of `result` that was measured."""
     start, final = result.get("start") or {}, result.get("final") or {}
     return [
-        (label, _cell(start.get(key), form), _cell(final[key], form), interval_text(final, key, form))
+        (label, number_text(start.get(key), form), number_text(final[key], form), interval_text(final, key, form))
         for key, label, form in TABLE
         if _is_number(final.get(key)) and key.replace("_k1_", "_rb_") not in final.keys() - {key}
     ]
@@ -248,15 +248,20 @@ def ceiling_line(final: Mapping[str, Any], ceiling: float | None) -> str | None:
 
 def interval_text(values: Mapping[str, Any], key: str, form: str) -> str:
     """`[low, high]` of a measured key, or an empty text where it has no interval."""
+    ends = bounds(values, key)
+    return f"[{number_text(ends[0], form)}, {number_text(ends[1], form)}]" if ends else ""
+
+
+def bounds(values: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    """The ends of the 95 % interval of a measured key; None where it has none."""
     low, high, error = (values.get(f"{key}_{end}") for end in ("low", "high", "se"))
-    if not (_is_number(low) and _is_number(high)):
-        if not _is_number(error):
-            return ""
-        low, high = values[key] - Z95 * error, values[key] + Z95 * error
-    return f"[{_cell(low, form)}, {_cell(high, form)}]"
+    if _is_number(low) and _is_number(high):
+        return low, high
+    return (values[key] - Z95 * error, values[key] + Z95 * error) if _is_number(error) else None
 
 
-def _cell(value: Any, form: str) -> str:
+def number_text(value: Any, form: str) -> str:
+    """A number for the reader: a real minus, none before 0; a dash for what is no number."""
     if not _is_number(value):
         return "–"
     text = f"{value:{form}}"

@@ -35,6 +35,7 @@ class RunDirectory:
     checkpoints = property(lambda self: self.root / "checkpoints")
     model = property(lambda self: self.root / "model")
     picture = property(lambda self: self.root / "report.png")
+    page = property(lambda self: self.root / "report.md")
     result = property(lambda self: self.root / "result.json")
     test = property(lambda self: self.root / "test.json")
     judge = property(lambda self: self.root / "judge")

@@ -96,6 +96,11 @@ def redact_argv(argv: Sequence[str]) -> list[str]:
     return clean
 
 
+def redact_command(text: str) -> str:
+    """A command line in one piece, as `redact_argv` leaves it."""
+    return " ".join(redact_argv(text.split()))
+
+
 def _redact(value: Any, key: str, known: Sequence[str]) -> Any:
     if isinstance(value, dict):
         return {

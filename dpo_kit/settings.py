@@ -72,6 +72,7 @@ class Model(Strict):
     tuning: Literal["full", "lora", "qlora"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     attn_implementation: str | None
+    chat_template: str | None = None
     trust_remote_code: bool
     reference: str | None
     learning_rate: Rates | None
@@ -142,6 +143,17 @@ class Choose(Strict):
 
     kl_budget_nats: PositiveFloat = 10.0  # reverse KL to the reference, per answer
     max_regression: float = Field(default=0.03, ge=0, le=1)  # capability lost, a share
+
+
+class Experiment(Strict):
+    """A published run that an experiment file repeats: where it stands, and what it reached there."""
+
+    name: FileName
+    title: str
+    source: str
+    batch: PositiveInt  # rows per optimizer step, over all devices
+    expected: dict[str, Annotated[list[float], Field(min_length=1)]] = {}  # by measured key, a value of each report
+    expected_from: str
 
 
 class Endpoint(Strict):
@@ -217,6 +229,7 @@ class Settings(Strict):
     choose: Choose
     tracking: Tracking
     judge: Judge | None = None  # of a method whose answers are drawn while it trains
+    experiment: Experiment | None = None
     trl: dict[str, Any]
 
 

@@ -46,7 +46,7 @@ def guard(name: str, words: Sequence[str], work: Callable[[], None]) -> int:
     return DONE
 
 
-def parse(arguments: Sequence[str], keys: Sequence[str], *, needed: str, meaning: str) -> Values:
+def parse(arguments: Sequence[str], keys: Sequence[str], *, needed: str | None = None, meaning: str = "") -> Values:
     """{key: value} of `key=value` arguments. ConfigError names what is wrong and what was probably meant.
 
     `needed` is the key that must be there, `meaning` what its value is.
@@ -55,12 +55,12 @@ def parse(arguments: Sequence[str], keys: Sequence[str], *, needed: str, meaning
     for word in arguments:
         key, equals, value = word.partition("=")
         if not equals:
-            raise ConfigError(f"arguments are key=value, got {word}; did you mean {needed}={word}?")
+            raise ConfigError(f"arguments are key=value, got {word}; did you mean {needed or keys[0]}={word}?")
         if key not in keys:
             near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
             raise ConfigError(f"unknown key {key}; {hint}")
         values[key] = value
-    if not values.get(needed):
+    if needed and not values.get(needed):
         raise ConfigError(f"{needed} is missing: add {needed}={meaning}")
     return values

@@ -10,6 +10,7 @@ Nothing secret leaves: the config is redacted (dpo_kit.secrets), the command lin
 import contextlib
 import logging
 import os
+import re
 import shlex
 import threading
 import uuid
@@ -51,6 +52,10 @@ class Tracker:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final scalars, each under its plain key (so that tables and scatter plots find it)."""
         self._guard(lambda run: run.summary.update({key: _cell(value) for key, value in values.items()}))
+
+    def notes(self, text: str) -> None:
+        """Set the page of notes that the run's overview shows; links to files of the run directory are no use there."""
+        self._guard(lambda run: setattr(run, "notes", re.sub(r"!\[.*?\]\(.*?\)\n*", "", text)))
 
     def image(self, key: str, path: str | Path, step: int | None = None) -> None:
         """Send the picture at `path`."""

@@ -44,6 +44,7 @@ from dpo_kit.memory import fits
 from dpo_kit.model import build_adapter, check_targets, keep_start, load_policy, load_reference, load_tokenizer
 from dpo_kit.online import JudgedReward, open_reward, with_fresh_answers
 from dpo_kit.processes import is_writer
+from dpo_kit.published import batch_fault
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.reference import with_store
 from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on
@@ -270,6 +271,8 @@ def describe(settings: Settings, args: Any, data: Prepared) -> None:
         *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), args.eval_steps),
         *(len(probe_rows(data, settings)), len(data.select)),
     )
+    if fault := batch_fault(settings.experiment, trl, effective_batch(trl)):
+        log.warning("not the published run of experiment=%s: %s", getattr(settings.experiment, "name", ""), fault)
     if settings.method.start == "instruct" and isinstance(data.select[0]["prompt"], str):
         log.warning(
             "%s starts from an instruction-tuned model, but this one has no chat template and trains on raw text: "

@@ -126,7 +126,9 @@ def rewards(mean: float, count: int = 200, spread: float = 1.0, seed: int = 0) -
     return [value - sum(drawn) / count + mean for value in drawn]
 
 
-def write_jobs(sweep: Path, *jobs: dict[str, Any], command: str | None = None) -> None:
-    """sweep.json as the launcher writes it."""
-    text = {"jobs": [{"number": n, **job} for n, job in enumerate(jobs)]} | ({"command": command} if command else {})
-    (sweep / "sweep.json").write_text(json.dumps(text))
+def write_jobs(sweep: Path, *jobs: dict[str, Any], typed: list[str] | None = None) -> None:
+    """sweep.json as the launcher writes it, and multirun.yaml as Hydra does, with the overrides that were `typed`."""
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": [{"number": n, **job} for n, job in enumerate(jobs)]}))
+    if typed is not None:
+        overrides = {"hydra": ["hydra.sweep.dir=swept", "hydra.mode=MULTIRUN"], "task": typed}
+        (sweep / "multirun.yaml").write_text(json.dumps({"hydra": {"overrides": overrides}}))

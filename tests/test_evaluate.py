@@ -21,9 +21,10 @@ from dpo_kit.evaluate.__main__ import main, work
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.plan import plan
 from dpo_kit.evaluate.rates import Compared
-from dpo_kit.evaluate.samples import fence, write_samples
+from dpo_kit.evaluate.samples import write_samples
 from dpo_kit.generation import Answer
 from dpo_kit.identity import comparable
+from dpo_kit.markdown import fence
 from dpo_kit.run import RunDirectory, read_json, write_json, write_jsonl
 from dpo_kit.verdicts import PICK_ME, Verdict
 from tests.offline_wandb import log_files, read_offline

@@ -65,6 +65,29 @@ def test_the_console_script_answers_and_completes():
     assert query.stdout.split() == ["method=ipo"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("dpo-kit experiment=zephyr", ["experiment=zephyr-7b-dpo", "experiment=zephyr-7b-dpo-qlora"]),
+        ("dpo-kit trl.warmup_st", ["trl.warmup_steps="]),
+        ("dpo-kit evaluate run=", []),
+        ("dpo-kit nonsense ", []),
+    ],
+)
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_tab_in_bash_offers_what_fits_and_never_a_traceback(line, offered):
+    folder = Path(sys.executable).parent
+    script = (
+        'eval "$(dpo-kit -sc install=bash)"; complete -p dpo-kit >/dev/null || exit 1; '
+        'export COMP_LINE="$LINE"; COMP_WORDS=($COMP_LINE); '
+        "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); hydra_bash_completion; printf '%s\\n' ${COMPREPLY[@]}"
+    )
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, offered, "")
+
+
 def _installed(name, extras, seen):
     """{package: version} of what is installed of `name[extras]` and all that it needs."""
     key = re.sub(r"[-_.]+", "-", name).lower()
@@ -89,6 +112,37 @@ def test_the_constraints_pin_exactly_what_is_installed_here_with_every_extra():
     open_ones = {"dpo-kit", "setuptools"}  # this, what came with Python
     differing = {name: version for name, (version, _) in found.items() if pins.get(name) != version}
     assert differing.keys() - open_ones == set() and len(found) > 60
+
+
+SCRIPT = """
+from dpo_kit import (
+    ConfigError, DataError, DpoKitError, ImplicitReward, KLDrift, ModelError, PairProbe, PreferenceMargin, Result,
+    TrainingError, compose, train,
+)
+
+
+def run(beta: float) -> float:
+    try:
+        result: Result = train(compose([f"beta={beta}"], config_dir=None), "outputs/mine")
+    except (ConfigError, DataError, ModelError, TrainingError) as error:
+        assert isinstance(error, DpoKitError)
+        raise SystemExit(str(error)) from error
+    makers = [PreferenceMargin, ImplicitReward, KLDrift, PairProbe]
+    assert_type(result.final["probe/accuracy"], float)
+    return result.final["probe/accuracy"] + len(makers)
+
+
+run("0.1")
+"""
+
+
+@pytest.mark.slow
+def test_a_user_s_strictly_typed_script_passes_mypy_and_a_wrong_call_does_not(tmp_path):
+    (tmp_path / "mine.py").write_text(f"from typing import assert_type\n{SCRIPT}")
+    words = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "mine.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"MYPYPATH": str(ROOT)}, capture_output=True, text=True)
+    (said, total) = done.stdout.splitlines()
+    assert 'error: Argument 1 to "run" has incompatible type "str"; expected "float"' in said and "1 error" in total
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -131,7 +131,7 @@ def test_a_failed_run_is_listed_with_its_error_and_log(tmp_path: Path) -> None:
         tmp_path,
         {"dir": "4-bad", "state": "failed", "log": "4-bad/job.log", "seconds": 3.0},
         {"dir": "5-killed", "state": "killed", "method": "dpo", "beta": 2.0, "seed": 0, "error": "killed by signal 9"},
-        command="python -m dpo_kit beta-sweep=standard",
+        typed=["beta-sweep=standard", "hub_token=swordfish"],
     )
     found = write_summary(tmp_path)
     bad, killed = table(tmp_path)[4:]
@@ -139,7 +139,9 @@ def test_a_failed_run_is_listed_with_its_error_and_log(tmp_path: Path) -> None:
     assert bad["error"].startswith("RuntimeError: out of memory")
     assert (killed["status"], killed["path"], killed["error"]) == ("killed", "5-killed", "killed by signal 9")
     assert f"4-bad failed: RuntimeError: out of memory (log: {tmp_path}/4-bad/job.log)" in describe(found)
-    assert found.next == "python -m dpo_kit beta-sweep=standard"
+    again = "python -m dpo_kit -m beta-sweep=standard 'hub_token=<redacted>' hydra.sweep.dir=swept"
+    page = (tmp_path / "summary.md").read_text()
+    assert found.next == again and page.count(again) == 2 and "swordfish" not in page
     assert "more \\| lines" in (tmp_path / "summary.md").read_text()
 
 

@@ -125,7 +125,8 @@ class _Reader:
             )
         if False in self.forms and not self.has_template:
             raise DataError(
-                f"{self.forms[False]} has chat messages, but the tokenizer has no chat template: use an instruct model"
+                f"{self.forms[False]} has chat messages, but the tokenizer has no chat template: use an instruct "
+                "model, or name a template with model.chat_template=FILE"
             )
 
 

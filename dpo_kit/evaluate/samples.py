@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_kit.evaluate.rates import Compared
 from dpo_kit.journal import key_of
 from dpo_kit.llm_judge import conversation_text
+from dpo_kit.markdown import fence, inline
 from dpo_kit.run import write_text
-from dpo_kit.secrets import redact_text
 
 EACH = 4  # of the losses, of the wins, of the rest
 KINDS = (("loss",), ("win",), ("tie", "order-dependent"))
@@ -20,7 +19,7 @@ def write_samples(path: Path, compared: Sequence[Compared], *, policy: str, oppo
     """Write the page; whatever stands in an answer stays inside its fence."""
     chosen = [each for kinds in KINDS for each in _draw_lots(compared, kinds)]
     head = (
-        f"# {_inline(policy)} and {_inline(opponent)}, side by side\n\n"
+        f"# {inline(policy)} and {inline(opponent)}, side by side\n\n"
         f"Up to {EACH} losses, {EACH} wins and {EACH} ties or order-dependent verdicts of the policy, drawn by lot out "
         f"of {len(compared)}.\n"
     )
@@ -34,20 +33,9 @@ def _draw_lots(compared: Sequence[Compared], kinds: Sequence[str]) -> list[Compa
 
 def _sample(each: Compared, policy: str, opponent: str) -> str:
     cells = [
-        f'<td width="50%" valign="top">\n\n**{_inline(name)}**{" (cut)" if answer and answer.cut else ""}\n\n'
+        f'<td width="50%" valign="top">\n\n**{inline(name)}**{" (cut)" if answer and answer.cut else ""}\n\n'
         f"{fence(answer.text if answer else '')}\n\n</td>"
         for name, answer in ((policy, each.policy), (opponent, each.opponent))
     ]
     table = "\n".join(["<table><tr>", *cells, "</tr></table>"])
     return f"## {each.verdict.outcome}\n\n{fence(conversation_text(each.prompt))}\n\n{table}\n"
-
-
-def fence(text: str) -> str:
-    """`text` as a block of code whose fence is longer than any run of backticks in it, secrets redacted."""
-    clean = redact_text(text).replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
-    bar = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", clean)), default=0))
-    return f"{bar}text\n{clean}\n{bar}"
-
-
-def _inline(name: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(name.split()))

@@ -14,7 +14,7 @@ from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.export.folder import finished
 from dpo_kit.identity import recall_settings
 from dpo_kit.manifest import contents
-from dpo_kit.model import load_tokenizer
+from dpo_kit.model import load_tokenizer, read_template
 from dpo_kit.origin import base_of, has_tokenizer, read_adapter
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.run import RunDirectory, read_json, write_json, write_text
@@ -163,7 +163,9 @@ def _tokenizer_lines(model: Model) -> list[str]:
     model = model if has_tokenizer(model.path, model.revision) else base_of(model)
     here = {"revision": model.revision, "trust_remote_code": model.trust_remote_code or None}
     lines = [f"tokenizer = AutoTokenizer.from_pretrained({_arguments(here, model.path)})"]
-    return [*lines, "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token"]
+    lines.append("tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token")
+    template = model.chat_template and read_template(model.chat_template)
+    return [*lines, *([f"tokenizer.chat_template = {template!r}"] if template else [])]
 
 
 def _trainer_lines(settings: Settings, machine: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dpo_kit.diagnosis import UNFELT
@@ -13,15 +13,15 @@ from dpo_kit.sweep.runs import RunRecord
 SEEDS = "0,1,2"
 
 
-def next_command(runs: Sequence[RunRecord], choice: Choice, sweep: Mapping[str, Any]) -> str | None:
+def next_command(runs: Sequence[RunRecord], choice: Choice, command: str | None) -> str | None:
     """One command that would make the answer better, None where there is none to name.
 
-    Unfinished runs: the sweep's own command again (where sweep.json has it). Nothing beats the reference, or beta is
+    Unfinished runs: the sweep's own `command` again. Nothing beats the reference, or beta is
     not felt: twice as long. A choice from one seed: the betas that tie, over three seeds.
     """
     finished = [run for run in runs if run.finished]
     if len(finished) < len(runs):
-        return sweep.get("command")
+        return command
     if len({run.start_model for run in finished}) > 1:
         return None
     if _short(finished) or all(verdict.gain and verdict.gain.low <= 0 for verdict in choice.verdicts):

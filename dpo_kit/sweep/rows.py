@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dpo_kit.markdown import inline, table
 from dpo_kit.sweep.runs import RunRecord, number, swept_keys
 
 if TYPE_CHECKING:
@@ -83,17 +84,21 @@ COLUMNS = (  # heading, what the cell holds, format; `_low`, `_high` or `_se` of
 )
 
 
-def to_markdown(rows: Sequence[Row], recommended: str | None) -> str:
-    """The same rows as a Markdown table, values with their intervals; the recommended run in bold."""
+def to_markdown(rows: Sequence[Row], recommended: str | None, pages: Collection[str] = ()) -> str:
+    """The same rows as a Markdown table, values with their intervals; the recommended run in bold, runs that have a
+    page of their own (`pages`, by path) as links to it.
+    """
     shown = [column for column in COLUMNS if any(row[column[1]] is not None for row in rows)]
     leading = _leading(rows)
     headings = [*leading, *(heading for heading, _, _ in shown), "path", "error"]
-    lines = [headings, ["---"] * len(headings)]
+    lines = []
     for row in rows:
-        path = f"**{row['path']}**" if row["path"] == recommended else row["path"]
         cells = [*(_text(row[key]) for key in leading), *(_measured(row, key, form) for _, key, form in shown)]
-        lines.append([*cells, path, _text(row["error"])])
-    return "".join("| " + " | ".join(_escape(cell) for cell in line) + " |\n" for line in lines)
+        path = inline(row["path"])
+        path = f"[{path}](<{row['path']}/report.md>)" if row["path"] in pages else path
+        path = f"**{path}**" if row["path"] == recommended else path
+        lines.append([*map(inline, cells), path, inline(_text(row["error"]))])
+    return table(headings, lines, left=len(headings)) + "\n"
 
 
 def _leading(rows: Sequence[Row]) -> list[str]:
@@ -118,10 +123,6 @@ def _signed(value: float, form: str) -> str:
 
 def _text(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _escape(cell: str) -> str:
-    return " ".join(cell.split()).replace("|", "\\|")
 
 
 SHORT = ("accuracy", "AUC", "KL reverse, nats", "gold reward", "win rate", "capability")

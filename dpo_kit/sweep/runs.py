@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ import yaml
 from dpo_kit.errors import DataError
 from dpo_kit.history import read_metrics, series
 from dpo_kit.run import RunDirectory, read_json
+from dpo_kit.secrets import redact_argv
 
 log = logging.getLogger(__name__)
 DONE = "done"
@@ -222,14 +224,19 @@ def _order(value: float | None) -> tuple[bool, float]:
     return (value is None, value or 0.0)
 
 
-def read_sweep(root: Path) -> dict[str, Any]:
-    """sweep.json, or {} where no launcher of ours wrote one or it cannot be read."""
-    value, _ = _read(Path(root) / "sweep.json")
-    return value
+def sweep_command(root: Path) -> str | None:
+    """What was typed to start the sweep, secrets redacted, from Hydra's own record; None where there is none."""
+    recorded = root / "multirun.yaml"
+    if not recorded.exists():
+        return None
+    typed = yaml.safe_load(recorded.read_text(encoding="utf-8"))["hydra"]["overrides"]
+    own = [word for word in typed["hydra"] if not word.startswith("hydra.mode=")]
+    return shlex.join(["python", "-m", "dpo_kit", "-m", *redact_argv([*typed["task"], *own])])
 
 
 def read_jobs(root: Path) -> list[dict[str, Any]]:
-    return [job for job in read_sweep(root).get("jobs") or [] if isinstance(job, dict)]
+    found, _ = _read(root / "sweep.json")
+    return [job for job in found.get("jobs") or [] if isinstance(job, dict)]
 
 
 def _relative(root: Path, path: str) -> str:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_kit.markdown import code, fence, inline, table
 from dpo_kit.report import TABLE, interval_text
-from dpo_kit.run import write_json, write_text
+from dpo_kit.run import RunDirectory, write_json, write_text
 from dpo_kit.sweep.advice import next_command
 from dpo_kit.sweep.choice import Choice, choose, read_limits
 from dpo_kit.sweep.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
-from dpo_kit.sweep.runs import RunRecord, number, read_runs, read_sweep
+from dpo_kit.sweep.runs import RunRecord, number, read_runs, sweep_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +49,7 @@ def summarize(
     runs = read_runs(sweep_dir)
     limits = read_limits(runs, kl_budget_nats=kl_budget_nats, max_regression=max_regression)
     choice = choose(runs, limits)
-    command = next_command(runs, choice, read_sweep(Path(sweep_dir)))
+    command = next_command(runs, choice, sweep_command(Path(sweep_dir)))
     return Summary(Path(sweep_dir), tuple(runs), tuple(summary_rows(runs)), choice, command)
 
 
@@ -96,12 +97,9 @@ def show_summary(
 def describe(summary: Summary) -> list[str]:
     """The choice in plain sentences, errors of failed runs, where the files are, the next command."""
     choice = summary.choice
-    head = f"Recommended: {summary.recommended}" if summary.recommended else "Nothing recommended"
-    provisional = " (provisional)" if choice.quality.provisional and summary.recommended else ""
-    lines = [f"{head}{provisional}. {choice.reason}", *choice.notes]
+    lines = [f"{_head(summary)} {choice.reason}", *choice.notes]
     lines += [f"{run.path} {run.status}: {_first_line(summary, run)}" for run in summary.runs if run.error]
-    if test := choice.recommended and choice.recommended.test:
-        lines.append(f"On the test split, which played no part in the choice: {_measured(test)}.")
+    lines += [tested] if (tested := _tested(choice)) else []
     lines.append(f"table and pictures: {summary.sweep_dir} (summary.md, frontier.png, curves.png, best.json)")
     if choice.recommended:
         lines.append(f"model: {choice.recommended.root / 'model'}")
@@ -123,30 +121,63 @@ def _first_line(summary: Summary, run: RunRecord) -> str:
 
 
 def _page(summary: Summary) -> str:
-    choice = summary.choice
-    head = f"Recommended: **{summary.recommended}**" if summary.recommended else "Nothing is recommended"
-    provisional = " (provisional)" if choice.quality.provisional and summary.recommended else ""
+    """summary.md: the sweep on one page, for whoever finds the folder."""
+    choice, folder = summary.choice, summary.sweep_dir
+    pages = {run.path for run in summary.runs if RunDirectory(run.root).page.exists()}
     parts = [
-        f"# Sweep {summary.sweep_dir.resolve().name}\n",
-        to_markdown(summary.rows, summary.recommended),
-        f"{head}{provisional}. {choice.reason}\n",
-        "".join(f"- {note}\n" for note in choice.notes),
+        f"# Sweep {inline(folder.resolve().name)}",
+        _about(summary.runs),
+        f"{_head(summary, '**')} {inline(choice.reason)}",
+        f"Next:\n\n{fence(summary.next, 'bash')}" if summary.next else "",
+        to_markdown(summary.rows, summary.recommended, pages).rstrip(),
+        "\n".join(f"- {inline(note)}" for note in choice.notes),
         _means_table(choice),
-        f"Rule: {choice.rule}\n",
-        "![quality against KL](frontier.png)\n",
-        "![curves over steps](curves.png)\n",
-        f"Next: `{summary.next}`\n" if summary.next else "",
+        _tested(choice),
+        f"Rule: {inline(choice.rule)}",
+        "![quality against KL](frontier.png)",
+        "![curves over steps](curves.png)",
+        _repeat(summary),
     ]
-    return "\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _about(runs: Sequence[RunRecord]) -> str:
+    """What was trained from what on what, in a sentence."""
+    done = sum(run.finished for run in runs)
+    methods = dict.fromkeys(inline(str(run.method)) for run in runs)
+    starts = dict.fromkeys(code(str((run.manifest.get("model") or {}).get("path"))) for run in runs)
+    data = dict.fromkeys(code(str(path)) for run in runs if (path := (run.config.get("data") or {}).get("train")))
+    on = f" on {', '.join(data)}" if data else ""
+    return f"{done} of {len(runs)} runs are done: {', '.join(methods)} of {', '.join(starts)}{on}."
+
+
+def _head(summary: Summary, bold: str = "") -> str:
+    if not summary.recommended:
+        return f"{bold}Nothing recommended{bold}."
+    provisional = " (provisional)" if summary.choice.quality.provisional else ""
+    return f"Recommended: {bold}{summary.recommended}{bold}{provisional}."
+
+
+def _tested(choice: Choice) -> str:
+    test = choice.recommended and choice.recommended.test
+    return f"On the test split, which played no part in the choice: {_measured(test)}." if test else ""
 
 
 def _means_table(choice: Choice) -> str:
     if not choice.means:
         return ""
     headings = list(choice.means[0])
-    lines = [headings, ["---"] * len(headings), *([_cell(mean[key]) for key in headings] for mean in choice.means)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return table(headings, ([_cell(mean[key]) for key in headings] for mean in choice.means), left=len(headings))
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else inline(str(value))
+
+
+def _repeat(summary: Summary) -> str:
+    """The command of the sweep, and the versions of its first run."""
+    command = sweep_command(summary.sweep_dir)
+    versions = next((run.manifest["versions"] for run in summary.runs if "versions" in run.manifest), None) or {}
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    parts = [fence(command, "bash") if command else "", f"Versions: {inline(said)}." if said else ""]
+    return "\n\n".join(["## Repeat it", *filter(None, parts)]) if any(parts) else ""
