@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -73,6 +74,19 @@ def set_random_states(states: dict[str, Any]) -> None:
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@contextmanager
+def forked_random(seed: int) -> Iterator[None]:
+    """Inside, every generator that training draws from is seeded with `seed`; after, each is as it was before."""
+    states = random_states()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_states(states)
 
 
 def _carriers(trainer: Any) -> Iterator[Carrier]:

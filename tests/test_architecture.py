@@ -46,6 +46,7 @@ LAYERS = [
         "journal",
         "votes",
         "selection",
+        "own",
     },
     {"server", "verdicts", "reward_model"},
     {"llm_judge", "generation"},
