@@ -9,7 +9,7 @@ that follow. Expect, at the end:
     held-out accuracy   0.919 ± 0.050
     win rate            0.89 ± 0.10
 
-The rate of learning is that of a model of half a million parameters; leave it out with one of billions.
+The learning rate suits a model of half a million parameters; leave it out with one of billions.
 """
 
 import json

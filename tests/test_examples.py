@@ -81,20 +81,24 @@ def test_a_script_prints_the_numbers_that_it_states(name, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "further", [[], ["-m", "beta=0.05,0.1", *SMALL, "hydra.sweep.dir=swept"]], ids=["run", "sweep"]
-)
-def test_a_folder_of_one_s_own_adds_a_method_measures_and_a_callback(further, run, tmp_path):
-    done = run(f"{command_of('custom/desk.py')} tracking=none {shlex.join(further)}")
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
-    if further:
-        results = [json.loads(file.read_text())["final"] for file in tmp_path.glob("swept/*/result.json")]
-        assert len(results) == 2 and all({"custom/beats_rude", "custom/rude"} <= set(final) for final in results)
-        return
+def test_a_folder_of_one_s_own_adds_a_method_measures_and_a_callback(run, tmp_path):
+    done = run(f"{command_of('custom/desk.py')} tracking=none hydra.run.dir=run")
+    assert done.returncode == 0 and "kernels" not in done.stderr, done.stderr
     steps = re.search(r"^ld_dpo · beta 0\.1 · (\d+) steps", done.stdout, re.M)[1]
     compare(stated("custom/desk.py"), [("steps", steps), *IN_TABLE.findall(done.stdout)])
     command = re.search(r"next: python -m dpo_kit -m (.*)", done.stdout)[1]
     assert f"--config-dir={tmp_path / 'examples' / 'custom'} method=ld_dpo callbacks=mine" in command
+    later = run("python -m dpo_kit.evaluate run=run parts=[preferences]")  # which needs nothing of the folder
+    assert later.returncode == 0, later.stderr
+
+
+@pytest.mark.slow
+def test_the_jobs_of_a_sweep_have_what_a_folder_of_one_s_own_adds(run, tmp_path):
+    command = command_of("custom/desk.py").replace("-m dpo_kit", "-m dpo_kit -m")
+    done = run(f"{command} {shlex.join(['beta=0.05,0.1', *SMALL, 'hydra.sweep.dir=swept'])}")
+    assert done.returncode == 0, done.stderr
+    finals = [json.loads(file.read_text())["final"] for file in tmp_path.glob("swept/*/result.json")]
+    assert len(finals) == 2 and all({"custom/beats_rude", "custom/rude"} <= set(final) for final in finals)
 
 
 @pytest.mark.slow

@@ -1,8 +1,12 @@
 """Measures and callbacks from a user's own module: what they are given, where they land, what is refused."""
 
 import dataclasses
+import os
 import random
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +15,13 @@ import torch
 from dpo_kit import TrainingError, compose, train
 from dpo_kit.carried import forked_random
 from dpo_kit.errors import ConfigError
+from dpo_kit.export.script import write_reproduction
 from dpo_kit.history import read_metrics, series
 from dpo_kit.own import call_metrics, own_faults
 from dpo_kit.report import result_rows
 from dpo_kit.run import RunDirectory
 from dpo_kit.settings import Callbacks
+from tests.conftest import ROOT
 from tests.small import few_pairs, hash_model
 
 MODULE = """
@@ -85,10 +91,12 @@ def test_own_measures_and_callbacks_are_in_the_record_and_change_no_training(nam
 
 
 @pytest.mark.slow
-def test_an_own_callback_can_stop_a_run(named, tmp_path):
+def test_an_own_callback_can_stop_a_run_and_its_script_says_that_it_has_none(named, tmp_path, caplog):
     extra = f"callbacks.extra=[{{_target_: {named}.StopAt, step: 3}}]"
     result = train(compose([*few_pairs(tmp_path / "pairs.jsonl"), extra, "callbacks=none"]), tmp_path / "run")
     assert result.steps == 3 and result.status == "done"
+    write_reproduction(RunDirectory(tmp_path / "run"), tmp_path / "script")
+    assert f"own callbacks are not in the script ({named}.StopAt)" in caplog.text
 
 
 def test_what_an_own_measure_draws_is_the_same_each_time_and_takes_nothing_from_training(named):
@@ -171,3 +179,12 @@ def test_an_own_measure_of_the_held_out_rows_may_choose_the_checkpoint_and_one_o
         compose([*best, f"callbacks.metrics={{ab: {named}.margin}}"])
     with pytest.raises(ConfigError, match=rf"{named} has no function or class margn; did you mean margin\?"):
         compose([f"callbacks.metrics={{a: {named}.margn}}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [["-m", "dpo_kit"], [str(Path(sys.executable).parent / "dpo-kit")]], ids=str)
+def test_a_module_is_found_in_the_folder_of_the_command_however_it_is_typed(program, named, tmp_path):
+    words = [f"callbacks.metrics={{a: {named}.margin}}", "--cfg", "job"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *program, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and f"a: {named}.margin" in done.stdout, done.stderr
