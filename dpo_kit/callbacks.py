@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
+from dpo_kit.carried import forked_random
 from dpo_kit.drift import Divergence, Drift, ReferenceSamples, drift_metrics
+from dpo_kit.own import call_metrics
 from dpo_kit.probe import PairProbe, name_rows
 from dpo_kit.sampling import Sample, measuring
 from dpo_kit.scores import preference_metrics, reward_metrics
@@ -119,6 +121,28 @@ class ImplicitReward(_Measuring):
 
     def measure(self, moment: str, *, kept: bool) -> Metrics:
         return reward_metrics(self.probe.scores(kept=kept), self.probe.beta)
+
+
+class OwnMetrics(_Measuring):
+    """Measures of the user's own on held-out rows: each function of `paths` ({name: module.function}) is called as
+    `function(rows, scores)` and logged as custom/<name>.
+
+    `rows` are the probe's rows as dicts (prompt, chosen, rejected, text or messages, or prompt, completion, label;
+    pair_id, prompt_id), `scores` is a `dpo_kit.scores.Scores`. It returns a number; what it draws comes from a forked
+    random state seeded with the step.
+    """
+
+    def __init__(self, probe: PairProbe, paths: dict[str, str]) -> None:
+        super().__init__(probe.trainer)
+        self.probe, self.paths = probe, paths
+
+    def prepare(self) -> None:
+        self.probe.prepare()
+
+    def measure(self, moment: str, *, kept: bool) -> Metrics:
+        scores = self.probe.scores(kept=kept)
+        with forked_random(scores.step):
+            return call_metrics(self.paths, self.probe.rows, scores)
 
 
 class KLDrift(_Measuring):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -81,6 +82,19 @@ def _averages(trainer: Any) -> dict[str, dict[str, list[Any]]]:
     return {name: own[name]["train"] for name in AVERAGES if name in own} | {
         name: own[name] for name in PLAIN_AVERAGES if name in own
     }
+
+
+@contextmanager
+def forked_random(seed: int) -> Iterator[None]:
+    """Inside, every generator that training draws from is seeded with `seed`; after, each is as it was before."""
+    states = random_states()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_states(states)
 
 
 def _carriers(trainer: Any) -> Iterator[Carrier]:

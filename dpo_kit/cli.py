@@ -48,6 +48,8 @@ def main() -> None:
 
     `dpo-kit sweep …` is `python -m dpo_kit.sweep …`, and so for each of TOOLS.
     """
+    if not sys.flags.safe_path and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # where `python -m dpo_kit` finds modules of the user's own, `dpo-kit` does too
     if set(sys.argv[1:2]) & TOOLS:
         runpy.run_module(f"dpo_kit.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
         return

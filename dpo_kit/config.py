@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dpo_kit.errors import ConfigError
+from dpo_kit.own import own_faults
 from dpo_kit.secrets import refuse_secrets
 from dpo_kit.selection import selection_faults
 from dpo_kit.settings import (
@@ -123,7 +124,7 @@ def check(cfg: DictConfig, *, trains: bool = True) -> Settings:
         raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
     faults = [*_trl_faults(settings), *_method_faults(settings), *_model_faults(settings.model)]
     faults += _judge_faults(settings) if trains else []
-    faults = faults or list(selection_faults(settings))
+    faults = faults or [*own_faults(settings.callbacks), *selection_faults(settings)]
     if faults:
         raise ConfigError("\n".join(faults))
     return settings

@@ -24,7 +24,7 @@ from dpo_kit.secrets import redact_text
 from dpo_kit.settings import Settings
 from dpo_kit.tracking import Tracker
 
-MEASURED = ("probe/", "gold/")
+MEASURED = ("probe/", "gold/", "custom/")
 SHOWN_PROMPTS = 8  # of samples.jsonl, in the tracker's table
 
 

@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, repeat
 from typing import Any
 
-from dpo_kit.callbacks import ImplicitReward, KLDrift, Patience, PreferenceMargin
+from hydra.utils import instantiate
+
+from dpo_kit.callbacks import ImplicitReward, KLDrift, OwnMetrics, Patience, PreferenceMargin
+from dpo_kit.carried import forked_random
 from dpo_kit.data.fresh import distinct_prompts
 from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.gold import GoldFigures, answer_text, load_gold
 from dpo_kit.history import append_row
 from dpo_kit.model import load_reference
+from dpo_kit.own import call_metrics
 from dpo_kit.prefix import share_prefixes, shares_prefixes
 from dpo_kit.preview import Preview
 from dpo_kit.probe import PairProbe
@@ -41,7 +45,7 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
     rows = probe_rows(data, settings)
     if data.kind == "prompts":
         log.info("the held-out rows have no answers: KL drift is measured, preferences are not")
-    elif wanted.preference_margin or wanted.implicit_reward:
+    elif wanted.preference_margin or wanted.implicit_reward or wanted.metrics:
         probe = PairProbe(
             trainer,
             rows,
@@ -54,6 +58,8 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
             trainer.add_callback(PreferenceMargin(probe))
         if wanted.implicit_reward:
             trainer.add_callback(ImplicitReward(probe))
+        if wanted.metrics:
+            trainer.add_callback(OwnMetrics(probe, wanted.metrics))
     if wanted.kl_drift:
         prompts = distinct_prompts(data.select)[: wanted.prompts]
         hooks = sample_hooks(trainer, settings, run)
@@ -69,6 +75,8 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
         if predicts(settings):
             judge = GoldFigures(load_gold(str(settings.data.gold)), trainer).reward
             trainer.add_callback(Preview(drift.drift, settings.beta, wanted.preview, run.preview, judge))
+    for own in wanted.extra:
+        trainer.add_callback(instantiate(own))
     if wanted.patience is not None:
         trainer.add_callback(Patience(early_stopping_patience=wanted.patience))  # after what it waits for
     show_progress(trainer)
@@ -123,7 +131,12 @@ def sample_hooks(
             append_row(run.samples, row)
         return {}
 
-    return [keep, *([GoldFigures(gold, trainer)] if gold else [])]
+    def own(step: int, samples: Sequence[Sample]) -> dict[str, float]:
+        prompts, answers = [each.row["prompt"] for each in samples], [each.text for each in samples]
+        with forked_random(step):
+            return call_metrics(settings.callbacks.sample_metrics, prompts, answers)
+
+    return [keep, own, *([GoldFigures(gold, trainer)] if gold else [])]
 
 
 def describe_samples(step: int, samples: Sequence[Sample], gold: Any) -> Iterator[dict[str, Any]]:

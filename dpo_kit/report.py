@@ -228,11 +228,12 @@ def result_table(result: Mapping[str, Any]) -> "Table":
 
 
 def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(measure, start, end, interval) as texts, for each quantity of `result` that was measured."""
+    """(measure, start, end, interval) as texts, for each measured quantity of `result`, the user's own last."""
     start, final = result.get("start") or {}, result.get("final") or {}
+    own = [(key, key.removeprefix("custom/"), ".3f") for key in final if key.startswith("custom/")]
     return [
         (label, number_text(start.get(key), form), number_text(final[key], form), interval_text(final, key, form))
-        for key, label, form in TABLE
+        for key, label, form in (*TABLE, *own)
         if _is_number(final.get(key)) and key.replace("_k1_", "_rb_") not in final.keys() - {key}
     ]
 

@@ -29,7 +29,7 @@ def selection_faults(settings: Settings) -> Iterator[str]:
         yield f"callbacks.patience={patience} needs a measure to wait for: add trl.metric_for_best_model=probe/accuracy"
     if patience is not None and trl["eval_strategy"] == "no":
         yield f"callbacks.patience={patience} counts evaluations, and trl.eval_strategy=no has none"
-    if metric.startswith(("probe/", "gold/")):
+    if metric.startswith(("probe/", "gold/", "custom/")):
         yield from _probe_faults(metric, settings)
     elif settings.method.rows == "prompts" and (metric or trl["load_best_model_at_end"]):
         yield (
@@ -54,10 +54,12 @@ def _probe_faults(metric: str, settings: Settings) -> Iterator[str]:
             f"{key} is not measured in this run: it needs callbacks=default"
             f"{'' if settings.method.implicit_reward else ', and a method whose beta makes a reward'}"
         )
-    elif metric.startswith(("gold/", "probe/kl_reverse", "probe/sample_tokens")):
+    elif metric.startswith(("gold/", "probe/kl_reverse", "probe/sample_tokens")) or (
+        metric.removeprefix("custom/") in settings.callbacks.sample_metrics
+    ):
         yield f"{key} is measured at the start, half-way and at the end only: take one of {', '.join(every[:4])}, …"
     else:
-        near = difflib.get_close_matches(metric, every, n=1)
+        near = difflib.get_close_matches(metric, [*every, *usable], n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(every)}"
         yield f"{key} is not measured at every evaluation; {hint}"
 
@@ -71,7 +73,8 @@ def measured_keys(callbacks: Callbacks, *, rewards: bool) -> list[str]:
         (SIDE_REWARDS, "implicit_reward", rewards),
         (DRIFT, "kl_drift", True),
     )
-    return [f"probe/{key}" for keys, flag, there in groups if there and getattr(callbacks, flag, True) for key in keys]
+    probed = [f"probe/{key}" for keys, flag, ok in groups if ok and getattr(callbacks, flag, True) for key in keys]
+    return [*probed, *(f"custom/{name}" for name in callbacks.metrics)]
 
 
 def kind_fault(metric: str | None, kind: str) -> str | None:

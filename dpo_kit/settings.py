@@ -125,6 +125,9 @@ class Callbacks(Strict):
     max_new_tokens: PositiveInt
     preview: list[PositiveFloat]
     patience: PositiveInt | None = None
+    metrics: Annotated[dict[FileName, str], BeforeValidator(lambda given: given or {})] = {}  # called with rows, scores
+    sample_metrics: Annotated[dict[FileName, str], BeforeValidator(lambda given: given or {})] = {}  # prompts, answers
+    extra: list[dict[str, Any]] = []
 
 
 class Tracking(Strict):

@@ -173,10 +173,10 @@ def typed_command() -> str | None:
     """What was typed to start this run, secrets redacted; None from Python."""
     if not HydraConfig.initialized():
         return None
-    words = [
-        word for word in HydraConfig.get().overrides.task if not word.startswith("beta-sweep=")
-    ]  # of this run only
-    return shlex.join(["python", "-m", "dpo_kit", *redact_argv(words)])
+    hydra = HydraConfig.get()
+    own = [f"--config-dir={each.path}" for each in hydra.runtime.config_sources if each.provider == "command-line"]
+    words = [word for word in hydra.overrides.task if not word.startswith("beta-sweep=")]  # of this run only
+    return shlex.join(["python", "-m", "dpo_kit", *redact_argv([*own, *words])])
 
 
 def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirectory) -> tracking.Tracker:

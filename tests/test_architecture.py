@@ -52,6 +52,7 @@ LAYERS = [
         "selection",
         "markdown",
         "env",
+        "own",
     },
     {"server", "verdicts", "reward_model"},
     {"llm_judge", "generation"},

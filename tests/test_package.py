@@ -5,9 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from site import getsitepackages
 
 import pytest
 from packaging.requirements import Requirement
@@ -47,6 +50,52 @@ def test_the_wheel_composes_in_another_folder(wheel, tmp_path):
     )
     assert done.returncode == 0 and f"path: {tmp_path / 'site'}" in done.stdout, done.stderr
     assert "simpo_gamma: 1.0" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def clean(wheel, tmp_path_factory):
+    """An environment with the wheel and what it needs, but without this checkout: its folder of commands.
+
+    The needed packages are those of the outer environment; a .pth file of theirs, such as the one that leads to the
+    checkout, counts for nothing there.
+    """
+    root = tmp_path_factory.mktemp("clean")
+    venv.create(root, symlinks=True)
+    python = root / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(root), "platbase": str(root)}))
+    (site / "outer.pth").write_text("".join(f"{path}\n" for path in getsitepackages()))
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True, capture_output=True)
+    return root / "bin"
+
+
+LAB = ["tracking=none", "trl.max_steps=20", "callbacks.pairs=64", "callbacks.prompts=32"]
+FROM_THE_WHEEL = (  # what is typed, and what must then be there
+    (["python", "-m", "dpo_kit", "hydra.run.dir=mine", *LAB], "mine/model/model.safetensors"),
+    (["dpo-kit", "-m", "beta=0.05,0.5", "hydra.sweep.dir=swept", *LAB], "swept/best.json"),
+    (["dpo-kit", "evaluate", "run=mine", "win_rate.limit=24"], "mine/evaluation/result.json"),
+    (["python", "-m", "dpo_kit.evaluate", "sweep=swept", "win_rate.limit=24"], "swept/summary.md"),
+    (["python", "-m", "dpo_kit.export", "run=mine"], "mine/export/model.safetensors"),
+    (["python", "-m", "dpo_kit.export", "run=mine", "mode=script"], "mine/reproduce/reproduce.py"),
+    (["python", "-m", "dpo_kit.data", "out=report"], "report/data_report.json"),
+    (["python", "-m", "dpo_kit.plan", "out=plan.json"], "plan.json"),
+    (["python", "-m", "dpo_kit.dashboard", "--help"], "."),
+    (["dpo-kit", "--help"], "."),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_wheel_alone_trains_sweeps_evaluates_and_exports_in_another_folder(clean, tmp_path):
+    own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    where = "import dpo_kit, hydra_plugins.dpo_kit_launcher as h; print(dpo_kit.__file__, h.__file__)"
+    for words, file in ((["python", "-c", where], "."), *FROM_THE_WHEEL):
+        words = [str(clean / words[0]), *words[1:]]
+        done = subprocess.run(words, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0 and (tmp_path / file).exists(), (words, done.stderr)
+        assert str(ROOT) not in done.stdout + done.stderr
+        if words[1] == "-c":
+            assert done.stdout.count(str(clean.parent)) == 2
 
 
 def test_the_console_script_answers_and_completes():

@@ -192,6 +192,10 @@ def _say_what_differs(settings: Settings, data: Prepared) -> None:
             "which values LoRA's dropout drops depends on how a batch is laid out: the script's losses scatter around "
             "those of the run; runs with trl.disable_dropout=true or speed.share_prefix=false are repeated exactly"
         )
+    if own := [each["_target_"] for each in settings.callbacks.extra]:
+        log.warning(
+            "the run's own callbacks are not in the script (%s): add those that change training", ", ".join(own)
+        )
     held = data.report["control_tokens"]
     if held["rows"] and held["read_as"] == "text":
         log.warning(
