@@ -1,13 +1,14 @@
 """Online DPO against offline DPO on the embedded lab: gold reward at equal reverse KL, the difference by prompt.
 
-    python examples/online_against_offline.py                     3 betas, 3 seeds: about ten minutes on two cores
+    python examples/online_against_offline.py                     4 betas, 3 seeds: a quarter of an hour on two cores
     python examples/online_against_offline.py betas=0.1,2 seeds=0,1 runs=FOLDER out=result.json
 
 Options: betas=… seeds=… runs=FOLDER (a run that has ended is not trained again) out=FILE.json, and overrides of dpo_kit
 for both sides. Both train on the same prompts, once each, for as many steps at the same rate, and one judge, the gold
-reward, compares two answers to every prompt: offline two of the start model, drawn and compared before training, online
-two of the policy as it is at that step. Gold reward at a KL is interpolated between the runs of neighbouring betas,
-linearly in the square root of the KL, prompt by prompt.
+reward, compares two answers to every prompt. Offline they are two of the start model, drawn before training, and drawn
+again until their rewards differ (the embedded pairs: no comparison is lost on a tie, which favours offline); online
+they are two of the policy as it is at that step. Gold reward at a KL is interpolated between the runs of neighbouring
+betas, linearly in the square root of the KL, prompt by prompt.
 """
 
 import json
@@ -29,7 +30,7 @@ from dpo_kit.sweep.summary import write_summary
 from dpo_kit.toy import TRAIN, gold_rewards
 from dpo_kit.verdicts import toss_coin
 
-OWN = {"betas": "0.05,0.5,2", "seeds": "0,1,2", "runs": "", "out": ""}
+OWN = {"betas": "0.05,0.5,1,2", "seeds": "0,1,2", "runs": "", "out": ""}
 METHODS = {"offline": "dpo", "online": "online_dpo"}
 LEVELS = 3
 SHORT = ["tracking=none", "trl.eval_strategy=no", "trl.save_strategy=no", "callbacks.preview=[]", "callbacks.pairs=64",
