@@ -26,7 +26,8 @@ def import_class(path: str) -> Any:
 
 def uses_fused_head(trainer: type) -> bool:
     """Whether log-probabilities come from hidden states and the LM head's weights, without logits of every position."""
-    return "fused_lm_head" in inspect.getsource(trainer)
+    of_trl = (each for each in trainer.__mro__ if each.__module__.startswith("trl."))
+    return any("fused_lm_head" in inspect.getsource(each) for each in of_trl)
 
 
 def build_arguments(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
@@ -40,7 +43,7 @@ Rows = Sequence[dict[str, Any]]
 Shape = tuple[tuple[int, int], ...]  # of each row of a batch: tokens shared with an earlier row, tokens of its own
 FAKE = FakeTensorMode()  # tensors have shape, dtype and device, as on a CPU, but no memory
 FUSED = "dpo_kit_counted"  # of our attention with a fused kernel in every case, among transformers' own
-LIBRARIES = 70_000_000  # bytes that what training imports takes of a CPU's memory (with a model of 2 MB, x86-64)
+LIBRARIES = 79_000_000  # bytes that what training imports takes of a CPU's memory (with a model of 2 MB, x86-64)
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: nf4 with doubly quantised scales
 OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0.0, "lion": 4.0, "8bit": 2.0, "paged": 0.0}  # a trained fp32 weight
 HEAD_VOCABULARY, HEAD_COPIES = 32768, 3  # of the tiles of TRL's fused LM head
@@ -57,6 +60,7 @@ class Memory:
     reference: int  # a second model that stays beside the policy
     gradients: int
     optimizer: int
+    passes: int  # at the highest moment of a forward and a backward pass, with gradients
     activations: int
     copies: int  # in half precision, of the weights, where checkpointing drops them after the forward pass
     recomputed: int  # one layer's activations, where checkpointing computes them again
@@ -74,7 +78,7 @@ class Memory:
         """
         forward = self.activations + max(self.copies + self.logits, self.recomputed)
         kept = self.gradients if accumulates else 0
-        return self.lasting + max(forward + kept, self.gradients + self.recomputed, self.measuring)
+        return self.lasting + max(forward + kept, self.passes, self.measuring)
 
 
 def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool, shares: bool) -> Memory:
@@ -91,12 +95,14 @@ def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool
     vocabulary = model.config.get_text_config().vocab_size
     fused = uses_fused_head(import_class(settings.method.trainer))
     padded = len(shape) * max(sum(row) for row in shape)
+    passes = peak_of_passes(model, shape, args)
     kept, recomputed = count_activations(model, shape, args)
     return Memory(
         parameters=parameters,
         reference=parameters if loads_reference else 0,
         gradients=trained,
         optimizer=int(trained / 4 * optimizer_bytes(args.optim)),
+        passes=passes,
         activations=kept,
         copies=_cast_weights(model, args) if args.gradient_checkpointing else 0,
         recomputed=recomputed,
@@ -110,11 +116,25 @@ def fits(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool) ->
     """Whether a run with the TRL arguments `args` is expected to find room in the memory that is free now."""
     shares = settings.speed.share_prefix is not False
     try:
+        if bound(settings, args) <= ROOM * free_memory():
+            return True
         needed = estimate(settings, args, rows, loads_reference=loads_reference, shares=shares)
     except Exception as error:  # whatever an architecture raises that cannot be run without weights
         log.info("memory cannot be estimated for this model (%s)", type(error).__name__)
         return True
     return needed.peak(args.gradient_accumulation_steps > 1) <= ROOM * free_memory()
+
+
+def bound(settings: Settings, args: Any) -> int:
+    """Bytes, generously, from sizes alone: counting takes longer than a step of a small model."""
+    text = read_config(settings.model).get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    length = args.max_length or text.max_position_embeddings
+    tokens = max(2 * args.per_device_train_batch_size * length, TOKENS_PER_BATCH)
+    width = 40 * text.hidden_size + 10 * inner + 4 * text.num_attention_heads * length
+    weights = text.num_hidden_layers * text.hidden_size * (4 * text.hidden_size + 3 * inner)
+    weights += 2 * text.vocab_size * text.hidden_size
+    return 8 * tokens * (text.num_hidden_layers * width + 8 * text.vocab_size) + 40 * weights
 
 
 def free_memory() -> int:
@@ -175,14 +195,46 @@ def count_activations(model: Any, shape: Shape, args: Any) -> tuple[int, int]:
     """Bytes that a forward pass over a batch of `shape` keeps for the backward pass, and those of one layer where
     layers are computed again there, else 0.
     """
-    plain = len(set(shape)) == 1  # rows of one length, none of which shares anything: as padded ones are computed
-    _bare(model).set_attn_implementation(FUSED if plain or has_accelerator() else SHARING)
     kept = _kept_by(model, shape, _autocast_dtype(args))
     if not args.gradient_checkpointing:
         return kept, 0
     _bare(model).activation_checkpointing_disable()
     whole = _kept_by(model, shape, _autocast_dtype(args))
     return kept, whole // model.config.get_text_config().num_hidden_layers
+
+
+def peak_of_passes(model: Any, shape: Shape, args: Any) -> int:
+    """Bytes that live at once, at most, in forward and backward pass over a batch of `shape`, gradients included."""
+    live = Live(model)
+    with FAKE, live:
+        states = _run(model, shape, _autocast_dtype(args))
+        states.backward(torch.ones_like(states))
+    for weight in model.parameters():
+        weight.grad = None
+    return live.peak
+
+
+class Live(TorchDispatchMode):
+    """Inside the block, what lives of the memory that operations return, weights of `model` aside: bytes."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.known = {weight.untyped_storage()._cdata for weight in model.parameters()}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return results
+
+    def _forget(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
 
 
 def _autocast_dtype(args: Any) -> torch.dtype | None:
@@ -203,13 +255,21 @@ def _kept_by(model: Any, shape: Shape, dtype: torch.dtype | None) -> int:
             kept[storage] = tensor
         return tensor
 
-    cast = torch.autocast("cpu", dtype, enabled=dtype is not None)
-    with FAKE, cast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with FAKE, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _run(model, shape, dtype)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _run(model: Any, shape: Shape, dtype: torch.dtype | None) -> Tensor:
+    """The hidden states of a batch of `shape` under autocast to `dtype`, by the attention that it has in training."""
+    plain = len(set(shape)) == 1  # rows of one length, none of which shares anything: as padded ones are computed
+    _bare(model).set_attn_implementation(FUSED if plain or has_accelerator() else SHARING)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
         ids = torch.zeros(1, sum(own for _, own in shape), dtype=torch.long)
         layout = Layout(ids=ids, positions=ids, source=ids[0], rows=shape)
         mask = torch.ones(1, 1, 1, 1)  # 4-D: used as it is
-        _bare(model).base_model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False, layout=layout)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        given = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "use_cache": False, "layout": layout}
+        return _bare(model).base_model(**given).last_hidden_state
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -97,13 +97,13 @@ def plan_run(settings: Settings) -> Plan:
 
 def plan_on(settings: Settings, data: Prepared) -> Plan:
     """The plan of a run on `data`."""
-    from dpo_kit.arguments import build_arguments, count_steps, effective_batch
+    from dpo_kit.arguments import count_steps, effective_batch
     from dpo_kit.memory import build_weightless, estimate, read_config
     from dpo_kit.safekeeping import OPTIMIZER_VALUES
-    from dpo_kit.training import needs_reference
+    from dpo_kit.training import choose_arguments, needs_reference
 
     width = read_config(settings.model).get_text_config().hidden_size
-    args = build_arguments(settings, data.train, Path(tempfile.gettempdir()) / "dpo_kit-plan", width)
+    args = choose_arguments(settings, data.train, Path(tempfile.gettempdir()) / "dpo_kit-plan", width)
     trl = args.to_dict()
     memory = estimate(
         settings,
@@ -225,6 +225,7 @@ LABELS = {
     "reference": "reference model",
     "optimizer": "optimizer",
     "gradients": "gradients",
+    "passes": "at most in forward and backward pass",
     "activations": "activations of a batch",
     "copies": "half-precision copies",
     "recomputed": "activations computed again",

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from trl import DPOTrainer
 
 from dpo_kit import ConfigError, DataError, compose, train, trl_schema
-from dpo_kit.arguments import build_arguments, describe_arguments, import_class
+from dpo_kit.arguments import build_arguments, describe_arguments, import_class, uses_fused_head
 from dpo_kit.config import check
 from dpo_kit.export.__main__ import main
 from dpo_kit.export.script import write_reproduction
@@ -145,6 +146,28 @@ def test_a_loss_without_a_method_file_of_ours_trains_from_a_user_s_own(tmp_path)
     ours = _losses(read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert result.method == "mine" and ours[0] == pytest.approx(1.3863, abs=1e-3)  # 2 log 2, where nothing is learnt
     assert _repeat_here(tmp_path / "run") == pytest.approx(ours, rel=1e-5)
+
+
+class Halved(DPOTrainer):
+    """A trainer of a user's own, whose loss is half of DPO's."""
+
+    def _compute_loss(self, *args, **kwargs):
+        found = super()._compute_loss(*args, **kwargs)
+        return (found[0] / 2, *found[1:]) if isinstance(found, tuple) else found / 2
+
+
+@pytest.mark.slow
+def test_a_trainer_of_a_user_s_own_trains_from_a_method_file_alone(tmp_path):
+    (tmp_path / "method").mkdir()
+    named = MINE.format(loss="sigmoid").replace("{name: mine}", f"{{name: mine, trainer: {__name__}.Halved}}")
+    (tmp_path / "method" / "mine.yaml").write_text(named)
+    words = [*few_pairs(tmp_path / "pairs.jsonl"), *QUICK, "trl.learning_rate=1e-3", "trl.max_grad_norm=1e-3"]
+    losses = []
+    for method in ("mine", "dpo"):
+        train(compose([*words, f"method={method}"], config_dir=tmp_path), tmp_path / method)
+        losses.append([row["loss"] for row in read_metrics(tmp_path / method / "metrics.jsonl") if "loss" in row])
+    assert losses[0] == pytest.approx([loss / 2 for loss in losses[1]], rel=1e-3) and len(losses[0]) == 4
+    assert uses_fused_head(Halved)
 
 
 def test_a_loss_that_trl_will_add_is_known_as_soon_as_that_trl_is_installed(tmp_path, monkeypatch):
