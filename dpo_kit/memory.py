@@ -118,7 +118,10 @@ def read_config(model: Model) -> Any:
     try:
         return AutoConfig.from_pretrained(model.path, revision=model.revision or "main")
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={model.path} has no config to plan with: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"model.path={model.path} cannot be planned with: {str(error).splitlines()[0]} Name a "
+            "folder or hub id with a config.json"
+        ) from error
 
 
 def build_meta(model: Model, args: Any) -> Any:
