@@ -395,5 +395,8 @@ def _describe(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return unknown_key(key, known_keys() if place[0] == "judge" else _model_keys(Settings))
     if fault["type"] == "missing":
-        return f"{key} is missing"
-    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
+        return f"{key} is missing: add {key}=…"
+    choices = re.findall(r"'([^']+)'", str(fault.get("ctx", {}).get("expected", "")))
+    near = difflib.get_close_matches(str(fault["input"]), choices, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}{hint}"

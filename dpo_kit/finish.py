@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import shutil
@@ -160,4 +161,5 @@ def write_failure(run: RunDirectory, settings: Settings, error: BaseException) -
             "traceback": redact_text("".join(traceback.format_exception(error))),
         },
     )
-    write_page(run.root)
+    with contextlib.suppress(Exception):  # a page must not hide what went wrong
+        write_page(run.root)

@@ -25,9 +25,11 @@ def load_gold(path: str) -> Any:
     try:
         module = importlib.import_module(path)
     except ImportError as error:
-        raise ConfigError(f"data.gold={path} cannot be imported: {error}") from error
+        raise ConfigError(
+            f"data.gold={path} cannot be imported: {error}; name a module on the Python path, as dpo_kit.toy is"
+        ) from error
     if missing := [name for name in NEEDED if not hasattr(module, name)]:
-        raise ConfigError(f"data.gold={path} lacks {', '.join(missing)}")
+        raise ConfigError(f"data.gold={path} lacks {', '.join(missing)}: define it there, as dpo_kit.toy does")
     return module
 
 

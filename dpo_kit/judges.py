@@ -93,9 +93,12 @@ def _open_gold(settings: GoldJudge, journal: Journal, folder: Path, seed: int) -
     try:
         module = importlib.import_module(settings.module)
     except ImportError as error:
-        raise ConfigError(f"judge.module={settings.module} cannot be imported: {error}") from error
+        raise ConfigError(
+            f"judge.module={settings.module} cannot be imported: {error}; name a module on the Python path, as "
+            "dpo_kit.toy is"
+        ) from error
     if not hasattr(module, "gold_rewards"):
-        raise ConfigError(f"judge.module={settings.module} lacks gold_rewards(prompts, answers)")
+        raise ConfigError(f"judge.module={settings.module} lacks gold_rewards(prompts, answers): define it there")
     return ScoringJudge(f"gold {settings.module}", score, settings.tie_margin)
 
 

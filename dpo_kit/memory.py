@@ -148,7 +148,10 @@ def read_config(model: Model) -> Any:
     try:
         return AutoConfig.from_pretrained(base.path, revision=base.revision or "main")
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={base.path} has no config to plan with: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"model.path={base.path} cannot be planned with: {str(error).splitlines()[0]} Name a "
+            "folder or hub id with a config.json"
+        ) from error
 
 
 def build_weightless(settings: Settings, args: Any) -> Any:

@@ -340,5 +340,6 @@ def _refuse_foreign_tokenizer(policy: Any, tokenizer: Any, path: str) -> None:
     rows = policy.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
-            f"the tokenizer of {path} knows {len(tokenizer)} tokens, its model only {rows}: they do not belong together"
+            f"the tokenizer of {path} knows {len(tokenizer)} tokens, its model only {rows}: they do not "
+            "belong together; take both from one place"
         )

@@ -141,7 +141,7 @@ def _read(path: str, name: str, revision: str | None) -> dict[str, Any]:
     try:
         return json.loads(found.read_text(encoding="utf-8")) if found else {}
     except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
+        raise ModelError(f"{file} is not JSON: {error}; copy the model again") from error
 
 
 @lru_cache

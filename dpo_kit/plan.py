@@ -77,7 +77,7 @@ def split_words(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The tool's own keys, and the overrides of the run. Raises ConfigError."""
     for word in arguments:
         if "=" not in word:
-            raise ConfigError(f"arguments are key=value, got {word}")
+            raise ConfigError(f"arguments are key=value, got {word}; did you mean model=local model.path={word}?")
     words = [(word, *word.split("=", 1)) for word in arguments]
     own = {key: value for _, key, value in words if key in OWN}
     if own.get("first_step", "false") not in ("true", "false"):
@@ -180,7 +180,7 @@ def anonymous_memory() -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise ConfigError("first_step=true needs a system that says how much memory a process takes (Linux)")
+    raise ConfigError("first_step=true needs a system that says how much memory a process takes (Linux): leave it out")
 
 
 def mapped_weights() -> int:

@@ -172,7 +172,10 @@ def _computed(
         since = time.perf_counter()
         logps = _score(trainer, model, [wanted[address] for address in part], f"reference pass, {name}")
         if not bool(logps.isfinite().all()):
-            raise ModelError("the reference gives log-probabilities that are not finite: its weights are broken")
+            raise ModelError(
+                "the reference gives log-probabilities that are not finite: its weights are broken; copy "
+                "model.path (or model.reference) again, or take model.dtype=float32"
+            )
         store.write(part, logps, time.perf_counter() - since)
         values |= zip(part, logps.tolist(), strict=True)
     if missing:

@@ -136,7 +136,10 @@ def _read_sheet(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
     delimiter = max((",", ";", "\t"), key=first.count)  # spreadsheets save with what their country separates by
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     if not {"id", "better"} <= set(reader.fieldnames or ()):
-        raise DataError(f"{path} needs the columns id and better, and has {', '.join(reader.fieldnames or ['none'])}")
+        raise DataError(
+            f"{path} needs the columns id and better, and has {', '.join(reader.fieldnames or ['none'])}: fill in "
+            "a copy of the sheet as it was written"
+        )
     for row in reader:
         yield f"{path}:{reader.line_num}", row
 

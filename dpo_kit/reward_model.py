@@ -26,10 +26,16 @@ class RewardModel:
         )
         if found["missing_keys"]:  # transformers fills them with random numbers and goes on
             names = ", ".join(sorted(found["missing_keys"]))
-            raise ModelError(f"judge.path={settings.path} is no reward model: it has no weights for {names}")
+            raise ModelError(
+                f"judge.path={settings.path} is no reward model: it has no weights for {names}; take a "
+                "sequence-classification checkpoint"
+            )
         if model.config.num_labels != 1:
             outputs = model.config.num_labels
-            raise ModelError(f"judge.path={settings.path} has {outputs} outputs; a reward model has one (num_labels=1)")
+            raise ModelError(
+                f"judge.path={settings.path} has {outputs} outputs; a reward model has one: take a "
+                "checkpoint with num_labels=1"
+            )
         if model.config.pad_token_id is None:  # without it the model cannot tell where the rows of a batch end
             model.config.pad_token_id = pad_token_id(self.tokenizer)
         self.model = model.eval().to("cuda" if has_accelerator() else "cpu")

@@ -58,6 +58,7 @@ REFUSED = {
     "beta=-1": "got -1; its grid is 0.05, 0.1, 0.2, 0.5",
     "beta=-1 allow_beta=true": "must lie in",
     "beta=nan": "must lie in",
+    "model.tuning=qlra": "did you mean qlora?",
     "beta=7": "must lie in [0.001, 2] for method=dpo",
     "method=simpo beta=0.1": "its grid is 2, 2.5, 5, 10",
     "method=dpoo": "did you mean dpo?",

@@ -48,7 +48,8 @@ def gather(data: Data, tokenizer: Any, *, refuse: bool = True, bare: bool = Fals
     for path, kind, _ in (*train, *held_out):
         if kind != train[0][1]:
             raise DataError(
-                f"{train[0][1]} and {kind} rows cannot be mixed, as {train[0][0]} and {path} do: convert one of them"
+                f"{train[0][1]} and {kind} rows cannot be mixed, as {train[0][0]} and {path} do: "
+                "convert one of them with python -m dpo_kit.data mode=convert"
             )
     reader.refuse_mixture()
     pool = [row for _, _, rows in held_out for row in rows] if held_out else None
@@ -105,7 +106,7 @@ class _Reader:
     def _refuse_empty(self, path: str, rows: list[Row], since: int) -> None:
         if not rows:
             first = f": {self.faults[since]}" if len(self.faults) > since else ""
-            raise DataError(f"{path} has no row to train on{first}")
+            raise DataError(f"{path} has no row to train on{first or ': name a file with rows'}")
 
     def _keep(self, items: Iterable[Row | Fault]) -> list[Row]:
         rows = []

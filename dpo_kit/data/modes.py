@@ -82,7 +82,11 @@ def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
     if data.on_bad_row == "fail":
         refuse_malformed([fault for fault in converted.faults if fault.place not in converted.used])
     if not converted.rows:
-        raise DataError("nothing came out" + (f": {converted.faults[0]}" if converted.faults else ""))
+        first = f", the first at {converted.faults[0]}" if converted.faults else ""
+        raise DataError(
+            f"no row came out with convert.schema={tool.convert.schema_}{first}: name the schema that the rows have, "
+            "and map their columns with data.columns"
+        )
     files = {
         "converted.jsonl": _write_rows(out / "converted.jsonl", converted.rows),
         "rejects.jsonl": _write_rows(out / "rejects.jsonl", map(vars, converted.faults)),
@@ -139,7 +143,9 @@ def _inspect(
 
 def _margins(rows: Rows, gathered: Gathered, settings: Settings, tokenizer: Any) -> list[tuple[float, float]]:
     if gathered.kind == "unary":
-        raise ConfigError("data.reference_margin and curate.hardest compare two answers, but these rows have one")
+        raise ConfigError(
+            "data.reference_margin and curate.hardest compare two answers, but these rows have one: leave them out"
+        )
     return reference_margins([gathered.form(row) for row in rows], settings, tokenizer)
 
 

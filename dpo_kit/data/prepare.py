@@ -102,7 +102,11 @@ def _part(train: list[Rows], pool: Rows | None, share: float, faults: list[Fault
         pool = [row for rows in train for row in rows if row["prompt_id"] in held]
     kept = [[row for row in rows if row["prompt_id"] not in held] for rows in train]
     if not any(kept) or len(held) < 2:
-        raise DataError("too few different prompts to train on and to hold some out: at least 3 are needed")
+        trained = len({row["prompt_id"] for rows in kept for row in rows})
+        raise DataError(
+            f"too few different prompts to train on ({trained}) and to hold some out ({len(held)}): at least 3 are "
+            "needed, 1 and 2 of them; add rows, or name held-out ones with data.eval"
+        )
     return kept, pool
 
 

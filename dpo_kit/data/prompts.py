@@ -45,7 +45,10 @@ def read_prompts(path: str | None, data: Data, limit: int | None) -> Prompts:
         )
     left_out.update(fault.reason for fault in faults)
     if not found:
-        raise DataError(f"{path or data.train} has no prompt to build pairs from")
+        raise DataError(
+            f"{path or data.train} has no prompt to build pairs from: a row needs text or messages under the "
+            "column prompt"
+        )
     return Prompts(list(found.values()), dict(left_out))
 
 

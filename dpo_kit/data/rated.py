@@ -56,13 +56,16 @@ def read_votes(path: str, data: Data) -> list[Rated]:
     items: dict[str, Rated] = {}
     for row in read_source(path, data.train_split):
         if isinstance(row, Fault):
-            raise DataError(f"{row.place}: {row.reason} ({row.found})")
+            raise DataError(str(row))
         values = row.values | {ours: row.values.get(theirs) for ours, theirs in data.columns.items()}
         read = _item(row, values)
         known = items.setdefault(key_of(read.prompt, read.answer_a, read.answer_b), read)
         if known is not read:
             if twice := sorted(set(known.votes) & set(read.votes)):
-                raise DataError(f"{row.place}: rater {twice[0]!r} votes a second time on the same two answers")
+                raise DataError(
+                    f"{row.place}: rater {twice[0]!r} votes a second time on the same two answers: "
+                    "keep one of the votes"
+                )
             known.votes |= read.votes
     return list(items.values())
 

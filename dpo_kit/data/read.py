@@ -250,7 +250,7 @@ def _header(path: Path, records: Any) -> list[str]:
     try:
         names = next(records, [])
     except csv.Error as error:
-        raise DataError(f"{path}:1: the header is not CSV: {error}") from error
+        raise DataError(f"{path}:1: the header is not CSV: {error}; save the file as CSV in UTF-8") from error
     if not any(names):
         raise DataError(f"{path}:1: a CSV file needs a header line with the names of its columns")
     if len(set(names)) < len(names):

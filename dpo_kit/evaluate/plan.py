@@ -93,7 +93,7 @@ def plan(arguments: Sequence[str]) -> list[Job]:
         raise ConfigError(f"out={cfg.out} goes with run= or policy=: those of a sweep are kept in each run directory")
     finished = [run.root for run in read_runs(cfg.sweep) if run.finished]
     if not finished:
-        raise ConfigError(f"sweep={cfg.sweep} holds no run that has ended well")
+        raise ConfigError(f"sweep={cfg.sweep} holds no run that has ended well: give the command of the sweep again")
     return [_plan_run(folder, cfg, arguments, sweep=Path(cfg.sweep)) for folder in finished]
 
 
@@ -194,7 +194,9 @@ def _opponent(against: str | None, reference: Candidate, model: Model) -> Candid
     if RunDirectory(path).manifest.exists():
         return of_run(path)[0]
     if path.is_dir() and not (path / "config.json").exists() and not (path / ADAPTER).exists():
-        raise ConfigError(f"against={against} is neither a run directory nor a model nor a file of answers")
+        raise ConfigError(
+            f"against={against} is neither a run directory nor a model nor a file of answers: name one of these"
+        )
     return of_path(against, model)
 
 
