@@ -31,14 +31,19 @@ STAND_INS = {"path/to/model": str(MODEL), "pairs.jsonl": str(TRAIN)}
 CLUSTERS = [command for command in COMMANDS if "hydra/launcher=" in command]
 ACCOUNTS = [command for command in COMMANDS if "dpo_kit.dashboard" in command]
 SERVERS = [command for command in COMMANDS if "base_url" in command]
-HUB = [c for c in COMMANDS if "push=" in c or "parts=[gate]" in c or "parts=[alpaca_eval]" in c]
+HUB = [
+    c
+    for c in COMMANDS
+    if "push=" in c or "parts=[gate]" in c or "parts=[alpaca_eval]" in c or c.endswith("=zephyr-7b-dpo")
+]
 NOT_RUN = [*CLUSTERS, *ACCOUNTS, *SERVERS, *HUB]
 BUILDS = [command for command in COMMANDS if "mode=build" in command]
 DATA = [command for command in COMMANDS if "dpo_kit.data" in command and command not in BUILDS]
 EVALUATIONS = [command for command in COMMANDS if "dpo_kit.evaluate" in command]
 PLANS = [command for command in COMMANDS if "dpo_kit.plan" in command]
 EXPORTS = [command for command in COMMANDS if "dpo_kit.export" in command]
-TOOLS = [*DATA, *BUILDS, *EVALUATIONS, *PLANS, *EXPORTS]
+REPORTS = [command for command in COMMANDS if "dpo_kit.env" in command]
+TOOLS = [*DATA, *BUILDS, *EVALUATIONS, *PLANS, *EXPORTS, *REPORTS]
 SWEEPS = [c for c in COMMANDS if ("sweep=" in c or " -m beta" in c) and c not in NOT_RUN + EVALUATIONS]
 SHORT = ["trl.max_steps=4", "callbacks.pairs=16", "callbacks.prompts=8"]
 FOR_THE_TINY_MODEL = ["allow_learning_rate=true", "trl.learning_rate=1e-4", "trl.num_train_epochs=0.1"]
@@ -76,7 +81,7 @@ def test_every_build_of_the_readme_runs(written, command, tmp_path):
 
 
 def test_what_needs_a_cluster_an_account_or_a_server_says_that_it_was_not_run():
-    assert len(CLUSTERS) == 2 and len(ACCOUNTS) == 1 and len(SERVERS) == 3 and len(HUB) == 3
+    assert len(CLUSTERS) == 2 and len(ACCOUNTS) == 1 and len(SERVERS) == 3 and len(HUB) == 4
     for line in README.splitlines():
         if line.split("#")[0].strip() in NOT_RUN:
             assert "# not run: needs" in line
@@ -128,6 +133,13 @@ def test_every_evaluation_of_the_readme_runs(command, tmp_path):
 def test_every_plan_of_the_readme_runs(written, command):
     done = command(*_arguments(written), module="dpo_kit.plan")
     assert done.returncode == 0 and "peak" in done.stdout and "Warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_what_a_bug_report_needs_is_printed(command):
+    (written,) = REPORTS
+    done = command(*_arguments(written), module="dpo_kit.env")
+    assert done.returncode == 0 and "| python |" in done.stdout.lower(), done.stdout + done.stderr
 
 
 @pytest.mark.slow
