@@ -197,7 +197,9 @@ def read_lora(model: Model) -> LoraConfig | None:
     """The LoRA that the policy has in training, new or there already; None under full tuning."""
     if (new := build_adapter(model)) or model.tuning == "full":
         return new
-    return PeftConfig.from_pretrained(model.path, revision=model.revision or "main")  # type: ignore[return-value]
+    there: Any = PeftConfig.from_pretrained(model.path, revision=model.revision or "main")
+    there.inference_mode = False  # as every saved adapter has it
+    return there
 
 
 def _refuse_other_options(model: Model, there: dict[str, Any]) -> None:
