@@ -63,6 +63,7 @@ def test_an_offline_run_read_back_holds_config_group_rows_and_a_clean_exit(tmp_p
     tracker.log({"loss": 0.69, "probe/kl_forward_rb_nats": 0.0, "note": "text"}, 0)
     tracker.log({"loss": float("nan")}, 10)
     tracker.summary({"final/probe/margin_nats": 4.5})
+    tracker.notes("# a run\n\n![picture](report.png)\n\nend")
     tracker.finish(0)
 
     (path,) = log_files(tmp_path)
@@ -73,6 +74,7 @@ def test_an_offline_run_read_back_holds_config_group_rows_and_a_clean_exit(tmp_p
     assert found.config["hub_token"] == "<redacted>" and found.config["beta"] == 0.1
     assert [row["train/global_step"] for row in found.history] == [0, 10]
     assert found.history[0]["loss"] == 0.69 and found.history[0]["probe/kl_forward_rb_nats"] == 0.0
+    assert found.run.notes == "# a run\n\nend"
     assert found.summary["final/probe/margin_nats"] == 4.5  # plain, not {"last": ...}: scatter plots need that
     assert found.exit_code == 0
     assert any(metric.glob_name == "*" and metric.step_metric == tracking.STEP for metric in found.metrics)
