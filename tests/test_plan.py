@@ -29,7 +29,7 @@ def _settings(*words):
 
 
 def _args(tmp_path, *words):
-    return build_arguments(_settings(*words), [{}] * 64, tmp_path, 96)
+    return build_arguments(_settings(*words), [{"label": True}, {"label": False}] * 32, tmp_path, 96)
 
 
 def _kept_on_the_cpu(model, half):
