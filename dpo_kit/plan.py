@@ -6,6 +6,7 @@ compares.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 import threading
@@ -128,9 +129,9 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
 
 
 def _mean_tokens(data: Prepared, max_new_tokens: int | None) -> float:
+    """Of a row: prompt and answers, each once; answers that are drawn as long as they may be."""
     from dpo_kit.data.fresh import with_answer_lengths
 
-    """Of a row: prompt and answers, each once; answers that are drawn as long as they may be."""
     lengths = [
         value
         for row in with_answer_lengths(data.train, max_new_tokens)
@@ -263,20 +264,28 @@ def show(found: Plan, settings: Settings, measured: dict[str, float]) -> None:
 
 def advise(found: Plan, settings: Settings) -> str:
     """How to start the run: on one device where its memory suffices, else sharded over several, else cheaper."""
-    shared = ("parameters", "reference", "optimizer", "gradients")
-    split = sum(found.memory[name] for name in shared)
+    fitting = find_devices(found, settings)
+    if fitting is None:
+        return (
+            "fits no usual device: take trl.gradient_checkpointing=true, a smaller trl.per_device_train_batch_size "
+            "with more trl.gradient_accumulation_steps, a smaller trl.max_length, or model.tuning=lora or qlora"
+        )
+    devices, card = fitting
+    if devices == 1:
+        return f"fits one device of {card} GB: python -m dpo_kit …; on several: {LAUNCH}/ddp.yaml -m dpo_kit …"
+    return f"fits {devices} devices of {card} GB, sharded: {LAUNCH}/fsdp2.yaml --num_processes {devices} -m dpo_kit …"
+
+
+def find_devices(found: Plan, settings: Settings) -> tuple[int, int] | None:
+    """The least that the run fits: one device of the smallest card, or so many of `LARGE` GB that share what can be
+    shared (a 4-bit base cannot); (devices, GB of each), None where nothing will do.
+    """
+    split = sum(found.memory[name] for name in ("parameters", "reference", "optimizer", "gradients"))
     rest = max(0, found.peak - split)
-    for card in CARDS:
-        if found.peak <= USABLE * card * 1e9:
-            return f"fits one device of {card} GB: python -m dpo_kit …; on several: {LAUNCH}/ddp.yaml -m dpo_kit …"
-    for devices in (2, 4, 8, 16, 32) if settings.model.tuning != "qlora" else ():
-        if split / devices + rest <= USABLE * LARGE * 1e9:
-            launch = f"{LAUNCH}/fsdp2.yaml --num_processes {devices} -m dpo_kit …"
-            return f"fits {devices} devices of {LARGE} GB, sharded: {launch}"
-    return (
-        "fits no usual device: take trl.gradient_checkpointing=true, a smaller trl.per_device_train_batch_size with "
-        "more trl.gradient_accumulation_steps, a smaller trl.max_length, or model.tuning=lora or qlora"
-    )
+    alone = ((1, card) for card in CARDS if found.peak <= USABLE * card * 1e9)
+    shards = (2, 4, 8, 16, 32) if settings.model.tuning != "qlora" else ()
+    sharded = ((devices, LARGE) for devices in shards if split / devices + rest <= USABLE * LARGE * 1e9)
+    return next(itertools.chain(alone, sharded), None)
 
 
 # --- a dry run ---------------------------------------------------------------------------------------------------

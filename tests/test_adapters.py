@@ -267,9 +267,11 @@ def test_the_reference_of_an_adapter_that_goes_on_is_its_start_in_every_part_of_
     ("option", "said"),
     [
         ("r=4", "r: 4 asked, 8 there"),
-        ("lora_alpha=99", "lora_alpha: 99 asked, 12 there"),
-        ("use_dora=true", "use_dora: True asked, False there"),
-        ("target_modules=[q_proj]", r"target_modules: \['q_proj'\] asked, \[.*\] there"),
+        pytest.param("lora_alpha=99", "lora_alpha: 99 asked, 12 there", marks=pytest.mark.slow),
+        pytest.param("use_dora=true", "use_dora: True asked, False there", marks=pytest.mark.slow),
+        pytest.param(
+            "target_modules=[q_proj]", r"target_modules: \['q_proj'\] asked, \[.*\] there", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_options_of_another_adapter_than_the_one_that_is_there_are_refused(option, said, adapter):

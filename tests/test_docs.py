@@ -194,6 +194,7 @@ def test_the_python_of_the_readme_runs(tmp_path):
     assert accuracy > 0.6 and kl > 0
 
 
+@pytest.mark.slow
 def test_the_callbacks_example_reaches_the_numbers_that_it_states(tmp_path):
     script = str(ROOT / "examples" / "plain_trl.py")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=280)

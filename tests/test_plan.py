@@ -236,3 +236,18 @@ def test_estimates_stay_within_a_fifth_of_what_training_takes(tmp_path):
     assert done.returncode == 0, done.stderr
     ratio = float(re.search(r"29M full \d+ \d+ ([\d.]+)", done.stderr)[1])
     assert 0.8 < ratio < 1.2
+
+
+@pytest.mark.slow
+def test_the_readme_says_what_a_model_of_half_a_billion_weights_needs(tmp_path):
+    import subprocess
+    import sys
+
+    script = [sys.executable, str(ROOT / "examples" / "benchmark" / "plan.py"), "table=true", "sizes=Qwen2.5-0.5B"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    found = re.findall(r"│ (full|q?lora) +│ +([\d.]+) │ (.+?) +│", done.stdout)
+    shown = re.findall(
+        r"^\| (?:Qwen2.5-0.5B )?\| (full|q?lora) \| ([\d.]+) \| (.+?) \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(found) == 3 and found == shown[:3]

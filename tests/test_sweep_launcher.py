@@ -365,7 +365,9 @@ def test_an_exit_with_code_0_before_the_end_is_a_failure_too(sweep, tmp_path):
     assert [job["state"] for job in jobs_of(tmp_path).values()] == ["failed", "done"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_sweep_ends_its_jobs_shows_the_table_and_goes_on_later(sweep, tmp_path, number, code):
     words = ["-m", "beta=0.1,0.2,0.5"]
     running = sweep(*words, fake="0.2=hang", wait=False)

@@ -175,7 +175,7 @@ def test_wandb_holds_every_metric_of_the_record_and_no_secret(few, command, tmp_
     assert canary.encode() not in log.read_bytes()
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("tuning", ["full", pytest.param("lora", marks=pytest.mark.slow), "qlora"])
 def test_callbacks_change_no_loss(few, tmp_path, tuning):
     def losses(callbacks):
         run = [*few, f"model.tuning={tuning}", f"callbacks={callbacks}"]

@@ -1,6 +1,9 @@
-"""The memory that a plan foresees against what training takes, on random weights: `python examples/benchmark/plan.py`.
+"""The memory that a plan foresees: against what training takes, and for models of known sizes.
 
-Each cell is a process of its own. Expect every estimate within 20 % of the measured peak; some minutes on two cores.
+    python examples/benchmark/plan.py              # random weights, each run a process of its own; half an hour
+    python examples/benchmark/plan.py table=true   # what 0.5B to 8B need, from their published shapes; some minutes
+
+Expect every estimate of the first within 20 % of the measured peak.
 """
 
 import json
@@ -10,11 +13,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
+from dpo_kit import compose
+from dpo_kit.config import check
+from dpo_kit.plan import find_devices, plan_on
+from dpo_kit.quiet import quiet_libraries
 from dpo_kit.toy import MODEL
 
 SIZES = {
@@ -36,12 +44,21 @@ CELLS = {
     "orpo, full": ["method=orpo"],
     "kto, lora": ["method=kto", "model.tuning=lora"],
 }
+SHAPES = {  # hidden size, of the MLP, layers, heads, key-value heads, vocabulary, whether head and embedding are one
+    "Qwen2.5-0.5B": (Qwen2Config, 896, 4864, 24, 14, 2, 151936, True),
+    "Qwen2.5-1.5B": (Qwen2Config, 1536, 8960, 28, 12, 2, 151936, True),
+    "Qwen2.5-7B": (Qwen2Config, 3584, 18944, 28, 28, 4, 152064, False),
+    "Llama-3.1-8B": (LlamaConfig, 4096, 14336, 32, 32, 8, 128256, False),
+}
+ON_A_GPU = ["model.dtype=bfloat16", "trl.bf16=true", "trl.gradient_checkpointing=true"]
 COMMON = ["model=local", "data=jsonl", "callbacks=none", "trl.max_length=512", "trl.per_device_train_batch_size=4"]
 COMMON += ["allow_learning_rate=true"]
 
 
 def main(wanted):
     """Print one row a cell; `wanted`: `sizes=29M` and `cells=2` take fewer."""
+    if wanted.get("table") == "true":
+        return show_sizes(wanted.get("sizes", ",".join(SHAPES)).split(","))
     sizes = wanted.get("sizes", ",".join(SIZES)).split(",")
     table = Table(title="peak memory of one process, MB")
     for name in ("model", "run", "planned", "measured", "planned / measured"):
@@ -56,6 +73,42 @@ def main(wanted):
                 table.add_row(size, name, *row)
                 print(size, name, *row, file=sys.stderr, flush=True)
     Console().print(table)
+
+
+def show_sizes(sizes):
+    """Peak and devices for models of `sizes`: two pairs a device, prompts of 256 and answers of 384 tokens."""
+    quiet_libraries()
+    table = Table(title="peak memory of one process, GB, and what it fits")
+    for name in ("model", "parameters", "tuning", "peak", "fits"):
+        table.add_column(name, justify="left" if name in ("model", "tuning", "fits") else "right")
+    rows = [{"tokens": {"prompt": 256, "chosen": 384, "rejected": 384, "cut": False}}] * 64
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sizes:
+            write_shape(Path(folder) / name, *SHAPES[name])
+            for tuning in ("full", "lora", "qlora"):
+                words = [*ON_A_GPU, "model=local", f"model.path={folder}/{name}", f"model.tuning={tuning}"]
+                words += ["model.dtype=float32"] if tuning == "full" else []  # bf16 rounds its updates away
+                settings = check(
+                    compose([*words, "data=toy", "trl.per_device_train_batch_size=2", "trl.max_length=1024"])
+                )
+                found = plan_on(settings, SimpleNamespace(train=rows))
+                fitting = find_devices(found, settings)
+                fits = f"{fitting[0]} × {fitting[1]} GB" if fitting else "none of these"
+                table.add_row(name, f"{found.parameters / 1e9:.2f}B", tuning, f"{found.peak / 1e9:.1f}", fits)
+                print(name, tuning, f"{found.peak / 1e9:.1f}", fits, file=sys.stderr, flush=True)
+    Console().print(table)
+
+
+def write_shape(folder, config, hidden, inner, layers, heads, key_heads, vocabulary, tied):
+    config(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    ).save_pretrained(folder)
 
 
 def write_model(folder, sizes):
