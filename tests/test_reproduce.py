@@ -1,13 +1,16 @@
 """The script that an export writes repeats the run in plain TRL; TRL's own world is reached by YAML alone."""
 
 import ast
+import inspect
 import json
 import runpy
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from trl import DPOTrainer
+from trl.trainer import dpo_trainer
 
 from dpo_kit import ConfigError, DataError, compose, train, trl_schema
 from dpo_kit.arguments import build_arguments, describe_arguments, import_class, uses_fused_head
@@ -185,3 +188,30 @@ def test_a_loss_that_trl_will_add_is_known_as_soon_as_that_trl_is_installed(tmp_
         assert compose(["method=mine"], config_dir=tmp_path).trl.loss_type == ["next_year"]
     finally:
         trl_schema.load_schema.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_loss_that_trl_has_added_trains_from_a_method_file_alone(tmp_path, monkeypatch):
+    """TRL's own code with one more name for the sigmoid loss stands for a TRL of next year."""
+    source = textwrap.dedent(inspect.getsource(DPOTrainer._compute_loss))
+    assert source.count('== "sigmoid"') == 1
+    namespace = {}
+    exec(source.replace('== "sigmoid"', 'in ("sigmoid", "next_year")'), vars(dpo_trainer), namespace)
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", namespace["_compute_loss"])
+    added = list(ast.walk(ast.parse("if loss_type == 'next_year':\n    pass")))
+    nodes = trl_schema._source_nodes
+    monkeypatch.setattr(trl_schema, "_source_nodes", lambda cls: nodes(cls) + added)
+    monkeypatch.setattr(trl_schema, "installed_versions", lambda: {"trl": "1.99.0", "transformers": "5.99.0"})
+    monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text(MINE.format(loss="next_year"))
+    words = [*few_pairs(tmp_path / "pairs.jsonl"), *QUICK, "trl.learning_rate=1e-3"]
+    losses = []
+    trl_schema.load_schema.cache_clear()
+    try:
+        for method in ("mine", "dpo"):
+            train(compose([*words, f"method={method}"], config_dir=tmp_path), tmp_path / method)
+            losses.append([row["loss"] for row in read_metrics(tmp_path / method / "metrics.jsonl") if "loss" in row])
+    finally:
+        trl_schema.load_schema.cache_clear()
+    assert losses[0] == losses[1] and len(losses[0]) == 4
