@@ -173,14 +173,18 @@ def _interval(
 
 
 def _label_ends(axes: "Axes", ends: Sequence[tuple[int, float, Curve]]) -> None:
-    """Write name and last value beside each curve's end, pushed apart where two would touch."""
+    """Write name and last value beside each curve's end, pushed apart where two would touch, and below the title."""
     bottom, top = axes.get_ylim()
-    gap, height = 0.19 * (top - bottom), -math.inf
-    for step, value, curve in sorted(ends, key=lambda end: end[1]):
-        height = max(value, height + gap)
+    gap = 0.19 * (top - bottom)
+    ends = sorted(ends, key=lambda end: end[1])
+    heights: list[float] = []
+    for _, value, _ in ends:
+        heights.append(max(value, heights[-1] + gap) if heights else value)
+    above = max(0.0, heights[-1] - (top - gap / 2)) if len(heights) > 1 else 0.0
+    for (step, value, curve), height in zip(ends, heights, strict=True):
         text = f"{curve.label}\n{_short(value)}".strip()
         axes.annotate(
-            text, (step, value), (1.03, height), textcoords=axes.get_yaxis_transform(), va="center", ha="left",
+            text, (step, value), (1.03, height - above), textcoords=axes.get_yaxis_transform(), va="center", ha="left",
             fontsize=13.5, fontweight="bold", color=curve.color, annotation_clip=False,
         )  # fmt: skip
 
