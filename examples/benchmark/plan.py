@@ -52,7 +52,7 @@ SHAPES = {  # hidden size, of the MLP, layers, heads, key-value heads, vocabular
 }
 ON_A_GPU = ["model.dtype=bfloat16", "trl.bf16=true", "trl.gradient_checkpointing=true"]
 COMMON = ["model=local", "data=jsonl", "callbacks=none", "trl.max_length=512", "trl.per_device_train_batch_size=4"]
-COMMON += ["allow_learning_rate=true"]
+COMMON += ["allow_learning_rate=true", "speed.reference_store=true"]  # three steps see too few rows for auto
 
 
 def main(wanted):
