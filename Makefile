@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1 \t\2/' | expand -t 20
 
-demo: $(VENV)/installed  ## train the embedded model on embedded pairs (90 s on two cores, no download)
+demo: $(VENV)/installed  ## train the embedded model on embedded pairs (half a minute on two cores once installed)
 	$(BIN)/python -m dpo_kit
 
 test: $(VENV)/installed  ## the quick tests (6 minutes on two cores)

@@ -363,7 +363,10 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
         return f"{key} belongs to {', '.join(owners)}, not to the config class of the chosen method"
     if key.startswith("model.lora."):
         return f"{key} is not among the usual options of peft.LoraConfig: add it with +{key}=… if PEFT knows it"
-    return f"unknown key {key}{_near(key, list(known))}"
+    if key in (known := list(known)):
+        group = key.partition(".")[0]
+        return f"{key} belongs to an option of the group {group} that is not chosen here: add {group}=…"
+    return f"unknown key {key}{_near(key, known)}"
 
 
 def known_keys() -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, Trainer
 
@@ -67,7 +67,8 @@ def draw_samples(
     EOS is the tokenizer's and the model config's. `processor` makes, from the attention mask of a batch's prompts, what
     changes the logits on purpose. Draws from torch's global random state: call it inside
     `measuring`. The processes of an `accelerator` share out the rows of each batch and all get all samples, the same
-    that one process would draw: all of them must call this, from the same random state.
+    that one process would draw: all of them must call this, from the same random state. Where the weights are shared
+    out (FSDP, DeepSpeed) every process draws every row, since none may stop computing before the others do.
     """
     prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], template_kwargs)
     config = _plain_generation_config(model, tokenizer, max_new_tokens)
@@ -116,6 +117,9 @@ def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({each for each in ids if each is not None})
 
 
+WEIGHTS_SHARED_OUT = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 def _generate(
     model: Any,
     prompts: list[list[int]],
@@ -123,8 +127,9 @@ def _generate(
     processor: Callable[[Tensor], LogitsProcessor] | None,
     accelerator: Accelerator | None,
 ) -> list[list[int]]:
-    place, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    rows = list(range(len(prompts)))[place::count] or [0]  # none left: the first again, since weights may be shared out
+    whole = accelerator is not None and accelerator.distributed_type not in WEIGHTS_SHARED_OUT
+    place, count = (accelerator.process_index, accelerator.num_processes) if accelerator and whole else (0, 1)
+    rows = list(range(len(prompts)))[place::count] or [0]  # none left: the first again
     ids, mask = pad_batch([prompts[row] for row in rows], config.pad_token_id, model.device, "left")
     draw = Draw(rows, len(prompts))
     processors = [processor(mask), draw] if processor else [draw]

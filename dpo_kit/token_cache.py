@@ -16,6 +16,9 @@ from datasets import Dataset, is_caching_enabled, load_from_disk
 from datasets.fingerprint import Hasher
 from pyarrow import ArrowException
 
+from dpo_kit.errors import DataError
+from dpo_kit.processes import world_size
+
 log = logging.getLogger(__name__)
 Base: Any = object  # in use, a trainer follows in the method resolution order
 
@@ -24,7 +27,8 @@ class CachedTokens(Base):
     """Mixin before a TRL trainer: what its `_prepare_dataset` maps is kept under `root`, beside the rows.
 
     datasets keeps the result of a map next to the file of its rows, addressed by function and arguments, and nowhere
-    for rows in memory. A cache that cannot be read or written is done without.
+    for rows in memory. A cache that cannot be read or written is done without; DataError where there are several
+    processes.
     """
 
     root: Path
@@ -37,6 +41,8 @@ class CachedTokens(Base):
         try:
             return prepare(_on_disk(dataset, folder), args=_without_limit(args))
         except (OSError, ArrowException) as error:
+            if world_size() > 1:  # processes wait for each other in there: one alone must not begin again
+                raise DataError(f"tokenised rows cannot be kept in {folder} ({error}): delete it") from error
             log.info("tokenised rows are not kept in %s: %s", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
             return prepare(dataset, args=args)

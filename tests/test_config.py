@@ -277,3 +277,8 @@ def test_columns_are_mapped_by_a_literal_as_the_readme_writes_it(word):
         "rejected": "worse",
     }
     assert check(compose()).data.columns == {}
+
+
+def test_a_key_of_an_option_that_is_not_chosen_is_said_to_be_one():
+    with pytest.raises(ConfigError, match=r"judge\.module belongs to an option of the group judge .*: add judge=…"):
+        compose(["method=kto_apo", "judge.module=x"])

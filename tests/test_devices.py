@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 
 from dpo_kit import ConfigError, sampling
 from dpo_kit.history import read_metrics
@@ -142,8 +143,8 @@ class _OneOf:
 
     device = torch.device("cpu")
 
-    def __init__(self, place, count):
-        self.process_index, self.num_processes = place, count
+    def __init__(self, place, count, kind=DistributedType.MULTI_CPU):
+        self.process_index, self.num_processes, self.distributed_type = place, count, kind
 
     def reduce(self, values, how):
         assert how == "sum"
@@ -197,6 +198,8 @@ def test_processes_draw_the_very_samples_that_one_would(count, monkeypatch):
     alone = draw()
     assert all(draw(gathered, _OneOf(place, count)) == alone for place in range(count))
     assert len({len(each.token_ids) for each in alone}) > 2
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # nothing is sent: each draws all, in step
+        assert draw([], _OneOf(0, count, kind)) == alone
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

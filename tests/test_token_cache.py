@@ -7,6 +7,8 @@ from typing import Any
 import datasets
 import pytest
 
+from dpo_kit import token_cache
+from dpo_kit.errors import DataError
 from dpo_kit.token_cache import with_token_cache
 from tests import tiny
 
@@ -94,3 +96,12 @@ def test_without_a_usable_cache_the_rows_are_the_same(
 
 def test_trainers_that_tokenise_by_a_method_are_left_as_they_are() -> None:
     assert with_token_cache(tiny.ORPOTrainer, Path()) is tiny.ORPOTrainer
+
+
+def test_of_several_processes_none_begins_again_alone(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokens").write_text("in the way")
+    monkeypatch.setattr(token_cache, "world_size", lambda: 2)
+    with pytest.raises(DataError, match=r"cannot be kept in .*tokens.*: delete it"):
+        tiny.trainer("dpo", folder, tmp_path, wrap=lambda cls: with_token_cache(cls, tmp_path / "tokens"))
