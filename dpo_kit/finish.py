@@ -18,7 +18,7 @@ from dpo_kit.diagnosis import diagnose
 from dpo_kit.history import read_metrics
 from dpo_kit.nonfinite import refuse_non_finite
 from dpo_kit.page import write_page
-from dpo_kit.published import compare
+from dpo_kit.published import compare_with_published
 from dpo_kit.report import draw_report
 from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.secrets import redact_text
@@ -88,7 +88,7 @@ def finish_run(
         findings=[dataclasses.asdict(finding) for finding in diagnose(history, settings.method.model_dump())],
         next=next_command(settings, manifest["command"]),
         judge=judge,
-        published=compare(manifest, history),
+        published=compare_with_published(manifest, history),
         **identity(settings),
     )
     title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
