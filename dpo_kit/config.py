@@ -87,6 +87,11 @@ def _learning_rate(of_model: Any, of_method: Any, tuning: str) -> float:
     return Rates(**(of_model or of_method)).for_tuning(tuning)
 
 
+def own_folders(sources: Iterable[Any]) -> list[str]:
+    """The flags that bring back a command's folders of its own, of `hydra.runtime.config_sources`."""
+    return [f"--config-dir={source['path']}" for source in sources if source["provider"] == "command-line"]
+
+
 def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> DictConfig:
     """The config that `python -m dpo_kit <overrides>` would run, checked.
 
