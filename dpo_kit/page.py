@@ -6,6 +6,7 @@ the test split). Texts from elsewhere are escaped, secrets redacted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from dpo_kit.report import ceiling_line, interval_text, number_text, result_rows
 from dpo_kit.run import RunDirectory, read_json, write_text
 from dpo_kit.secrets import redact, redact_command
 
+log = logging.getLogger(__name__)
 JUDGED = (
     ("accuracy", "held-out accuracy"),
     ("auc", "held-out AUC"),
@@ -45,6 +47,15 @@ def write_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -> 
     text = page_text(_read(run, result))
     write_text(run.page, text)
     return text
+
+
+def refresh_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -> str | None:
+    """`write_page` beside results that must not be lost for it: a failure is logged, and None returned."""
+    try:
+        return write_page(run_dir, result)
+    except Exception:
+        log.warning("the page of %s could not be written", run_dir, exc_info=True)
+        return None
 
 
 def _read(run: RunDirectory, result: Mapping[str, Any] | None) -> Facts:

@@ -8,7 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from dpo_kit.markdown import code, fence, inline, table
-from dpo_kit.page import write_page
+from dpo_kit.page import refresh_page, write_page
 from dpo_kit.run import write_json
 from tests.test_card import CANARY, MANIFEST, RESULT
 
@@ -118,6 +118,13 @@ def test_a_run_that_failed_before_its_manifest_has_a_page_with_the_reason(tmp_pa
     identity = {key: RESULT[key] for key in ("method", "beta", "seed", "model", "tuning")}
     write_json(tmp_path / "result.json", identity | {"status": "failed", "error": "OSError: disk <b>full</b>"})
     assert "**Failed**: OSError: disk \\<b\\>full\\</b\\>" in write_page(tmp_path)
+
+
+def test_a_page_that_cannot_be_written_is_logged_and_nothing_else_fails(run: Path, caplog: Any) -> None:
+    (run / "data_report.json").write_text("{")
+    assert refresh_page(run) is None and "could not be written" in caplog.text
+    write_json(run / "data_report.json", REPORT)
+    assert refresh_page(run) == (run / "report.md").read_text()
 
 
 def test_the_same_files_give_the_same_page_in_another_folder(run: Path, tmp_path_factory: Any) -> None:
