@@ -182,10 +182,8 @@ def to_markdown(found: Mapping[str, Any]) -> str:
 
 def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     own, processor, devices = found["dpo_kit"], found["processor"], found["devices"]
-    yield (
-        "dpo_kit",
-        f"{own['version'] or 'not installed'}" + (f", commit {code(own['commit'])}" if own["commit"] else ""),
-    )
+    commit = f", commit {code(own['commit'])}" if own["commit"] else ""
+    yield "dpo_kit", (own["version"] or "not installed") + commit
     yield "Python", inline(found["python"])
     yield "system", inline(found["system"])
     yield "processor", inline(f"{processor['name']}, {processor['cores']} cores, {' '.join(processor['features'])}")

@@ -9,7 +9,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dpo_kit.config import check, compose_unchecked
-from dpo_kit.errors import ConfigError
 from dpo_kit.identity import comparable, flatten, list_differences
 from dpo_kit.report import bounds, number_text
 from dpo_kit.settings import Experiment
@@ -71,7 +70,7 @@ def _differences(manifest: Mapping[str, Any], experiment: Experiment) -> Iterato
             if "adapter" in manifest["model"]:
                 yield f"model.path={config['model']['path']} is an adapter, the recipe asks for a whole model"
         yield from list_differences(_counted(comparable(check(recipe, trains=False))), _counted(config))
-    except ConfigError as error:
+    except Exception as error:  # a file that was edited or moved while the run trained must not fail it at its end
         yield f"experiment={experiment.name} alone cannot be composed here, to compare with ({error})"
 
 

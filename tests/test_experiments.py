@@ -197,6 +197,8 @@ def test_a_recipe_of_one_s_own_is_found_again_and_without_its_folder_there_is_no
     typed = f"python -m dpo_kit --config-dir={tmp_path} experiment=mine"
     assert compare_with_published(manifest | {"command": typed}, [])["differs"] == []
     assert "experiment=mine alone cannot be composed" in compare_with_published(manifest, [])["differs"][0]
+    (tmp_path / "experiment" / "mine.yaml").write_text("a: [")
+    assert "cannot be composed" in compare_with_published(manifest | {"command": typed}, [])["differs"][0]
 
 
 def test_without_a_published_band_its_absence_is_said():
