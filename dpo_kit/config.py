@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pydantic
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -85,6 +87,11 @@ def _learning_rate(of_model: Any, of_method: Any, tuning: str) -> float:
     return Rates(**(of_model or of_method)).for_tuning(tuning)
 
 
+def own_folders(sources: Iterable[Any]) -> list[str]:
+    """The flags that bring back a command's folders of its own, of `hydra.runtime.config_sources`."""
+    return [f"--config-dir={source['path']}" for source in sources if source["provider"] == "command-line"]
+
+
 def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> DictConfig:
     """The config that `python -m dpo_kit <overrides>` would run, checked.
 
@@ -99,12 +106,23 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 def compose_unchecked(overrides: Sequence[str], config_name: str = "config", *, with_hydra: bool = False) -> DictConfig:
     register()
     try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="dpo_kit"):
+        with _no_job(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="dpo_kit"):
             cfg = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
     refuse_secrets(OmegaConf.to_container(cfg, resolve=False), overrides)
     return cfg
+
+
+@contextmanager
+def _no_job() -> Iterator[None]:
+    """Hydra's job that is running, if any, set aside: Hydra composes nothing else beside it."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def check(cfg: DictConfig, *, trains: bool = True) -> Settings:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, distribution, requires, version
+from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def describe() -> dict[str, Any]:
     packages, extras = describe_packages()
     cache = cache_folder("")
     return {
-        "dpo_kit": {"version": version("dpo-kit"), "commit": _commit()},
+        "dpo_kit": {"version": _version("dpo-kit"), "commit": _commit()},
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "system": platform.platform(),
         "processor": describe_processor(),
@@ -71,7 +73,7 @@ def describe_packages() -> tuple[dict[str, str], dict[str, bool]]:
 
     found: dict[str, str] = {}
     extras: dict[str, bool] = {}
-    for text in requires("dpo-kit") or []:
+    for text in _needs():
         need = Requirement(text)
         installed = _version(need.name)
         if installed:
@@ -79,6 +81,13 @@ def describe_packages() -> tuple[dict[str, str], dict[str, bool]]:
         for extra in re.findall(r"extra == ['\"]([\w-]+)['\"]", str(need.marker or "")):
             extras[extra] = extras.get(extra, True) and installed is not None
     return found, extras
+
+
+def _needs() -> list[str]:
+    try:
+        return requires("dpo-kit") or []
+    except PackageNotFoundError:  # a checkout that is not installed
+        return []
 
 
 def _version(name: str) -> str | None:
@@ -156,8 +165,14 @@ def _hide(text: str) -> str:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files under `folder`."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    """Bytes of all files under `folder`; what a running job takes away meanwhile does not count."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = Path(place, name).lstat()
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def to_markdown(found: Mapping[str, Any]) -> str:
@@ -167,7 +182,8 @@ def to_markdown(found: Mapping[str, Any]) -> str:
 
 def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     own, processor, devices = found["dpo_kit"], found["processor"], found["devices"]
-    yield "dpo_kit", f"{own['version']}" + (f", commit {code(own['commit'])}" if own["commit"] else "")
+    commit = f", commit {code(own['commit'])}" if own["commit"] else ""
+    yield "dpo_kit", (own["version"] or "not installed") + commit
     yield "Python", inline(found["python"])
     yield "system", inline(found["system"])
     yield "processor", inline(f"{processor['name']}, {processor['cores']} cores, {' '.join(processor['features'])}")

@@ -17,8 +17,8 @@ from dpo_kit.checkpoints import SAVING, put_in_place
 from dpo_kit.diagnosis import diagnose
 from dpo_kit.history import read_metrics
 from dpo_kit.nonfinite import refuse_non_finite
-from dpo_kit.page import write_page
-from dpo_kit.published import compare
+from dpo_kit.page import refresh_page, write_page
+from dpo_kit.published import compare_with_published
 from dpo_kit.report import draw_report
 from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.secrets import redact_text
@@ -88,13 +88,13 @@ def finish_run(
         findings=[dataclasses.asdict(finding) for finding in diagnose(history, settings.method.model_dump())],
         next=next_command(settings, manifest["command"]),
         judge=judge,
-        published=compare(manifest, history),
+        published=compare_with_published(manifest, history),
         **identity(settings),
     )
     title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
     draw_report(run.root, title=title, ceiling=ceiling)
     write_card(run.root, dataclasses.asdict(result), manifest)
-    report_to_tracker(tracker, run, result, write_page(run.root, dataclasses.asdict(result)))
+    report_to_tracker(tracker, run, result, refresh_page(run.root, dataclasses.asdict(result)))
     write_json(run.result, dataclasses.asdict(result))
     trainer.accelerator.wait_for_everyone()
     return result
@@ -129,9 +129,10 @@ def measured(history: list[dict[str, Any]]) -> dict[str, float]:
     return {key: value for row in history for key, value in row.items() if key.startswith(MEASURED)}
 
 
-def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result, page: str) -> None:
+def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result, page: str | None) -> None:
     """Final scalars, the page, the picture and the samples."""
-    tracker.notes(page)
+    if page:
+        tracker.notes(page)
     tracker.summary({f"final/{key}": value for key, value in result.final.items()} | {"status": result.status})
     tracker.image("report", run.picture)
     if run.samples.exists():

@@ -14,7 +14,7 @@ from dpo_kit.data.rows import Kind
 from dpo_kit.gold import GoldFigures, load_gold
 from dpo_kit.hardware import has_accelerator
 from dpo_kit.model import load_reference, load_tokenizer, load_tuned
-from dpo_kit.page import write_page
+from dpo_kit.page import refresh_page
 from dpo_kit.probe import PairProbe
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.run import RunDirectory, read_json, write_json
@@ -60,7 +60,7 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
     if gold := config["data"]["gold"]:
         values |= _gold(tuned, rows, gold, config["callbacks"]["max_new_tokens"])
     write_json(run.test, values)
-    write_page(run.root)
+    refresh_page(run.root)
     return values
 
 

@@ -82,16 +82,23 @@ def refuse_inexact_resume(checkpoint: Path, there: dict[str, Any], here: dict[st
 
 def describe_difference(there: Any, here: Any) -> str:
     """The keys in which two trees differ, with both values; empty where they are equal."""
-    there, here = _flat(there), _flat(here)
-    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    differing = list_differences(there, here)
     more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-    return ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} now" for key in differing[:5]) + more
+    return ", ".join(differing[:5]) + more
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def list_differences(there: Any, here: Any) -> list[str]:
+    """Each key in which two trees differ, with both values."""
+    there, here = flatten(there), flatten(here)
+    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    return [f"{key}: {there.get(key)} there, {here.get(key)} now" for key in differing]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested dicts."""
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
-    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
+    return {key: value for name, item in tree.items() for key, value in flatten(item, f"{prefix}{name}.").items()}
 
 
 def sweep_id(configs: Iterable[Any]) -> str:

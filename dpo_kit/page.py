@@ -6,6 +6,7 @@ the test split). Texts from elsewhere are escaped, secrets redacted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 from dpo_kit.markdown import code, fence, inline, table
 from dpo_kit.published import sentences
-from dpo_kit.report import bounds, ceiling_line, interval_text, number_text, result_rows
+from dpo_kit.report import ceiling_line, interval_text, number_text, result_rows
 from dpo_kit.run import RunDirectory, read_json, write_text
 from dpo_kit.secrets import redact, redact_command
 
+log = logging.getLogger(__name__)
 JUDGED = (
     ("accuracy", "held-out accuracy"),
     ("auc", "held-out AUC"),
@@ -45,6 +47,15 @@ def write_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -> 
     text = page_text(_read(run, result))
     write_text(run.page, text)
     return text
+
+
+def refresh_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -> str | None:
+    """`write_page` beside results that must not be lost for it: a failure is logged, and None returned."""
+    try:
+        return write_page(run_dir, result)
+    except Exception:
+        log.warning("the page of %s could not be written", run_dir, exc_info=True)
+        return None
 
 
 def _read(run: RunDirectory, result: Mapping[str, Any] | None) -> Facts:
@@ -81,7 +92,7 @@ def _sources(facts: Facts) -> str:
 
 
 def _verdict(facts: Facts) -> str:
-    """Whether the policy is better than what it started from, by the best measure that there is, in a sentence."""
+    """What is known of the policy against what it started from, in a sentence; better only where that was tested."""
     result, judged = facts.result, facts.judged
     if (status := str(result.get("status", "running or killed"))) != "done":
         return f"**{status.capitalize()}**: {inline(str(result.get('error', 'no reason recorded')))}"
@@ -90,17 +101,11 @@ def _verdict(facts: Facts) -> str:
         against = f"{inline(str(judged['opponent']))}, on {judged['win_rate_prompts']} prompts"
         return f"**{judged['win_rate_verdict'].capitalize()}**: {rate} against {against}."
     start, final = result.get("start") or {}, result.get("final") or {}
-    if ends := bounds(final, "gold/reward") if "gold/reward" in final else None:
-        before = bounds(start, "gold/reward") if "gold/reward" in start else None
-        said = _apart(ends, before) if before else "Measured"
-        return f"**{said}**: {_text(final, 'gold/reward', '.2f')} gold reward of fresh samples{_before(start)}."
+    if final.get("gold/reward") is not None:  # the two intervals share their prompts: they do not say which is better
+        return f"**Measured**: {_text(final, 'gold/reward', '.2f')} gold reward of fresh samples{_before(start)}."
     key = next((key for key in ("probe/accuracy", "probe/auc") if key in final), None)
     told = f"held-out {key.partition('/')[2]} {_text(final, key, '.3f')}, " if key else ""
     return f"**Not known to be better yet**: {told}but nobody has judged its answers (`python -m dpo_kit.evaluate`)."
-
-
-def _apart(now: tuple[float, float], before: tuple[float, float]) -> str:
-    return "Better" if now[0] > before[1] else "Worse" if now[1] < before[0] else "Not separated from the start"
 
 
 def _before(start: Mapping[str, Any]) -> str:

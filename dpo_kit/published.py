@@ -6,10 +6,27 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from dpo_kit.config import check, compose_unchecked
+from dpo_kit.identity import comparable, flatten, list_differences
 from dpo_kit.report import bounds, number_text
 from dpo_kit.settings import Experiment
 
-SAME = ("experiment=", "seed=", "tracking", "resume=", "hydra", "callbacks", "speed.", "choose.", "dry_run=")
+SAME = (  # what may differ from the recipe: another draw, what only measures or permits, rows at a time
+    "seed",
+    "trl.seed",
+    "trl.data_seed",
+    "trl.beta",  # follows beta
+    "speed.",
+    "callbacks.",
+    "allow_",
+    "trl.per_device_train_batch_size",  # the product of the two is held against the published one
+    "trl.gradient_accumulation_steps",
+    "trl.per_device_eval_batch_size",
+)
+NOT_SAME = ("callbacks.patience", "callbacks.extra")  # these can end training early
+SHOWN = 5  # differences in a sentence
 
 
 def batch_fault(experiment: Experiment | None, trl: Mapping[str, Any], batch: int) -> str | None:
@@ -22,24 +39,53 @@ def batch_fault(experiment: Experiment | None, trl: Mapping[str, Any], batch: in
     return f"{batch} rows per optimizer step, not {experiment.batch} ({remedy} makes it so)"
 
 
-def compare(manifest: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def compare_with_published(manifest: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The published values of each measured key beside this run's last one (of the rows of metrics.jsonl, `history`);
     None where no published run is repeated.
 
-    `differs` says what was typed beyond the recipe, and another batch.
+    `differs` says in what the run is not the recipe.
     """
     if not (given := manifest["config"].get("experiment")):
         return None
     experiment = Experiment(**given)
     final = {key: value for row in history for key, value in row.items() if value is not None}
-    typed = shlex.split(manifest.get("command") or "")[3:]
-    batch = batch_fault(experiment, manifest["config"]["trl"], manifest["effective_batch"])
     return {
         "name": experiment.name,
         "source": experiment.source,
         "expected_from": experiment.expected_from,
-        "differs": [*(word for word in typed if not word.startswith(SAME)), *([batch] if batch else [])],
+        "differs": list(_differences(manifest, experiment)),
         "figures": [_figure(key, values, final) for key, values in experiment.expected.items()],
+    }
+
+
+def _differences(manifest: Mapping[str, Any], experiment: Experiment) -> Iterator[str]:
+    """Another batch, another kind of start, and each key of the resolved config that is not as the recipe has it."""
+    config = manifest["config"]
+    if batch := batch_fault(experiment, config["trl"], manifest["effective_batch"]):
+        yield batch
+    try:
+        recipe = _compose_recipe(experiment.name, manifest.get("command"))
+        if OmegaConf.is_missing(recipe.model, "path"):
+            recipe.model.path = config["model"]["path"]
+            if "adapter" in manifest["model"]:
+                yield f"model.path={config['model']['path']} is an adapter, the recipe asks for a whole model"
+        yield from list_differences(_counted(comparable(check(recipe, trains=False))), _counted(config))
+    except Exception as error:  # a file that was edited or moved while the run trained must not fail it at its end
+        yield f"experiment={experiment.name} alone cannot be composed here, to compare with ({error})"
+
+
+def _compose_recipe(name: str, command: str | None) -> Any:
+    """The config of `experiment=<name>` and nothing else, unchecked; from the run's own --config-dir too."""
+    flag = "--config-dir="
+    own = [word.removeprefix(flag) for word in shlex.split(command or "") if word.startswith(flag)]
+    search = [f"hydra.searchpath=[file://{folder}]" for folder in own]
+    return compose_unchecked([*search, f"experiment={name}"])
+
+
+def _counted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a resolved config in which a repetition must not differ."""
+    return {
+        key: value for key, value in flatten(config).items() if key.startswith(NOT_SAME) or not key.startswith(SAME)
     }
 
 
@@ -51,17 +97,19 @@ def _figure(key: str, expected: Sequence[float], final: Mapping[str, Any]) -> di
 
 def sentences(published: Mapping[str, Any]) -> Iterator[str]:
     """The comparison in words; a verdict only where the run is the published one as far as can be seen."""
-    same = not published["differs"]
+    differs = published["differs"]
+    same = not differs
     for figure in published["figures"]:
         low, high = min(figure["expected"]), max(figure["expected"])
         there = number_text(low, ".3f") + (f" to {number_text(high, '.3f')}" if high > low else "")
-        reports = f"{len(figure['expected'])} reports" if high > low else "one report"
+        reports = f"{len(figure['expected'])} reports" if len(figure["expected"]) > 1 else "one report"
         verdict = _verdict(figure, low, high) if same else ""
         yield f"{figure['key']}: {there} published ({reports}), {_here(figure)}{verdict}."
     if not published["figures"]:
         yield f"{published['name']}: {published['expected_from']}."
     if not same:
-        yield f"Not the published run, so no verdict: {', '.join(published['differs'])}."
+        more = f" and {len(differs) - SHOWN} more" if len(differs) > SHOWN else ""
+        yield f"Not the published run, so no verdict: {', '.join(differs[:SHOWN])}{more}."
 
 
 def _here(figure: Mapping[str, Any]) -> str:

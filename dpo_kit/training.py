@@ -27,7 +27,7 @@ from dpo_kit.arguments import (
     uses_store,
 )
 from dpo_kit.checkpoints import explain_full_disk
-from dpo_kit.config import check
+from dpo_kit.config import check, own_folders
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.preference import measure_preference, reference_margins
 from dpo_kit.data.prepare import Prepared, Rows, prepare
@@ -174,7 +174,7 @@ def typed_command() -> str | None:
     if not HydraConfig.initialized():
         return None
     hydra = HydraConfig.get()
-    own = [f"--config-dir={each.path}" for each in hydra.runtime.config_sources if each.provider == "command-line"]
+    own = own_folders(hydra.runtime.config_sources)
     words = [word for word in hydra.overrides.task if not word.startswith("beta-sweep=")]  # of this run only
     return shlex.join(["python", "-m", "dpo_kit", *redact_argv([*own, *words])])
 

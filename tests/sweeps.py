@@ -131,4 +131,9 @@ def write_jobs(sweep: Path, *jobs: dict[str, Any], typed: list[str] | None = Non
     (sweep / "sweep.json").write_text(json.dumps({"jobs": [{"number": n, **job} for n, job in enumerate(jobs)]}))
     if typed is not None:
         overrides = {"hydra": ["hydra.sweep.dir=swept", "hydra.mode=MULTIRUN"], "task": typed}
-        (sweep / "multirun.yaml").write_text(json.dumps({"hydra": {"overrides": overrides}}))
+        sources = [
+            {"path": "dpo_kit.conf", "schema": "pkg", "provider": "main"},
+            {"path": "/my options", "schema": "file", "provider": "command-line"},
+        ]
+        written = {"runtime": {"config_sources": sources}, "overrides": overrides}
+        (sweep / "multirun.yaml").write_text(json.dumps({"hydra": written}))

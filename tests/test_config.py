@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 
 from dpo_kit.config import CONF, check, compose, known_keys
 from dpo_kit.errors import ConfigError
@@ -282,3 +284,10 @@ def test_columns_are_mapped_by_a_literal_as_the_readme_writes_it(word):
 def test_a_key_of_an_option_that_is_not_chosen_is_said_to_be_one():
     with pytest.raises(ConfigError, match=r"judge\.module belongs to an option of the group judge .*: add judge=…"):
         compose(["method=kto_apo", "judge.module=x"])
+
+
+def test_a_config_can_be_composed_while_a_job_of_hydra_runs():
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        job = GlobalHydra.instance().hydra
+        assert compose(["seed=3"]).seed == 3
+        assert GlobalHydra.instance().hydra is job

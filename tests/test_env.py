@@ -2,7 +2,7 @@
 
 import json
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
@@ -52,6 +52,26 @@ def test_an_extra_that_lacks_a_package_is_not_whole(monkeypatch):
     )
     packages, extras = describe_packages()
     assert packages.keys() == {"trl"} and extras == {"more": False}
+
+
+def test_a_checkout_that_is_not_installed_is_told_not_raised(quick, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(env, "requires", missing)
+    monkeypatch.setattr(env, "distribution", missing)
+    found = env.describe()
+    assert found["packages"] == {} and "| dpo_kit | not installed" in to_markdown(found)
+
+
+def test_the_size_of_the_cache_counts_whole_files_once_and_not_those_that_vanish(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "kept").write_bytes(b"12345")
+    (tmp_path / "sub" / "kept").write_bytes(b"123")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    walked = [(str(tmp_path), ["sub"], ["kept", "link", "gone"]), (str(tmp_path / "sub"), [], ["kept"])]
+    monkeypatch.setattr(env.os, "walk", lambda folder: walked)
+    assert env._size(tmp_path) == 8
 
 
 def test_a_torch_that_cannot_be_imported_is_told_not_raised(monkeypatch):

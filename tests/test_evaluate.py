@@ -348,6 +348,7 @@ def test_a_further_part_is_one_entry_of_the_table(run, monkeypatch, capsys):
     work([f"run={run}", "parts=[win_rate,benchmarks]"])
     assert capsys.readouterr().out.splitlines()[0] == "GATE FAILED"
     assert result_of(run)["gate"] == gate and result_of(run)["win_rate"] is not None
+    monkeypatch.setattr("dpo_kit.page.page_text", lambda _: 1 / 0)  # a page that fails costs no measurement
     work([f"run={run}", "parts=[preferences]"])  # what was measured earlier stays
     assert result_of(run)["gate"] == gate and result_of(run)["accuracy"] is not None
     assert read_json(run / "evaluation" / "benchmarks.json")["at"] == "run"

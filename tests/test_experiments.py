@@ -9,7 +9,8 @@ import yaml
 from dpo_kit.arguments import import_class
 from dpo_kit.config import CONF, check, compose
 from dpo_kit.errors import ConfigError
-from dpo_kit.published import batch_fault, compare, sentences
+from dpo_kit.identity import comparable
+from dpo_kit.published import batch_fault, compare_with_published, sentences
 from dpo_kit.settings import Experiment
 
 # model, data, beta, learning rate, epochs, rows × accumulation × devices, max_length, scheduler, warm-up, optimizer:
@@ -20,7 +21,7 @@ STATED: dict[str, tuple[Any, ...]] = {
         0.01, 5e-7, 1, (8, 2, 8), 1024, "cosine", 0.1, "adamw_torch",
     ),
     "zephyr-7b-dpo-qlora": (
-        "alignment-handbook/zephyr-7b-sft-qlora", "HuggingFaceH4/ultrafeedback_binarized",
+        "merged", "HuggingFaceH4/ultrafeedback_binarized",
         0.01, 5e-6, 1, (4, 4, 1), 1024, "cosine", 0.1, "paged_adamw_32bit",
     ),
     "simpo-llama3-8b-instruct": (
@@ -36,6 +37,7 @@ STATED: dict[str, tuple[Any, ...]] = {
         0.1, 5e-7, 1, (16, 1, 1), 1024, "cosine", 0.1, None,
     ),
 }  # fmt: skip
+START = {"zephyr-7b-dpo-qlora": ["model.path=merged"]}  # what must be typed beside a recipe's name
 EXPERIMENT = Experiment(
     name="x", title="t", source="s", batch=128, expected={"probe/accuracy": [0.75, 0.78]}, expected_from="f"
 )
@@ -48,7 +50,7 @@ def test_every_recipe_is_held_against_its_source_here():
 @pytest.mark.parametrize("name", STATED)
 def test_a_recipe_holds_what_its_source_states(name):
     model, data, beta, rate, epochs, batch, length, scheduler, warmup, optimizer = STATED[name]
-    settings = check(compose([f"experiment={name}"]))
+    settings = check(compose([f"experiment={name}", *START.get(name, [])]))
     trl = settings.trl
     assert (settings.model.path, settings.data.train, settings.beta, trl["beta"]) == (model, data, beta, beta)
     assert (trl["learning_rate"], trl["num_train_epochs"]) == (rate, epochs)
@@ -61,7 +63,7 @@ def test_a_recipe_holds_what_its_source_states(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATED)
 def test_a_recipe_composes_to_trl_s_config(name, tmp_path):
-    settings = check(compose([f"experiment={name}"]))
+    settings = check(compose([f"experiment={name}", *START.get(name, [])]))
     given = {key: value for key, value in settings.trl.items() if value is not None} | {"bf16": False, "use_cpu": True}
     args = import_class(settings.method.config)(output_dir=str(tmp_path), **given)
     recipe = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
@@ -69,7 +71,7 @@ def test_a_recipe_composes_to_trl_s_config(name, tmp_path):
 
 
 def test_the_qlora_recipe_tunes_what_the_handbook_tunes():
-    lora = compose(["experiment=zephyr-7b-dpo-qlora"]).model
+    lora = compose(["experiment=zephyr-7b-dpo-qlora", "model.path=merged"]).model
     assert (lora.tuning, lora.lora.r, lora.lora.lora_alpha, lora.lora.lora_dropout) == ("qlora", 128, 128, 0.05)
     assert list(lora.lora.target_modules) == [
         "q_proj",
@@ -118,49 +120,96 @@ def test_a_run_of_a_recipe_ends_beside_the_published_one(command, tmp_path):
     assert (
         "not the published run of experiment=zephyr-7b-dpo: 16 rows per optimizer step, not 128" in text + done.stderr
     )
-    assert "probe/accuracy: 0.754 to 0.785 published (6 reports)" in text and "so no verdict: model=tiny" in text
+    assert "probe/accuracy: 0.754 to 0.785 published (6 reports)" in text
+    assert "so no verdict: 16 rows per optimizer step, not 128" in text and "data.columns" in text
     assert "## Beside the published run" in (tmp_path / "run" / "report.md").read_text()
 
 
 # --- beside the published run ------------------------------------------------------------------------------------
 
 
-def _manifest(words: str = "", batch: int = 128) -> dict[str, Any]:
-    config = {"experiment": EXPERIMENT.model_dump(), "trl": {"gradient_accumulation_steps": 2}}
-    return {"config": config, "effective_batch": batch, "command": f"python -m dpo_kit experiment=x {words}"}
+def _manifest(*words: str, batch: int = 128, recipe: str = "zephyr-7b-dpo", **more: Any) -> dict[str, Any]:
+    """The manifest of a run of `recipe` with `words`, as Python starts it: without a command."""
+    config = comparable(check(compose([f"experiment={recipe}", *words])))
+    return {"config": config, "effective_batch": batch, "command": None, "model": {}} | more
 
 
 @pytest.mark.parametrize(
     ("measured", "said"),
     [
-        ({"probe/accuracy": 0.76}, "0.760 here: in agreement."),
-        ({"probe/accuracy": 0.70}, "0.700 here: below."),
-        ({"probe/accuracy": 0.80}, "0.800 here: above."),
-        (
-            {"probe/accuracy": 0.70, "probe/accuracy_low": 0.6, "probe/accuracy_high": 0.76},
-            "[0.600, 0.760] here: in agr",
-        ),
-        ({}, "not measured here."),
+        ({"measured": 0.76}, "0.760 here: in agreement."),
+        ({"measured": 0.70}, "0.700 here: below."),
+        ({"measured": 0.80}, "0.800 here: above."),
+        ({"measured": 0.70, "low": 0.6, "high": 0.76}, "[0.600, 0.760] here: in agr"),
+        ({"measured": None}, "not measured here."),
     ],
 )
 def test_a_run_agrees_where_its_interval_meets_the_published_range(measured, said):
-    found = compare(_manifest("seed=3 hydra.run.dir=r"), [{"step": 0, "probe/accuracy": None}, {"step": 9, **measured}])
-    assert found["differs"] == [] and said in next(sentences(found))
+    figure = {"key": "probe/accuracy", "expected": [0.75, 0.78], **measured}
+    assert said in next(sentences({"differs": [], "figures": [figure]}))
 
 
-def test_what_was_changed_is_named_and_takes_the_verdict_away():
-    found = compare(_manifest("beta=0.1 tracking=none", batch=16), [{"step": 1, "probe/accuracy": 0.76}])
-    first, last = sentences(found)
-    assert first.endswith("0.760 here.")
-    assert last.startswith("Not the published run, so no verdict: beta=0.1, 16 rows per optimizer step, not 128")
+def test_reports_that_agree_are_all_counted():
+    figure = {"key": "probe/accuracy", "expected": [0.75, 0.75], "measured": 0.75}
+    assert next(sentences({"differs": [], "figures": [figure]})).startswith("probe/accuracy: 0.750 published (2 rep")
+
+
+def test_what_trains_no_other_run_leaves_the_verdict_and_the_last_value_counts():
+    words = ["seed=3", "beta=0.01", "trl.gradient_accumulation_steps=16", "speed.share_prefix=false", "callbacks=none"]
+    ends = {"probe/accuracy": 0.76, "probe/accuracy_low": 0.7, "probe/accuracy_high": 0.8}
+    rows = [{"step": 0, "probe/accuracy": 0.5}, {"step": 9, **ends}, {"step": 10, "probe/accuracy": None}]
+    found = compare_with_published(_manifest(*words, "tracking=none"), rows)
+    assert found["differs"] == []
+    assert "0.760 [0.700, 0.800] here: in agreement." in next(sentences(found))
+
+
+def test_what_was_changed_from_python_too_is_named_and_takes_the_verdict_away():
+    found = compare_with_published(
+        _manifest("beta=0.1", "tracking=none", batch=16), [{"step": 1, "probe/accuracy": 0.7}]
+    )
+    first, *_, last = sentences(found)
+    assert first.endswith("0.700 here.")
+    assert last.startswith("Not the published run, so no verdict: 16 rows per optimizer step, not 128")
+    assert last.endswith("makes it so), beta: 0.01 there, 0.1 now.")
+
+
+@pytest.mark.slow
+def test_callbacks_that_can_stop_training_early_are_a_difference():
+    words = ["callbacks.patience=2", "trl.metric_for_best_model=probe/accuracy", "callbacks.pairs=64"]
+    named = {line.partition(":")[0] for line in compare_with_published(_manifest(*words), [])["differs"]}
+    assert named == {"callbacks.patience", "trl.metric_for_best_model"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "differs"), [({}, 0), ({"adapter": {}}, 1)])
+def test_a_start_that_the_recipe_asks_for_is_its_start_unless_it_is_an_adapter(model, differs):
+    manifest = _manifest("model.path=merged", recipe="zephyr-7b-dpo-qlora", batch=16, model=model)
+    assert len(compare_with_published(manifest, [])["differs"]) == differs
+
+
+@pytest.mark.slow
+def test_a_recipe_of_one_s_own_is_found_again_and_without_its_folder_there_is_no_verdict(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    own = "# @package _global_\ndefaults: [zephyr-7b-dpo, _self_]\nexperiment: {name: mine}\nbeta: 0.2\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(own)
+    config = comparable(check(compose(["experiment=mine"], config_dir=tmp_path)))
+    manifest = {"config": config, "effective_batch": 128, "model": {}}
+    typed = f"python -m dpo_kit --config-dir={tmp_path} experiment=mine"
+    assert compare_with_published(manifest | {"command": typed}, [])["differs"] == []
+    assert "experiment=mine alone cannot be composed" in compare_with_published(manifest, [])["differs"][0]
+    (tmp_path / "experiment" / "mine.yaml").write_text("a: [")
+    assert "cannot be composed" in compare_with_published(manifest | {"command": typed}, [])["differs"][0]
 
 
 def test_without_a_published_band_its_absence_is_said():
-    plain = EXPERIMENT.model_copy(update={"expected": {}, "expected_from": "no published band"})
-    manifest = _manifest()
-    manifest["config"]["experiment"] = plain.model_dump()
-    assert list(sentences(compare(manifest, []))) == ["x: no published band."]
-    assert compare({"config": {"experiment": None}}, []) is None
+    published = {"name": "x", "expected_from": "no published band", "differs": [], "figures": []}
+    assert list(sentences(published)) == ["x: no published band."]
+    assert compare_with_published({"config": {"experiment": None}}, []) is None
+
+
+def test_the_qlora_recipe_asks_for_the_merged_start():
+    with pytest.raises(ConfigError, match=r"model\.path is missing"):
+        compose(["experiment=zephyr-7b-dpo-qlora"])
 
 
 def test_another_batch_is_refused_softly_with_the_accumulation_that_makes_it_right():

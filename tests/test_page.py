@@ -8,7 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from dpo_kit.markdown import code, fence, inline, table
-from dpo_kit.page import write_page
+from dpo_kit.page import refresh_page, write_page
 from dpo_kit.run import write_json
 from tests.test_card import CANARY, MANIFEST, RESULT
 
@@ -78,14 +78,21 @@ def test_the_page_states_what_was_trained_on_what_and_how_to_repeat_it(run: Path
 @pytest.mark.parametrize(
     ("start", "said"),
     [
-        ({}, "**Measured**: 1.60 [1.50, 1.70] gold reward"),
-        ({"gold/reward": 1.2, "gold/reward_low": 1.0, "gold/reward_high": 1.4}, "**Better**: 1.60"),
-        ({"gold/reward": 1.4, "gold/reward_low": 1.2, "gold/reward_high": 1.6}, "**Not separated from the start**"),
-        ({"gold/reward": 2.0, "gold/reward_low": 1.8, "gold/reward_high": 2.2}, "**Worse**: 1.60"),
+        ({}, "**Measured**: 1.60 [1.50, 1.70] gold reward of fresh samples."),
+        ({"gold/reward": 1.2, "gold/reward_low": 1.0, "gold/reward_high": 1.4}, "samples, 1.20 [1.00, 1.40] at the st"),
+        ({"gold/reward": 1.2}, "samples, 1.20 at the start."),
     ],
 )
-def test_better_is_said_only_where_the_intervals_are_apart(run: Path, start: dict[str, float], said: str) -> None:
-    assert said in write_page(run, DONE | {"start": start})
+def test_gold_rewards_stand_side_by_side_without_a_verdict_that_their_intervals_cannot_give(
+    run: Path, start: dict[str, float], said: str
+) -> None:
+    page = write_page(run, DONE | {"start": start})
+    assert said in page and "Better" not in page and "Not separated" not in page
+
+
+def test_a_gold_reward_without_an_interval_is_still_measured(run: Path) -> None:
+    page = write_page(run, DONE | {"final": {"gold/reward": 1.6, "probe/accuracy": 0.7}})
+    assert "**Measured**: 1.60 gold reward of fresh samples." in page and "nobody has judged" not in page
 
 
 def test_where_nobody_has_judged_the_page_does_not_call_it_better(run: Path) -> None:
@@ -111,6 +118,13 @@ def test_a_run_that_failed_before_its_manifest_has_a_page_with_the_reason(tmp_pa
     identity = {key: RESULT[key] for key in ("method", "beta", "seed", "model", "tuning")}
     write_json(tmp_path / "result.json", identity | {"status": "failed", "error": "OSError: disk <b>full</b>"})
     assert "**Failed**: OSError: disk \\<b\\>full\\</b\\>" in write_page(tmp_path)
+
+
+def test_a_page_that_cannot_be_written_is_logged_and_nothing_else_fails(run: Path, caplog: Any) -> None:
+    (run / "data_report.json").write_text("{")
+    assert refresh_page(run) is None and "could not be written" in caplog.text
+    write_json(run / "data_report.json", REPORT)
+    assert refresh_page(run) == (run / "report.md").read_text()
 
 
 def test_the_same_files_give_the_same_page_in_another_folder(run: Path, tmp_path_factory: Any) -> None:

@@ -21,6 +21,7 @@ from dpo_kit.manifest import comparable
 from dpo_kit.run import write_json
 from dpo_kit.sweep.__main__ import main
 from dpo_kit.sweep.labels import spread
+from dpo_kit.sweep.runs import sweep_command
 from dpo_kit.sweep.summary import describe, show_summary, summarize, write_summary
 from tests.sweeps import rewards, write_jobs, write_run
 
@@ -139,10 +140,19 @@ def test_a_failed_run_is_listed_with_its_error_and_log(tmp_path: Path) -> None:
     assert bad["error"].startswith("RuntimeError: out of memory")
     assert (killed["status"], killed["path"], killed["error"]) == ("killed", "5-killed", "killed by signal 9")
     assert f"4-bad failed: RuntimeError: out of memory (log: {tmp_path}/4-bad/job.log)" in describe(found)
-    again = "python -m dpo_kit -m beta-sweep=standard 'hub_token=<redacted>' hydra.sweep.dir=swept"
+    typed = "beta-sweep=standard 'hub_token=<redacted>' hydra.sweep.dir=swept"
+    again = f"python -m dpo_kit -m '--config-dir=/my options' {typed}"
     page = (tmp_path / "summary.md").read_text()
     assert found.next == again and page.count(again) == 2 and "swordfish" not in page
     assert "more \\| lines" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "cut", ["", "hydra:\n", "hydra:\n  overrides:\n    task: [a", "hydra: {overrides: {task: []}}", "- a"]
+)
+def test_a_cut_record_of_the_command_costs_the_command_only(tmp_path: Path, cut: str) -> None:
+    (tmp_path / "multirun.yaml").write_text(cut)
+    assert sweep_command(tmp_path) is None
 
 
 @pytest.mark.parametrize(

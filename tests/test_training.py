@@ -126,9 +126,17 @@ def test_a_finished_run_is_measured_once_on_the_split_that_no_choice_has_seen(fe
     data = prepare_data(config, load_tokenizer(config.model), RunDirectory(tmp_path / "again"))
     monkeypatch.setattr("dpo_kit.held_out.read_held_out", lambda *_: (data.kind, data.select))
     RunDirectory(tmp_path).test.unlink()
+    monkeypatch.setattr("dpo_kit.page.page_text", lambda _: 1 / 0)  # a page that fails costs no measurement
     on_select = measure_test_split(tmp_path)  # on the rows of the run's own probe it finds what the run found
     for key in ("probe/accuracy", "probe/margin_nats", "probe/logratio_chosen_nats", "probe/reward_margin"):
         assert on_select[key] == pytest.approx(run.final[key], abs=1e-4), key
+
+
+@pytest.mark.slow
+def test_a_page_that_fails_does_not_fail_the_run(few, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("dpo_kit.page.page_text", lambda _: 1 / 0)
+    assert train(compose([*few, "callbacks=none", "trl.max_steps=1"]), tmp_path).status == "done"
+    assert Result.read(tmp_path).status == "done" and "could not be written" in caplog.text
 
 
 def test_the_manifest_says_what_the_run_was_made_of(small_run):

@@ -14,7 +14,7 @@ from dpo_kit.evaluate.parts import PARTS
 from dpo_kit.evaluate.picture import draw_evaluation
 from dpo_kit.evaluate.plan import Job
 from dpo_kit.history import read_metrics
-from dpo_kit.page import write_page
+from dpo_kit.page import refresh_page
 from dpo_kit.run import read_json, write_json
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     if parts:
         draw_evaluation(job.folder / "evaluation.png", parts, title=f"{job.policy.name} against {job.opponent_name}")
     if job.run and job.folder == job.run.evaluation:
-        write_page(job.run.root)
+        refresh_page(job.run.root)
     _report(job, result, parts)
     return result
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from dpo_kit.config import own_folders
 from dpo_kit.errors import DataError
 from dpo_kit.history import read_metrics, series
 from dpo_kit.run import RunDirectory, read_json
@@ -229,13 +230,14 @@ def _order(value: float | None) -> tuple[bool, float]:
 
 
 def sweep_command(root: Path) -> str | None:
-    """What was typed to start the sweep, secrets redacted, from Hydra's own record; None where there is none."""
-    recorded = root / "multirun.yaml"
-    if not recorded.exists():
+    """What was typed to start the sweep, secrets redacted, from Hydra's own record; None where it cannot be read."""
+    try:
+        recorded = yaml.safe_load((root / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]
+        folders, typed = own_folders(recorded["runtime"]["config_sources"]), recorded["overrides"]
+        words = [*typed["task"], *(word for word in typed["hydra"] if not word.startswith("hydra.mode="))]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):  # a cut one is not always YAML that says so
         return None
-    typed = yaml.safe_load(recorded.read_text(encoding="utf-8"))["hydra"]["overrides"]
-    own = [word for word in typed["hydra"] if not word.startswith("hydra.mode=")]
-    return shlex.join(["python", "-m", "dpo_kit", "-m", *redact_argv([*typed["task"], *own])])
+    return shlex.join(["python", "-m", "dpo_kit", "-m", *redact_argv([*folders, *words])])
 
 
 def read_jobs(root: Path) -> list[dict[str, Any]]:
