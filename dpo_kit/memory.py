@@ -167,7 +167,8 @@ def build_weightless(settings: Settings, args: Any) -> Any:
 
             check_targets(adapter, bare, import_class(settings.method.trainer))
             policy: Any = get_peft_model(bare, adapter)
-            if read_adapter(model) is not None and model.reference is None:
+            goes_on = read_adapter(model) is not None
+            if goes_on and model.reference is None and settings.method.rows != "prompts":
                 policy.add_adapter("ref", adapter)
         else:
             policy = bare

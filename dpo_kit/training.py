@@ -43,6 +43,7 @@ from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.memory import fits
 from dpo_kit.model import build_adapter, check_targets, keep_start, load_policy, load_reference, load_tokenizer
 from dpo_kit.online import JudgedReward, open_reward, with_fresh_answers
+from dpo_kit.origin import read_adapter
 from dpo_kit.processes import is_writer
 from dpo_kit.published import batch_fault
 from dpo_kit.quiet import quiet_libraries
@@ -200,7 +201,7 @@ def build_trainer(
         write_json(run.trl_config, describe_arguments(args))
     given: dict[str, Any] = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
     if not settings.method.reference and settings.model.reference is None:
-        keep_start(policy)  # for the probe; TRL's trainers with a reference do it themselves
+        keep_start(policy)  # for the probe; TRL's trainers with a reference have one
     describe(settings, args, data)
     trainer = with_token_cache(import_class(settings.method.trainer), cache_folder("tokens"))
     if reward is not None:
@@ -237,10 +238,15 @@ def choose_arguments(settings: Settings, rows: Rows, checkpoints: Path, width: i
 
 
 def needs_reference(settings: Settings, args: Any) -> bool:
-    """Whether TRL needs a reference of its own: LoRA has the policy without adapter, precomputing has the start."""
+    """Whether TRL needs a reference of its own. LoRA has the policy without adapter, or a copy of the adapter that
+    training goes on from; precomputing has the start. TRL's trainer that draws answers would copy such a policy whole.
+    """
     if not settings.method.reference:
         return False
-    has_none = settings.model.tuning == "full" and not getattr(args, "precompute_ref_log_probs", False)
+    if settings.model.tuning == "full":
+        has_none = not getattr(args, "precompute_ref_log_probs", False)
+    else:
+        has_none = settings.method.rows == "prompts" and read_adapter(settings.model) is not None
     return has_none or settings.model.reference is not None
 
 

@@ -1,5 +1,6 @@
 """LoRA in PEFT's own variants, for methods with a reference and without; choices that cost or mislead are said."""
 
+import itertools
 import json
 import math
 import runpy
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.experimental.online_dpo import online_dpo_trainer
 
 from dpo_kit import ConfigError, ModelError, compose, train
 from dpo_kit.arguments import build_arguments, import_class
@@ -16,11 +18,14 @@ from dpo_kit.config import check
 from dpo_kit.export.folder import Export, export_run
 from dpo_kit.export.script import write_reproduction
 from dpo_kit.history import read_metrics
+from dpo_kit.memory import build_weightless
 from dpo_kit.model import load_policy, load_reference, load_tokenizer
+from dpo_kit.online import JudgedReward
 from dpo_kit.plan import plan_run
 from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.toy import MODEL
-from dpo_kit.training import build_dataset, read_data
+from dpo_kit.training import build_dataset, build_trainer, read_data
+from tests import scored_by_text
 from tests.small import differences, few_pairs
 
 QUICK = ["callbacks=none", "trl.save_strategy=no", "trl.logging_steps=1", "trl.learning_rate=1e-3"]
@@ -164,14 +169,21 @@ def _losses(run):
     return [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
 
 
+def _scores_of(prompts, completions, **_):
+    return scored_by_text.gold_rewards(prompts, [each[0]["content"] for each in completions])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("store", ["true", "false"])
-@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo"])
+@pytest.mark.parametrize(
+    ("method", "store"),
+    [*itertools.product(["dpo", "kto", "orpo", "simpo"], ["true", "false"]), ("online_dpo", "auto")],
+)
 def test_an_adapter_goes_on_as_it_does_in_plain_trl_and_is_measured_from_its_own_start(
     method, store, adapter, tmp_path
 ):
     words = _go_on(adapter, tmp_path, f"method={method}", "trl.learning_rate=1e-2", f"speed.reference_store={store}")
-    cfg = compose(words)
+    online = method == "online_dpo"
+    cfg = compose([*words, "judge.module=tests.scored_by_text", "trl.max_new_tokens=24"] if online else words)
     result = train(cfg, tmp_path / "run")
     settings = check(cfg)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -183,6 +195,7 @@ def test_an_adapter_goes_on_as_it_does_in_plain_trl_and_is_measured_from_its_own
         args=args,
         train_dataset=build_dataset(rows, settings.method.rows),
         processing_class=tokenizer,
+        **({"reward_funcs": _scores_of} if online else {}),
     )
     theirs.train()
     expected = [row["loss"] for row in theirs.state.log_history if "loss" in row]
@@ -207,6 +220,27 @@ def _halve(whole):
         path = halved / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return halved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["dpo", "online_dpo"])
+def test_a_whole_second_model_as_the_reference_of_an_adapter_that_goes_on_is_counted(
+    method, tuning, adapter, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(online_dpo_trainer, "create_reference_model", None)  # a copy that nobody has counted
+    settings = check(compose(_go_on(adapter, tmp_path, f"method={method}", f"model.tuning={tuning}")))
+    tokenizer, run = load_tokenizer(settings.model), RunDirectory(tmp_path / "run")
+    data = read_data(settings, tokenizer)
+    trainer = build_trainer(settings, data, tokenizer, run, JudgedReward(None, 0) if settings.judge else None)
+    planned, policy = plan_run(settings), trainer.model
+    second = getattr(trainer, "ref_model", None)
+    assert (second is not None) == (planned.memory["reference"] > 0) == (method == "online_dpo")
+    assert sorted(policy.peft_config) == (["default"] if second else ["default", "ref"])
+    assert planned.parameters == sum(p.numel() for p in build_weightless(settings, trainer.args).parameters())
+    if second and tuning == "lora":
+        held = sum(p.numel() * p.element_size() for p in second.parameters())
+        assert planned.memory["reference"] == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.slow
