@@ -191,7 +191,7 @@ def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirecto
 def build_trainer(
     settings: Settings, data: Prepared, tokenizer: Any, run: RunDirectory, reward: JudgedReward | None = None
 ) -> Any:
-    """TRL's trainer for the method: one keyword call serves them all. `reward` compares answers that it draws."""
+    """TRL's trainer for the method: one keyword call serves them all. `reward` compares the answers that TRL draws."""
     adapter = build_adapter(settings.model)
     policy = load_policy(settings.model, tokenizer)
     if adapter:
