@@ -139,6 +139,8 @@ def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, comman
 def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepared:
     """Rows for training and measuring, with the report and the dropped rows written to the run directory."""
     data = read_data(settings, tokenizer)
+    if fault := kind_fault(settings.trl["metric_for_best_model"], data.kind, settings.callbacks.metrics):
+        raise ConfigError(fault)
     if settings.data.reference_margin and data.kind == "pairs":
         pairs = data.train if settings.method.rows == "pairs" else data.select
         data.report["reference"] = measure_preference(reference_margins(pairs, settings, tokenizer))
@@ -147,8 +149,6 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
     if not is_writer():
         return data
     write_json(run.data_report, data.report)
-    if fault := kind_fault(settings.trl["metric_for_best_model"], data.kind):
-        raise ConfigError(fault)
     if about := [warning["about"] for warning in data.report["warnings"]]:
         log.info("the data report has something to say on %s: %s", ", ".join(dict.fromkeys(about)), run.data_report)
     if data.dropped:
