@@ -344,7 +344,7 @@ def _head(model: Any, tokens: int, vocabulary: int) -> int:
 
 def _measuring(wanted: Callbacks, model: Any, parameters: int, reloads: bool, rows: Rows) -> int:
     """The probe: the largest of sampling (keys, values) and of scoring (logits of both models)."""
-    if not (wanted.preference_margin or wanted.implicit_reward or wanted.kl_drift):
+    if not (wanted.preference_margin or wanted.implicit_reward or wanted.metrics or wanted.kl_drift):
         return 0
     text = model.config.get_text_config()
     tokens = max(1, min(TOKENS_PER_BATCH, LOGITS_BYTES // (4 * text.vocab_size)))
