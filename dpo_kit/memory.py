@@ -30,7 +30,7 @@ from dpo_kit.arguments import import_class, uses_fused_head
 from dpo_kit.data.fresh import with_answer_lengths
 from dpo_kit.errors import ModelError
 from dpo_kit.hardware import has_accelerator, weight_dtype
-from dpo_kit.model import check_targets, read_lora
+from dpo_kit.model import check_targets, read_lora, refuse_uncopied
 from dpo_kit.origin import base_of, read_adapter
 from dpo_kit.prefix import NAME as SHARING
 from dpo_kit.prefix import WORTH, Layout, attend
@@ -169,6 +169,8 @@ def build_weightless(settings: Settings, args: Any) -> Any:
             policy: Any = get_peft_model(bare, adapter)
             goes_on = read_adapter(model) is not None
             if goes_on and model.reference is None and settings.method.rows != "prompts":
+                if settings.method.reference:
+                    refuse_uncopied(policy)
                 policy.add_adapter("ref", adapter)
         else:
             policy = bare

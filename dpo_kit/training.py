@@ -41,7 +41,15 @@ from dpo_kit.lock import only_writer
 from dpo_kit.manifest import build_manifest
 from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.memory import fits
-from dpo_kit.model import build_adapter, check_targets, keep_start, load_policy, load_reference, load_tokenizer
+from dpo_kit.model import (
+    build_adapter,
+    check_targets,
+    keep_start,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    refuse_uncopied,
+)
 from dpo_kit.online import JudgedReward, open_reward, with_fresh_answers
 from dpo_kit.origin import read_adapter
 from dpo_kit.processes import is_writer
@@ -202,6 +210,8 @@ def build_trainer(
     given: dict[str, Any] = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
     if not settings.method.reference and settings.model.reference is None:
         keep_start(policy)  # for the probe; TRL's trainers with a reference have one
+    elif settings.method.reference and not given:
+        refuse_uncopied(policy)
     describe(settings, args, data)
     trainer = with_token_cache(import_class(settings.method.trainer), cache_folder("tokens"))
     if reward is not None:

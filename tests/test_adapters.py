@@ -12,20 +12,29 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.online_dpo import online_dpo_trainer
 
-from dpo_kit import ConfigError, ModelError, compose, train
+from dpo_kit import ConfigError, ModelError, compose, origin, train
 from dpo_kit.arguments import build_arguments, import_class
 from dpo_kit.config import check
 from dpo_kit.export.folder import Export, export_run
 from dpo_kit.export.script import write_reproduction
 from dpo_kit.history import read_metrics
 from dpo_kit.memory import build_weightless
-from dpo_kit.model import load_policy, load_reference, load_tokenizer
+from dpo_kit.model import (
+    OF_ADAPTER,
+    keep_start,
+    load_policy,
+    load_reference,
+    load_start,
+    load_tokenizer,
+    refuse_uncopied,
+)
 from dpo_kit.online import JudgedReward
 from dpo_kit.plan import plan_run
+from dpo_kit.reference import _base_weights
 from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.toy import MODEL
 from dpo_kit.training import build_dataset, build_trainer, read_data
-from tests import scored_by_text
+from tests import scored_by_text, tiny
 from tests.small import differences, few_pairs
 
 QUICK = ["callbacks=none", "trl.save_strategy=no", "trl.logging_steps=1", "trl.learning_rate=1e-3"]
@@ -327,3 +336,47 @@ def test_an_adapter_of_another_kind_or_without_its_base_is_refused(adapter, tmp_
         file.write_text(json.dumps(there | change))
         with pytest.raises(ModelError, match=said):
             load_tokenizer(model)
+
+
+def test_an_adapter_on_embeddings_is_copied_whole_and_refused_where_trl_would_not():
+    options = {"r": 2, "target_modules": ["embed_tokens", "q_proj"], "task_type": "CAUSAL_LM"}
+    policy = get_peft_model(tiny.model(), LoraConfig(**options))
+    for name, weight in policy.named_parameters():
+        weight.data.normal_() if "lora_" in name else None
+    keep_start(policy)
+    weights = dict(policy.named_parameters())
+    copied = [name for name in weights if OF_ADAPTER.search(name)]
+    assert len(copied) == 2 * 3  # A and B of the embedding and of each layer's q_proj
+    assert all(torch.equal(weights[name], weights[OF_ADAPTER.sub(".ref", name)]) for name in copied)
+    kept = {name for name, _ in _base_weights(policy) if ".ref" in name}
+    assert len(kept) == 6 and sum("lora_embedding" in name for name in kept) == 2
+    with pytest.raises(ModelError, match=r"has model.embed_tokens.lora_embedding_A, which TRL leaves out"):
+        refuse_uncopied(policy)
+    refuse_uncopied(get_peft_model(tiny.model(), LoraConfig(**options | {"target_modules": ["q_proj"]})))
+
+
+def test_an_adapter_is_read_from_safetensors_alone(adapter, tmp_path, monkeypatch):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "other.safetensors")
+    (folder / "adapter_model.bin").write_bytes(b"")
+    there = {name: folder / name for name in ("adapter_config.json", "adapter_model.bin")}
+    monkeypatch.setattr(origin, "_download", lambda path, name, revision: there.get(name))
+    for path in (folder, "org/adapter"):
+        with pytest.raises(ModelError, match=r"is an adapter without adapter_model.safetensors"):
+            load_start(_model(f"model.path={path}", "model.tuning=lora"))
+
+
+@pytest.mark.slow
+def test_a_run_that_would_go_on_with_an_adapter_on_embeddings_is_refused_or_measured_from_its_start(tmp_path):
+    options = {"r": 2, "target_modules": ["embed_tokens"], "task_type": "CAUSAL_LM"}
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**options))
+    for name, weight in made.named_parameters():
+        weight.data.normal_(std=0.05) if "lora_" in name else None
+    made.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    words = _go_on(tmp_path / "adapter", tmp_path, "trl.max_steps=2")
+    with pytest.raises(ModelError, match="lora_embedding_A, which TRL leaves out"):
+        train(compose([*words, "method=dpo"]), tmp_path / "refused")
+    with pytest.raises(ModelError, match="lora_embedding_A, which TRL leaves out"):
+        plan_run(check(compose([*words, "method=dpo"])))
+    result = train(compose([*words, "method=orpo"]), tmp_path / "run")
+    assert abs(result.start["probe/margin_nats"]) < 1e-3
