@@ -30,7 +30,7 @@ from dpo_kit.arguments import import_class, uses_fused_head
 from dpo_kit.data.fresh import with_answer_lengths
 from dpo_kit.errors import ModelError
 from dpo_kit.hardware import has_accelerator, weight_dtype
-from dpo_kit.model import check_targets, read_lora
+from dpo_kit.model import check_targets, read_lora, refuse_uncopied
 from dpo_kit.origin import base_of, read_adapter
 from dpo_kit.prefix import NAME as SHARING
 from dpo_kit.prefix import WORTH, Layout, attend
@@ -167,7 +167,10 @@ def build_weightless(settings: Settings, args: Any) -> Any:
 
             check_targets(adapter, bare, import_class(settings.method.trainer))
             policy: Any = get_peft_model(bare, adapter)
-            if read_adapter(model) is not None and model.reference is None:
+            goes_on = read_adapter(model) is not None
+            if goes_on and model.reference is None and settings.method.rows != "prompts":
+                if settings.method.reference:
+                    refuse_uncopied(policy)
                 policy.add_adapter("ref", adapter)
         else:
             policy = bare
@@ -343,7 +346,7 @@ def _head(model: Any, tokens: int, vocabulary: int) -> int:
 
 def _measuring(wanted: Callbacks, model: Any, parameters: int, reloads: bool, rows: Rows) -> int:
     """The probe: the largest of sampling (keys, values) and of scoring (logits of both models)."""
-    if not (wanted.preference_margin or wanted.implicit_reward or wanted.kl_drift):
+    if not (wanted.preference_margin or wanted.implicit_reward or wanted.metrics or wanted.kl_drift):
         return 0
     text = model.config.get_text_config()
     tokens = max(1, min(TOKENS_PER_BATCH, LOGITS_BYTES // (4 * text.vocab_size)))

@@ -24,12 +24,14 @@ from dpo_kit.origin import (
     is_quantised,
     read_adapter,
     refuse_adapter,
+    refuse_pickled_adapter,
     refuse_unsafe,
 )
 from dpo_kit.run import hash_weights
 from dpo_kit.settings import Model
 
 log = logging.getLogger(__name__)
+OF_ADAPTER = re.compile(r"\.default(?=\.|$)")  # in names of weights: at the end for an adapter on embeddings
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -104,7 +106,7 @@ def load_start(model: Model) -> Any:
     """What training starts from: the weights at `model.path`, or its adapter on its base, ready to be trained."""
     if read_adapter(model) is None:
         return load_weights(model)
-    refuse_unsafe("model.path", model.path, model.revision)
+    refuse_pickled_adapter(model)
     revision = model.revision or "main"
     start = PeftModel.from_pretrained(
         load_weights(base_of(model)), model.path, is_trainable=True, revision=revision
@@ -123,8 +125,23 @@ def keep_start(policy: Any) -> None:
         return
     policy.add_adapter("ref", policy.peft_config["default"])
     for name, weight in policy.named_parameters():
-        if ".default." in name:
-            policy.get_parameter(name.replace(".default.", ".ref.")).data.copy_(weight.data)
+        copy = OF_ADAPTER.sub(".ref", name)
+        if copy != name:
+            policy.get_parameter(copy).data.copy_(weight.data)
+
+
+def refuse_uncopied(policy: Any) -> None:
+    """ModelError for an adapter that training goes on from, of which TRL's trainers leave a part at its random start
+    when they copy it as their reference: those on embeddings.
+    """
+    names = [name for name, _ in policy.named_parameters() if name.endswith(".default")]
+    if names:
+        part = names[0].removeprefix("base_model.model.").removesuffix(".default")
+        raise ModelError(
+            f"the adapter at model.path has {part}, which TRL leaves out when it copies the adapter as the reference: "
+            "merge it into its base first and begin a new one on that (python -m dpo_kit.export, or peft's "
+            "merge_and_unload), or take a method without a reference"
+        )
 
 
 def load_tuned(model: Model, folder: Path) -> PreTrainedModel:

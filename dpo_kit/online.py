@@ -9,13 +9,13 @@ The judge is shown every two answers in both orders. Where it does not decide, a
 from __future__ import annotations
 
 import logging
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from dpo_kit.data.rows import text_of
@@ -23,11 +23,14 @@ from dpo_kit.errors import TrainingError
 from dpo_kit.judges import Judge, Prompt, compare, open_judge, toss_coin
 from dpo_kit.processes import rank, world_size
 from dpo_kit.run import RunDirectory
-from dpo_kit.settings import Settings
+from dpo_kit.scoring import add_up
+from dpo_kit.settings import Judge as JudgeSettings
+from dpo_kit.settings import LLMJudge, Settings
 
 log = logging.getLogger(__name__)
 Base: Any = object  # in use, a trainer follows in the method resolution order
 DECIDED = ("win", "loss")
+BUDGET = ("max_cost", "max_requests")  # may differ when a run goes on
 COINS = ("tie", "order-dependent", "unjudged", "identical")
 """Why a coin was tossed: the judge calls both as good, follows their order, gives no verdict; or is not asked."""
 
@@ -35,8 +38,9 @@ COINS = ("tie", "order-dependent", "unjudged", "identical")
 class JudgedReward(TrainerCallback):
     """A reward function of TRL: of a prompt's two answers the better one gets 1, the other 0.
 
-    A callback as well, so that a resumed run goes on counting (see carried.py). `trainer`, once it is there, logs under
-    `judge/…` the share of coins, of identical answers, and the judge's mean score where it has a scale.
+    A callback as well, so that a resumed run goes on counting (see carried.py). `trainer`, to be set before the first
+    call, logs under `judge/…` the share of coins, of identical answers, and the judge's mean score where it has a
+    scale, of all processes.
     """
 
     def __init__(self, judge: Judge, seed: int) -> None:
@@ -68,8 +72,10 @@ class JudgedReward(TrainerCallback):
         verdicts = iter(compare(self.judge, *map(list, zip(*asked, strict=True))) if asked else ())
         outcomes: list[str] = ["identical" if a == b else next(verdicts).outcome for _, a, b in matches]
         if "unjudged" in outcomes and (reason := self.judge.spend().get("stopped")):
+            key = reason.partition("=")[0]
+            remedy = f"raise judge.{key}{_shared()}" if key in BUDGET else "once it answers"
             raise TrainingError(
-                f"{self.judge.name} gives no more verdicts ({reason}), and coins alone teach nothing: once it answers, "
+                f"{self.judge.name} gives no more verdicts ({reason}), and coins alone teach nothing: {remedy}, and "
                 "the same command goes on from the last checkpoint, and asks nothing twice"
             )
         return outcomes
@@ -80,13 +86,13 @@ class JudgedReward(TrainerCallback):
         return toss_coin(self.seed, step, prompt, low, high) == (first == low)
 
     def _log(self, outcomes: Sequence[str], prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
-        if self.trainer is None:
-            return
-        values = {name: [outcome == name for outcome in outcomes] for name in COINS}
-        shares = {"judge/coin_share": sum(map(sum, values.values())), "judge/identical_share": sum(values["identical"])}
-        logged = {key: count / len(outcomes) for key, count in shares.items()}
-        if scores := self.judge.scores(prompts, texts):
-            logged["judge/score"] = statistics.fmean(scores)
+        scores = self.judge.scores(prompts, texts) or ()
+        coins = sum(outcome in COINS for outcome in outcomes)
+        own = [len(outcomes), coins, outcomes.count("identical"), len(scores), sum(scores)]
+        matches, tossed, identical, scored, total = self._over_processes(own)
+        logged = {"judge/coin_share": tossed / matches, "judge/identical_share": identical / matches}
+        if scored:
+            logged["judge/score"] = total / scored
         for key, value in logged.items():
             self.trainer.stats.setdefault(key, []).append(value)
 
@@ -101,27 +107,58 @@ class JudgedReward(TrainerCallback):
     def summary(self) -> dict[str, Any]:
         """Comparisons of all processes since the run began, how many a coin has decided and why, and what they cost."""
         names = (*DECIDED, *COINS)
-        own = torch.tensor([self.counts[name] for name in names], device=self.trainer.args.device)
-        total = dict(zip(names, self.trainer.accelerator.reduce(own, "sum").tolist(), strict=True))
+        counts = self._over_processes([self.counts[name] for name in names])
+        total = {name: int(count) for name, count in zip(names, counts, strict=True)}
         return {
             "name": self.judge.name,
             "comparisons": sum(total.values()),
             "decided": sum(total[name] for name in DECIDED),
             "coins": {name: total[name] for name in COINS},
-            "spend": self.judge.spend(),
+            "spend": add_spends(gather_object([self.judge.spend()])),
         }
+
+    def _over_processes(self, values: Sequence[float]) -> list[float]:
+        """The sum of each value over all processes."""
+        return add_up(torch.tensor(values, dtype=torch.float64), self.trainer.accelerator).tolist()
+
+
+def add_spends(spends: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the judges of several processes have spent together; of what is no number, the first that is there."""
+    total = dict(spends[0])
+    for name, value in ((name, value) for each in spends[1:] for name, value in each.items()):
+        if isinstance(value, dict):
+            total[name] = dict(Counter(total[name]) + Counter(value))
+        else:
+            total[name] = total[name] + value if isinstance(value, int | float) else total[name] or value
+    return total
 
 
 @contextmanager
 def open_reward(settings: Settings, run: RunDirectory) -> Iterator[JudgedReward | None]:
-    """The judge of `settings` as a reward; None where answers are given. What it says is kept in the run directory."""
+    """The judge of `settings` as a reward; None where answers are given. What it says is kept in the run directory.
+
+    Each of several processes has its own judge, with an equal part of what it may cost.
+    """
     if settings.judge is None:
         yield None
         return
     folder = run.judge / f"rank-{rank()}" if world_size() > 1 else run.judge
-    with open_judge(settings.judge, folder, settings.seed) as judge:
+    with open_judge(_part_of(settings.judge), folder, settings.seed) as judge:
         log.info("fresh answers are compared by %s, in both orders", judge.name)
         yield JudgedReward(judge, settings.seed)
+
+
+def _part_of(judge: JudgeSettings) -> JudgeSettings:
+    """`judge` with the budget of one process."""
+    if not isinstance(judge, LLMJudge):
+        return judge
+    cost, requests = judge.max_cost, judge.max_requests
+    part = {"max_cost": cost and cost / world_size(), "max_requests": requests and requests // world_size()}
+    return judge.model_copy(update=part)
+
+
+def _shared() -> str:
+    return f" (which {world_size()} processes share)" if world_size() > 1 else ""
 
 
 class FreshAnswers(Base):

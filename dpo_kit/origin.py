@@ -17,6 +17,7 @@ from dpo_kit.secrets import redact_text
 from dpo_kit.settings import Model
 
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -89,6 +90,16 @@ def read_adapter(model: Model) -> dict[str, Any] | None:
     return found
 
 
+def refuse_pickled_adapter(model: Model) -> None:
+    """ModelError where peft would read the adapter at `model.path` from a pickle, as it does without a word."""
+    refuse_unsafe("model.path", model.path, model.revision)
+    if _find(model.path, ADAPTER_WEIGHTS, model.revision) is None:
+        raise ModelError(
+            f"model.path={model.path} is an adapter without {ADAPTER_WEIGHTS} (or that file cannot be had), and only "
+            "safetensors are loaded, no pickles: take a revision that has it, or convert the adapter yourself"
+        )
+
+
 def base_of(model: Model) -> Model:
     """`model` itself, or with the base in the place of an adapter that training goes on from."""
     if (adapter := read_adapter(model)) is None:
@@ -137,11 +148,16 @@ def _refuse_pickles(key: str, folder: Path) -> None:
 def _read(path: str, name: str, revision: str | None) -> dict[str, Any]:
     """A JSON file of a folder or repository; empty where it is not to be had (loading will say what is missing)."""
     file = Path(path).expanduser() / name
-    found = (file if file.exists() else None) if file.parent.is_dir() else _download(path, name, revision)
+    found = _find(path, name, revision)
     try:
         return json.loads(found.read_text(encoding="utf-8")) if found else {}
     except ValueError as error:
         raise ModelError(f"{file} is not JSON: {error}; copy the model again") from error
+
+
+def _find(path: str, name: str, revision: str | None) -> Path | None:
+    file = Path(path).expanduser() / name
+    return (file if file.exists() else None) if file.parent.is_dir() else _download(path, name, revision)
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -243,8 +244,13 @@ def _base_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     prefix = model.base_model.prefix if is_peft_model(model) else None
     for name, tensor in model.state_dict().items():
         own = prefix is not None and (prefix in name or ".modules_to_save." in name)
-        if not own or ".ref." in name:  # TRL's copy of an adapter that training goes on from belongs to the reference
+        if not own or OF_REFERENCE.search(
+            name
+        ):  # TRL's copy of an adapter that training goes on from belongs to the reference
             yield _plain_name(name), tensor
+
+
+OF_REFERENCE = re.compile(r"\.ref(\.|$)")
 
 
 def _plain_name(name: str) -> str:

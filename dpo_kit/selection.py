@@ -7,7 +7,7 @@ run, or waits in silence, where it is not.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from dpo_kit.settings import Callbacks, Settings
 
@@ -77,13 +77,19 @@ def measured_keys(callbacks: Callbacks, *, rewards: bool) -> list[str]:
     return [*probed, *(f"custom/{name}" for name in callbacks.metrics)]
 
 
-def kind_fault(metric: str | None, kind: str) -> str | None:
-    """Why held-out rows of this kind do not have the measure; None where they do."""
-    key = str(metric or "").removeprefix("eval_").removeprefix("probe/")
+def kind_fault(metric: str | None, kind: str, own: Iterable[str] = ()) -> str | None:
+    """Why held-out rows of this kind do not have the measure `metric`, or the user's `own` ones; None where they do."""
+    name = str(metric or "").removeprefix("eval_")
+    key = name.removeprefix("probe/")
     if kind == "unary" and key in PAIRS + REWARDS:
         return f"trl.metric_for_best_model={metric} needs held-out pairs, and these rows are unary: take probe/auc"
-    if kind == "prompts" and key in (*PAIRS, *UNARY, *REWARDS, *SIDES, *SIDE_REWARDS):
+    if kind == "prompts" and (name.startswith("custom/") or key in (*PAIRS, *UNARY, *REWARDS, *SIDES, *SIDE_REWARDS)):
         return f"trl.metric_for_best_model={metric} needs held-out pairs, and these rows are prompts alone"
+    if kind == "prompts" and (names := ", ".join(own)):
+        return (
+            f"callbacks.metrics ({names}) measures held-out answers, and these rows are prompts alone: take "
+            "callbacks.sample_metrics, which measures the policy's own answers, or held-out pairs (data.eval)"
+        )
     if kind == "pairs" and key in UNARY:
         return (
             f"trl.metric_for_best_model={metric} is for unary held-out rows, and these are pairs: take probe/accuracy"

@@ -41,8 +41,17 @@ from dpo_kit.lock import only_writer
 from dpo_kit.manifest import build_manifest
 from dpo_kit.measure import add_callbacks, probe_rows
 from dpo_kit.memory import fits
-from dpo_kit.model import build_adapter, check_targets, keep_start, load_policy, load_reference, load_tokenizer
+from dpo_kit.model import (
+    build_adapter,
+    check_targets,
+    keep_start,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    refuse_uncopied,
+)
 from dpo_kit.online import JudgedReward, open_reward, with_fresh_answers
+from dpo_kit.origin import read_adapter
 from dpo_kit.processes import is_writer
 from dpo_kit.published import batch_fault
 from dpo_kit.quiet import quiet_libraries
@@ -138,6 +147,8 @@ def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, comman
 def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepared:
     """Rows for training and measuring, with the report and the dropped rows written to the run directory."""
     data = read_data(settings, tokenizer)
+    if fault := kind_fault(settings.trl["metric_for_best_model"], data.kind, settings.callbacks.metrics):
+        raise ConfigError(fault)
     if settings.data.reference_margin and data.kind == "pairs":
         pairs = data.train if settings.method.rows == "pairs" else data.select
         data.report["reference"] = measure_preference(reference_margins(pairs, settings, tokenizer))
@@ -146,8 +157,6 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
     if not is_writer():
         return data
     write_json(run.data_report, data.report)
-    if fault := kind_fault(settings.trl["metric_for_best_model"], data.kind):
-        raise ConfigError(fault)
     if about := [warning["about"] for warning in data.report["warnings"]]:
         log.info("the data report has something to say on %s: %s", ", ".join(dict.fromkeys(about)), run.data_report)
     if data.dropped:
@@ -190,7 +199,7 @@ def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirecto
 def build_trainer(
     settings: Settings, data: Prepared, tokenizer: Any, run: RunDirectory, reward: JudgedReward | None = None
 ) -> Any:
-    """TRL's trainer for the method: one keyword call serves them all. `reward` compares answers that it draws."""
+    """TRL's trainer for the method: one keyword call serves them all. `reward` compares the answers that TRL draws."""
     adapter = build_adapter(settings.model)
     policy = load_policy(settings.model, tokenizer)
     if adapter:
@@ -200,7 +209,9 @@ def build_trainer(
         write_json(run.trl_config, describe_arguments(args))
     given: dict[str, Any] = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
     if not settings.method.reference and settings.model.reference is None:
-        keep_start(policy)  # for the probe; TRL's trainers with a reference do it themselves
+        keep_start(policy)  # for the probe; TRL's trainers with a reference have one
+    elif settings.method.reference and not given:
+        refuse_uncopied(policy)
     describe(settings, args, data)
     trainer = with_token_cache(import_class(settings.method.trainer), cache_folder("tokens"))
     if reward is not None:
@@ -237,10 +248,15 @@ def choose_arguments(settings: Settings, rows: Rows, checkpoints: Path, width: i
 
 
 def needs_reference(settings: Settings, args: Any) -> bool:
-    """Whether TRL needs a reference of its own: LoRA has the policy without adapter, precomputing has the start."""
+    """Whether TRL needs a reference of its own. LoRA has the policy without adapter, or a copy of the adapter that
+    training goes on from; precomputing has the start. TRL's trainer that draws answers would copy such a policy whole.
+    """
     if not settings.method.reference:
         return False
-    has_none = settings.model.tuning == "full" and not getattr(args, "precompute_ref_log_probs", False)
+    if settings.model.tuning == "full":
+        has_none = not getattr(args, "precompute_ref_log_probs", False)
+    else:
+        has_none = settings.method.rows == "prompts" and read_adapter(settings.model) is not None
     return has_none or settings.model.reference is not None
 
 

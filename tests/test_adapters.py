@@ -1,5 +1,6 @@
 """LoRA in PEFT's own variants, for methods with a reference and without; choices that cost or mislead are said."""
 
+import itertools
 import json
 import math
 import runpy
@@ -9,18 +10,31 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.experimental.online_dpo import online_dpo_trainer
 
-from dpo_kit import ConfigError, ModelError, compose, train
+from dpo_kit import ConfigError, ModelError, compose, origin, train
 from dpo_kit.arguments import build_arguments, import_class
 from dpo_kit.config import check
 from dpo_kit.export.folder import Export, export_run
 from dpo_kit.export.script import write_reproduction
 from dpo_kit.history import read_metrics
-from dpo_kit.model import load_policy, load_reference, load_tokenizer
+from dpo_kit.memory import build_weightless
+from dpo_kit.model import (
+    OF_ADAPTER,
+    keep_start,
+    load_policy,
+    load_reference,
+    load_start,
+    load_tokenizer,
+    refuse_uncopied,
+)
+from dpo_kit.online import JudgedReward
 from dpo_kit.plan import plan_run
+from dpo_kit.reference import _base_weights
 from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.toy import MODEL
-from dpo_kit.training import build_dataset, read_data
+from dpo_kit.training import build_dataset, build_trainer, read_data
+from tests import scored_by_text, tiny
 from tests.small import differences, few_pairs
 
 QUICK = ["callbacks=none", "trl.save_strategy=no", "trl.logging_steps=1", "trl.learning_rate=1e-3"]
@@ -164,14 +178,21 @@ def _losses(run):
     return [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
 
 
+def _scores_of(prompts, completions, **_):
+    return scored_by_text.gold_rewards(prompts, [each[0]["content"] for each in completions])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("store", ["true", "false"])
-@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo"])
+@pytest.mark.parametrize(
+    ("method", "store"),
+    [*itertools.product(["dpo", "kto", "orpo", "simpo"], ["true", "false"]), ("online_dpo", "auto")],
+)
 def test_an_adapter_goes_on_as_it_does_in_plain_trl_and_is_measured_from_its_own_start(
     method, store, adapter, tmp_path
 ):
     words = _go_on(adapter, tmp_path, f"method={method}", "trl.learning_rate=1e-2", f"speed.reference_store={store}")
-    cfg = compose(words)
+    online = method == "online_dpo"
+    cfg = compose([*words, "judge.module=tests.scored_by_text", "trl.max_new_tokens=24"] if online else words)
     result = train(cfg, tmp_path / "run")
     settings = check(cfg)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -183,6 +204,7 @@ def test_an_adapter_goes_on_as_it_does_in_plain_trl_and_is_measured_from_its_own
         args=args,
         train_dataset=build_dataset(rows, settings.method.rows),
         processing_class=tokenizer,
+        **({"reward_funcs": _scores_of} if online else {}),
     )
     theirs.train()
     expected = [row["loss"] for row in theirs.state.log_history if "loss" in row]
@@ -207,6 +229,27 @@ def _halve(whole):
         path = halved / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return halved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["dpo", "online_dpo"])
+def test_a_whole_second_model_as_the_reference_of_an_adapter_that_goes_on_is_counted(
+    method, tuning, adapter, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(online_dpo_trainer, "create_reference_model", None)  # a copy that nobody has counted
+    settings = check(compose(_go_on(adapter, tmp_path, f"method={method}", f"model.tuning={tuning}")))
+    tokenizer, run = load_tokenizer(settings.model), RunDirectory(tmp_path / "run")
+    data = read_data(settings, tokenizer)
+    trainer = build_trainer(settings, data, tokenizer, run, JudgedReward(None, 0) if settings.judge else None)
+    planned, policy = plan_run(settings), trainer.model
+    second = getattr(trainer, "ref_model", None)
+    assert (second is not None) == (planned.memory["reference"] > 0) == (method == "online_dpo")
+    assert sorted(policy.peft_config) == (["default"] if second else ["default", "ref"])
+    assert planned.parameters == sum(p.numel() for p in build_weightless(settings, trainer.args).parameters())
+    if second and tuning == "lora":
+        held = sum(p.numel() * p.element_size() for p in second.parameters())
+        assert planned.memory["reference"] == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.slow
@@ -293,3 +336,47 @@ def test_an_adapter_of_another_kind_or_without_its_base_is_refused(adapter, tmp_
         file.write_text(json.dumps(there | change))
         with pytest.raises(ModelError, match=said):
             load_tokenizer(model)
+
+
+def test_an_adapter_on_embeddings_is_copied_whole_and_refused_where_trl_would_not():
+    options = {"r": 2, "target_modules": ["embed_tokens", "q_proj"], "task_type": "CAUSAL_LM"}
+    policy = get_peft_model(tiny.model(), LoraConfig(**options))
+    for name, weight in policy.named_parameters():
+        weight.data.normal_() if "lora_" in name else None
+    keep_start(policy)
+    weights = dict(policy.named_parameters())
+    copied = [name for name in weights if OF_ADAPTER.search(name)]
+    assert len(copied) == 2 * 3  # A and B of the embedding and of each layer's q_proj
+    assert all(torch.equal(weights[name], weights[OF_ADAPTER.sub(".ref", name)]) for name in copied)
+    kept = {name for name, _ in _base_weights(policy) if ".ref" in name}
+    assert len(kept) == 6 and sum("lora_embedding" in name for name in kept) == 2
+    with pytest.raises(ModelError, match=r"has model.embed_tokens.lora_embedding_A, which TRL leaves out"):
+        refuse_uncopied(policy)
+    refuse_uncopied(get_peft_model(tiny.model(), LoraConfig(**options | {"target_modules": ["q_proj"]})))
+
+
+def test_an_adapter_is_read_from_safetensors_alone(adapter, tmp_path, monkeypatch):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "other.safetensors")
+    (folder / "adapter_model.bin").write_bytes(b"")
+    there = {name: folder / name for name in ("adapter_config.json", "adapter_model.bin")}
+    monkeypatch.setattr(origin, "_download", lambda path, name, revision: there.get(name))
+    for path in (folder, "org/adapter"):
+        with pytest.raises(ModelError, match=r"is an adapter without adapter_model.safetensors"):
+            load_start(_model(f"model.path={path}", "model.tuning=lora"))
+
+
+@pytest.mark.slow
+def test_a_run_that_would_go_on_with_an_adapter_on_embeddings_is_refused_or_measured_from_its_start(tmp_path):
+    options = {"r": 2, "target_modules": ["embed_tokens"], "task_type": "CAUSAL_LM"}
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**options))
+    for name, weight in made.named_parameters():
+        weight.data.normal_(std=0.05) if "lora_" in name else None
+    made.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    words = _go_on(tmp_path / "adapter", tmp_path, "trl.max_steps=2")
+    with pytest.raises(ModelError, match="lora_embedding_A, which TRL leaves out"):
+        train(compose([*words, "method=dpo"]), tmp_path / "refused")
+    with pytest.raises(ModelError, match="lora_embedding_A, which TRL leaves out"):
+        plan_run(check(compose([*words, "method=dpo"])))
+    result = train(compose([*words, "method=orpo"]), tmp_path / "run")
+    assert abs(result.start["probe/margin_nats"]) < 1e-3

@@ -1,12 +1,17 @@
 """Online DPO: the policy's fresh answers, a judge asked in both orders, coins that are seeded and counted."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -20,9 +25,10 @@ from dpo_kit.history import read_metrics
 from dpo_kit.judges import ScoringJudge
 from dpo_kit.model import load_tokenizer
 from dpo_kit.nonfinite import find_rows
-from dpo_kit.online import JudgedReward, with_fresh_answers
+from dpo_kit.online import JudgedReward, add_spends, open_reward, with_fresh_answers
 from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.scoring import Reference
+from dpo_kit.settings import LLMJudge
 from dpo_kit.start import StartCheck
 from dpo_kit.toy import MODEL, TRAIN
 from dpo_kit.training import build_trainer, prepare_data, read_data, train
@@ -66,6 +72,7 @@ class Scripted:
 
 def points(judge, prompts, first, second, step=1, seed=0):
     reward = JudgedReward(judge, seed)
+    reward.trainer = SimpleNamespace(stats={}, accelerator=Accelerator(cpu=True))
     completions = [[{"role": "assistant", "content": text}] for text in (*first, *second)]
     state = SimpleNamespace(global_step=step)
     return reward(2 * prompts, completions, trainer_state=state, completion_ids=[]), reward.counts
@@ -147,9 +154,57 @@ def test_equal_answers_are_not_shown_to_the_judge():
 
 
 def test_a_judge_that_has_given_up_stops_the_run():
-    judge = Scripted(lambda shown: "unjudged" if shown.prompt == "q" else "tie", stopped="max_cost=1 is reached")
-    with pytest.raises(TrainingError, match=r"no more verdicts \(max_cost=1 is reached\)"):
-        points(judge, ["p", "q"], ["a", "b"], ["c", "d"])
+    for stopped, remedy in (
+        ("max_cost=1 is reached", "raise judge.max_cost, and the same command goes on"),
+        ("max_requests=9 is reached", "raise judge.max_requests, and"),
+        ("5 requests failed one after the other", "once it answers, and"),
+    ):
+        judge = Scripted(lambda shown: "unjudged" if shown.prompt == "q" else "tie", stopped=stopped)
+        with pytest.raises(TrainingError) as refused:
+            points(judge, ["p", "q"], ["a", "b"], ["c", "d"])
+        assert f"no more verdicts ({stopped}), and coins alone teach nothing: {remedy}" in str(refused.value)
+
+
+def test_processes_share_what_a_judge_may_cost_and_what_they_have_spent_is_added(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    opened = []
+    monkeypatch.setattr(
+        "dpo_kit.online.open_judge", lambda part, *_: nullcontext(opened.append(part) or Scripted(None))
+    )
+    judge = LLMJudge(kind="llm", model="m", base_url="http://h", rubric="r", max_cost=2, max_requests=11, price_in=1)
+    for given in (judge, judge.model_copy(update={"max_cost": None, "max_requests": None})):
+        with open_reward(SimpleNamespace(judge=given, seed=0), RunDirectory(tmp_path)):
+            pass
+    assert [(part.max_cost, part.max_requests) for part in opened] == [(0.5, 2), (None, None)]
+    first = {"model": "m", "replies": 3, "cost": 0.25, "failed": {"APIError": 1}, "stopped": None}
+    second = {"model": "m", "replies": 4, "cost": 0.5, "failed": {"APIError": 2, "Other": 1}, "stopped": "full"}
+    together = {"model": "m", "replies": 7, "cost": 0.75, "failed": {"APIError": 3, "Other": 1}, "stopped": "full"}
+    assert add_spends([first, second]) == together and add_spends([{}, {}]) == {}
+
+
+def _verdict(number, body):
+    """By the texts alone, whatever their order; as good where both together are of odd length."""
+    one, two = re.findall(r"<<<answer \d \w+>>>\n(.*?)\n<<<end", body["messages"][0]["content"], re.DOTALL)
+    return Turn("VERDICT: TIE" if len(one + two) % 2 else f"VERDICT: {1 if one > two else 2}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_two_processes_log_and_report_is_of_both(tmp_path):
+    with scripted_server(_verdict) as server:
+        words = online(tmp_path / "pairs.jsonl", *LLM, f"judge.base_url={server.base_url}", "trl.logging_steps=1")
+        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "-m", "dpo_kit"]
+        command = [sys.executable, "-m", *launcher, *words, "callbacks=none", f"hydra.run.dir={tmp_path / 'run'}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    judged = read_json(tmp_path / "run" / "result.json")["judge"]
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "judge/coin_share" in row]
+    shares = {key: [row[f"judge/{key}_share"] for row in rows] for key in ("coin", "identical")}
+    coins = {"coin": sum(judged["coins"].values()), "identical": judged["coins"]["identical"]}
+    assert judged["comparisons"] == 2 * 4 * len(rows) and len(rows) == 4 and judged["decided"] > 0
+    for key, count in coins.items():
+        assert sum(shares[key]) * 2 * 4 == pytest.approx(count)
+    assert judged["spend"]["replies"] == len(server.bodies) > 0
 
 
 # --- rows --------------------------------------------------------------------------------------------------------

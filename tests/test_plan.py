@@ -1,21 +1,31 @@
 """A plan foresees memory from the config alone; a dry run checks everything and writes nothing."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from trl.trainer.utils import disable_dropout_in_model
 
 from dpo_kit import ConfigError
 from dpo_kit.arguments import build_arguments
 from dpo_kit.config import check, compose
 from dpo_kit.data.interleave import unpair
-from dpo_kit.memory import batch_shape, build_weightless, count_activations, estimate, optimizer_bytes, worst_batch
+from dpo_kit.memory import (
+    _measuring,
+    batch_shape,
+    build_weightless,
+    count_activations,
+    estimate,
+    optimizer_bytes,
+    worst_batch,
+)
 from dpo_kit.model import load_tokenizer
 from dpo_kit.plan import PeakMemory, Plan, advise, main, plan_run, show_row, split_words
 from dpo_kit.prefix import NAME, Layout
 from dpo_kit.run import read_json
+from dpo_kit.settings import Callbacks
 from dpo_kit.toy import MODEL
 from tests.conftest import ROOT
 from tests.small import few_pairs
@@ -99,6 +109,16 @@ def test_a_quantised_base_takes_half_a_byte_and_its_scales_for_each_weight_of_it
     linear = sum(p.numel() for n, p in sizes.named_parameters() if p.dim() == 2 and "embed" not in n)
     rest = sum(p.numel() for p in sizes.parameters()) - linear
     assert memory.parameters - memory.gradients == pytest.approx(linear * (0.5 + 1 / 64) + 4 * rest, rel=0.01)
+
+
+def test_measures_of_one_s_own_take_the_memory_of_any_other_of_the_probe():
+    none = Callbacks.model_construct(preference_margin=False, implicit_reward=False, kl_drift=False, metrics={})
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(MODEL))
+    taken = [
+        _measuring(none.model_copy(update=change), model, 0, False, ROWS)
+        for change in ({}, {"metrics": {"own": "a.b"}}, {"preference_margin": True})
+    ]
+    assert taken[0] == 0 < taken[1] == taken[2]
 
 
 def test_gradients_take_the_place_of_activations_unless_they_are_accumulated(tmp_path):

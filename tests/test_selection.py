@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_kit import compose, train
+from dpo_kit import compose, train, training
 from dpo_kit.arguments import decide
 from dpo_kit.callbacks import Patience
 from dpo_kit.config import check
@@ -93,6 +93,19 @@ def test_measures_of_the_other_kind_of_rows_are_refused_once_the_rows_are_read(t
     words = [word if "probe" not in word else "trl.metric_for_best_model=probe/auc" for word in BEST]
     with pytest.raises(ConfigError, match="is for unary held-out rows, and these are pairs: take probe/accuracy"):
         train(compose([*few_pairs(tmp_path / "pairs.jsonl"), *words]), tmp_path / "run")
+
+
+def test_what_prompts_alone_cannot_measure_is_refused_on_every_process(tmp_path, monkeypatch):
+    assert kind_fault("eval_custom/own", "prompts") and kind_fault("custom/own", "pairs", ["own"]) is None
+    assert "callbacks.metrics (one, two) measures held-out answers" in kind_fault(None, "prompts", ["one", "two"])
+    monkeypatch.setattr(training, "read_data", lambda *_: SimpleNamespace(kind="prompts"))
+    given = SimpleNamespace(
+        trl={"metric_for_best_model": "custom/own"}, callbacks=SimpleNamespace(metrics={"own": "a.b"})
+    )
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(ConfigError, match="best_model=custom/own needs held-out pairs"):
+            training.prepare_data(given, None, RunDirectory(tmp_path))
 
 
 def test_a_kl_and_a_loss_are_better_when_small():
