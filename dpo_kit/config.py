@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from dpo_kit.errors import ConfigError
+from dpo_kit.errors import ConfigError, did_you_mean
 from dpo_kit.own import own_faults
 from dpo_kit.secrets import refuse_secrets
 from dpo_kit.selection import selection_faults
@@ -406,8 +405,8 @@ def _near(word: str, words: list[str]) -> str:
     tail = word.rpartition(".")[2]
     same_tail = sorted((w for w in words if w.rpartition(".")[2] == tail and w != word), reverse=True)
     longer = [w for w in words if w.startswith(f"{word}-")]
-    close = same_tail or longer or difflib.get_close_matches(word, words, n=2, cutoff=0.7)
-    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
+    near = (same_tail or longer)[:3]
+    return f"; did you mean {' or '.join(near)}?" if near else did_you_mean(word, words, count=2, cutoff=0.7)
 
 
 def _describe(fault: Any) -> str:
@@ -418,6 +417,5 @@ def _describe(fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{key} is missing: add {key}=…"
     choices = re.findall(r"'([^']+)'", str(fault.get("ctx", {}).get("expected", "")))
-    near = difflib.get_close_matches(str(fault["input"]), choices, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}{hint}"
+    meant = did_you_mean(str(fault["input"]), choices)
+    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}{meant}"

@@ -12,6 +12,9 @@
 A message names the key (or file and line), the rule, the value found and the remedy.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class DpoKitError(Exception):
     """Base of all errors that dpo_kit raises on purpose; picklable, so that it crosses process borders."""
@@ -43,3 +46,9 @@ class BuildError(DpoKitError):
 
 class EvaluationError(DpoKitError):
     """Some answers or verdicts could not be had; what is there is reported, and the same command asks for the rest."""
+
+
+def did_you_mean(word: str, choices: Iterable[str], otherwise: str = "", *, count: int = 1, cutoff: float = 0.6) -> str:
+    """“; did you mean NEAR?” with at most `count` of `choices` that look like `word`; `otherwise` where none does."""
+    near = difflib.get_close_matches(word, [*choices], n=count, cutoff=cutoff)
+    return f"; did you mean {' or '.join(near)}?" if near else otherwise

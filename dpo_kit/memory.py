@@ -82,13 +82,12 @@ class Memory:
         return self.lasting + max(forward + kept, self.passes, self.measuring)
 
 
-def estimate(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool, shares: bool) -> Memory:
-    """Memory of one process that trains on `rows` with the TRL arguments `args`.
+def estimate(model: Any, settings: Settings, args: Any, rows: Rows, *, loads_reference: bool, shares: bool) -> Memory:
+    """Memory of one process that trains `model` (weightless) on `rows` with the TRL arguments `args`.
 
     `loads_reference`: a reference model stays beside the policy. `shares`: each token is computed once.
     """
     rows = with_answer_lengths(rows, getattr(args, "max_new_tokens", None))
-    model = build_weightless(settings, args)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     parameters = sum(_bytes(name, p, settings.model, model) for name, p in model.named_parameters())
     shape = worst_batch(rows, args.per_device_train_batch_size, shares, args)
@@ -119,7 +118,8 @@ def fits(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool) ->
     try:
         if bound(settings, args) <= ROOM * free_memory():
             return True
-        needed = estimate(settings, args, rows, loads_reference=loads_reference, shares=shares)
+        model = build_weightless(settings, args)
+        needed = estimate(model, settings, args, rows, loads_reference=loads_reference, shares=shares)
     except Exception as error:  # whatever an architecture raises that cannot be run without weights
         log.info("memory cannot be estimated for this model (%s)", type(error).__name__)
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from dpo_kit.arguments import uses_fused_head
 from dpo_kit.config import usual_lora
 from dpo_kit.control_tokens import neutralised
-from dpo_kit.errors import ConfigError, ModelError
+from dpo_kit.errors import ConfigError, ModelError, did_you_mean
 from dpo_kit.hardware import has_accelerator, weight_dtype
 from dpo_kit.origin import (
     base_of,
@@ -169,8 +168,7 @@ def check_targets(adapter: LoraConfig, policy: PreTrainedModel, trainer: type) -
                 own = {
                     name.rpartition(".")[2] for name, module in policy.named_modules() if [*module.parameters(False)]
                 }
-                near = difflib.get_close_matches(wanted, sorted(own), n=2)
-                meant = f"; did you mean {' or '.join(near)}?" if near else f": it has {', '.join(sorted(own))}"
+                meant = did_you_mean(wanted, sorted(own), f": it has {', '.join(sorted(own))}", count=2)
                 raise ConfigError(f"model.lora.{key}: this model has no module {wanted}{meant}")
     touched = {name for key in ("target_modules", "modules_to_save") for name in _names(getattr(adapter, key))}
     touched &= {"lm_head", "embed_tokens"}
@@ -307,8 +305,7 @@ def _refuse_wrong_path(key: str, path: str) -> None:
     if local.exists() or not path.startswith((".", "/", "~")):
         return
     siblings = [entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else []
-    near = difflib.get_close_matches(local.name, siblings, n=2)
-    raise ModelError(f"{key}={path} does not exist" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    raise ModelError(f"{key}={path} does not exist{did_you_mean(local.name, siblings, count=2)}")
 
 
 SAMPLE = ("Hello, world!", "naïve café, 東京 🙂", "  two  spaces\n\tand a tab", "x = 3.14159 * 2**10  # code", "don't")

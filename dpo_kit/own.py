@@ -7,14 +7,13 @@ checked, so before anything is loaded; only there, and only where a module is na
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dpo_kit.errors import ConfigError, TrainingError
+from dpo_kit.errors import ConfigError, TrainingError, did_you_mean
 from dpo_kit.history import plain
 from dpo_kit.quiet import quiet_imports
 from dpo_kit.settings import Callbacks
@@ -73,23 +72,18 @@ def find(path: str, key: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        near = _near(str(error.name), [module.name for module in pkgutil.iter_modules()])
+        meant = did_you_mean(str(error.name), (module.name for module in pkgutil.iter_modules()))
         raise ConfigError(
-            f"{key}={path}: there is no module {error.name} in the folder of the command or in PYTHONPATH{near}"
+            f"{key}={path}: there is no module {error.name} in the folder of the command or in PYTHONPATH{meant}"
         ) from error
     except Exception as error:
         raise ConfigError(
             f"{key}={path}: {module_name} cannot be imported ({type(error).__name__}: {error})"
         ) from error
     if not callable(getattr(module, name, None)):
-        near = _near(name, [each for each, value in vars(module).items() if callable(value)])
-        raise ConfigError(f"{key}={path}: {module_name} has no function or class {name}{near}")
+        meant = did_you_mean(name, (each for each, value in vars(module).items() if callable(value)))
+        raise ConfigError(f"{key}={path}: {module_name} has no function or class {name}{meant}")
     return getattr(module, name)
-
-
-def _near(word: str, words: list[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def call_metrics(paths: Mapping[str, str], *given: Any) -> dict[str, float]:

@@ -106,7 +106,9 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
     width = read_config(settings.model).get_text_config().hidden_size
     args = choose_arguments(settings, data.train, Path(tempfile.gettempdir()) / "dpo_kit-plan", width)
     trl = args.to_dict()
+    model = build_weightless(settings, args)
     memory = estimate(
+        model,
         settings,
         args,
         data.train,
@@ -114,7 +116,6 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
         shares=settings.speed.share_prefix is not False,
     )
     steps, batch = count_steps(trl, len(data.train)), effective_batch(trl)
-    whole = sum(p.numel() for p in build_weightless(settings, args).parameters())
     kept = (args.save_total_limit or 1) + 1 if args.save_strategy != "no" else 0
     return Plan(
         memory=dict(vars(memory)),
@@ -124,7 +125,7 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
         epochs=steps * batch / len(data.train),
         tokens=int(steps * batch * _mean_tokens(data, trl.get("max_new_tokens"))),
         disk=memory.gradients * (1 + kept * (1 + OPTIMIZER_VALUES)),
-        parameters=whole,
+        parameters=sum(p.numel() for p in model.parameters()),
     )
 
 

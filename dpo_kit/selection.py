@@ -6,9 +6,9 @@ run, or waits in silence, where it is not.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 
+from dpo_kit.errors import did_you_mean
 from dpo_kit.settings import Callbacks, Settings
 
 PAIRS = ("accuracy", "accuracy_low", "accuracy_high", "margin_nats", "margin_nats_low", "margin_nats_high")
@@ -59,9 +59,8 @@ def _probe_faults(metric: str, settings: Settings) -> Iterator[str]:
     ):
         yield f"{key} is measured at the start, half-way and at the end only: take one of {', '.join(every[:4])}, …"
     else:
-        near = difflib.get_close_matches(metric, [*every, *usable], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(every)}"
-        yield f"{key} is not measured at every evaluation; {hint}"
+        meant = did_you_mean(metric, [*every, *usable], f"; there are {', '.join(every)}")
+        yield f"{key} is not measured at every evaluation{meant}"
 
 
 def measured_keys(callbacks: Callbacks, *, rewards: bool) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 
-from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError
+from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError, did_you_mean
 from dpo_kit.secrets import redact_text, refuse_secrets
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -57,9 +56,8 @@ def parse(arguments: Sequence[str], keys: Sequence[str], *, needed: str | None =
         if not equals:
             raise ConfigError(f"arguments are key=value, got {word}; did you mean {needed or keys[0]}={word}?")
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
-            raise ConfigError(f"unknown key {key}; {hint}")
+            meant = did_you_mean(key, keys, f"; the keys are {', '.join(keys)}", cutoff=0.5)
+            raise ConfigError(f"unknown key {key}{meant}")
         values[key] = value
     if needed and not values.get(needed):
         raise ConfigError(f"{needed} is missing: add {needed}={meaning}")

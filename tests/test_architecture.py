@@ -192,6 +192,12 @@ def test_private_names_of_others_are_those_that_contributing_lists():
         assert (Path(__file__).parent / guard).exists(), guard
 
 
+def test_the_map_in_contributing_names_every_file_once():
+    rows = re.findall(r"^\| (`\w+\.py`.*?) \|", CONTRIBUTING.read_text(), re.M)
+    named = [name for row in rows for name in re.findall(r"`(\w+\.py)`", row)]
+    assert sorted(named) == sorted(file.name for file in PACKAGE.glob("[!_]*.py"))
+
+
 def test_functions_stay_short():
     lengths = [
         (node.end_lineno - node.lineno + 1, f"{_name(file)}:{node.name}")

@@ -42,6 +42,12 @@ def _args(tmp_path, *words):
     return build_arguments(_settings(*words), [{"label": True}, {"label": False}] * 32, tmp_path, 96)
 
 
+def _memory(tmp_path, *words, loads_reference=False):
+    settings, args = _settings(*words), _args(tmp_path, *words)
+    model = build_weightless(settings, args)
+    return estimate(model, settings, args, ROWS, loads_reference=loads_reference, shares=True)
+
+
 def _kept_on_the_cpu(model, half):
     """Bytes that a real forward pass of a batch of SHAPE keeps, weights aside; in bfloat16 where `half`."""
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -93,18 +99,15 @@ def test_checkpointing_keeps_less_and_computes_one_layer_again(tmp_path):
 
 def test_bytes_of_weights_gradients_and_adam_are_four_four_and_eight_for_each_weight(tmp_path):
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MODEL).parameters())
-    memory = estimate(_settings(), _args(tmp_path), ROWS, loads_reference=True, shares=True)
+    memory = _memory(tmp_path, loads_reference=True)
     assert (memory.parameters, memory.reference, memory.gradients) == (4 * count,) * 3
     assert memory.optimizer == 8 * count
-    lora = estimate(
-        _settings("model.tuning=lora"), _args(tmp_path, "model.tuning=lora"), ROWS, loads_reference=False, shares=True
-    )
+    lora = _memory(tmp_path, "model.tuning=lora")
     assert lora.reference == 0 and lora.gradients < 4 * count and lora.optimizer == 2 * lora.gradients
 
 
 def test_a_quantised_base_takes_half_a_byte_and_its_scales_for_each_weight_of_its_layers(tmp_path):
-    words = ["model.tuning=qlora", "model.lora.r=1"]
-    memory = estimate(_settings(*words), _args(tmp_path, *words), ROWS, loads_reference=False, shares=True)
+    memory = _memory(tmp_path, "model.tuning=qlora", "model.lora.r=1")
     sizes = AutoModelForCausalLM.from_pretrained(MODEL)
     linear = sum(p.numel() for n, p in sizes.named_parameters() if p.dim() == 2 and "embed" not in n)
     rest = sum(p.numel() for p in sizes.parameters()) - linear
@@ -122,7 +125,7 @@ def test_measures_of_one_s_own_take_the_memory_of_any_other_of_the_probe():
 
 
 def test_gradients_take_the_place_of_activations_unless_they_are_accumulated(tmp_path):
-    memory = estimate(_settings("callbacks=none"), _args(tmp_path), ROWS, loads_reference=False, shares=True)
+    memory = _memory(tmp_path, "callbacks=none")
     forward = memory.activations + memory.logits
     assert memory.peak(False) == memory.lasting + max(forward, memory.passes)
     assert memory.gradients < memory.passes < memory.activations + memory.gradients

@@ -6,7 +6,6 @@ vote). A vote is a, b or tie; null is none.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 from dpo_kit.data.pairing import answer_text
 from dpo_kit.data.read import Fault, Row, read_source
-from dpo_kit.errors import DataError
+from dpo_kit.errors import DataError, did_you_mean
 from dpo_kit.journal import key_of
 from dpo_kit.settings import Data
 from dpo_kit.votes import CODES, Vote, majority, rater_agreement
@@ -106,9 +105,7 @@ def _votes(row: Row, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _vote(row: Row, written: Any) -> Vote:
     word = str(written).strip().lower()
     if word not in CODES:
-        near = difflib.get_close_matches(word, CODES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise DataError(f"{row.place}: a vote is a, b or tie, got {written!r}{hint}")
+        raise DataError(f"{row.place}: a vote is a, b or tie, got {written!r}{did_you_mean(word, CODES)}")
     return word  # type: ignore[return-value]
 
 

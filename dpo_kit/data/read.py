@@ -8,7 +8,6 @@ refused. Files are read as a stream, except .json, whose text must be in memory.
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import json
 import re
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.errors import DataError
+from dpo_kit.errors import DataError, did_you_mean
 
 LINES, WHOLE, TABLES, CELLS = (".jsonl", ".jsonl.gz", ".ndjson"), (".json",), (".parquet",), (".csv",)
 KNOWN = LINES + WHOLE + TABLES + CELLS
@@ -70,8 +69,7 @@ def read_source(path: str, split: str) -> Iterator[Row | Fault]:
 
 def _not_found(path: Path) -> str:
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, siblings, n=2)
-    return f"no such file or folder: {path}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    return f"no such file or folder: {path}{did_you_mean(path.name, siblings, count=2)}"
 
 
 def _read_file(path: Path) -> Iterator[Row | Fault]:

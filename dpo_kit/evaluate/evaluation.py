@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit import tracking
-from dpo_kit.errors import ConfigError
+from dpo_kit.errors import ConfigError, did_you_mean
 from dpo_kit.evaluate.parts import PARTS
 from dpo_kit.evaluate.picture import draw_evaluation
 from dpo_kit.evaluate.plan import Job
@@ -29,9 +28,7 @@ def check_parts(names: Sequence[str]) -> None:
     """ConfigError where a part is not known."""
     for name in names:
         if name not in PARTS:
-            near = difflib.get_close_matches(name, PARTS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {name}{hint}")
+            raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {name}{did_you_mean(name, PARTS)}")
 
 
 def evaluate(job: Job) -> dict[str, Any]:

@@ -6,7 +6,6 @@ judged by gate.py.
 
 from __future__ import annotations
 
-import difflib
 import gc
 import importlib.metadata
 import importlib.util
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from dpo_kit.errors import ConfigError, DataError
+from dpo_kit.errors import ConfigError, DataError, did_you_mean
 from dpo_kit.evaluate.benchmark_options import Harness
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.dialogue import check_names
@@ -111,11 +110,10 @@ def _open_manager(options: Harness) -> Any:
 
 def _load_task(manager: Any, name: str, options: Harness) -> Task:
     if name not in manager.task_index:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        meant = did_you_mean(name, manager.all_tasks, "; `lm-eval ls tasks` lists them.", count=3)
         raise ConfigError(
-            f"tasks: lm-evaluation-harness {importlib.metadata.version('lm-eval')} has no task {name}; "
-            + (f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them")
-            + " For one of your own, name its folder: include_path=[…]"
+            f"tasks: lm-evaluation-harness {importlib.metadata.version('lm-eval')} has no task {name}{meant} For one "
+            "of your own, name its folder: include_path=[…]"
         )
     try:
         leaves = manager.load([name])["tasks"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_kit.config import check, compose_unchecked, explain, known_keys, unknown_key
-from dpo_kit.errors import ConfigError
+from dpo_kit.errors import ConfigError, did_you_mean
 from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness, MTBench, MTBenchJudge
 from dpo_kit.evaluate.candidate import ADAPTER, Candidate, of_path, of_run
 from dpo_kit.evaluate.options import Evaluate, Split, WinRate
@@ -107,8 +106,8 @@ def _compose(arguments: Sequence[str]) -> DictConfig:
         name = key.lstrip("+~").partition("@")[0]
         root, nested, _ = name.partition(".")
         if root.split("/")[0] not in roots or (nested and root in GROUPS and name not in known):
-            near = difflib.get_close_matches(name, [*known, *roots], n=1, cutoff=0.5)
-            raise ConfigError(f"unknown key {key}; did you mean {near[0]}?" if near else unknown_key(key, known))
+            meant = did_you_mean(name, [*known, *roots], cutoff=0.5)
+            raise ConfigError(f"unknown key {key}{meant}" if meant else unknown_key(key, known))
     return compose_unchecked(["+tool=evaluate", *arguments])
 
 

@@ -5,7 +5,6 @@ A sweep directory holds one run per subfolder and, where our launcher wrote it, 
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import math
@@ -19,7 +18,7 @@ from typing import Any
 import yaml
 
 from dpo_kit.config import own_folders
-from dpo_kit.errors import DataError
+from dpo_kit.errors import DataError, did_you_mean
 from dpo_kit.history import read_metrics, series
 from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.secrets import redact_argv
@@ -213,9 +212,8 @@ def read_runs(sweep_dir: str | Path) -> list[RunRecord]:
     root = Path(sweep_dir)
     if not root.is_dir():
         beside = [entry.name for entry in root.parent.iterdir() if entry.is_dir()] if root.parent.is_dir() else []
-        near = difflib.get_close_matches(root.name, beside, n=1)
-        hint = f"; did you mean {root.parent / near[0]}?" if near else ": name the folder above the runs"
-        raise DataError(f"sweep={root} is not a folder{hint}")
+        meant = did_you_mean(root.name, beside, ": name the folder above the runs")
+        raise DataError(f"sweep={root} is not a folder{meant}")
     jobs = {_relative(root, job["dir"]): job for job in read_jobs(root) if job.get("dir")}
     found = {path.parent.relative_to(root).as_posix() for path in root.glob("*/manifest.json")}
     runs = [read_run(root, path, jobs.get(path, {})) for path in sorted(found | jobs.keys())]
