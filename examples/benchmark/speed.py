@@ -130,12 +130,16 @@ def overrides(shape, *more, lora=False):
     return [*words.split(), *more]
 
 
-def ours(shape, *more, lora=False, beta=0.1):
-    """dpo_kit on the same rows, its reference pass (of which nothing is kept from before) counted as training."""
+def ours(shape, *more, lora=False, beta=0.1, changed=""):
+    """dpo_kit on the same rows, its reference pass (of which nothing is kept from before) counted as training.
+
+    `changed` is Python that changes a constant of dpo_kit first.
+    """
     os.environ["DPO_KIT_CACHE"] = tempfile.mkdtemp(dir=WORK)
     folder = tempfile.mkdtemp(dir=WORK)
     words = [*overrides(shape, *more, lora=lora), f"beta={beta}", f"hydra.run.dir={folder}/run"]
-    found = run(sys.executable, "-m", "dpo_kit", *words)
+    start = ("-c", f"{changed}\nfrom dpo_kit.cli import main\nmain()") if changed else ("-m", "dpo_kit")
+    found = run(sys.executable, *start, *words)
     passes = sum(map(float, re.findall(r"sequences computed in ([\d.]+) s", found["text"])))
     found["train"] = json.loads(Path(folder, "run", "result.json").read_text())["seconds"]["train"] + passes
     return found
@@ -192,15 +196,23 @@ LEVERS = {
     "no reference pass: the reference in every step": ["speed.reference_store=false"],
     "fp32": ["trl.bf16=false"],
     "activation checkpointing, as stock has it": ["trl.gradient_checkpointing=true"],
+    "tried: batches of similar length besides": ["speed.group_by_length=true"],
+    "tried: two processes that load data": ["trl.dataloader_num_workers=2"],
+    "tried: PyTorch's fused attention": [],
+    "tried: TRL's own tiles of the LM head": [],
+}
+CHANGED = {
+    "tried: PyTorch's fused attention": "import dpo_kit.prefix; dpo_kit.prefix.LONGEST = 0",
+    "tried: TRL's own tiles of the LM head": "import dpo_kit.speed; dpo_kit.speed.HEAD_TOKENS = 4096",
 }
 
 
 def levers(shape, repeats):
-    """Training seconds with one lever taken away at a time, in turns."""
+    """Training seconds with one lever taken away at a time, or with what was tried and left out, in turns."""
     runs = {name: [] for name in LEVERS}
     for _ in range(repeats):
         for name, words in LEVERS.items():
-            runs[name].append(ours(shape, *words))
+            runs[name].append(ours(shape, *words, changed=CHANGED.get(name, "")))
     best = median(runs["all of them"], "train")
     return [row(f"{shape}: {name}", median(found, "train"), best, "s") for name, found in runs.items()]
 
