@@ -241,6 +241,8 @@ def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
     """The weights at `path` (default: model.path) in the dtype, attention and quantisation that `model` asks for."""
     path = path or model.path
     options: dict[str, Any] = {"dtype": weight_dtype(model.dtype, model.tuning), "use_safetensors": True}
+    if model.attn_implementation == "flex_attention" and not has_accelerator():
+        raise ConfigError("model.attn_implementation=flex_attention has no backward pass on a CPU: leave it out")
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
     if model.tuning == "qlora":

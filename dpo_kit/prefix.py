@@ -19,12 +19,16 @@ from accelerate.utils import is_peft_model
 from peft import PromptLearningConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import flex_attention_mask, sdpa_mask
 
 NAME = "dpo_kit_shared_prefix"  # of our attention, among transformers' own
+BLOCKS = f"{NAME}_blocks"
+SHARING = {"sdpa": NAME, "flex_attention": BLOCKS}  # what takes the place of which
 WORTH = 0.95  # of the padded slots: above it, gathering costs what it saves
 AGREES = {
     torch.float32: 1e-4,
@@ -45,6 +49,20 @@ class Layout:
     positions: Tensor
     source: Tensor
     rows: tuple[tuple[int, int], ...]
+
+    @functools.cached_property
+    def block_mask(self) -> BlockMask:
+        """What each token of the flat row sees: its own row up to itself, and what another row computes for it."""
+        shared, own = (torch.tensor(part, device=self.ids.device) for part in zip(*self.rows, strict=True))
+        row = torch.arange(len(own), device=own.device).repeat_interleave(own)
+        lender, lent, slots = row - len(own) // 2, shared[row], self.positions[0]
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            borrowed = (row[key] == lender[query]) & (slots[key] < lent[query])
+            return borrowed | ((row[key] == row[query]) & (key <= query))
+
+        on_gpu = row.device.type == "cuda"  # compiled, it never holds queries × keys
+        return create_block_mask(sees, None, None, len(row), len(row), device=row.device, _compile=on_gpu)
 
 
 def build_layout(ids: Tensor, mask: Tensor) -> Layout:
@@ -161,21 +179,45 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return torch.cat(blocks, 1)[None]
 
 
+def attend_by_block_mask(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    layout: Layout | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` in one call of FlexAttention for all rows. It has no backward pass on CPUs (torch 2.13)."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    mask: Any = layout.block_mask if layout else attention_mask
+    return flex_attention_forward(module, query, key, value, mask, **options)
+
+
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(BLOCKS, attend_by_block_mask)
+AttentionMaskInterface.register(BLOCKS, flex_attention_mask)
 
 
 def share_prefixes(model: PreTrainedModel) -> None:
     """Make the backbone of `model` compute each distinct token of a batch once. Ask `why_not` first."""
     bare = _bare(model)
-    bare.set_attn_implementation(NAME)
+    _let_read_layouts(bare)
     backbone = bare.base_model
     backbone.forward = functools.wraps(backbone.forward)(functools.partial(_forward, backbone.forward))
 
 
+def _let_read_layouts(bare: PreTrainedModel) -> None:
+    now = bare.config._attn_implementation
+    bare.set_attn_implementation(SHARING.get(now, now))
+
+
 def shares_prefixes(model: PreTrainedModel) -> bool:
     """Whether `share_prefixes` was applied to `model`."""
-    return _bare(model).config._attn_implementation == NAME
+    return _bare(model).config._attn_implementation in SHARING.values()
 
 
 def _bare(model: Any) -> Any:
@@ -228,8 +270,8 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "its attention has dropout"
     if is_peft_model(model) and isinstance(model.active_peft_config, PromptLearningConfig):
         return "its adapter puts virtual tokens before the prompt"
-    if config._attn_implementation not in ("sdpa", NAME):
-        return f"its attention is {config._attn_implementation}, not sdpa"
+    if config._attn_implementation not in {*SHARING, *SHARING.values()}:
+        return f"its attention is {config._attn_implementation}, not {' or '.join(SHARING)}"
     return _tried_out(model)
 
 
@@ -237,15 +279,16 @@ def why_not(model: PreTrainedModel) -> str | None:
 def _tried_out(model: PreTrainedModel) -> str | None:
     """Two random pairs both ways."""
     bare = _bare(model)
+    before = bare.config._attn_implementation
     try:
         ids, mask = _random_pairs(bare)
         expected = bare.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        bare.set_attn_implementation(NAME)
+        _let_read_layouts(bare)
         found = _forward(bare.base_model.forward, ids, mask, use_cache=False).last_hidden_state
     except Exception as error:  # whatever an architecture raises where it cannot take a flat row
         return f"it refuses a flat row ({type(error).__name__})"
     finally:
-        bare.set_attn_implementation("sdpa")
+        bare.set_attn_implementation(before)
     difference = (expected - found)[mask.bool()].abs().max() / expected[mask.bool()].abs().max()
     agrees = bool(difference <= AGREES.get(expected.dtype, 1e-4))
     return None if agrees else "its hidden states differ in a flat row"

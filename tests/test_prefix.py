@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
@@ -16,9 +17,14 @@ from transformers import (
     OPTConfig,
     Qwen2Config,
     Qwen3Config,
+    masking_utils,
 )
+from transformers.integrations import flex_attention as flex
 
-from dpo_kit.prefix import attend_row, build_layout, share_prefixes, why_not
+from dpo_kit import ConfigError, compose
+from dpo_kit.config import check
+from dpo_kit.model import load_weights
+from dpo_kit.prefix import Layout, attend_row, build_layout, share_prefixes, shares_prefixes, why_not
 
 SMALL = {
     "vocab_size": 60,
@@ -100,6 +106,49 @@ def test_hidden_states_and_gradients_equal_those_of_padded_rows(config, seed):
     found, gradient = forward(policy, ids, mask)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
     assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-5
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """FlexAttention as it is written, since compiling it takes a minute."""
+    monkeypatch.setattr(
+        flex, "compile_friendly_flex_attention", lambda *given, training, **more: flex_attention(*given, **more)
+    )
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda _compile, **given: create_block_mask(**given))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", EXACT[:-1], ids=lambda config: config.model_type)  # transformers has none for GPT-2
+def test_hidden_states_by_a_block_mask_equal_those_of_padded_rows(config, uncompiled):
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config, attn_implementation="flex_attention").eval()
+    assert why_not(policy) is None and not shares_prefixes(policy)
+    share_prefixes(policy)
+    for seed in range(4):
+        ids, mask = rows(seed)
+        given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        expected = model(config).base_model(**given).last_hidden_state[mask.bool()]
+        found = policy.base_model(**given).last_hidden_state[mask.bool()]
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = policy.base_model(**given).last_hidden_state[mask.bool()]
+        assert float((rough - expected).norm() / expected.norm()) < 5e-2
+    assert shares_prefixes(policy)
+
+
+def test_flex_attention_is_refused_where_it_cannot_train():
+    with pytest.raises(ConfigError, match="flex_attention has no backward pass on a CPU: leave it out"):
+        load_weights(check(compose(["model.attn_implementation=flex_attention"])).model)
+
+
+def test_each_token_sees_its_row_up_to_itself_and_what_another_row_lends_it():
+    layout = Layout(
+        torch.zeros(1, 6), torch.tensor([[0, 1, 2, 0, 2, 1]]), torch.zeros(12), ((0, 3), (0, 1), (2, 1), (1, 1))
+    )
+    sees = layout.block_mask.mask_mod
+    places = torch.arange(6)
+    seen = sees(0, 0, places[:, None], places)
+    assert [row.nonzero()[:, 0].tolist() for row in seen] == [[0], [0, 1], [0, 1, 2], [3], [0, 1, 4], [3, 5]]
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
