@@ -200,7 +200,7 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mappin
         _error_bar(axes, Point(lines[0].runs[0], (0, 0, 0), reference), GREY, "D")
     predictions = [each for line in lines for each in _draw_predictions(axes, line, choice.quality)]
     widest = _limit_x(axes, lines, trails, predictions, choice.limits.kl_budget_nats)
-    labels = [*_point_labels(lines, choice), *(each for each in predictions if each.text)]
+    labels = [*_point_labels(lines, choice), *predictions]
     labels += [Label(0, reference[0], "reference", GREY, clear=5)] if reference else []
     labels += _draw_ideal(axes, ideal, widest)
     axes.margins(y=0.14)
@@ -267,7 +267,7 @@ def _reference(lines: Sequence[Line], quality: Quality) -> Interval | None:
 def _draw_predictions(axes: Axes, line: Line, quality: Quality) -> list[Label]:
     """What one run predicts of neighbouring betas (preview.json; DeRa, arXiv:2402.02992), dashed.
 
-    Returns where they lie; those of betas that were not trained carry a text.
+    Returns where they lie, with their betas; "predicted" says it of those that were not trained, else of the last.
     """
     labels = []
     trained = {run.beta for run in line.runs}
@@ -281,7 +281,7 @@ def _draw_predictions(axes: Axes, line: Line, quality: Quality) -> list[Label]:
         )  # fmt: skip
         named = {point[0] for point in points} - trained or {points[-1][0]}
         labels += [
-            Label(kl, gold, f"β {beta:g} predicted" if beta in named else "", line.color, 13)
+            Label(kl, gold, f"β {beta:g} predicted" if beta in named else f"β {beta:g}", line.color, 13)
             for beta, kl, gold in points
         ]
     return labels
