@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from dpo_kit.metrics import bootstrap_se, rao_blackwell_terms
+from dpo_kit.metrics import bootstrap_se, rao_blackwell
 from dpo_kit.sampling import Sample, draw_samples, pad_token_id
 from dpo_kit.scoring import (
     TOKENS_PER_BATCH,
@@ -228,7 +228,7 @@ def kl_terms(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> dict[str, T
     for p_chunk, q_chunk, tokens in chunks:
         logp, logq = (chunk.to(p_logits.device, torch.float32).log_softmax(-1) for chunk in (p_chunk, q_chunk))
         at = tokens.to(p_logits.device)[:, None]
-        parts["rb"].append(rao_blackwell_terms(logp, logq).cpu())
+        parts["rb"].append(rao_blackwell(logp, logq).cpu())
         parts["k1"].append((logp.gather(-1, at) - logq.gather(-1, at))[:, 0].cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
 

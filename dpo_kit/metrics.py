@@ -242,33 +242,15 @@ def bootstrap_se(values: Tensor, clusters: Sequence[str], draws: int = 2000, see
     return float(bootstrap_means(values, clusters, draws, seed).std())
 
 
-def rao_blackwell_terms(logp_rows: Tensor, logq_rows: Tensor) -> Tensor:
+def rao_blackwell(logp_rows: Tensor, logq_rows: Tensor) -> Tensor:
     """Σ_v p(v)·[log p(v) − log q(v)] position by position: exact KL(p‖q) of each next-token distribution.
 
-    Shapes (..., vocabulary) → (...,); normalised log-probabilities in nats. Tokens with p = 0 count nothing.
+    Shapes (..., vocabulary) → (...,); normalised log-probabilities in nats. Tokens with p = 0 count nothing. Summed
+    along samples of p it is an unbiased estimate of the KL per response, never negative, and near q of far smaller
+    variance than k1, the sum of log p(v) − log q(v) at the sampled tokens (arXiv:2504.10637).
     """
     p = logp_rows.exp()
     return torch.where(p > 0, p * (logp_rows - logq_rows), 0.0).sum(-1)
-
-
-def rao_blackwell(logp_rows: Tensor, logq_rows: Tensor, mask: Tensor) -> Tensor:
-    """KL(p‖q) per response, Rao-Blackwellized: Σ_t Σ_v p(v|s_t)[log p(v|s_t) − log q(v|s_t)] along samples of
-    p.
-
-    Unbiased, never negative, and near q with a far smaller variance than k1's (arXiv:2504.10637). Shapes
-    (..., tokens, vocabulary) twice and (..., tokens) → (...,), nats per response. `mask` is 1 on the response's
-    tokens, EOS in.
-    """
-    return torch.where(mask.bool(), rao_blackwell_terms(logp_rows, logq_rows), 0.0).sum(-1)
-
-
-def k1(logp: Tensor, logq: Tensor, mask: Tensor) -> Tensor:
-    """KL(p‖q) per response, plain Monte Carlo: Σ_t [log p(y_t) − log q(y_t)] along samples y of p (may be
-    negative).
-
-    Unbiased, with a large variance (Schulman's k1). Shapes (..., tokens) → (...,), nats per response.
-    """
-    return torch.where(mask.bool(), logp - logq, 0.0).sum(-1)
 
 
 def _mean(values: Tensor) -> float:
