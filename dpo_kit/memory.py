@@ -44,7 +44,7 @@ Shape = tuple[tuple[int, int], ...]  # of each row of a batch: tokens shared wit
 FAKE = FakeTensorMode()  # tensors have shape, dtype and device, as on a CPU, but no memory
 FUSED = "dpo_kit_counted"  # of our attention with a fused kernel in every case, among transformers' own
 LIBRARIES = 79_000_000  # bytes that what training imports takes of a CPU's memory (with a model of 2 MB, x86-64)
-PRIMITIVES = 127_000_000  # of oneDNN's kernels for each shape met in bf16 (ONEDNN_PRIMITIVE_CACHE_CAPACITY=0: none)
+PRIMITIVES = 64_000_000  # of code that oneDNN keeps for products in bf16 (ONEDNN_PRIMITIVE_CACHE_CAPACITY=0: none)
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: nf4 with doubly quantised scales
 OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0.0, "lion": 4.0, "8bit": 2.0, "paged": 0.0}  # a trained fp32 weight
 HEAD_VOCABULARY, HEAD_COPIES = 32768, 3  # of the tiles of TRL's fused LM head

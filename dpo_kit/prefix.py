@@ -20,7 +20,7 @@ from peft import PromptLearningConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,6 +30,8 @@ NAME = "dpo_kit_shared_prefix"  # of our attention, among transformers' own
 BLOCKS = f"{NAME}_blocks"
 SHARING = {"sdpa": NAME, "flex_attention": BLOCKS}  # what takes the place of which
 WORTH = 0.95  # of the padded slots: above it, gathering costs what it saves
+STEP = 32  # tokens: products in bf16 come in sizes of a multiple, as a CPU's library (oneDNN) takes a millisecond and
+# 0.7 MB for its code for each new shape, and keeps a thousand of them
 AGREES = {
     torch.float32: 1e-4,
     torch.bfloat16: 5e-2,
@@ -43,6 +45,7 @@ class Layout:
 
     ids, positions: (1, T); source: (N * L,), the flat place of every slot (0 for padding); rows: of each row how many
     tokens it shares with the row N/2 before it, and how many of its own stand in the flat row, in the order of rows.
+    Tokens after these belong to no row.
     """
 
     ids: Tensor
@@ -50,12 +53,23 @@ class Layout:
     source: Tensor
     rows: tuple[tuple[int, int], ...]
 
+    @property
+    def rest(self) -> int:
+        """Tokens that belong to no row."""
+        return self.ids.shape[1] - sum(own for _, own in self.rows)
+
+    def fill_up(self, step: int) -> Layout:
+        """With tokens that belong to no row, up to a multiple of `step`."""
+        more = (0, -self.ids.shape[1] % step)
+        return dataclasses.replace(self, ids=pad(self.ids, more), positions=pad(self.positions, more))
+
     @functools.cached_property
     def block_mask(self) -> BlockMask:
         """What each token of the flat row sees: its own row up to itself, and what another row computes for it."""
-        shared, own = (torch.tensor(part, device=self.ids.device) for part in zip(*self.rows, strict=True))
+        rows = (*self.rows, (0, self.rest))
+        shared, own = (torch.tensor(part, device=self.ids.device) for part in zip(*rows, strict=True))
         row = torch.arange(len(own), device=own.device).repeat_interleave(own)
-        lender, lent, slots = row - len(own) // 2, shared[row], self.positions[0]
+        lender, lent, slots = row - len(self.rows) // 2, shared[row], self.positions[0]
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             borrowed = (row[key] == lender[query]) & (slots[key] < lent[query])
@@ -113,7 +127,7 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     kernel = kernel or attend_row
     groups = query.shape[1] // key.shape[1]
-    lengths = [own for _, own in layout.rows]
+    lengths = [*(own for _, own in layout.rows), layout.rest]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     kind = query.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
@@ -122,7 +136,7 @@ def attend(
     queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))  # tokens first, as they lie in memory
     if groups > 1:
         keys, values = (x.repeat_interleave(groups, 2) for x in (keys, values))
-    parts = [x.split(lengths, 1) for x in (queries, keys, values)]
+    parts = [x.split(lengths, 1)[:-1] for x in (queries, keys, values)]
     attended = []
     with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
         for row, (shared, own) in enumerate(layout.rows):
@@ -130,7 +144,7 @@ def attend(
                 q, k, v = parts[0][row], *(_whole_row(each, row, shared) for each in parts[1:])
                 seen = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
                 attended.append(seen.transpose(1, 2))
-    return torch.cat(attended, 1), None
+    return torch.cat([*attended, queries.new_zeros(1, layout.rest, *queries.shape[2:])], 1), None
 
 
 def _whole_row(parts: Sequence[Tensor], row: int, shared: int) -> Tensor:
@@ -168,15 +182,20 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     (AVX-512, torch 2.13), and computes a square of queries and keys where only a part is asked for.
     """
     own, whole = query.shape[-2], key.shape[-2]
-    q, k, v = query[0], key[0].transpose(1, 2), value[0]
+    step = STEP if query.dtype == torch.bfloat16 else 1
+    shared = whole - own
+    first, end = shared // step * step, whole + -whole % step  # filled up on both sides, which no token of the row sees
+    q = pad(query[0], (0, 0, shared - first, end - whole))
+    k, v = (pad(each[0], (0, 0, 0, end - whole)) for each in (key, value))
     blocks = []
-    for start in range(0, own, BLOCK):
-        end = min(start + BLOCK, own)
-        seen = whole - own + end
-        later = query.new_full((end - start, seen), -torch.inf).triu(whole - own + start + 1)
-        scores = torch.baddbmm(later.expand(len(q), -1, -1), q[:, start:end], k[..., :seen], alpha=scale)
-        blocks.append(scores.softmax(-1) @ v[:, :seen])
-    return torch.cat(blocks, 1)[None]
+    for start in range(first, end, BLOCK):
+        stop = min(start + BLOCK, end)
+        later = query.new_full((stop - start, stop), -torch.inf).triu(start + 1)
+        scores = torch.baddbmm(
+            later.expand(len(q), -1, -1), q[:, start - first : stop - first], k[:, :stop].transpose(1, 2), alpha=scale
+        )
+        blocks.append(scores.softmax(-1) @ v[:, :stop])
+    return torch.cat(blocks, 1)[None, :, shared - first : whole - first]
 
 
 def attend_by_block_mask(
@@ -238,6 +257,8 @@ def _forward(
     layout = build_layout(input_ids, attention_mask)
     if layout.ids.numel() > WORTH * input_ids.numel():
         return plain()
+    if layout.ids.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        layout = layout.fill_up(2 * STEP)
     taken = {
         "attention_mask": attention_mask[:1, None, None, :1],
         "position_ids": layout.positions,

@@ -24,7 +24,7 @@ from transformers.integrations import flex_attention as flex
 from dpo_kit import ConfigError, compose
 from dpo_kit.config import check
 from dpo_kit.model import load_weights
-from dpo_kit.prefix import Layout, attend_row, build_layout, share_prefixes, shares_prefixes, why_not
+from dpo_kit.prefix import NAME, Layout, attend_row, build_layout, share_prefixes, shares_prefixes, why_not
 
 SMALL = {
     "vocab_size": 60,
@@ -106,6 +106,19 @@ def test_hidden_states_and_gradients_equal_those_of_padded_rows(config, seed):
     found, gradient = forward(policy, ids, mask)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
     assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-5
+
+
+def test_tokens_that_fill_a_batch_up_change_nothing():
+    policy = model(EXACT[0])
+    policy.set_attn_implementation(NAME)
+    layout = build_layout(*rows(0))
+    filled = layout.fill_up(64)
+    assert filled.ids.shape[1] % 64 == 0 and 0 < filled.rest < 64 and filled.rows == layout.rows
+    states = []
+    for each in (layout, filled):
+        given = {"input_ids": each.ids, "position_ids": each.positions, "attention_mask": torch.ones(1, 1, 1, 1)}
+        states.append(policy.base_model(**given, layout=each, use_cache=False).last_hidden_state)
+    torch.testing.assert_close(states[1][:, : layout.ids.shape[1]], states[0])
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
     python examples/benchmark/plan.py              # random weights, each run a process of its own; half an hour
     python examples/benchmark/plan.py table=true   # what 0.5B to 8B need, from their published shapes; some minutes
 
-Estimates of the first are meant to lie within 20 % of the measured peak; KTO with LoRA does not (0.70).
+Estimates of the first are meant to lie within 20 % of the measured peak.
 """
 
 import json
