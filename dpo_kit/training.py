@@ -161,7 +161,8 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
         log.info("the data report has something to say on %s: %s", ", ".join(dict.fromkeys(about)), run.data_report)
     if data.dropped:
         write_jsonl(run.dropped_rows, (redact(vars(fault)) for fault in data.dropped))
-        log.info("%d rows dropped: %s", len(data.dropped), data.report["dropped_by_reason"])
+        reasons = (f"{count} ({reason})" for reason, count in data.report["dropped_by_reason"].items())
+        log.info("rows dropped: %s", ", ".join(reasons))
     return data
 
 

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import random
+import shutil
 
 import pytest
 
 from dpo_kit.data.__main__ import main
-from dpo_kit.toy import EVAL, TRAIN
+from dpo_kit.toy import EVAL, MODEL, TRAIN
 from tests.preferences import labels, pairs, write_jsonl
 
 
@@ -35,6 +36,14 @@ def test_check_reports_every_row_and_refuses_what_training_would_refuse(tool, tm
     assert (out / "data_report.png").read_bytes().startswith(b"\x89PNG")
     code, said, _ = tool("data=jsonl", f"data.train={file}", "data.on_bad_row=drop")
     assert code == 0 and "next: " in said
+
+
+def test_lengths_in_tokens_of_the_embedded_model_are_said_where_the_rows_are_not_its_own(tool, tmp_path):
+    copy = shutil.copytree(MODEL, tmp_path / "model")
+    rows = ("data=jsonl", f"data.train={write_jsonl(tmp_path / 'a.jsonl', pairs(20))}")
+    own = ("data=jsonl", f"data.train={EVAL}")
+    said = [tool(*words)[1] for words in (rows, own, (*rows, f"model.path={copy}"))]
+    assert ["lengths are in tokens of the embedded model" in text for text in said] == [True, False, False]
 
 
 def test_training_s_report_has_the_same_figures_but_the_slow_ones(tmp_path):

@@ -27,6 +27,14 @@ class Warn:
     do: str
 
 
+OTHER_TOKENS = Warn(
+    "tokens",
+    "lengths are in tokens of the embedded model, and its trl.max_length is short",
+    "rows may be left out or cut that another model has room for",
+    "add model=local model.path=…",
+)
+
+
 def advise(report: dict[str, Any], wanted: Kind | None) -> list[dict[str, str]]:
     """All warnings on `report`, the most costly first. `wanted` is the kind of rows that the method trains on."""
     return [asdict(warning) for part in PARTS for warning in part(report, wanted)]
@@ -69,14 +77,14 @@ def _leaks(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
     if found := report["leaks"]["rows"]:
         yield Warn(
             "leaks",
-            f"{found} rows to train on have a held-out prompt, or nearly",
+            f"rows to train on with a held-out prompt, or nearly: {found}",
             "held-out accuracy then measures memory",
             f"name the held-out rows with data.eval; {CURATE} then drops them from train",
         )
     if found := report["benchmark"]["rows"]:
         yield Warn(
             "benchmark",
-            f"{found} rows to train on have a prompt of data.benchmark",
+            f"rows to train on with a prompt of data.benchmark: {found}",
             "the benchmark's score will be too good to be true",
             f"{CURATE} data.benchmark=FILE drops them",
         )
@@ -144,7 +152,7 @@ def _cut(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
     if report["cut_at_max_length"] > CUT * rows:
         yield Warn(
             "cut_at_max_length",
-            f"{report['cut_at_max_length']} rows lose the end of an answer to trl.max_length={report['max_length']}",
+            f"answers whose end trl.max_length={report['max_length']} cuts: in {report['cut_at_max_length']} rows",
             "the longer answer is judged without its end and never learns to stop",
             "raise trl.max_length, or leave out what is longer",
         )

@@ -7,11 +7,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.data.advice import OTHER_TOKENS
 from dpo_kit.data.convert import Converted, convert
 from dpo_kit.data.curate import Curated, Setting, curate
 from dpo_kit.data.gather import Gathered, Rows, eval_sources, gather, refuse_malformed, sources
@@ -27,6 +28,7 @@ from dpo_kit.data.table import show_report
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.run import write_json, write_text
 from dpo_kit.settings import Settings
+from dpo_kit.toy import MODEL
 
 
 def check_data(settings: Settings, tool: Tool, out: Path) -> None:
@@ -129,7 +131,7 @@ def _with_signal(rows: Rows, gathered: Gathered, settings: Settings, tokenizer: 
 def _inspect(
     gathered: Gathered, train: list[Rows], held_out: Rows, settings: Settings, held: Sequence[str] = ()
 ) -> dict[str, Any]:
-    return inspect(
+    report = inspect(
         gathered,
         train,
         held_out,
@@ -139,6 +141,15 @@ def _inspect(
         held=held,
         thorough=gathered.kind != "prompts",  # near-duplicates are told by answers
     )
+    if _counts_for_another_model(settings):
+        report["warnings"].insert(0, asdict(OTHER_TOKENS))
+    return report
+
+
+def _counts_for_another_model(settings: Settings) -> bool:
+    """Whether rows that are not the embedded ones are counted in the embedded model's tokens."""
+    places = (Path(source.path) for source in sources(settings.data.train))
+    return Path(settings.model.path) == MODEL and any(MODEL.parent not in place.parents for place in places)
 
 
 def _margins(rows: Rows, gathered: Gathered, settings: Settings, tokenizer: Any) -> list[tuple[float, float]]:

@@ -19,7 +19,7 @@ def show_report(console: Console, report: dict[str, Any], *, title: str, before:
     console.print(report_table(report, title=title, before=before))
     for warning in report["warnings"]:
         console.print(f"[bold]{escape(warning['what'])}[/bold]", highlight=False)
-        console.print(f"{warning['why']}. {warning['do']}\n", highlight=False, markup=False)
+        console.print(f"{warning['why']}\n→ {warning['do']}\n", highlight=False, markup=False)
 
 
 def report_table(report: dict[str, Any], *, title: str, before: dict[str, Any] | None = None) -> Table:
