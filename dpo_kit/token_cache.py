@@ -12,11 +12,10 @@ from typing import Any
 
 import transformers
 import trl
-from datasets import Dataset, is_caching_enabled, load_from_disk
+from datasets import Dataset, concatenate_datasets, is_caching_enabled, load_from_disk
 from datasets.fingerprint import Hasher
 from pyarrow import ArrowException
 
-from dpo_kit.errors import DataError
 from dpo_kit.processes import world_size
 
 log = logging.getLogger(__name__)
@@ -24,28 +23,29 @@ Base: Any = object  # in use, a trainer follows in the method resolution order
 
 
 class CachedTokens(Base):
-    """Mixin before a TRL trainer: what its `_prepare_dataset` maps is kept under `root`, beside the rows.
+    """Mixin before a TRL trainer: the columns that its `_prepare_dataset` adds are kept under `tokens`, without texts.
 
-    datasets keeps the result of a map next to the file of its rows, addressed by function and arguments, and nowhere
-    for rows in memory. A cache that cannot be read or written is done without; DataError where there are several
-    processes.
+    A cache that cannot be read or written is done without. So it is where there are several processes, which wait for
+    each other in there.
     """
 
-    root: Path
+    tokens: Path
 
     def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: Any, name: str) -> Dataset:
-        prepare = functools.partial(super()._prepare_dataset, processing_class=tokenizer, dataset_name=name)
-        if not is_caching_enabled():
-            return prepare(dataset, args=args)
-        folder = self.root / Hasher.hash([trl.__version__, transformers.__version__, dataset._fingerprint])
-        try:
-            return prepare(_on_disk(dataset, folder), args=_without_limit(args))
-        except (OSError, ArrowException) as error:
-            if world_size() > 1:  # processes wait for each other in there: one alone must not begin again
-                raise DataError(f"tokenised rows cannot be kept in {folder} ({error}): delete it") from error
-            log.info("tokenised rows are not kept in %s: %s", folder, error)
-            shutil.rmtree(folder, ignore_errors=True)
-            return prepare(dataset, args=args)
+        prepare = functools.partial(super()._prepare_dataset, dataset, tokenizer, dataset_name=name)
+        if not is_caching_enabled() or world_size() > 1:
+            return prepare(args=args)
+        kl_batch = args.per_device_train_batch_size if getattr(self, "calculate_KL", False) else None
+        address = [trl.__version__, transformers.__version__, dataset._fingerprint, tokenizer, kl_batch]
+        folder = self.tokens / Hasher.hash(address)
+        added = _read(folder)
+        if added is None:
+            prepared = prepare(args=_without_limit(args))
+            if len(prepared) != len(dataset):
+                return prepared
+            added = prepared.select_columns([c for c in prepared.column_names if c not in dataset.column_names])
+            _write(added, folder)
+        return concatenate_datasets([dataset, added], axis=1)
 
 
 def _without_limit(args: Any) -> Any:
@@ -57,31 +57,36 @@ def _without_limit(args: Any) -> Any:
     return args
 
 
-def _on_disk(dataset: Dataset, folder: Path) -> Dataset:
-    """`dataset`, read from `folder`, where it is written whole or not at all."""
+def _read(folder: Path) -> Dataset | None:
+    """The columns kept in `folder`; None where there are none that can be read."""
     if not folder.exists():
+        return None
+    try:
+        found: Any = load_from_disk(str(folder), keep_in_memory=True)
+        return found
+    except (OSError, ArrowException) as error:
+        log.info("tokenised rows in %s cannot be read: %s", folder, error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _write(columns: Dataset, folder: Path) -> None:
+    """Write `columns` to `folder`, whole or not at all; another process may have done so in the meantime."""
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            dataset.save_to_disk(aside)
-            _claim(Path(aside), folder)
-    return load_from_disk(str(folder))
-
-
-def _claim(aside: Path, folder: Path) -> None:
-    """Rename `aside` to `folder`, which another process may have written in the meantime."""
-    try:
-        aside.replace(folder)
-    except OSError:
-        if not folder.exists():
-            raise
+            columns.save_to_disk(Path(aside) / folder.name)
+            (Path(aside) / folder.name).replace(folder)
+    except OSError as error:
+        log.info("tokenised rows are not kept in %s: %s", folder, error)
 
 
 def with_token_cache(trainer: type, root: Path) -> type:
-    """The class `trainer` with its tokens kept under `root`; as it is where it tokenises by a method of its own, which
-    datasets cannot address (ORPO, CPO).
+    """The class `trainer` with its tokens kept under `root`; as it is where it tokenises by a method of its own
+    (ORPO, CPO).
     """
     return (
-        type(trainer.__name__, (CachedTokens, trainer), {"root": root})
+        type(trainer.__name__, (CachedTokens, trainer), {"tokens": root})
         if hasattr(trainer, "_prepare_dataset")
         else trainer
     )

@@ -52,7 +52,7 @@ def run_sweep(folder, *words, **env):
         env=os.environ | QUIET | {MARK: str(folder)} | env,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr, done.stderr

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from dpo_kit import token_cache
-from dpo_kit.errors import DataError
+from dpo_kit.reference import with_store
 from dpo_kit.token_cache import with_token_cache
 from tests import tiny
 
@@ -34,7 +34,9 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def rows_of(trainer: Any) -> list[dict[str, Any]]:
-    return list(trainer.train_dataset)
+    """What a trainer reads of its rows: all but the texts, to which TRL adds an end."""
+    texts = {"prompt", "chosen", "rejected", "completion"}
+    return list(trainer.train_dataset.remove_columns(texts & {*trainer.train_dataset.column_names}))
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
@@ -98,10 +100,20 @@ def test_trainers_that_tokenise_by_a_method_are_left_as_they_are() -> None:
     assert with_token_cache(tiny.ORPOTrainer, Path()) is tiny.ORPOTrainer
 
 
-def test_of_several_processes_none_begins_again_alone(
+def test_of_several_processes_none_goes_a_way_of_its_own(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "tokens").write_text("in the way")
     monkeypatch.setattr(token_cache, "world_size", lambda: 2)
-    with pytest.raises(DataError, match=r"cannot be kept in .*tokens.*: delete it"):
-        tiny.trainer("dpo", folder, tmp_path, wrap=lambda cls: with_token_cache(cls, tmp_path / "tokens"))
+    tiny.trainer("dpo", folder, tmp_path, wrap=lambda cls: with_token_cache(cls, tmp_path / "tokens"))
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_texts_are_not_kept_and_a_reference_store_beside_has_a_folder_of_its_own(folder: str, tmp_path: Path) -> None:
+    def wrap(cls: type) -> type:
+        return with_store(with_token_cache(cls, tmp_path / "tokens"), tmp_path / "reference")
+
+    trainer = tiny.trainer("dpo", folder, tmp_path, wrap=wrap, precompute_ref_log_probs=True)
+    assert [*trainer.train_dataset]  # the reference's columns are there too
+    (kept,) = (tmp_path / "tokens").iterdir()
+    assert datasets.load_from_disk(str(kept)).column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
+    assert not [*(tmp_path / "reference").rglob("*.arrow")]
