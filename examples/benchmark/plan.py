@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +93,7 @@ def show_sizes(sizes):
                     compose([*words, "data=toy", "trl.per_device_train_batch_size=2", "trl.max_length=1024"])
                 )
                 found = plan_on(settings, SimpleNamespace(train=rows))
+                found = replace(found, peak=found.peak - found.memory["libraries"])  # in a CPU's memory alone
                 fitting = find_devices(found, settings)
                 fits = f"{fitting[0]} × {fitting[1]} GB" if fitting else "none of these"
                 table.add_row(name, f"{found.parameters / 1e9:.2f}B", tuning, f"{found.peak / 1e9:.1f}", fits)
