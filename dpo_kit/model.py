@@ -76,6 +76,8 @@ def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:
             f"model.path={model.path} is published in a quantised form, whose weights cannot be tuned: take "
             "model.tuning=lora, or the original repository"
         )
+    if model.attn_implementation == "flex_attention" and not has_accelerator():
+        raise ConfigError("model.attn_implementation=flex_attention has no backward pass on a CPU: leave it out")
     if model.tuning == "qlora" and (
         find_parent("model.path", model.path) or (Path(model.path) / "export.json").exists()
     ):
@@ -241,8 +243,6 @@ def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
     """The weights at `path` (default: model.path) in the dtype, attention and quantisation that `model` asks for."""
     path = path or model.path
     options: dict[str, Any] = {"dtype": weight_dtype(model.dtype, model.tuning), "use_safetensors": True}
-    if model.attn_implementation == "flex_attention" and not has_accelerator():
-        raise ConfigError("model.attn_implementation=flex_attention has no backward pass on a CPU: leave it out")
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
     if model.tuning == "qlora":

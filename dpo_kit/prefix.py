@@ -8,7 +8,6 @@ over all earlier tokens; `why_not` names the models where it is not.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -130,21 +129,26 @@ def attend(
     lengths = [*(own for _, own in layout.rows), layout.rest]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     kind = query.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    if autocast:  # once, not for every row
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    query, key, value = _in_autocast_dtype(query, key, value)  # once, not for every row
     queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))  # tokens first, as they lie in memory
     if groups > 1:
         keys, values = (x.repeat_interleave(groups, 2) for x in (keys, values))
     parts = [x.split(lengths, 1)[:-1] for x in (queries, keys, values)]
     attended = []
-    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
+    with torch.autocast(kind, enabled=False):
         for row, (shared, own) in enumerate(layout.rows):
             if own:
                 q, k, v = parts[0][row], *(_whole_row(each, row, shared) for each in parts[1:])
                 seen = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
                 attended.append(seen.transpose(1, 2))
     return torch.cat([*attended, queries.new_zeros(1, layout.rest, *queries.shape[2:])], 1), None
+
+
+def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(each.to(torch.get_autocast_dtype(kind)) for each in tensors)
 
 
 def _whole_row(parts: Sequence[Tensor], row: int, shared: int) -> Tensor:
@@ -208,9 +212,7 @@ def attend_by_block_mask(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` in one call of FlexAttention for all rows. It has no backward pass on CPUs (torch 2.13)."""
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    query, key, value = _in_autocast_dtype(query, key, value)
     mask: Any = layout.block_mask if layout else attention_mask
     return flex_attention_forward(module, query, key, value, mask, **options)
 

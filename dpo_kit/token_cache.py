@@ -49,8 +49,8 @@ class CachedTokens(Base):
 
 
 def _without_limit(args: Any) -> Any:
-    """`args` for a preparation that drops no row: those without room for an answer are gone already, and the address
-    of TRL's filter would hold every argument of the run.
+    """`args` for a preparation that drops no row, whatever `max_length` is: those without room for an answer are gone
+    already.
     """
     args = copy.copy(args)
     args.max_length = None
@@ -62,8 +62,7 @@ def _read(folder: Path) -> Dataset | None:
     if not folder.exists():
         return None
     try:
-        found: Any = load_from_disk(str(folder), keep_in_memory=True)
-        return found
+        return load_from_disk(str(folder), keep_in_memory=True)  # type: ignore[return-value]
     except (OSError, ArrowException) as error:
         log.info("tokenised rows in %s cannot be read: %s", folder, error)
         shutil.rmtree(folder, ignore_errors=True)

@@ -23,7 +23,7 @@ from transformers.integrations import flex_attention as flex
 
 from dpo_kit import ConfigError, compose
 from dpo_kit.config import check
-from dpo_kit.model import load_weights
+from dpo_kit.model import load_policy, load_weights
 from dpo_kit.prefix import NAME, Layout, attend_row, build_layout, share_prefixes, shares_prefixes, why_not
 
 SMALL = {
@@ -150,8 +150,10 @@ def test_hidden_states_by_a_block_mask_equal_those_of_padded_rows(config, uncomp
 
 
 def test_flex_attention_is_refused_where_it_cannot_train():
+    settings = check(compose(["model.attn_implementation=flex_attention"]))
     with pytest.raises(ConfigError, match="flex_attention has no backward pass on a CPU: leave it out"):
-        load_weights(check(compose(["model.attn_implementation=flex_attention"])).model)
+        load_policy(settings.model, None)
+    assert load_weights(settings.model).config._attn_implementation == "flex_attention"  # to evaluate and export
 
 
 def test_each_token_sees_its_row_up_to_itself_and_what_another_row_lends_it():

@@ -55,6 +55,17 @@ def test_a_run_with_other_arguments_tokenises_nothing(
     assert sorted((tmp_path / "tokens").rglob("*")) == files
 
 
+def test_another_batch_size_of_kto_makes_its_mismatched_pairs_anew(folder: str, tmp_path: Path) -> None:
+    def kl_answers(size: int, **wrap: Any) -> list[Any]:
+        return tiny.trainer("kto", folder, tmp_path, per_device_train_batch_size=size, **wrap).train_dataset[
+            "KL_completion_ids"
+        ][:]
+
+    cached: dict[str, Any] = {"wrap": lambda cls: with_token_cache(cls, tmp_path / "tokens")}
+    assert kl_answers(4, **cached) == kl_answers(4)
+    assert kl_answers(2, **cached) == kl_answers(2) != kl_answers(4)
+
+
 def test_other_rows_and_another_template_are_tokenised(
     folder: str, tmp_path: Path, tokenized: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +124,8 @@ def test_texts_are_not_kept_and_a_reference_store_beside_has_a_folder_of_its_own
         return with_store(with_token_cache(cls, tmp_path / "tokens"), tmp_path / "reference")
 
     trainer = tiny.trainer("dpo", folder, tmp_path, wrap=wrap, precompute_ref_log_probs=True)
-    assert [*trainer.train_dataset]  # the reference's columns are there too
+    trainer.get_train_dataloader()
+    assert "ref_chosen_logps" in trainer.train_dataset.column_names and [*(tmp_path / "reference").rglob("*.*")]
     (kept,) = (tmp_path / "tokens").iterdir()
     assert datasets.load_from_disk(str(kept)).column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
     assert not [*(tmp_path / "reference").rglob("*.arrow")]
