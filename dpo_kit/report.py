@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Okabe-Ito: told apart with any colour vision
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+OVER_THE_LINE = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # the box of a text that a line crosses
 Z95 = 1.96
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.data.advice import SHORTCUT
-from dpo_kit.report import BLUE, GREY, ORANGE
+from dpo_kit.report import BLUE, GREY, ORANGE, OVER_THE_LINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,12 +125,12 @@ def _draw_lengths(axes: Axes, report: dict[str, Any], before: dict[str, Any] | N
             found["median"], -line, marker="o", markersize=12, color="white", markeredgecolor=color, markeredgewidth=3
         )
         label = f"{name}: {found['median']:,.0f} (95 % below {found['p95']:,.0f})"
-        axes.text(0, -line + 0.24, label, fontsize=14.5, va="bottom", ha="left")
+        axes.text(0, -line + 0.24, label, fontsize=14.5, va="bottom", ha="left", bbox=OVER_THE_LINE)
     if limit and limit < 2.5 * top:
         axes.axvline(limit, color=ORANGE if cut else GREY, linewidth=2, linestyle=(0, (4, 3)))
         top = max(top, limit)
     note = f"max_length {limit or 'none'} cuts {cut:,} rows"
-    axes.text(0, -len(report["tokens"]) + 0.3, note, fontsize=14.5, color=ORANGE if cut else GREY)
+    axes.text(0, -len(report["tokens"]) + 0.3, note, fontsize=14.5, color=ORANGE if cut else GREY, bbox=OVER_THE_LINE)
     axes.set_xlim(0, 1.05 * top)
     axes.set_ylim(-len(report["tokens"]) + 0.1, 0.8)
     axes.set_yticks([])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.evaluate.failures import Compared, forms, repeated_share, words
 from dpo_kit.history import series
-from dpo_kit.report import BLUE, GREEN, GREY, ORANGE
+from dpo_kit.report import BLUE, GREEN, GREY, ORANGE, OVER_THE_LINE
 from dpo_kit.sweep.evidence import from_intervals, paired_bootstrap
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _draw_styles(axes: Axes, styles: Sequence[Style]) -> None:
         )
         axes.annotate(
             _label(style), (0, -number + 0.22), xycoords=axes.get_yaxis_transform(), fontsize=13, color=color,
-            bbox={"color": "white", "pad": 1.5}, fontweight="bold" if style.changed else "normal",
+            bbox=OVER_THE_LINE, fontweight="bold" if style.changed else "normal",
         )  # fmt: skip
     axes.set_ylim(0.6 - max(1, len(styles)), 0.6)
     axes.set_yticks([])

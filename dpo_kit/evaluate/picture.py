@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.report import BLUE, GREY, ORANGE
+from dpo_kit.report import BLUE, GREY, ORANGE, OVER_THE_LINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,6 @@ DOUBTS = {
     "first_position_rate": "first place preferred",
     "unparsable_rate": "verdicts unparsable",
 }
-OVER_THE_LINE = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 LIGHT, MIDDLE = "#D9D9D9", "#A6A6A6"
 
 
