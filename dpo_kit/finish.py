@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shlex
 import shutil
 import traceback
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 from transformers import Trainer
 
+from dpo_kit.again import again, longer
 from dpo_kit.card import write_card
 from dpo_kit.checkpoints import SAVING, put_in_place
-from dpo_kit.diagnosis import diagnose
+from dpo_kit.diagnosis import Rows, beta_unfelt, diagnose
 from dpo_kit.history import read_metrics
 from dpo_kit.nonfinite import refuse_non_finite
 from dpo_kit.page import refresh_page, write_page
@@ -86,7 +86,7 @@ def finish_run(
         ceiling=ceiling,
         seconds={"train": round(seconds, 2)},
         findings=[dataclasses.asdict(finding) for finding in diagnose(history, settings.method.model_dump())],
-        next=next_command(settings, manifest["command"]),
+        next=next_command(settings, manifest["command"], history),
         judge=judge,
         published=compare_with_published(manifest, history),
         **identity(settings),
@@ -142,12 +142,12 @@ def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result, page:
         tracker.table("samples", list(samples[0]), rows)
 
 
-def next_command(settings: Settings, command: str | None) -> str:
-    """The sweep over beta that would show whether this one was a good choice: what was typed, with beta's grid."""
-    typed = shlex.split(command)[3:] if command else [f"method={settings.method.name}"]
-    kept = [word for word in typed if not word.startswith(("beta=", "hydra."))]
-    grid = ",".join(f"{value:g}" for value in settings.method.beta.grid)
-    return shlex.join(["python", "-m", "dpo_kit", "-m", *kept, f"beta={grid}"])
+def next_command(settings: Settings, command: str | None, history: Rows) -> str:
+    """A sweep that shows whether this beta was a good choice; where beta is not felt yet, twice the training."""
+    method = settings.method
+    if beta_unfelt(history, method.model_dump()):
+        return again(command, method.name, **longer(settings.trl))
+    return again(command, method.name, "-m", beta=",".join(f"{value:g}" for value in method.beta.grid))
 
 
 def write_failure(run: RunDirectory, settings: Settings, error: BaseException) -> None:

@@ -278,14 +278,15 @@ def describe(settings: Settings, args: Any, data: Prepared) -> None:
     trl = args.to_dict()
     precision = next((name for name in ("bf16", "fp16") if trl[name]), "fp32")
     checkpointing = "on" if args.gradient_checkpointing else "off"
+    every = "step" if args.eval_steps == 1 else f"{args.eval_steps:g} steps"
     log.info("%s, from %s", settings.method.title, settings.model.path)
     log.info(
         "%s tuning in %s on %s, activation checkpointing %s, learning rate %g",
         *(settings.model.tuning, precision, args.device.type, checkpointing, args.learning_rate),
     )
     log.info(
-        "%d steps of %d rows out of %d, evaluated every %g steps on %d of %d held-out ones",
-        *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), args.eval_steps),
+        "%d steps of %d rows out of %d, evaluated every %s on %d of %d held-out ones",
+        *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), every),
         *(len(probe_rows(data, settings)), len(data.select)),
     )
     if fault := batch_fault(settings.experiment, trl, effective_batch(trl)):

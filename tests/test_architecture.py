@@ -15,6 +15,7 @@ PACKAGE = Path(dpo_kit.__file__).parent
 CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 LAYERS = [
     {
+        "again",
         "errors",
         "history",
         "metrics",

@@ -162,7 +162,7 @@ def test_the_command_gives_the_same_result_as_the_api(small_run, few, command, t
     assert Result.read(tmp_path / "here").final == small_run[1].final
     assert Result.read(tmp_path / "here").next != small_run[1].next  # from Python nothing was typed
     assert "held-out accuracy" in done.stdout
-    assert "next: python -m dpo_kit -m tracking=none" in done.stdout and "beta=0.05,0.1,0.2,0.5" in done.stdout
+    assert "next: python -m dpo_kit tracking=none" in done.stdout and "trl.max_steps=8" in done.stdout
     assert "Warning" not in done.stdout + done.stderr
     again = command(*few, "hydra.run.dir=here")
     assert again.returncode == 0 and "held-out accuracy" in again.stdout

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from dpo_kit.again import again, longer
 from dpo_kit.diagnosis import UNFELT
 from dpo_kit.sweep.choice import Choice
 from dpo_kit.sweep.runs import RunRecord
@@ -25,7 +25,9 @@ def next_command(runs: Sequence[RunRecord], choice: Choice, command: str | None)
     if len({run.start_model for run in finished}) > 1:
         return None
     if _short(finished) or all(verdict.gain and verdict.gain.low <= 0 for verdict in choice.verdicts):
-        return _again(finished[0], beta=_listed(run.beta for run in finished), **_longer(finished[0]))
+        return _again(
+            finished[0], beta=_listed(run.beta for run in finished), **longer(finished[0].config.get("trl") or {})
+        )
     if choice.recommended and len({run.seed for run in finished}) == 1:
         run = choice.recommended
         rivals = [v.run.beta for v in choice.verdicts if v.tied and v.run.method == run.method]
@@ -42,14 +44,5 @@ def _listed(values: Any) -> str:
     return ",".join(f"{value:g}" for value in sorted({value for value in values if value is not None}))
 
 
-def _longer(run: RunRecord) -> dict[str, str]:
-    trl = run.config.get("trl") or {}
-    steps, epochs = trl.get("max_steps") or 0, trl.get("num_train_epochs") or 1
-    return {"trl.max_steps": f"{2 * steps:g}"} if steps > 0 else {"trl.num_train_epochs": f"{2 * epochs:g}"}
-
-
 def _again(run: RunRecord, **changed: str) -> str:
-    """The command of `run` as a sweep with the `changed` keys; those of Hydra's own are left out."""
-    typed = shlex.split(run.manifest.get("command") or "")[3:] or [f"method={run.method}"]
-    kept = [word for word in typed if word.partition("=")[0] not in changed and not word.startswith("hydra.")]
-    return shlex.join(["python", "-m", "dpo_kit", "-m", *kept, *(f"{key}={value}" for key, value in changed.items())])
+    return again(run.manifest.get("command"), run.method, "-m", **changed)

@@ -140,7 +140,7 @@ def terminal_table(rows: Sequence[Row], recommended: str | None, title: str) -> 
     for key in leading:
         table.add_column(escape(key.removeprefix("trl.")), justify="left" if key in ("method", "status") else "right")
     for heading, _, _ in shown:
-        table.add_column(heading.replace(" reverse, nats", "").replace(" reward", ""), justify="right")
+        table.add_column(heading.replace(" reverse, nats", "\nreverse").replace(" reward", ""), justify="right")
     for row in rows:
         mark = "→" if row["path"] == recommended else ""
         cells = (_signed(row[key], form) if row[key] is not None else "" for _, key, form in shown)
