@@ -216,28 +216,33 @@ def levers(shape, repeats):
 
 
 def limit(shape, repeats):
-    """Seconds of a step: a bare loop on the same packed tokens, and the trainer, in one process each time."""
-    runs = []
+    """Seconds of a step: a bare loop on the same packed tokens, and the trainer, in turns, each in a new process."""
+    runs = {"bare": [], "trainer": []}
     for _ in range(repeats):
-        os.environ["DPO_KIT_CACHE"] = tempfile.mkdtemp(dir=WORK)
-        text = run(sys.executable, Path(__file__).resolve(), "part=bare", f"shape={shape}")["text"]
-        runs.append(json.loads(text.splitlines()[-1]))
-    return [row(f"{shape}: a step on the same packed tokens", median(runs, "bare"), median(runs, "trainer"), "s")]
+        for who, found in runs.items():
+            os.environ["DPO_KIT_CACHE"] = tempfile.mkdtemp(dir=WORK)
+            text = run(sys.executable, Path(__file__).resolve(), "part=steps", f"shape={shape}", f"who={who}")["text"]
+            found.append({"step": float(text.splitlines()[-1])})
+    bare, trainer = (median(found, "step") for found in runs.values())
+    return [row(f"{shape}: a step on the same packed tokens", bare, trainer, "s")]
 
 
-def bare(shape):
-    """Print the seconds of a step in TRL's trainer as dpo_kit sets it up, and in the least loop that does the same."""
+def steps(shape, who):
+    """Print the seconds of a step in TRL's trainer as dpo_kit sets it up, or in the least loop that does the same."""
     import torch
     from torch.nn.functional import cross_entropy, logsigmoid
 
     from dpo_kit import compose, train, training
 
-    found = {}
+    found = []
 
-    def both(trainer, *told):
+    def in_trainer(trainer, *told):
         started = time.perf_counter()
         trainer.train()
-        found["trainer"] = (time.perf_counter() - started) / trainer.state.global_step
+        found.append((time.perf_counter() - started) / trainer.state.global_step)
+        return 0.0
+
+    def in_bare_loop(trainer, *told):
         batches = list(trainer.get_train_dataloader())
         model = trainer.accelerator.unwrap_model(trainer.model).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=float(RATE), fused=True)
@@ -254,12 +259,12 @@ def bare(shape):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        found["bare"] = (time.perf_counter() - started) / len(batches)
+        found.append((time.perf_counter() - started) / len(batches))
         return 0.0
 
-    training.run_trainer = both
+    training.run_trainer = {"trainer": in_trainer, "bare": in_bare_loop}[who]
     train(compose(overrides(shape, "speed.reference_store=true")), Path(tempfile.mkdtemp()) / "run")
-    print(json.dumps(found))
+    print(found[0])
 
 
 SCALES = {
@@ -313,8 +318,8 @@ PARTS = {
 
 def main(arguments):
     options = dict(argument.split("=", 1) for argument in arguments)
-    if options.get("part") == "bare":
-        return bare(options["shape"])
+    if options.get("part") == "steps":
+        return steps(options["shape"], options["who"])
     for shape, settings in SHAPES.items() if "pairs" in options else ():
         SHAPES[shape] = (*settings[:3], int(options["pairs"]))
     make_model(WORK / "model")
