@@ -38,7 +38,7 @@ format: $(VENV)/installed  ## bring the code into form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/installed  ## start-up time, cost of the probe and of safe checkpoints, speed beside stock TRL (an hour)
+bench: $(VENV)/installed  ## start-up time, cost of the probe and of safe checkpoints, speed beside stock TRL (over two hours)
 	$(BIN)/python examples/benchmark/bench.py
 	$(BIN)/python examples/benchmark/checkpoints.py
 	$(BIN)/python examples/benchmark/speed.py

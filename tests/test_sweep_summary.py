@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -292,6 +293,7 @@ def test_the_terminal_shows_table_choice_and_next_command_in_eighty_columns(tmp_
     found = show_summary(tmp_path, console=console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in shown and "→" in shown
+    assert re.search(r"┃ +reverse ┃", shown)  # KL: the live table shows the forward one
     assert f"Recommended: {found.recommended}." in shown and "next: python -m dpo_kit -m" in shown
 
 

@@ -222,8 +222,8 @@ def limit(shape, repeats):
         for who, found in runs.items():
             os.environ["DPO_KIT_CACHE"] = tempfile.mkdtemp(dir=WORK)
             text = run(sys.executable, Path(__file__).resolve(), "part=steps", f"shape={shape}", f"who={who}")["text"]
-            found.append({"step": float(text.splitlines()[-1])})
-    bare, trainer = (median(found, "step") for found in runs.values())
+            found.append(float(text.splitlines()[-1]))
+    bare, trainer = map(statistics.median, runs.values())
     return [row(f"{shape}: a step on the same packed tokens", bare, trainer, "s")]
 
 
