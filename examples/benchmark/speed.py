@@ -1,11 +1,17 @@
 """Training time of dpo_kit beside stock `trl dpo`, on the same pairs, taken in turns; what `make bench` prints.
 
     python examples/benchmark/speed.py [part=single,lora,levers,limit,scaling] [repeats=3] [pairs=N] [out=FILE]
+                                       [shape=prompt-heavy|answer-heavy] [size=5m|0.5b] [longer=1]
+                                       [option of dpo_kit, such as trl.bf16=false ...]
 
 The model has random weights (Qwen2, 5.5M parameters: what it says plays no part), the pairs are random words of two
 shapes: prompt-heavy (145 tokens of prompt, 46 and 58 of answers) and answer-heavy (57, 617, 514), with log-normal
 lengths. Nobody evaluates or saves checkpoints, so that both do the same work. Values are medians of `repeats` runs,
 taken in turns; a stock sweep is four runs of `trl dpo`, one after the other.
+
+Both sides use a GPU where PyTorch finds one; the memory is then not compared, as it is the process's. For one,
+`size=0.5b longer=2 pairs=1000` takes Qwen2's architecture of that size and sequences of up to 2,048 tokens, and
+`model.attn_implementation=flex_attention` has dpo_kit use block masks.
 """
 
 import json
@@ -20,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -32,27 +40,37 @@ SHAPES = {  # mean tokens of prompt, chosen, rejected; standard deviation of a l
     "answer-heavy": ((57, 617, 514), 0.28, 1024, 64),
 }
 TEMPLATE = (3, 1, 1)  # tokens that the chat template adds to them
-ARCHITECTURE = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 4096,
-    "tie_word_embeddings": True,
+SIZES = {
+    "5m": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+    },
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
 }
+GIVEN = []  # options of dpo_kit on the command line
 
 
-def make_model(folder):
+def make_model(folder, size):
     """A model of random weights with the embedded tokenizer, whose chat template it speaks."""
-    import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     from dpo_kit.toy import MODEL
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     torch.manual_seed(0)
-    config = Qwen2Config(**ARCHITECTURE, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Qwen2Config(**SIZES[size], **special, tie_word_embeddings=True)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -105,14 +123,17 @@ def run(*words):
         text = output.read()
     if status:
         raise SystemExit(f"{' '.join(map(str, words))} failed:\n{text[-2000:]}")
-    return {"wall": time.perf_counter() - started, "memory": usage.ru_maxrss / 1024, "text": text}
+    wall = time.perf_counter() - started
+    print(f"{wall:6.1f} s:", *" ".join(map(str, words[1:])).split(), file=sys.stderr)
+    return {"wall": wall, "memory": usage.ru_maxrss / 1024, "text": text}
 
 
 def stock(shape, beta=0.1, lora=False, equal=False):
     """`trl dpo` as it comes; `equal`: without activation checkpointing, as ours; bf16 is its default too."""
     words = ["--model_name_or_path", "model", "--dataset_name", shape, "--output_dir", tempfile.mkdtemp(dir=WORK)]
-    words += ["--use_cpu", "--beta", beta, "--max_length", SHAPES[shape][2], "--per_device_train_batch_size", BATCH]
+    words += ["--beta", beta, "--max_length", SHAPES[shape][2], "--per_device_train_batch_size", BATCH]
     words += ["--num_train_epochs", "1", "--learning_rate", RATE, "--save_strategy", "no", "--report_to", "none"]
+    words += [] if torch.cuda.is_available() else ["--use_cpu"]
     words += ["--use_peft", "--lora_r", "16", "--lora_alpha", "32"] if lora else []
     words += ["--gradient_checkpointing", "false"] if equal else []
     found = run(Path(sys.executable).with_name("trl"), "dpo", *map(str, words))
@@ -127,7 +148,7 @@ def overrides(shape, *more, lora=False):
         tracking=none callbacks=none trl.eval_strategy=no trl.save_strategy=no
         trl.per_device_train_batch_size={BATCH} trl.max_length={SHAPES[shape][2]} trl.learning_rate={RATE}
     """
-    return [*words.split(), *more]
+    return [*words.split(), *GIVEN, *more]
 
 
 def ours(shape, *more, lora=False, beta=0.1, changed=""):
@@ -172,17 +193,14 @@ def compare(shape, repeats, lora):
     sweeps = [our_sweep(shape, lora) for _ in range(repeats)]
     four = sum(each["wall"] for each in kinds["stock"][: len(BETAS)])
     name = f"{shape}, {'LoRA' if lora else 'full'}"
-    return [
+    memory = [median(kinds[who], "memory") for who in ("equal", "ours")]
+    rows = [
         row(f"{name}: training", median(kinds["stock"], "train"), median(kinds["ours"], "train"), "s"),
         row(f"{name}: against equal settings", median(kinds["equal"], "train"), median(kinds["ours"], "train"), "s"),
         row(f"{name}: sweep of {len(BETAS)} betas, imports in", four, median(sweeps, "wall"), "s"),
-        row(
-            f"{name}: peak memory, equal settings",
-            median(kinds["equal"], "memory"),
-            median(kinds["ours"], "memory"),
-            "MiB",
-        ),
+        row(f"{name}: peak memory, equal settings", *memory, "MiB"),
     ]
+    return rows[:-1] if torch.cuda.is_available() else rows
 
 
 def row(name, theirs, own, unit):
@@ -206,11 +224,14 @@ CHANGED = {  # by a constant, not by an option
 
 
 def levers(shape, repeats):
-    """Training seconds with one lever taken away at a time, or with what was tried and left out, in turns."""
+    """Training seconds with one lever taken away at a time, or with what was tried and left out; each turn in an order
+    of its own, as a run is slower after some than after others.
+    """
     runs = {name: [] for name in LEVERS | CHANGED}
+    draw = random.Random(0)
     for _ in range(repeats):
-        for name, found in runs.items():
-            found.append(ours(shape, *LEVERS.get(name, ()), changed=CHANGED.get(name, "")))
+        for name in draw.sample([*runs], len(runs)):
+            runs[name].append(ours(shape, *LEVERS.get(name, ()), changed=CHANGED.get(name, "")))
     best = median(runs["all of them"], "train")
     return [row(f"{shape}: {name}", median(found, "train"), best, "s") for name, found in runs.items()]
 
@@ -221,7 +242,9 @@ def limit(shape, repeats):
     for _ in range(repeats):
         for who, found in runs.items():
             os.environ["DPO_KIT_CACHE"] = tempfile.mkdtemp(dir=WORK)
-            text = run(sys.executable, Path(__file__).resolve(), "part=steps", f"shape={shape}", f"who={who}")["text"]
+            text = run(
+                sys.executable, Path(__file__).resolve(), *sys.argv[1:], "part=steps", f"shape={shape}", f"who={who}"
+            )["text"]
             found.append(float(text.splitlines()[-1]))
     bare, trainer = map(statistics.median, runs.values())
     return [row(f"{shape}: a step on the same packed tokens", bare, trainer, "s")]
@@ -229,7 +252,6 @@ def limit(shape, repeats):
 
 def steps(shape, who):
     """Print the seconds of a step in TRL's trainer as dpo_kit sets it up, or in the least loop that does the same."""
-    import torch
     from torch.nn.functional import cross_entropy, logsigmoid
 
     from dpo_kit import compose, train, training
@@ -249,16 +271,18 @@ def steps(shape, who):
         started = time.perf_counter()
         for batch in batches:
             ids, labelled = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
-            with torch.autocast("cpu", torch.bfloat16, enabled=trainer.args.bf16):
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=trainer.args.bf16):
                 hidden = model.base_model(ids, batch["attention_mask"], use_cache=False).last_hidden_state
                 logits = model.get_output_embeddings()(hidden[:, :-1][labelled]).float()
             terms = -cross_entropy(logits, ids[:, 1:][labelled], reduction="none")
-            chosen, rejected = torch.zeros(len(ids)).index_add(0, labelled.nonzero()[:, 0], terms).chunk(2)
+            sums = terms.new_zeros(len(ids)).index_add(0, labelled.nonzero()[:, 0], terms)
+            chosen, rejected = sums.chunk(2)
             margin = chosen - batch["ref_chosen_logps"] - rejected + batch["ref_rejected_logps"]
             (-logsigmoid(0.1 * margin).mean()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+        float(margin.sum())  # waits for a GPU
         found.append((time.perf_counter() - started) / len(batches))
         return 0.0
 
@@ -293,7 +317,7 @@ def scaling():
 
 
 def show(title, rows, other="stock"):
-    table = Table("", other, "dpo_kit", "ratio", title=title, title_justify="left")
+    table = Table("", other, "dpo_kit", "ratio", title=title, title_justify="left", box=MARKDOWN)
     for each in rows:
         values = (f"{each[who]:,.4g} {each['unit']}" for who in ("stock", "dpo_kit"))
         table.add_row(each["name"], *values, f"{each['ratio']:.2f}")
@@ -301,7 +325,8 @@ def show(title, rows, other="stock"):
 
 
 def show_scaling(rows):
-    table = Table("", "seconds of training", "seconds grow as", title="dpo_kit alone", title_justify="left")
+    columns = ("", "seconds of training", "seconds grow as")
+    table = Table(*columns, title="dpo_kit alone", title_justify="left", box=MARKDOWN)
     for each in rows:
         pairs = ", ".join(f"{v}: {s:.3g}" for v, s in zip(each["values"], each["seconds"], strict=True))
         table.add_row(each["name"], pairs, f"{each['name']}^{each['growth']:.2f}")
@@ -316,23 +341,28 @@ PARTS = {
 }
 
 
+def set_shapes(pairs, longer):
+    for shape, (means, spread, longest, usual) in SHAPES.items():
+        SHAPES[shape] = (tuple(longer * mean for mean in means), spread, longer * longest, int(pairs or usual))
+
+
 def main(arguments):
     options = dict(argument.split("=", 1) for argument in arguments)
+    GIVEN.extend(f"{key}={options[key]}" for key in options if "." in key)
+    set_shapes(options.get("pairs"), int(options.get("longer", 1)))
     if options.get("part") == "steps":
         return steps(options["shape"], options["who"])
-    for shape, settings in SHAPES.items() if "pairs" in options else ():
-        SHAPES[shape] = (*settings[:3], int(options["pairs"]))
-    make_model(WORK / "model")
+    make_model(WORK / "model", options.get("size", "5m"))
     for shape, (means, spread, _, pairs) in SHAPES.items():
         make_pairs(WORK / shape, means, spread, pairs)
     make_pairs(WORK / "eval", (20, 10, 10), 0.1, 8)
-    results = {}
+    results, shapes = {}, options.get("shape", ",".join(SHAPES)).split(",")
     for part in options.get("part", ",".join([*PARTS, "scaling"])).split(","):
         if part == "scaling":
             results[part] = scaling()
             show_scaling(results[part])
         else:
-            results[part] = [each for shape in SHAPES for each in PARTS[part](shape, int(options.get("repeats", 3)))]
+            results[part] = [each for shape in shapes for each in PARTS[part](shape, int(options.get("repeats", 3)))]
             show(part, results[part], {"limit": "bare loop", "levers": "without it"}.get(part, "stock"))
         if "out" in options:
             Path(options["out"]).write_text(json.dumps(results, indent=2) + "\n")
