@@ -68,9 +68,9 @@ def test_every_build_of_the_readme_is_understood(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("written", [command for command in BUILDS if command not in NOT_RUN])
 def test_every_build_of_the_readme_runs(written, command, tmp_path):
-    (line,) = (line for line in README.splitlines() if '"votes": ["a", "b", "tie"]' in line)
-    line = line.replace('"tie"', '"a"')
-    (tmp_path / "votes.jsonl").write_text(re.search(r"`(.*?)`", line)[1].replace('_b": "…', '_b": "other') + "\n")
+    (row,) = re.findall(r'`({[^`]*"votes": [^`]*})`', README)
+    vote = row.replace("\n", " ").replace('"tie"', '"a"').replace('_b": "…', '_b": "other')
+    (tmp_path / "votes.jsonl").write_text(vote + "\n")
     done = command(*_arguments(written), "build.limit=20", module="dpo_kit.data")
     assert done.returncode == 0, done.stderr
     assert "next: python -m dpo_kit data=jsonl" in done.stdout and "Warning" not in done.stderr
