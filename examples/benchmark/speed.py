@@ -2,7 +2,7 @@
 
     python examples/benchmark/speed.py [part=single,lora,levers,limit,scaling] [repeats=3] [pairs=N] [out=FILE]
                                        [shape=prompt-heavy|answer-heavy] [size=5m|0.5b] [longer=1]
-                                       [option of dpo_kit, such as trl.bf16=false ...]
+                                       [group.key=value ...: for dpo_kit's side only]
 
 The model has random weights (Qwen2, 5.5M parameters: what it says plays no part), the pairs are random words of two
 shapes: prompt-heavy (145 tokens of prompt, 46 and 58 of answers) and answer-heavy (57, 617, 514), with log-normal
@@ -58,6 +58,7 @@ SIZES = {
         "vocab_size": 151936,
     },
 }
+OPTIONS = {"part", "repeats", "pairs", "out", "shape", "size", "longer", "who"}
 GIVEN = []  # options of dpo_kit on the command line
 
 
@@ -194,13 +195,13 @@ def compare(shape, repeats, lora):
     four = sum(each["wall"] for each in kinds["stock"][: len(BETAS)])
     name = f"{shape}, {'LoRA' if lora else 'full'}"
     memory = [median(kinds[who], "memory") for who in ("equal", "ours")]
-    rows = [
+    compared = [] if torch.cuda.is_available() else [row(f"{name}: peak memory, equal settings", *memory, "MiB")]
+    return [
         row(f"{name}: training", median(kinds["stock"], "train"), median(kinds["ours"], "train"), "s"),
         row(f"{name}: against equal settings", median(kinds["equal"], "train"), median(kinds["ours"], "train"), "s"),
         row(f"{name}: sweep of {len(BETAS)} betas, imports in", four, median(sweeps, "wall"), "s"),
-        row(f"{name}: peak memory, equal settings", *memory, "MiB"),
+        *compared,
     ]
-    return rows[:-1] if torch.cuda.is_available() else rows
 
 
 def row(name, theirs, own, unit):
@@ -349,6 +350,8 @@ def set_shapes(pairs, longer):
 def main(arguments):
     options = dict(argument.split("=", 1) for argument in arguments)
     GIVEN.extend(f"{key}={options[key]}" for key in options if "." in key)
+    if unknown := {key for key in options if "." not in key} - OPTIONS:
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(sorted(OPTIONS - {'who'}))}")
     set_shapes(options.get("pairs"), int(options.get("longer", 1)))
     if options.get("part") == "steps":
         return steps(options["shape"], options["who"])
