@@ -25,7 +25,7 @@ from dpo_kit.own import call_metrics
 from dpo_kit.probe import PairProbe, name_rows
 from dpo_kit.sampling import Sample, measuring
 from dpo_kit.scores import preference_metrics, reward_metrics
-from dpo_kit.scoring import TOKENS_PER_BATCH, Reference
+from dpo_kit.scoring import Reference
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
@@ -154,8 +154,8 @@ class KLDrift(_Measuring):
     bootstrap over prompts, per token, and the share of samples cut at the token limit (which makes the value
     a lower bound).
 
-    Full-vocabulary rows of the reference are cached up to `cache_bytes`; beyond that, where the reference
-    cannot be run beside the policy, evaluations log k1 alone and `Reference(reload=...)` serves start,
+    What the reference predicts along its samples (hidden states, and its LM head) is kept up to `cache_bytes`; beyond,
+    where it cannot be run beside the policy, evaluations log k1 alone and `Reference(reload=...)` serves start,
     half-way and end. `shared` is a folder that runs from this very reference have in common: its samples are drawn once
     for all of them.
 
@@ -172,7 +172,7 @@ class KLDrift(_Measuring):
         max_new_tokens: int = 64,
         samples_per_prompt: int = 1,
         batch_size: int = 64,
-        tokens_per_batch: int = TOKENS_PER_BATCH,
+        tokens_per_batch: int | None = None,
         cache_bytes: int = 2**30,
         seed: int = 0,
         on_samples: Sequence[Callable[[int, list[Sample]], Metrics]] = (),
@@ -232,7 +232,7 @@ class KLDrift(_Measuring):
 
     def _forward(self, step: int, kept: bool) -> Metrics:
         assert self._prepared is not None
-        moment = (step, kept, self._prepared.rows is not None or self.reference.live)
+        moment = (step, kept, self._prepared.states is not None or self.reference.live)
         if self._forward_at != moment:
             divergence = self.drift.forward(self._prepared)
             self._check(step, divergence, self._prepared.samples)

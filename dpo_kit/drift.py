@@ -12,26 +12,21 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from dpo_kit.head import Head, Mixed, Predicted, Tokens, completion_targets, predict, read_head, token_logps
 from dpo_kit.metrics import bootstrap_se, rao_blackwell
 from dpo_kit.sampling import Sample, draw_samples, pad_token_id
 from dpo_kit.scoring import (
-    TOKENS_PER_BATCH,
     Reference,
-    Tokens,
     add_up,
     batch_size_in_tokens,
-    completion_logits,
-    completion_targets,
     fingerprint,
     length_sorted_batches,
     take_turns,
-    token_logps,
 )
 from dpo_kit.tokens import encode_prompts
 
 logger = logging.getLogger(__name__)
 ESTIMATORS = ("rb", "k1")
-_CHUNK = 1024  # positions whose fp32 log-probabilities under both models are held at once
 
 
 @dataclass(frozen=True)
@@ -46,22 +41,29 @@ class Divergence:
 class ReferenceSamples:
     """Samples drawn from the reference once, with what it says along them.
 
-    `logps`: per sample the log-probability of each completion token (nats). `rows`: by sample the logits
-    over the whole vocabulary at each of them, or None where they exceed the cache; of several processes each has those
-    of its own batches.
+    `logps`: per sample the log-probability of each completion token (nats). `states`: by sample what it predicts at
+    each of them, as `Predicted` has it, with `head`, which makes logits of them; or None where they exceed the cache;
+    of several processes each has those of its own batches.
     """
 
     samples: list[Sample]
     logps: list[Tensor]
-    rows: dict[int, Tensor] | None
+    states: dict[int, Tensor] | None
+    head: Head | None = None
+
+    def predicted(self, indices: list[int], device: Any) -> Predicted:
+        """What the reference predicts along some of the samples."""
+        assert self.states is not None
+        states = torch.cat([self.states[index] for index in indices]).to(device)
+        return Predicted(states, self.head.to(device) if self.head else None)
 
 
 class Drift:
     """Draws samples of policy and reference and measures KL along them. Its methods run inside `measuring`.
 
-    `rows` hold the prompts; `cache_bytes` bounds the reference's full-vocabulary rows. `shared` is a folder that runs
-    from this very reference have in common: its samples are drawn once for all of them. Several processes share the
-    work and reach the numbers of one; all of them must call its methods.
+    `rows` hold the prompts; `cache_bytes` bounds what is kept of the reference's predictions. `shared` is a folder that
+    runs from this very reference have in common: its samples are drawn once for all of them. Several processes share
+    the work and reach the numbers of one; all of them must call its methods.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Drift:
         max_new_tokens: int,
         batch_size: int,
         cache_bytes: int,
-        tokens_per_batch: int = TOKENS_PER_BATCH,
+        tokens_per_batch: int | None = None,
         template_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
         shared: Path | None = None,
@@ -102,7 +104,7 @@ class Drift:
         ModelError where neither can be done.
         """
         saved = self._read_back() if step > 0 else None
-        if saved is not None and (saved.rows is not None or not self.reference.can_load):
+        if saved is not None and (saved.states is not None or not self.reference.can_load):
             return saved
         source = self.reference.active() if step == 0 else self.reference.required(step)
         with source as model:
@@ -112,8 +114,8 @@ class Drift:
         return prepared
 
     def forward(self, prepared: ReferenceSamples) -> Divergence:
-        """KL(reference‖policy) on the reference's samples: k1 alone where neither rows nor a live reference
-        are there.
+        """KL(reference‖policy) on the reference's samples: k1 alone where neither its states nor a live
+        reference are there.
         """
         return self._compare(prepared.samples, prepared, forward=True)
 
@@ -125,33 +127,42 @@ class Drift:
         return self._compare(samples, None, forward=False, share=share)
 
     def _record(self, model: Any, samples: list[Sample]) -> ReferenceSamples:
-        positions = sum(len(sample.token_ids) for sample in samples)
-        fits = 4 * positions * model.config.get_text_config().vocab_size <= self.cache_bytes
+        head = read_head(model)
+        if head and not self.reference.live:
+            head = head.copy()  # training will move it
+        fits = self._bytes(model, head, samples) <= self.cache_bytes
         own: list[tuple[int, Tensor]] = []
-        rows: dict[int, Tensor] = {}
+        states: dict[int, Tensor] = {}
         for indices, batch, counts in self._batches(samples):
-            logits = completion_logits(model, batch, pad_token_id(self._tokenizer))
+            predicted = predict(model, batch, pad_token_id(self._tokenizer))
             targets, lengths = completion_targets(batch)
             if counts:
-                own += zip(indices, token_logps(logits, targets).split(lengths), strict=True)
+                own += zip(indices, token_logps(predicted, targets).split(lengths), strict=True)
             if fits:
-                rows.update(zip(indices, logits.cpu().split(lengths), strict=True))
+                states.update(zip(indices, predicted.states.cpu().split(lengths), strict=True))
         logps = dict(gather_object(own))
-        return ReferenceSamples(samples, [logps[index] for index in range(len(samples))], rows if fits else None)
+        kept = (states, head) if fits else (None, None)
+        return ReferenceSamples(samples, [logps[index] for index in range(len(samples))], *kept)
+
+    def _bytes(self, model: Any, head: Head | None, samples: list[Sample]) -> int:
+        """What keeping the reference's predictions takes: its states, and the copy of a head that will be trained."""
+        width = head.weight.shape[1] if head else model.config.get_text_config().vocab_size
+        copied = head.weight.nbytes if head and not self.reference.live else 0
+        return 4 * width * sum(len(sample.token_ids) for sample in samples) + copied
 
     def _compare(
         self, samples: list[Sample], prepared: ReferenceSamples | None, *, forward: bool, share: float = 1.0
     ) -> Divergence:
-        only_k1 = prepared is not None and prepared.rows is None and not self.reference.live
+        only_k1 = prepared is not None and prepared.states is None and not self.reference.live
         sums = torch.zeros(len(ESTIMATORS), len(samples), dtype=torch.float64)
         for indices, batch, counts in self._batches(samples):
             targets, lengths = completion_targets(batch)
-            policy = completion_logits(self.policy, batch, pad_token_id(self._tokenizer))
+            policy: Any = predict(self.policy, batch, pad_token_id(self._tokenizer))
             if prepared is not None and only_k1:
                 terms = {"k1": torch.cat([prepared.logps[i] for i in indices]) - token_logps(policy, targets)}
             else:
-                reference = self._reference_logits(indices, batch, prepared).to(policy.device)
-                policy = policy if share == 1 else torch.lerp(reference.to(policy), policy, share)
+                reference = self._predict_reference(indices, batch, prepared)
+                policy = policy if share == 1 else Mixed(reference, policy, share)
                 terms = kl_terms(reference, policy, targets) if forward else kl_terms(policy, reference, targets)
             for name, values in terms.items() if counts else ():
                 sums[ESTIMATORS.index(name), indices] = torch.stack(
@@ -160,16 +171,19 @@ class Drift:
         rb, k1 = add_up(sums, self._accelerator)
         return Divergence(None if only_k1 else rb, k1)
 
-    def _reference_logits(self, indices: list[int], batch: list[Tokens], prepared: ReferenceSamples | None) -> Tensor:
-        if prepared is not None and prepared.rows is not None:
-            return torch.cat([prepared.rows[index] for index in indices])
+    def _predict_reference(
+        self, indices: list[int], batch: list[Tokens], prepared: ReferenceSamples | None
+    ) -> Predicted:
+        if prepared is not None and prepared.states is not None:
+            return prepared.predicted(indices, self.policy.device)
         with self.reference.active() as model:
-            return completion_logits(model, batch, pad_token_id(self._tokenizer))
+            return predict(model, batch, pad_token_id(self._tokenizer))
 
     def _batches(self, samples: list[Sample]) -> Iterator[tuple[list[int], list[Tokens], bool]]:
         """The batches of this process: indices, sequences, and whether they count (`take_turns`)."""
         sequences = [(sample.prompt_ids, sample.token_ids) for sample in samples]
-        batches = length_sorted_batches(sequences, batch_size_in_tokens(self.policy, self.tokens_per_batch))
+        self.tokens_per_batch = self.tokens_per_batch or batch_size_in_tokens(self.policy)
+        batches = length_sorted_batches(sequences, self.tokens_per_batch)
         for indices, counts in take_turns(batches, self._accelerator):
             yield indices, [sequences[index] for index in indices], counts
 
@@ -196,18 +210,18 @@ class Drift:
         return fingerprint([[row["prompt"] for row in self.rows], self._draw_options, self.seed])
 
     def _keep(self, prepared: ReferenceSamples) -> None:
-        drawn = _plain(prepared.samples)
-        rows = None  # they are large: kept only where no model could give them again
-        if prepared.rows is not None and not self.reference.can_load:
-            rows = dict(gather_object(list(prepared.rows.items())))
-        values = {"fingerprint": self._fingerprint, "samples": drawn, "logps": prepared.logps, "rows": rows}
-        self.reference.save("samples", values)
+        states, head = None, None
+        if prepared.states is not None and not self.reference.can_load:  # large: only where no model can give it again
+            states, head = dict(gather_object(list(prepared.states.items()))), prepared.head and vars(prepared.head)
+        values = {"samples": _plain(prepared.samples), "logps": prepared.logps, "states": states, "head": head}
+        self.reference.save("samples", {"fingerprint": self._fingerprint, **values})
 
     def _read_back(self) -> ReferenceSamples | None:
         saved = self.reference.load("samples", self._fingerprint)
         if saved is None:
             return None
-        return ReferenceSamples(_with_rows(self.rows, saved["samples"]), saved["logps"], saved["rows"])
+        head = Head(**saved["head"]) if saved["head"] else None
+        return ReferenceSamples(_with_rows(self.rows, saved["samples"]), saved["logps"], saved["states"], head)
 
 
 def _plain(samples: list[Sample]) -> list[dict[str, Any]]:
@@ -218,19 +232,18 @@ def _with_rows(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list[
     return [Sample(row=row, **drawn) for row, drawn in zip(rows, plain, strict=True)]
 
 
-def kl_terms(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Terms of KL(p‖q) position by position, `rb` and `k1` at the sampled token, fp32 in chunks, on the CPU.
+def kl_terms(p: Predicted | Mixed, q: Predicted | Mixed, targets: Tensor) -> dict[str, Tensor]:
+    """Terms of KL(p‖q) token by token: `rb` over the vocabulary, in tiles on the device, and `k1` at the sampled one.
 
-    Shapes (tokens, vocabulary) twice, (tokens,) → (tokens,) each, in nats.
+    targets (tokens,); (tokens,) each, in nats, fp32, on the CPU.
     """
-    parts: dict[str, list[Tensor]] = {"rb": [], "k1": []}
-    chunks = zip(p_logits.split(_CHUNK), q_logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
-    for p_chunk, q_chunk, tokens in chunks:
-        logp, logq = (chunk.to(p_logits.device, torch.float32).log_softmax(-1) for chunk in (p_chunk, q_chunk))
-        at = tokens.to(p_logits.device)[:, None]
-        parts["rb"].append(rao_blackwell(logp, logq).cpu())
-        parts["k1"].append((logp.gather(-1, at) - logq.gather(-1, at))[:, 0].cpu())
-    return {name: torch.cat(values) for name, values in parts.items()}
+    parts: list[Tensor] = []
+    for rows in p.tiles():
+        logp, logq = (model.logits(rows).log_softmax(-1) for model in (p, q))
+        at = targets[rows].to(logp.device)[:, None]
+        parts.append(torch.stack([rao_blackwell(logp, logq), (logp.gather(-1, at) - logq.gather(-1, at))[:, 0]]))
+    rb, k1 = torch.cat(parts, 1).cpu()
+    return {"rb": rb, "k1": k1}
 
 
 def drift_metrics(direction: str, divergence: Divergence, samples: list[Sample]) -> dict[str, float]:

@@ -6,7 +6,6 @@ under its autocast, tells every tensor that is kept for the backward pass.
 
 from __future__ import annotations
 
-import functools
 import logging
 import random
 import weakref
@@ -30,11 +29,12 @@ from dpo_kit.arguments import import_class, uses_fused_head
 from dpo_kit.data.fresh import with_answer_lengths
 from dpo_kit.errors import ModelError
 from dpo_kit.hardware import has_accelerator, weight_dtype
+from dpo_kit.head import TILE_BYTES
 from dpo_kit.model import check_targets, read_lora, refuse_uncopied
 from dpo_kit.origin import base_of, read_adapter
 from dpo_kit.prefix import NAME as SHARING
-from dpo_kit.prefix import WORTH, Layout, attend
-from dpo_kit.scoring import LOGITS_BYTES, TOKENS_PER_BATCH
+from dpo_kit.prefix import WORTH, Layout, attend_row_by_row, in_autocast_dtype
+from dpo_kit.scoring import TOKENS_PER_BATCH
 from dpo_kit.settings import Callbacks, Model, Settings
 from dpo_kit.speed import HEAD_TOKENS
 
@@ -48,6 +48,7 @@ PRIMITIVES = 64_000_000  # of code that oneDNN keeps for products in bf16 (ONEDN
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: nf4 with doubly quantised scales
 OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0.0, "lion": 4.0, "8bit": 2.0, "paged": 0.0}  # a trained fp32 weight
 HEAD_VOCABULARY, HEAD_COPIES = 32768, 3  # of the tiles of TRL's fused LM head
+TILES = 8  # of fp32 logits that a KL over the vocabulary holds at once: both models', their logarithms, their terms
 LOGITS_COPIES = 3.5  # logits, their log-softmax for two losses, and their gradient, where logits are built whole
 DRAWN_AT_ONCE = 64
 ROOM = 0.8  # of the free memory: estimates are up to a fifth too low
@@ -273,19 +274,29 @@ def _run(model: Any, shape: Shape, dtype: torch.dtype | None) -> Tensor:
     _bare(model).set_attn_implementation(FUSED if plain or has_accelerator() else SHARING)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         ids = torch.zeros(1, sum(own for _, own in shape), dtype=torch.long)
-        layout = Layout(ids=ids, positions=ids, source=ids[0], rows=shape)
+        layout = Layout(ids, ids, ids[0], shape, keys=None, query_ends=ids[0], key_ends=ids[0])
         mask = torch.ones(1, 1, 1, 1)  # 4-D: used as it is
         given = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "use_cache": False, "layout": layout}
         return _bare(model).base_model(**given).last_hidden_state
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layout: Layout, **options: Any
+) -> tuple[Tensor, None]:
     """Fused attention, which keeps query, key, value, output and one number a token wherever it runs."""
-    square = query.shape[-2] == key.shape[-2]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, square, scale=scale)[0]
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        square = query.shape[-2] == key.shape[-2]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, square, scale=scale)[
+            0
+        ]
+
+    queries, keys, values = (x.transpose(1, 2) for x in in_autocast_dtype(query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        return attend_row_by_row(queries, keys, values, layout, 1.0, None, kernel), None
 
 
-AttentionInterface.register(FUSED, functools.partial(attend, kernel=_attend))
+AttentionInterface.register(FUSED, _attend)
 AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 
@@ -346,19 +357,19 @@ def _head(model: Any, tokens: int, vocabulary: int) -> int:
 
 
 def _measuring(wanted: Callbacks, model: Any, parameters: int, reloads: bool, rows: Rows) -> int:
-    """The probe: the largest of sampling (keys, values) and of scoring (logits of both models)."""
+    """The probe: the larger of sampling (keys, values) and of scoring (states of a layer, tiles of logits)."""
     if not (wanted.preference_margin or wanted.implicit_reward or wanted.metrics or wanted.kl_drift):
         return 0
     text = model.config.get_text_config()
-    tokens = max(1, min(TOKENS_PER_BATCH, LOGITS_BYTES // (4 * text.vocab_size)))
-    logits = 4 * tokens * text.vocab_size
-    states = 4 * tokens * (4 * text.hidden_size + 2 * getattr(text, "intermediate_size", 4 * text.hidden_size))
+    tiles = TILES * TILE_BYTES["cuda" if has_accelerator() else "cpu"]
+    inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
+    scoring = tiles + 4 * TOKENS_PER_BATCH * (4 * text.hidden_size + 2 * inner)
     if not wanted.kl_drift:
-        return logits + states
+        return scoring
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     prompt = max(row["tokens"]["prompt"] for row in rows[:DRAWN_AT_ONCE])
     length = prompt + wanted.max_new_tokens
     drawn = min(DRAWN_AT_ONCE, wanted.prompts)
     cache = 2 * 4 * drawn * length * text.num_hidden_layers * heads * width
-    return (parameters if reloads else 0) + max(cache, 2 * logits + states)
+    return (parameters if reloads else 0) + max(cache, scoring)

@@ -1,9 +1,10 @@
 """Each token of a batch once: no padding is computed, and a prompt that chosen and rejected share is computed once.
 
-A batch of padded rows goes through the backbone as one flat row of its distinct tokens; only attention looks at the
-rows again, each row's own tokens at the shared beginning and at themselves. The hidden states come back in the
-shape that the caller expects, so that losses, heads and trainers are none the wiser. Exact for causal softmax attention
-over all earlier tokens; `why_not` names the models where it is not.
+A batch of padded rows goes through the backbone as one flat row of its distinct tokens. Only attention looks at the
+rows again: a row's own tokens see the beginning that it shares and themselves, on a GPU in one call for all rows, on a
+CPU row by row. The hidden states come back in the shape that the caller expects, so that losses, heads and trainers
+need not know. Exact for causal softmax attention over all earlier tokens or a sliding window of them; `why_not` names
+the models where it is not.
 """
 
 from __future__ import annotations
@@ -11,23 +12,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from packaging.version import Version
 from peft import PromptLearningConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import flex_attention_mask, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 NAME = "dpo_kit_shared_prefix"  # of our attention, among transformers' own
-BLOCKS = f"{NAME}_blocks"
-SHARING = {"sdpa": NAME, "flex_attention": BLOCKS}  # what takes the place of which
 WORTH = 0.95  # of the padded slots: above it, gathering costs what it saves
 STEP = 32  # tokens: products in bf16 come in sizes of a multiple, as a CPU's library (oneDNN) takes a millisecond and
 # 0.7 MB for its code for each new shape, and keeps a thousand of them
@@ -36,66 +36,113 @@ AGREES = {
     torch.bfloat16: 5e-2,
     torch.float16: 1e-2,
 }  # largest difference of hidden states, relative
+HALVES = (torch.bfloat16, torch.float16)
+GROUPS_HEADS = Version(torch.__version__) >= Version("2.13")  # varlen_attn takes fewer key heads than query heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A batch of N padded rows of L slots as one flat row of its T distinct tokens.
 
-    ids, positions: (1, T); source: (N * L,), the flat place of every slot (0 for padding); rows: of each row how many
-    tokens it shares with the row N/2 before it, and how many of its own stand in the flat row, in the order of rows.
-    Tokens after these belong to no row.
+    ids, positions: (1, T); source: (N * L,), the flat place of every slot (any place for padding); rows: of each row
+    how many tokens it shares with the row N/2 before it, and how many of its own stand in the flat row, in the order of
+    rows. Tokens after these belong to no row.
+
+    For one attention call over the R rows that have own tokens: keys (K,), the flat places of each row's whole
+    beginning and own tokens, row after row, or None where no row shares any, so that keys stand as queries do;
+    query_ends, key_ends: (R + 1,) int32, where each row's queries and keys end.
     """
 
     ids: Tensor
     positions: Tensor
     source: Tensor
     rows: tuple[tuple[int, int], ...]
+    keys: Tensor | None
+    query_ends: Tensor
+    key_ends: Tensor
 
     @property
     def rest(self) -> int:
         """Tokens that belong to no row."""
         return self.ids.shape[1] - sum(own for _, own in self.rows)
 
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Tokens of the longest row: its own, and whole."""
+        return max(own for _, own in self.rows), max(shared + own for shared, own in self.rows if own)
+
     def fill_up(self, step: int) -> Layout:
         """With tokens that belong to no row, up to a multiple of `step`."""
         more = (0, -self.ids.shape[1] % step)
         return dataclasses.replace(self, ids=pad(self.ids, more), positions=pad(self.positions, more))
 
-    @functools.cached_property
-    def block_mask(self) -> BlockMask:
-        """What each token of the flat row sees: its own row up to itself, and what another row computes for it."""
-        rows = (*self.rows, (0, self.rest))
-        shared, own = (torch.tensor(part, device=self.ids.device) for part in zip(*rows, strict=True))
-        row = torch.arange(len(own), device=own.device).repeat_interleave(own)
-        lender, lent, slots = row - len(self.rows) // 2, shared[row], self.positions[0]
-
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            borrowed = (row[key] == lender[query]) & (slots[key] < lent[query])
-            return borrowed | ((row[key] == row[query]) & (key <= query))
-
-        on_gpu = row.device.type == "cuda"  # compiled, it never holds queries × keys
-        return create_block_mask(sees, None, None, len(row), len(row), device=row.device, _compile=on_gpu)
+    def to(self, device: torch.device, non_blocking: bool = False) -> Layout:
+        """On `device`, as accelerate moves a batch."""
+        move = functools.partial(torch.Tensor.to, device=device, non_blocking=non_blocking)
+        return Layout(
+            ids=move(self.ids),
+            positions=move(self.positions),
+            source=move(self.source),
+            rows=self.rows,
+            keys=None if self.keys is None else move(self.keys),
+            query_ends=move(self.query_ends),
+            key_ends=move(self.key_ends),
+        )
 
 
 def build_layout(ids: Tensor, mask: Tensor) -> Layout:
-    """The layout of rows `ids` (N, L) whose tokens are where `mask` (N, L) is not 0.
+    """The layout of rows `ids` (N, L) whose tokens are where `mask` (N, L) is not 0, where these two are.
 
     Row i and row i + N/2 (chosen and rejected, as TRL stacks them) share what they have in common from slot 0 on.
+    Worked out on the CPU, so that a GPU is waited for once at most, and not at all where the rows are still on the CPU.
     """
-    real = mask.bool()
+    device = ids.device
+    ids, real = ids.cpu(), mask.cpu().bool()
     shared = _shared_lengths(ids, real)
-    kept = real & (torch.arange(ids.shape[1], device=ids.device) >= shared[:, None])
+    kept = real & (torch.arange(ids.shape[1]) >= shared[:, None])
     place = (kept.flatten().cumsum(0) - 1).view_as(ids)
     half = len(ids) // 2
-    source = torch.where(kept, place, place.roll(half, 0)) if half else place
-    slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return Layout(
+    whole = torch.where(kept, place, place.roll(half, 0)) if half else place
+    slots = torch.arange(ids.shape[1]).expand_as(ids)
+    count = int(kept.sum())
+    padding = torch.arange(ids.numel()).view_as(ids) % max(
+        1, count
+    )  # spread: their zero gradients do not queue for one
+    own = kept.sum(1).tolist()
+    rows = tuple(zip(shared.tolist(), own, strict=True))
+    seen = real & (kept.sum(1) > 0)[:, None]
+    ends = [list(accumulate(lengths, initial=0)) for lengths in zip(*_busy(rows), strict=True)] or [[0], [0]]
+    layout = Layout(
         ids=ids[kept][None],
         positions=slots[kept][None],
-        source=source.masked_fill(~real, 0).flatten(),
-        rows=tuple(zip(shared.tolist(), kept.sum(1).tolist(), strict=True)),
+        source=torch.where(real, whole, padding).flatten(),
+        rows=rows,
+        keys=whole[seen] if any(length for length, _ in rows) else None,
+        query_ends=torch.tensor(ends[0], dtype=torch.int32),
+        key_ends=torch.tensor(ends[1], dtype=torch.int32),
     )
+    return layout if device.type == "cpu" else layout.to(device)
+
+
+def _busy(rows: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """Queries and keys of each row that has own tokens."""
+    return [(own, shared + own) for shared, own in rows if own]
+
+
+class LaidOut:
+    """A data collator whose batches of one set of rows carry their layout, worked out before they reach the device.
+
+    KTO's hold two sets, of which TRL would hand both models' calls one layout; they are laid out when they arrive.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        if [name for name in batch if name.endswith("input_ids")] == ["input_ids"]:
+            batch["layout"] = build_layout(batch["input_ids"], batch["attention_mask"])
+        return batch
 
 
 def _shared_lengths(ids: Tensor, real: Tensor) -> Tensor:
@@ -115,36 +162,89 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     layout: Layout | None = None,
-    kernel: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None,
+    sliding_window: int | None = None,
+    windows: list[int | None] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of every row of `layout` to itself; transformers' own SDPA where there is no layout.
+    """Causal attention of every row of `layout` to itself, to the last `sliding_window` tokens of it where that is
+    given; transformers' own SDPA where there is no layout. Each call adds its window to `windows`.
 
     query (1, heads, T, width), key and value (1, key heads, T, width); returns (1, T, heads, width).
     """
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    kernel = kernel or attend_row
-    groups = query.shape[1] // key.shape[1]
-    lengths = [*(own for _, own in layout.rows), layout.rest]
+    for name, reason in INEXACT.items():
+        if options.get(name) is not None:
+            raise NotImplementedError(reason)
+    if windows is not None:
+        windows.append(sliding_window)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    kind = query.device.type
-    query, key, value = _in_autocast_dtype(query, key, value)  # once, not for every row
+    query, key, value = in_autocast_dtype(query, key, value)  # once, not for every row
     queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))  # tokens first, as they lie in memory
+    way = attend_at_once if takes_one_call(query, value) else attend_row_by_row
+    with torch.autocast(query.device.type, enabled=False):
+        return way(queries, keys, values, layout, scale, sliding_window), None
+
+
+INEXACT = {
+    "softcap": "its attention scores are capped",
+    "s_aux": "its attention has sinks",
+    "position_bias": "its attention adds a bias of positions",
+}
+
+
+def takes_one_call(query: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch has a FlashAttention kernel for rows of any length on this device, in this dtype and width."""
+    width = query.shape[-1]
+    fits = query.dtype in HALVES and width == value.shape[-1] and width <= 256 and width % 8 == 0
+    return fits and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def attend_at_once(
+    queries: Tensor, keys: Tensor, values: Tensor, layout: Layout, scale: float, window: int | None
+) -> Tensor:
+    """All rows in one call. queries (1, T, heads, width), keys and values (1, T, key heads, width); as queries.
+
+    A row's last query stands at its last key, as FlashAttention aligns queries and keys of different lengths.
+    """
+    query, key, value = queries[0], keys[0], values[0]
+    if layout.keys is not None:  # a token is in at most two rows: its two gradients add up with one rounding
+        key, value = key.index_select(0, layout.keys), value.index_select(0, layout.keys)
+    if not GROUPS_HEADS and key.shape[1] < query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    grouped: dict[str, Any] = {"enable_gqa": key.shape[1] < query.shape[1]} if GROUPS_HEADS else {}
+    longest = layout.longest
+    left = window - 1 if window and window < longest[1] else -1
+    ends = (layout.query_ends, layout.key_ends)
+    seen: Any = varlen_attn(query, key, value, *ends, *longest, scale=scale, window_size=(left, 0), **grouped)
+    return seen[None]
+
+
+def attend_row_by_row(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None,
+    kernel: Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor] | None = None,
+) -> Tensor:
+    """As `attend_at_once`, with a call of `kernel` (`attend_row`) for each row."""
+    groups = queries.shape[2] // keys.shape[2]
     if groups > 1:
         keys, values = (x.repeat_interleave(groups, 2) for x in (keys, values))
+    lengths = [*(own for _, own in layout.rows), layout.rest]
     parts = [x.split(lengths, 1)[:-1] for x in (queries, keys, values)]
     attended = []
-    with torch.autocast(kind, enabled=False):
-        for row, (shared, own) in enumerate(layout.rows):
-            if own:
-                q, k, v = parts[0][row], *(_whole_row(each, row, shared) for each in parts[1:])
-                seen = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
-                attended.append(seen.transpose(1, 2))
-    return torch.cat([*attended, queries.new_zeros(1, layout.rest, *queries.shape[2:])], 1), None
+    for row, (shared, own) in enumerate(layout.rows):
+        if own:
+            key, value = (_whole_row(part, row, shared).transpose(1, 2) for part in parts[1:])
+            seen = (kernel or attend_row)(parts[0][row].transpose(1, 2), key, value, scale, window)
+            attended.append(seen.transpose(1, 2))
+    return torch.cat([*attended, queries.new_zeros(1, layout.rest, *queries.shape[2:])], 1)
 
 
-def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -156,14 +256,14 @@ def _whole_row(parts: Sequence[Tensor], row: int, shared: int) -> Tensor:
     return torch.cat((parts[row - len(parts) // 2][:, :shared], parts[row]), 1) if shared else parts[row]
 
 
-def attend_row(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last tokens of a row to all of it.
+def attend_row(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention of the last tokens of a row to all of it, or to the last `window` tokens up to each.
 
     query (1, heads, own, width), key and value (1, heads, shared + own, width); as query.
     """
     own, whole = query.shape[-2], key.shape[-2]
-    if query.device.type == "cpu" and pays_in_blocks(query, key):
-        return attend_in_blocks(query, key, value, scale)
+    if (window and window < whole) or (query.device.type == "cpu" and pays_in_blocks(query, key)):
+        return attend_in_blocks(query, key, value, scale, min(window or whole, whole))
     if own == whole:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     return scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(own, whole), scale=scale)
@@ -181,7 +281,7 @@ def pays_in_blocks(query: Tensor, key: Tensor) -> bool:
 BLOCK = 256  # queries at a time: each block leaves out the keys after it, and what it holds stays in the cache
 
 
-def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
     """`attend_row` by plain matrix products: PyTorch's fused kernel takes two to four times as long in bf16 on CPUs
     (AVX-512, torch 2.13), and computes a square of queries and keys where only a part is asked for.
     """
@@ -194,51 +294,35 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     blocks = []
     for start in range(first, end, BLOCK):
         stop = min(start + BLOCK, end)
-        later = query.new_full((stop - start, stop), -torch.inf).triu(start + 1)
+        since = max(0, start - window + 1) // step * step
+        unseen = query.new_full((stop - start, stop - since), -torch.inf).triu(start - since + 1)
+        if since or window < stop:
+            unseen += query.new_full(unseen.shape, -torch.inf).tril(start - since - window)
         scores = torch.baddbmm(
-            later.expand(len(q), -1, -1), q[:, start - first : stop - first], k[:, :stop].transpose(1, 2), alpha=scale
+            unseen.expand(len(q), -1, -1),
+            q[:, start - first : stop - first],
+            k[:, since:stop].transpose(1, 2),
+            alpha=scale,
         )
-        blocks.append(scores.softmax(-1) @ v[:, :stop])
+        blocks.append(scores.softmax(-1) @ v[:, since:stop])
     return torch.cat(blocks, 1)[None, :, shared - first : whole - first]
-
-
-def attend_by_block_mask(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | BlockMask | None,
-    layout: Layout | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """`attend` in one call of FlexAttention for all rows. It has no backward pass on CPUs (torch 2.13)."""
-    query, key, value = _in_autocast_dtype(query, key, value)
-    mask: Any = layout.block_mask if layout else attention_mask
-    return flex_attention_forward(module, query, key, value, mask, **options)
 
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-AttentionInterface.register(BLOCKS, attend_by_block_mask)
-AttentionMaskInterface.register(BLOCKS, flex_attention_mask)
 
 
 def share_prefixes(model: PreTrainedModel) -> None:
     """Make the backbone of `model` compute each distinct token of a batch once. Ask `why_not` first."""
     bare = _bare(model)
-    _let_read_layouts(bare)
+    bare.set_attn_implementation(NAME)
     backbone = bare.base_model
     backbone.forward = functools.wraps(backbone.forward)(functools.partial(_forward, backbone.forward))
 
 
-def _let_read_layouts(bare: PreTrainedModel) -> None:
-    now = bare.config._attn_implementation
-    bare.set_attn_implementation(SHARING.get(now, now))
-
-
 def shares_prefixes(model: PreTrainedModel) -> bool:
     """Whether `share_prefixes` was applied to `model`."""
-    return _bare(model).config._attn_implementation in SHARING.values()
+    return _bare(model).config._attn_implementation == NAME
 
 
 def _bare(model: Any) -> Any:
@@ -246,7 +330,11 @@ def _bare(model: Any) -> Any:
 
 
 def _forward(
-    original: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
+    original: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    layout: Layout | None = None,
+    **options: Any,
 ) -> Any:
     plain = functools.partial(original, input_ids=input_ids, attention_mask=attention_mask, **options)
     if (
@@ -256,7 +344,7 @@ def _forward(
         or _asks_for_more(options)
     ):
         return plain()
-    layout = build_layout(input_ids, attention_mask)
+    layout = layout or build_layout(input_ids, attention_mask)
     if layout.ids.numel() > WORTH * input_ids.numel():
         return plain()
     if layout.ids.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
@@ -281,40 +369,53 @@ def _asks_for_more(options: dict[str, Any]) -> bool:
 def why_not(model: PreTrainedModel) -> str | None:
     """Why the tokens of a batch cannot be computed once each in `model`; None where they can, which is tried out."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
+    if getattr(config, "attn_logit_softcapping", None):
+        return INEXACT["softcap"]
     if config is not model.config:
         return "it reads more than text"
-    if kinds or (window and not getattr(config, "layer_types", None)):
-        return f"it has layers with {', '.join(sorted(kinds)) or 'a sliding window'}"
+    if kinds:
+        return f"it has layers with {', '.join(sorted(kinds))}"
     if getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0):
         return "its attention has dropout"
     if is_peft_model(model) and isinstance(model.active_peft_config, PromptLearningConfig):
         return "its adapter puts virtual tokens before the prompt"
-    if config._attn_implementation not in {*SHARING, *SHARING.values()}:
-        return f"its attention is {config._attn_implementation}, not {' or '.join(SHARING)}"
+    if config._attn_implementation not in ("sdpa", NAME):
+        return f"its attention is {config._attn_implementation}, not sdpa"
     return _tried_out(model)
 
 
 @torch.no_grad()
 def _tried_out(model: PreTrainedModel) -> str | None:
-    """Two random pairs both ways."""
+    """Two random pairs both ways; and since they are shorter than most windows, what window each layer asks for."""
     bare = _bare(model)
     before = bare.config._attn_implementation
+    windows: list[int | None] = []
     try:
         ids, mask = _random_pairs(bare)
         expected = bare.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        _let_read_layouts(bare)
-        found = _forward(bare.base_model.forward, ids, mask, use_cache=False).last_hidden_state
+        bare.set_attn_implementation(NAME)
+        flat = _forward(bare.base_model.forward, ids, mask, windows=windows, use_cache=False).last_hidden_state
+    except NotImplementedError as error:
+        return str(error)
     except Exception as error:  # whatever an architecture raises where it cannot take a flat row
         return f"it refuses a flat row ({type(error).__name__})"
     finally:
         bare.set_attn_implementation(before)
-    difference = (expected - found)[mask.bool()].abs().max() / expected[mask.bool()].abs().max()
+    if windows != _windows(bare.config.get_text_config()):
+        return "its layers do not ask for the sliding windows of its config"
+    difference = (expected - flat)[mask.bool()].abs().max() / expected[mask.bool()].abs().max()
     agrees = bool(difference <= AGREES.get(expected.dtype, 1e-4))
     return None if agrees else "its hidden states differ in a flat row"
+
+
+def _windows(config: Any) -> list[int | None]:
+    """Of each layer, how many tokens it sees at the most."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _random_pairs(model: Any) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import Trainer
 
 from dpo_kit.errors import DataError
+from dpo_kit.head import Tokens
 from dpo_kit.sampling import measuring, pad_token_id
 from dpo_kit.scores import Scores
-from dpo_kit.scoring import TOKENS_PER_BATCH, Reference, Tokens, fingerprint, score
+from dpo_kit.scoring import Reference, batch_size_in_tokens, fingerprint, score
 from dpo_kit.tokens import encode_rows, truncate_both
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class PairProbe:
         saturation: str | None = None,
         reference: Reference | None = None,
         path: Path | None = None,
-        tokens_per_batch: int = TOKENS_PER_BATCH,
+        tokens_per_batch: int | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.trainer, self.beta, self.saturation, self.path = trainer, beta, saturation, path
@@ -99,6 +100,9 @@ class PairProbe:
 
     def _score(self, model: Any) -> Tensor:
         tokenizer: Any = self.trainer.processing_class
+        self.tokens_per_batch = self.tokens_per_batch or batch_size_in_tokens(
+            model
+        )  # once: both models in equal batches
         return score(
             model,
             self._sequences,

@@ -26,9 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dpo_kit.arguments import uses_fused_head
 from dpo_kit.errors import ModelError
+from dpo_kit.head import Tokens
 from dpo_kit.sampling import measuring, pad_token_id
-from dpo_kit.scoring import Reference, Tokens, score
+from dpo_kit.scoring import Reference, measured_terms, score, trained_terms
 from dpo_kit.tokens import truncate_both
 
 log = logging.getLogger(__name__)
@@ -132,7 +134,7 @@ def reference_logps(trainer: Any, sequences: Sequence[Tokens], root: Path, name:
     """
     reference = Reference(trainer)
     wanted = {_address(tokens): tokens for tokens in sequences}
-    with measuring(trainer, *reference.models), reference.active() as model:
+    with measuring(trainer, *reference.models, as_trained=True), reference.active() as model:
         store = Store(root / reference_key(trainer, model))
         store.folder.mkdir(parents=True, exist_ok=True)
         with store.lock:
@@ -151,9 +153,10 @@ def _checked(
     if not hits:
         return {}
     sample = hits[:: max(1, len(hits) // RECHECKED)][:RECHECKED]
-    again = _score(trainer, model, [wanted[address] for address in sample])
+    again = score_as_trained(trainer, model, [wanted[address] for address in sample])
     stored = torch.tensor([values[address] for address in sample], dtype=torch.float64)
-    if not reference.agrees(again - stored, torch.tensor([len(wanted[address][1]) for address in sample])):
+    tokens = torch.tensor([len(wanted[address][1]) for address in sample])
+    if not reference.agrees(again - stored, tokens, as_trained=True):
         for file in store.folder.glob("*.safetensors"):
             store.set_aside(file)
         return {}
@@ -171,7 +174,7 @@ def _computed(
     missing = sorted(missing, key=lambda address: -sum(map(len, wanted[address])))
     for part in _parts(missing, AT_ONCE):
         since = time.perf_counter()
-        logps = _score(trainer, model, [wanted[address] for address in part], f"reference pass, {name}")
+        logps = score_as_trained(trainer, model, [wanted[address] for address in part], f"reference pass, {name}")
         if not bool(logps.isfinite().all()):
             raise ModelError(
                 "the reference gives log-probabilities that are not finite: its weights are broken; copy "
@@ -184,8 +187,14 @@ def _computed(
     return values
 
 
-def _score(trainer: Any, model: Any, sequences: Sequence[Tokens], description: str | None = None) -> Tensor:
-    return score(model, sequences, pad_id=pad_token_id(trainer.processing_class), description=description)
+def score_as_trained(trainer: Any, model: Any, sequences: Sequence[Tokens], description: str | None = None) -> Tensor:
+    """Summed completion log-probability of each sequence as the loss of `trainer` reads it: (sequences,), nats.
+
+    Where its trainer has given `model` a fused LM head, by that: a term of the loss is rounded as the other one is.
+    """
+    terms = trained_terms if uses_fused_head(type(trainer)) else measured_terms
+    pad_id = pad_token_id(trainer.processing_class)
+    return score(model, sequences, pad_id=pad_id, description=description, terms=terms)
 
 
 def _parts(items: list[bytes], size: int) -> Iterator[list[bytes]]:

@@ -32,19 +32,23 @@ class Sample:
 
 
 @contextmanager
-def measuring(trainer: Trainer, *models: Any, seed: int = 0) -> Iterator[None]:
+def measuring(trainer: Trainer, *models: Any, seed: int = 0, as_trained: bool = False) -> Iterator[None]:
     """Measure with the trainer's models and leave no trace in its training.
 
-    Inside: no gradients, no dropout, a forked random state seeded with `seed`, the trainer's own autocast.
-    After: the random state, each module's mode and each parameter's `requires_grad` (which switching adapters
-    changes) are as before.
+    Inside: no gradients, no dropout, a forked random state seeded with `seed`, and the precision of the weights, which
+    a small drift needs: bf16 autocast moves an answer by half a nat. `as_trained` takes the trainer's own autocast, for
+    what its loss reads. After: the random state, each module's mode and each parameter's `requires_grad` (which
+    switching adapters changes) are as before.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         for model in (trainer.model, *models):
             stack.enter_context(_evaluation_mode(model))
-        stack.enter_context(trainer.accelerator.autocast())
+            if not as_trained:
+                stack.enter_context(_without_autocast(model))
+        if as_trained:
+            stack.enter_context(trainer.accelerator.autocast())
         torch.manual_seed(seed)
         yield
 
@@ -202,3 +206,17 @@ def _evaluation_mode(model: Any) -> Iterator[None]:
             module.training = mode
         for parameter, required in gradients:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def _without_autocast(model: Any) -> Iterator[None]:
+    # A model that accelerate has prepared computes under autocast whatever surrounds the call: its `forward` was
+    # replaced (Accelerator.prepare_model), and the one before is kept beside
+    prepared = vars(model).get("forward")
+    if (original := vars(model).get("_original_forward")) is not None:
+        model.forward = original
+    try:
+        yield
+    finally:
+        if original is not None:
+            model.forward = prepared

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions under the policy and the reference, without logits of prompt positions."""
+"""Log-probabilities of completions under the policy and the reference, in batches that fit."""
 
 import json
 import logging
@@ -17,16 +17,14 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from dpo_kit.errors import ModelError
+from dpo_kit.head import Tokens, completion_targets, predict, read_head, token_logps
 from dpo_kit.sampling import pad_batch
 
 logger = logging.getLogger(__name__)
 
-Tokens = tuple[list[int], list[int]]
-"""Ids of a prompt and of its completion."""
-
-TOKENS_PER_BATCH = 8192
-LOGITS_BYTES = 2**29
-_CHUNK = 1024  # positions whose fp32 log-probabilities are held at once
+TOKENS_PER_BATCH = 8192  # on a CPU, and on a GPU with little room
+MOST_TOKENS = 65_536  # on a GPU, which more at once would not make faster
+LOGITS_BYTES = 2**29  # of a batch whose logits the model makes all at once
 
 
 def length_sorted_batches(sequences: Sequence[Tokens], tokens_per_batch: int) -> list[list[int]]:
@@ -63,46 +61,22 @@ def twin_batches(sequences: Sequence[Tokens], tokens_per_batch: int) -> list[lis
     ]
 
 
-def batch_size_in_tokens(model: Any, tokens_per_batch: int = TOKENS_PER_BATCH) -> int:
-    """`tokens_per_batch`, less where a large vocabulary would make the fp32 logits exceed half a GiB."""
-    vocabulary = model.config.get_text_config().vocab_size
-    return max(1, min(tokens_per_batch, LOGITS_BYTES // (4 * vocabulary)))
+def batch_size_in_tokens(model: Any) -> int:
+    """Tokens, padding in, that a forward pass without gradients takes at once: by the memory that is free on a GPU.
 
-
-def completion_logits(model: Any, batch: Sequence[Tokens], pad_id: int) -> Tensor:
-    """Logits that predict each completion token, rows one after the other: (tokens of all completions,
-    vocabulary).
-
-    Only these positions pass the LM head, in whatever way the model scales or caps its logits. A completion
-    token without any token before it (empty prompt, no BOS) has no prediction and is left out, as in TRL.
+    Fewer where the model makes the logits of all completion tokens at once and its vocabulary is large.
     """
-    ids, attention = pad_batch([[*prompt, *completion] for prompt, completion in batch], pad_id, model.device, "right")
-    scored = torch.zeros_like(attention, dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(batch):
-        scored[row, max(0, len(prompt) - 1) : len(prompt) + len(completion) - 1] = True
-
-    def keep_scored(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][:, -scored.shape[1] :][scored.to(args[0].device)], *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep_scored)
-    try:
-        return model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-    finally:
-        handle.remove()
-
-
-def completion_targets(batch: Sequence[Tokens]) -> tuple[Tensor, list[int]]:
-    """The tokens that `completion_logits` predicts, in its order, and how many belong to each row."""
-    rows = [completion if prompt else completion[1:] for prompt, completion in batch]
-    return torch.tensor([token for row in rows for token in row], dtype=torch.long), [len(row) for row in rows]
-
-
-def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target, fp32 log-softmax in chunks: (tokens, vocabulary), (tokens,) →
-    (tokens,), nats.
-    """
-    parts = zip(logits.split(_CHUNK), targets.to(logits.device).split(_CHUNK), strict=True)
-    return torch.cat([_log_softmax_at(rows, tokens) for rows, tokens in parts]).cpu()
+    text = model.config.get_text_config()
+    tokens = TOKENS_PER_BATCH
+    if model.device.type == "cuda":
+        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        token_bytes = 4 * (10 * text.hidden_size + 3 * inner)  # of one layer, the largest of what lives at a time
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        room = (torch.cuda.mem_get_info(model.device)[0] + unused) // 2
+        tokens = max(tokens, min(MOST_TOKENS, room // token_bytes))
+    if read_head(model) is None:
+        tokens = min(tokens, LOGITS_BYTES // (4 * text.vocab_size))
+    return max(1, tokens)
 
 
 def score(
@@ -110,25 +84,45 @@ def score(
     sequences: Sequence[Tokens],
     *,
     pad_id: int,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int | None = None,
     description: str | None = None,
     accelerator: Accelerator | None = None,
+    terms: Callable[[Any, Sequence[Tokens], int], tuple[Tensor, list[int]]] | None = None,
 ) -> Tensor:
     """Summed completion log-probability of each sequence (EOS in), in nats: (sequences,), float64.
 
-    Plain sums as in DPO's and KTO's loss; call inside `measuring`. With a `description` a terminal shows a bar.
-    The processes of an `accelerator` take turns at the very batches that one would take, so that the values are the
-    same; all of them must call this, and all get every value.
+    Plain sums as in DPO's and KTO's loss; call inside `measuring`. `terms` gives the log-probabilities of a batch's
+    completion tokens and how many belong to each row, as `measured_terms` does. With a `description` a terminal shows a
+    bar. The processes of an `accelerator` take turns at the very batches that one would take, so that the values are
+    the same; all of them must call this, and all get every value.
     """
     logps = torch.zeros(len(sequences), dtype=torch.float64)
-    turns = take_turns(twin_batches(sequences, batch_size_in_tokens(model, tokens_per_batch)), accelerator)
+    batches = twin_batches(sequences, tokens_per_batch or batch_size_in_tokens(model))
+    turns = take_turns(batches, accelerator)
     for indices, counts in tqdm(turns, description, disable=not (description and sys.stderr.isatty()), leave=False):
-        batch = [sequences[index] for index in indices]
-        targets, lengths = completion_targets(batch)
-        terms = token_logps(completion_logits(model, batch, pad_id), targets).double()
+        values, lengths = (terms or measured_terms)(model, [sequences[index] for index in indices], pad_id)
         if counts:
-            logps[indices] = torch.stack([part.sum() for part in terms.split(lengths)])
+            logps[indices] = torch.stack([part.sum() for part in values.double().split(lengths)])
     return add_up(logps, accelerator)
+
+
+def measured_terms(model: Any, batch: Sequence[Tokens], pad_id: int) -> tuple[Tensor, list[int]]:
+    """Log-probability of each completion token, by the head in fp32; and how many belong to each row."""
+    targets, lengths = completion_targets(batch)
+    return token_logps(predict(model, batch, pad_id), targets), lengths
+
+
+def trained_terms(model: Any, batch: Sequence[Tokens], pad_id: int) -> tuple[Tensor, list[int]]:
+    """The same as TRL's loss reads it, by the fused LM head that its trainer has given `model`."""
+    rows = [[*prompt, *completion] for prompt, completion in batch]
+    ids, attention = pad_batch(rows, pad_id, model.device, "right")
+    places = torch.arange(ids.shape[1])
+    starts = torch.tensor([max(1, len(prompt)) for prompt, _ in batch])
+    lengths = torch.tensor([len(row) for row in rows])
+    scored = ((places >= starts[:, None]) & (places < lengths[:, None])).to(ids.device)
+    labels = ids.masked_fill(~scored, -100)
+    logps = model(input_ids=ids, attention_mask=attention, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    return logps[:, -ids.shape[1] + 1 :][scored[:, 1:]].cpu(), (lengths - starts).tolist()
 
 
 def take_turns(batches: list[list[int]], accelerator: Accelerator | None) -> list[tuple[list[int], bool]]:
@@ -147,11 +141,6 @@ def add_up(values: Tensor, accelerator: Accelerator | None) -> Tensor:
         return values
     total: Any = accelerator.reduce(values.to(accelerator.device), "sum")
     return total.cpu()
-
-
-def _log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.float()
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def fingerprint(values: Any) -> str:
@@ -267,31 +256,28 @@ class Reference:
         values: dict[str, Any] = torch.load(path, weights_only=True)
         return values if values["fingerprint"] == fingerprint else None
 
-    def check_start(self, logratios: Tensor, tokens: Tensor) -> float:
+    def check_start(self, logratios: Tensor, tokens: Tensor, *, as_trained: bool = False) -> float:
         """The largest |policy − reference| in nats at step 0; ModelError where it shows another reference.
 
         Limits: 1e-3 nats a sequence in fp32, .01 nats a token otherwise (padding and rounding stay below).
-        Shapes (sequences,) twice.
+        Shapes (sequences,) twice; `as_trained` as in `measuring`.
         """
         largest = float(logratios.abs().max())
-        if self.is_start and not self.agrees(logratios, tokens):
-            raise ModelError(_WRONG_REFERENCE.format(largest=largest, limit=self._limit_text))
+        if self.is_start and not self.agrees(logratios, tokens, as_trained=as_trained):
+            limit = "1e-3 nats a sequence (fp32)" if self.is_fp32(as_trained) else ".01 nats a token"
+            raise ModelError(_WRONG_REFERENCE.format(largest=largest, limit=limit))
         return largest
 
-    def agrees(self, differences: Tensor, tokens: Tensor) -> bool:
+    def agrees(self, differences: Tensor, tokens: Tensor, *, as_trained: bool = False) -> bool:
         """Whether log-probabilities that differ by so many nats may come from the same model; shapes (sequences,)."""
-        limit = torch.full_like(differences, 1e-3) if self._is_fp32 else 0.01 * tokens
+        limit = torch.full_like(differences, 1e-3) if self.is_fp32(as_trained) else 0.01 * tokens
         return bool((differences.abs() <= limit).all())
 
-    @property
-    def _is_fp32(self) -> bool:
-        models = [self._policy, *self.models]
-        plain = self.trainer.accelerator.mixed_precision == "no"
-        return plain and all(p.dtype == torch.float32 for model in models for p in model.parameters())
-
-    @property
-    def _limit_text(self) -> str:
-        return "1e-3 nats a sequence (fp32)" if self._is_fp32 else ".01 nats a token"
+    def is_fp32(self, as_trained: bool = False) -> bool:
+        """Whether policy and reference compute in fp32 inside `measuring`."""
+        plain = not as_trained or self.trainer.accelerator.mixed_precision == "no"
+        weights = (p for model in [self._policy, *self.models] for p in model.parameters())
+        return plain and all(p.dtype == torch.float32 for p in weights)
 
 
 _LOST_REFERENCE = (

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from dpo_kit.reference import COLUMNS, column_logps
-from dpo_kit.sampling import draw_samples, measuring, pad_token_id
-from dpo_kit.scoring import Reference, Tokens, score
+from dpo_kit.head import Tokens
+from dpo_kit.reference import COLUMNS, column_logps, score_as_trained
+from dpo_kit.sampling import draw_samples, measuring
+from dpo_kit.scoring import Reference
 
 log = logging.getLogger(__name__)
 ROWS = 16
@@ -37,9 +38,9 @@ class StartCheck(TrainerCallback):
         if state.global_step > 0 or (compare == self._compare_fresh and dataset.column_names != ["prompt"]):
             return
         sample = dataset.select(range(0, len(dataset), max(1, len(dataset) // ROWS))[:ROWS])
-        with measuring(self.trainer, *self.reference.models):
+        with measuring(self.trainer, *self.reference.models, as_trained=True):
             differences, tokens = compare(sample)
-        offset = self.reference.check_start(differences, tokens)
+        offset = self.reference.check_start(differences, tokens, as_trained=True)
         if not self.reference.is_start:
             log.info("the reference is another model: at step 0 it differs by up to %.3g nats an answer", offset)
 
@@ -67,7 +68,7 @@ class StartCheck(TrainerCallback):
 
     def _scorer(self, model: Any) -> Any:
         def scorer(sequences: Sequence[Tokens]) -> Tensor:
-            return score(model, sequences, pad_id=pad_token_id(self.trainer.processing_class))
+            return score_as_trained(self.trainer, model, sequences)
 
         return scorer
 

@@ -52,6 +52,7 @@ from dpo_kit.model import (
 )
 from dpo_kit.online import JudgedReward, open_reward, with_fresh_answers
 from dpo_kit.origin import read_adapter
+from dpo_kit.prefix import LaidOut, shares_prefixes
 from dpo_kit.processes import is_writer
 from dpo_kit.published import batch_fault
 from dpo_kit.quiet import quiet_libraries
@@ -233,6 +234,8 @@ def build_trainer(
         peft_config=adapter,
         **given,
     )
+    if shares_prefixes(policy):
+        built.data_collator = LaidOut(built.data_collator)
     if reward is not None:
         reward.trainer = built
         built.add_callback(reward)

@@ -67,6 +67,7 @@ LAYERS = [
         "data.interleave",
         "arguments",
         "model",
+        "head",
         "scoring",
         "scores",
         "prefix",

@@ -10,6 +10,7 @@ from scipy import stats
 
 from dpo_kit import metrics
 from dpo_kit.drift import kl_terms
+from dpo_kit.head import Predicted
 from tests import oracle, tiny
 
 NAN_FREE = torch.tensor([0.5, -1.0, 2.0, 0.0])
@@ -141,7 +142,9 @@ def moments(p: Any, q: Any) -> tuple[dict[str, float], dict[str, float]]:
     rows = zip(*(oracle.logp_rows(model, prompt, sequences) for model in (p, q)), strict=True)
     for completion, (logp_rows, logq_rows) in zip(sequences, rows, strict=True):
         values["weight"].append(float(logp_rows[range(len(completion)), completion].sum().exp()))
-        for name, each in kl_terms(logp_rows, logq_rows, torch.tensor(completion)).items():
+        for name, each in kl_terms(
+            Predicted(logp_rows, None), Predicted(logq_rows, None), torch.tensor(completion)
+        ).items():
             values[name].append(float(each.sum()))
     weight = torch.tensor(values["weight"], dtype=torch.float64)
     terms = {name: torch.tensor(values[name], dtype=torch.float64) for name in ("rb", "k1")}

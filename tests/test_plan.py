@@ -59,7 +59,7 @@ def _kept_on_the_cpu(model, half):
         return tensor
 
     ids = torch.zeros(1, sum(own for _, own in SHAPE), dtype=torch.long)
-    layout = Layout(ids=ids, positions=ids, source=ids[0], rows=SHAPE)
+    layout = Layout(ids, ids, ids[0], SHAPE, keys=None, query_ends=ids[0], key_ends=ids[0])
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     bare.set_attn_implementation(NAME)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

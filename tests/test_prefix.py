@@ -1,30 +1,31 @@
 """One flat row of distinct tokens gives what padded rows give, hidden states and gradients, or it is left off."""
 
+import pickle
+
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    Olmo3Config,
     OPTConfig,
     Qwen2Config,
     Qwen3Config,
-    masking_utils,
 )
-from transformers.integrations import flex_attention as flex
 
-from dpo_kit import ConfigError, compose
-from dpo_kit.config import check
-from dpo_kit.model import load_policy, load_weights
-from dpo_kit.prefix import NAME, Layout, attend_row, build_layout, share_prefixes, shares_prefixes, why_not
+from dpo_kit import prefix
+from dpo_kit.prefix import NAME, LaidOut, attend_row, build_layout, share_prefixes, why_not
+from tests import varlen
 
 SMALL = {
     "vocab_size": 60,
@@ -38,6 +39,7 @@ SMALL = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
+MIXED = ["sliding_attention", "full_attention"]
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": None, "eos_token_id": 1}
 EXACT = [
     LlamaConfig(**SMALL),
@@ -46,6 +48,13 @@ EXACT = [
     MistralConfig(**SMALL, sliding_window=None, num_key_value_heads=4),
     GPTNeoXConfig(**SMALL),
     GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=128, **NO_DROPOUT),
+]
+
+WINDOWED = [
+    MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=5),
+    Qwen2Config(**SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=5, layer_types=MIXED),
+    Olmo3Config(**SMALL, num_key_value_heads=2, sliding_window=7, layer_types=MIXED),
 ]
 
 
@@ -85,7 +94,7 @@ def test_a_layout_holds_every_token_once_and_says_where_each_slot_finds_its_own(
     layout = build_layout(ids, mask)
     assert layout.ids.tolist() == [[5, 6, 7, 8, 9, 9, 4, 3]]
     assert layout.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 2]]
-    assert layout.source.view(4, 4).tolist() == [[0, 1, 2, 3], [4, 5, 0, 0], [0, 1, 6, 0], [4, 5, 7, 0]]
+    assert layout.source.view(4, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 6, 3], [4, 5, 7, 7]]
     assert layout.rows == ((0, 4), (0, 2), (2, 1), (2, 1))
 
 
@@ -95,7 +104,7 @@ def test_an_odd_number_of_rows_is_only_freed_of_its_padding():
     assert layout.ids.tolist() == [[5, 6, 5, 5, 6]] and layout.rows == ((0, 2), (0, 1), (0, 2))
 
 
-@pytest.mark.parametrize("config", EXACT, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("config", EXACT + WINDOWED, ids=lambda config: config.model_type)
 @pytest.mark.parametrize("seed", range(4))
 def test_hidden_states_and_gradients_equal_those_of_padded_rows(config, seed):
     policy = model(config)
@@ -121,61 +130,93 @@ def test_tokens_that_fill_a_batch_up_change_nothing():
     torch.testing.assert_close(states[1][:, : layout.ids.shape[1]], states[0])
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """FlexAttention as it is written, since compiling it takes a minute."""
-    monkeypatch.setattr(
-        flex, "compile_friendly_flex_attention", lambda *given, training, **more: flex_attention(*given, **more)
-    )
-    monkeypatch.setattr(masking_utils, "create_block_mask", lambda _compile, **given: create_block_mask(**given))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("config", EXACT[:-1], ids=lambda config: config.model_type)  # transformers has none for GPT-2
-def test_hidden_states_by_a_block_mask_equal_those_of_padded_rows(config, uncompiled):
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(config, attn_implementation="flex_attention").eval()
-    assert why_not(policy) is None and not shares_prefixes(policy)
+@pytest.mark.parametrize("config", EXACT + WINDOWED, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("seed", range(4))
+def test_one_call_for_all_rows_gives_what_padded_rows_give(config, seed, monkeypatch):
+    policy = model(config)
+    ids, mask = rows(seed)
+    expected, expected_gradient = forward(policy, ids, mask)
+    calls = varlen.take_one_call(monkeypatch)
+    assert why_not(policy) is None
     share_prefixes(policy)
-    for seed in range(4):
-        ids, mask = rows(seed)
-        given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        expected = model(config).base_model(**given).last_hidden_state[mask.bool()]
-        found = policy.base_model(**given).last_hidden_state[mask.bool()]
-        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
-        with torch.autocast("cpu", torch.bfloat16):
-            rough = policy.base_model(**given).last_hidden_state[mask.bool()]
-        assert float((rough - expected).norm() / expected.norm()) < 5e-2
-    assert shares_prefixes(policy)
+    calls.clear()
+    states, gradient = forward(policy, ids, mask)
+    assert float((states - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-5
+    layout = build_layout(ids, mask)
+    read = sum(shared + own for shared, own in layout.rows if own)
+    assert calls == [(layout.ids.shape[1], read)] * config.num_hidden_layers and layout.ids.shape[1] < read
 
 
-def test_flex_attention_is_refused_where_it_cannot_train():
-    settings = check(compose(["model.attn_implementation=flex_attention"]))
-    with pytest.raises(ConfigError, match="flex_attention has no backward pass on a CPU: leave it out"):
-        load_policy(settings.model, None)
-    assert load_weights(settings.model).config._attn_implementation == "flex_attention"  # to evaluate and export
+def test_keys_stand_where_they_are_when_nothing_is_shared_and_rows_without_own_tokens_are_left_out():
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0], [5, 6, 0], [3, 0, 0]])
+    layout = build_layout(ids, (ids > 0).long())
+    assert layout.rows == ((0, 3), (0, 2), (2, 0), (0, 1))
+    assert layout.keys.tolist() == [0, 1, 2, 3, 4, 5] and layout.longest == (3, 3)
+    assert layout.query_ends.tolist() == layout.key_ends.tolist() == [0, 3, 5, 6]
+    apart = build_layout(ids[[0, 1]], (ids[[0, 1]] > 0).long())
+    assert apart.keys is None and apart.query_ends.tolist() == [0, 3, 5]
+    lent = build_layout(torch.tensor([[5, 6, 7], [5, 6, 4]]), torch.ones(2, 3))
+    assert lent.keys.tolist() == [0, 1, 2, 0, 1, 3]
+    assert (lent.query_ends.tolist(), lent.key_ends.tolist()) == ([0, 3, 4], [0, 3, 6])
 
 
-def test_each_token_sees_its_row_up_to_itself_and_what_another_row_lends_it():
-    layout = Layout(
-        torch.zeros(1, 6), torch.tensor([[0, 1, 2, 0, 2, 1]]), torch.zeros(12), ((0, 3), (0, 1), (2, 1), (1, 1))
-    )
-    sees = layout.block_mask.mask_mod
-    places = torch.arange(6)
-    seen = sees(0, 0, places[:, None], places)
-    assert [row.nonzero()[:, 0].tolist() for row in seen] == [[0], [0, 1], [0, 1, 2], [3], [0, 1, 4], [3, 5]]
+def test_a_layout_made_before_the_batch_is_moved_is_the_one_that_is_taken(monkeypatch):
+    ids, mask = rows(2)
+    collate = LaidOut(lambda rows: {"input_ids": ids, "attention_mask": mask})
+    policy = model(EXACT[0])
+    share_prefixes(policy)
+    expected = policy.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    batch = send_to_device(collate([]), torch.device("cpu"))
+    assert torch.equal(batch["layout"].source, build_layout(ids, mask).source)
+    monkeypatch.setattr(prefix, "build_layout", None)  # not asked again
+    assert torch.equal(policy.base_model(**batch, use_cache=False).last_hidden_state, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(batch["layout"])).ids, batch["layout"].ids)  # as from a worker
+    two_sets = {"input_ids": ids, "attention_mask": mask, "KL_input_ids": ids}
+    assert "layout" not in LaidOut(lambda rows: dict(two_sets))([])
+
+
+def test_the_gradients_of_padding_do_not_queue_for_one_token():
+    ids = torch.zeros(2, 50, dtype=torch.long)
+    ids[:, :5] = torch.arange(2, 12).view(2, 5)
+    source = build_layout(ids, (ids > 0).long()).source
+    assert int(source.bincount().max()) <= 12 and int(source.max()) == 9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_bf16_gathered_keys_leave_gradients_as_near_to_fp32_as_padded_rows_do(seed, monkeypatch):
+    """Both with the same kernel, so that only the way of laying out differs."""
+    config = Qwen2Config(**SMALL | {"hidden_size": 64, "num_hidden_layers": 4}, num_key_value_heads=2)
+    varlen.take_one_call(monkeypatch)
+    ids, mask = rows(seed, width=40, pairs=6)
+    exact = forward(model(config), ids, mask)
+    errors = {}
+    for shared in (True, False):
+        policy = model(config).to(torch.bfloat16)
+        share_prefixes(policy)
+        if not shared:
+            monkeypatch.setattr(prefix, "_shared_lengths", lambda ids, real: torch.zeros(len(ids), dtype=torch.long))
+        states = forward(policy, ids, mask)
+        errors[shared] = [
+            float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(states, exact, strict=True)
+        ]
+    assert all(0 < ours < 1.25 * padded for ours, padded in zip(errors[True], errors[False], strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("window", [None, 2, 290])
 @pytest.mark.parametrize(("shared", "own"), [(0, 40), (0, 300), (20, 40), (300, 1), (30, 700), (0, 1030), (40, 1000)])
-def test_a_row_s_own_tokens_see_what_the_whole_row_would_show_them(shared, own, dtype, noise):
+def test_a_row_s_own_tokens_see_what_the_whole_row_would_show_them(shared, own, window, dtype, noise):
     draw = torch.Generator().manual_seed(own)
     whole = [torch.randn(1, 2, shared + own, 8, generator=draw).requires_grad_() for _ in range(3)]
     given = [x.to(dtype) for x in whole]
     pull = torch.randn(1, 2, own, 8, generator=draw)
+    places = torch.arange(shared + own)
+    back = places[:, None] - places
+    seen = (back >= 0) & (back < (window or shared + own))
     results = [
-        scaled_dot_product_attention(*whole, is_causal=True, scale=0.4)[:, :, shared:],
-        attend_row(given[0][:, :, shared:], *given[1:], 0.4).float(),
+        scaled_dot_product_attention(*whole, attn_mask=seen, scale=0.4)[:, :, shared:],
+        attend_row(given[0][:, :, shared:], *given[1:], 0.4, window).float(),
     ]
     expected, found = ([each.detach(), *torch.autograd.grad(each, whole, pull)] for each in results)
     for ours, theirs in zip(found, expected, strict=True):
@@ -206,8 +247,7 @@ def test_a_batch_in_which_nothing_is_saved_goes_through_as_it_is():
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (MistralConfig(**SMALL, sliding_window=16), "sliding window"),
-        (Gemma3TextConfig(**SMALL, head_dim=8), "sliding_attention"),
+        (Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8), "scores are capped"),
         (MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2), "linear_attention"),
         (BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4), "attention is eager"),
         (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, attention_dropout=0.1), "dropout"),
@@ -223,6 +263,14 @@ def test_virtual_prompt_tokens_are_a_reason_and_lora_is_none():
     assert "virtual tokens" in why_not(get_peft_model(model(LlamaConfig(**SMALL)), virtual))
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     assert why_not(get_peft_model(model(LlamaConfig(**SMALL)), lora)) is None
+
+
+def test_a_window_that_a_layer_does_not_ask_for_is_found_though_the_rows_tried_are_shorter():
+    policy = model(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=50))
+    assert why_not(policy) is None
+    layer = policy.base_model.layers[1].self_attn
+    layer.config = MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None, attn_implementation=NAME)
+    assert why_not(policy) == "its layers do not ask for the sliding windows of its config"
 
 
 def test_a_model_that_answers_otherwise_in_a_flat_row_is_found_by_trying():

@@ -8,15 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GenerationConfig,
+    GraniteConfig,
+    LlamaConfig,
+    RecurrentGemmaConfig,
+)
 
+from dpo_kit import head
 from dpo_kit.drift import Drift, drift_metrics, kl_terms
 from dpo_kit.errors import DataError, ModelError
+from dpo_kit.head import Predicted, predict, read_head, token_logps
 from dpo_kit.probe import PairProbe, name_rows
+from dpo_kit.reference import score_as_trained
 from dpo_kit.sampling import Draw, draw_samples, measuring
-from dpo_kit.scoring import Reference, completion_logits, length_sorted_batches, score, twin_batches
+from dpo_kit.scoring import Reference, length_sorted_batches, score, twin_batches
 from tests import oracle, tiny
 
+HEAD = {"vocab_size": 14, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "initializer_range": 1.0, "pad_token_id": 0}  # fmt: skip
 SEQUENCES = [([2, 3, 4], [5, 1]), ([2], [6, 7, 8, 9, 1]), ([5, 6, 7, 8, 9, 10], [1]), ([3, 3], [4, 4, 4, 1])]
 
 
@@ -58,9 +73,10 @@ def test_only_completion_positions_pass_the_head_and_capped_logits_stay_capped()
     seen: list[tuple[int, ...]] = []
     model.get_output_embeddings().register_forward_hook(lambda _m, args, _out: seen.append(args[0].shape))
     with torch.no_grad():
-        logits = completion_logits(model, SEQUENCES, pad_id=0)
-        assert seen == [(12, 16)] and logits.shape == (12, 14)
-        assert float(logits.abs().max()) <= 0.5
+        predicted = predict(model, SEQUENCES, pad_id=0)
+        logits = predicted.logits(slice(None))
+        assert seen[-1] == (1, 16) and predicted.states.shape == (12, 16) and logits.shape == (12, 14)
+        assert 0.4 < float(logits.abs().max()) <= 0.5
         expected = [plain_logp(model, *each) for each in SEQUENCES]
         assert score(model, SEQUENCES, pad_id=0).tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -97,16 +113,37 @@ def test_two_answers_to_a_prompt_stand_half_a_batch_apart_and_no_sequence_is_los
     assert max(len(batch) * max(sum(map(len, sequences[i])) for i in batch) for batch in batches) <= 60
 
 
-def test_a_trainer_patched_by_trl_under_bf16_autocast_scores_as_the_plain_model_does(
-    folder: str, tmp_path: Path
+@pytest.mark.parametrize("lora", [False, True])
+def test_under_bf16_autocast_a_trainer_is_measured_in_the_fp32_of_its_weights(
+    folder: str, tmp_path: Path, lora: bool
 ) -> None:
-    trainer = tiny.trainer("dpo", folder, tmp_path, bf16=True)
-    clean = copy.deepcopy(tiny.LlamaForCausalLM.from_pretrained(folder)).eval()
+    trainer = tiny.trainer("dpo", folder, tmp_path, bf16=True, peft_config=tiny.LORA if lora else None, max_steps=1)
+    trainer.train()  # accelerate prepares the model, which from then on computes under autocast by itself
+    clean = copy.deepcopy(trainer.model).eval()
+    vars(clean)["forward"] = vars(clean)["_original_forward"].__func__.__get__(clean)
+    expected = [plain_logp(clean, *each) for each in SEQUENCES]
+    prepared = trainer.model.forward
     with measuring(trainer):
-        found = score(trainer.model, SEQUENCES, pad_id=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = [plain_logp(clean, *each) for each in SEQUENCES]
-    assert found.tolist() == pytest.approx(expected, abs=0.02)
+        exact = score(trainer.model, SEQUENCES, pad_id=0)
+    assert trainer.model.forward == prepared
+    assert exact.tolist() == pytest.approx(expected, abs=1e-5)
+    with measuring(trainer, as_trained=True):
+        rounded = score_as_trained(trainer, trainer.model, SEQUENCES)
+    assert rounded.tolist() == pytest.approx(expected, abs=0.2) and rounded.tolist() != pytest.approx(
+        expected, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_reference_pass_reads_what_trl_s_loss_reads(folder: str, tmp_path: Path, bf16: bool) -> None:
+    trainer = tiny.trainer("dpo", folder, tmp_path, bf16=bf16)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    ours = [(row["prompt_ids"], row[name]) for name in ("chosen_ids", "rejected_ids")
+            for row in trainer.train_dataset.select(range(4))]  # fmt: skip
+    theirs = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    with measuring(trainer, as_trained=True):
+        found = score_as_trained(trainer, trainer.model, ours)
+    assert found.tolist() == pytest.approx(theirs.tolist(), abs=1e-4 if not bf16 else 5e-2)
 
 
 def test_measuring_leaves_no_trace(folder: str, tmp_path: Path) -> None:
@@ -231,17 +268,64 @@ def test_measured_kl_agrees_with_enumeration_within_its_standard_errors(directio
     assert values[f"{prompt}_rb_nats_cut_share"] == pytest.approx(oracle.cut_probability(p, [2, 3]), abs=0.05)
 
 
-def test_kl_terms_are_summed_in_chunks_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kl_terms_are_summed_in_tiles_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     p, q, targets = torch.randn(23, 9), torch.randn(23, 9), torch.randint(9, (23,))
-    whole = kl_terms(p, q, targets)
-    monkeypatch.setattr("dpo_kit.drift._CHUNK", 5)
-    chunked = kl_terms(p, q, targets)
+    given = Predicted(p, None), Predicted(q, None), targets
+    whole = kl_terms(*given)
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 5 * 4 * 9)
+    assert [(rows.start, rows.stop) for rows in given[0].tiles()] == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 25)]
+    tiled = kl_terms(*given)
     logp, logq = p.double().log_softmax(-1), q.double().log_softmax(-1)
     exact = (logp.exp() * (logp - logq)).sum(-1)
-    for found in (whole, chunked):
-        assert found["rb"].tolist() == pytest.approx(exact.tolist(), abs=1e-5)
-        assert found["k1"].tolist() == pytest.approx((logp - logq)[range(23), targets].tolist(), abs=1e-5)
+    for terms in (whole, tiled):
+        assert terms["rb"].tolist() == pytest.approx(exact.tolist(), abs=1e-5)
+        assert terms["k1"].tolist() == pytest.approx((logp - logq)[range(23), targets].tolist(), abs=1e-5)
+    assert token_logps(given[0], targets).tolist() == pytest.approx(logp[range(23), targets].tolist(), abs=1e-5)
+
+
+def test_a_kl_far_below_the_rounding_of_log_probabilities_is_measured() -> None:
+    torch.manual_seed(0)
+    p = 8 * torch.randn(50, 4000)
+    q = p + 1e-4 * torch.randn(50, 4000)
+    logp, logq = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    exact = (logp.exp() * (logp - logq)).sum(-1)
+    assert 1e-10 < float(exact.mean()) < 1e-8  # the plain sum in fp32 is off by 1e-7
+    rb = kl_terms(Predicted(p, None), Predicted(q, None), torch.zeros(50, dtype=torch.long))["rb"]
+    assert float((rb - exact).abs().mean()) < 0.05 * float(exact.mean())
+
+
+HEADS = [
+    LlamaConfig(**HEAD),
+    Gemma2Config(**HEAD, head_dim=8, final_logit_softcapping=0.5),
+    CohereConfig(**HEAD, logit_scale=0.3, eos_token_id=1, bos_token_id=2),
+    GraniteConfig(**HEAD, logits_scaling=4.0),
+    FalconH1Config(**HEAD, lm_head_multiplier=0.3, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4),
+    RecurrentGemmaConfig(**HEAD, lru_width=16, logits_soft_cap=0.4, attention_window_size=8),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", HEADS, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_logits_are_scaled_and_capped_as_the_model_does_and_in_fp32(config: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    expected = model.float()(torch.tensor([[2, 3, 4, 5, 1]])).logits[0, 2:4]
+    model.to(dtype)
+    predicted = predict(model, SEQUENCES[:1], pad_id=0)
+    logits = predicted.logits(slice(None))
+    assert logits.dtype == torch.float32 and (predicted.head is None) == (config.model_type == "recurrent_gemma")
+    assert float((logits - expected).abs().max() / expected.abs().max()) < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_a_head_with_an_adapter_on_it_is_asked_through_the_model() -> None:
+    lora = get_peft_model(tiny.model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
+    lora.get_output_embeddings().lora_B.default.weight.data.fill_(0.5)
+    with torch.no_grad():
+        expected = [plain_logp(lora.eval(), *each) for each in SEQUENCES]
+        assert read_head(lora) is None
+        assert score(lora, SEQUENCES, pad_id=0).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.fault("another model as the reference of the probe", promise="P7")

@@ -37,13 +37,13 @@ def stored(folder, tmp_path):
 def computed(monkeypatch):
     """The sequences that were scored to be stored, and those that were scored again as a check."""
     seen = {"computed": [], "checked": []}
-    honest = reference._score
+    honest = reference.score_as_trained
 
     def counting(trainer, model, sequences, description=None):
         seen["computed" if description else "checked"] += [str(each) for each in sequences]
         return honest(trainer, model, sequences, description)
 
-    monkeypatch.setattr(reference, "_score", counting)
+    monkeypatch.setattr(reference, "score_as_trained", counting)
     return seen
 
 
@@ -178,7 +178,7 @@ def test_a_reference_that_is_not_finite_is_refused_and_nothing_is_stored(folder,
 
 def test_a_killed_pass_keeps_the_parts_that_it_finished(stored, computed, monkeypatch):
     monkeypatch.setattr(reference, "AT_ONCE", 8)
-    counting = reference._score
+    counting = reference.score_as_trained
 
     def killed(trainer, model, sequences, description=None):
         if len(computed["computed"]) >= 16:
@@ -186,7 +186,7 @@ def test_a_killed_pass_keeps_the_parts_that_it_finished(stored, computed, monkey
         return counting(trainer, model, sequences, description)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reference, "_score", killed)
+        patch.setattr(reference, "score_as_trained", killed)
         stored()
     assert len(computed["computed"]) == 16
     stored()

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.kernels import chunked_logprob
 from trl.kernels.chunked_logprob import _addmm_fp32, _use_triton
 from trl.trainer import utils as trl_utils
@@ -118,7 +118,8 @@ def _counted(function, sizes):
 
 # --- what is chosen ----------------------------------------------------------------------------------------------
 
-WINDOW = MistralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=14)
+DROPS = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=14,
+                    attention_dropout=0.1)  # fmt: skip
 SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 
 
@@ -127,13 +128,13 @@ def asked(share, group="auto"):
 
 
 def test_what_a_model_cannot_do_is_left_off_and_said_under_auto_and_refused_when_asked_for(caplog):
-    model = AutoModelForCausalLM.from_config(WINDOW)
+    model = AutoModelForCausalLM.from_config(DROPS)
     with caplog.at_level(logging.INFO, "dpo_kit"):
         assert speed_up([model], asked("auto"), {})
-    assert "a prompt cannot be computed once for both answers: it has layers with a sliding window" in caplog.text
+    assert "a prompt cannot be computed once for both answers: its attention has dropout" in caplog.text
     assert "padding is computed, and a pair's prompt twice; batches of similar length" in caplog.text
     with pytest.raises(
-        ConfigError, match=r"speed.share_prefix=true cannot be had .* sliding window; auto leaves it off"
+        ConfigError, match=r"speed.share_prefix=true cannot be had .* its attention has dropout; auto leaves it off"
     ):
         speed_up([model], asked(True), {})
 
@@ -156,7 +157,7 @@ def test_the_policy_computes_distinct_tokens_unless_it_is_told_not_to(share, com
 def test_batches_of_similar_length_are_made_where_padding_must_be_computed_and_order_is_free(
     share, group, trl, grouped
 ):
-    assert speed_up([AutoModelForCausalLM.from_config(WINDOW)], asked(share, group), trl) is grouped
+    assert speed_up([AutoModelForCausalLM.from_config(DROPS)], asked(share, group), trl) is grouped
 
 
 @pytest.mark.parametrize(

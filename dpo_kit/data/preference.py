@@ -20,7 +20,7 @@ def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tu
     from dpo_kit.hardware import has_accelerator
     from dpo_kit.model import load_reference
     from dpo_kit.quiet import quiet_libraries
-    from dpo_kit.scoring import batch_size_in_tokens, score
+    from dpo_kit.scoring import score
 
     quiet_libraries()
     model = load_reference(settings.model)
@@ -32,7 +32,6 @@ def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tu
             model,
             sequences,
             pad_id=tokenizer.pad_token_id,
-            tokens_per_batch=batch_size_in_tokens(model),
             description="asking the reference",
         ).tolist()
     by_token = [logp / max(1, len(answer)) for logp, (_, answer) in zip(logps, sequences, strict=True)]

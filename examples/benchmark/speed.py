@@ -10,8 +10,7 @@ lengths. Nobody evaluates or saves checkpoints, so that both do the same work. V
 taken in turns; a stock sweep is four runs of `trl dpo`, one after the other.
 
 Both sides use a GPU where PyTorch finds one; the memory is then not compared, as it is the process's. For one,
-`size=0.5b longer=2 pairs=1000` takes Qwen2's architecture of that size and sequences of up to 2,048 tokens, and
-`model.attn_implementation=flex_attention` has dpo_kit use block masks.
+`size=0.5b longer=2 pairs=1000` takes Qwen2's architecture of that size and sequences of up to 2,048 tokens.
 """
 
 import json
