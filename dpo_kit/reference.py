@@ -14,6 +14,7 @@ import re
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -231,10 +232,10 @@ def reference_key(trainer: Any, model: Any) -> str:
     of one model share a key.
     """
     total = hashlib.sha256()
-    for name, tensor in sorted(_base_weights(model)):
-        flat = tensor.detach().contiguous().cpu().reshape(-1)
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(flat.view(torch.uint8).numpy().data)
+    weights = sorted(_base_weights(model))
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter: as many at once as there are cores
+        for (name, tensor), digest in zip(weights, pool.map(_digest, (each for _, each in weights)), strict=True):
+            total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {digest}".encode())
     config = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE}
     for name, module in model.named_modules():  # of an adapter that training goes on from
         if isinstance(module, LoraLayer) and "ref" in module.scaling:
@@ -242,6 +243,11 @@ def reference_key(trainer: Any, model: Any) -> str:
     total.update(json.dumps(config, sort_keys=True, default=str).encode())
     total.update(f"{trainer.accelerator.mixed_precision}".encode())
     return total.hexdigest()[:32]
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "architectures")

@@ -108,7 +108,8 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
             trainer = build_trainer(settings, data, tokenizer, run, reward)
             add_callbacks(trainer, settings, data, run, tracker)
             pair_ids = [row["pair_id"] for row in data.train]
-            trainer.keep(origin=origin(manifest), record=run.record, pair_ids=pair_ids)
+            spare = settings.trl["save_steps"] is None
+            trainer.keep(origin=origin(manifest), record=run.record, pair_ids=pair_ids, spare_saves=spare)
             seconds = run_trainer(trainer, run, checkpoint, manifest["command"])
             judge, ceiling = reward.summary() if reward else None, data.report.get("ceiling")
             result = finish_run(trainer, settings, run, tracker, seconds=seconds, ceiling=ceiling, judge=judge)
