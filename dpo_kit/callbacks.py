@@ -101,6 +101,8 @@ class PreferenceMargin(_Measuring):
         values = preference_metrics(scores, self.probe.beta, self.probe.saturation)
         if not self.probe.reference.is_start and scores.step == 0:
             values["probe/reference_offset_nats"] = self.probe.reference_offset_nats
+        if self.probe.floor_nats:
+            values["probe/floor_nats"] = self.probe.floor_nats
         return values
 
 
@@ -171,7 +173,7 @@ class KLDrift(_Measuring):
         reference: Reference | None = None,
         max_new_tokens: int = 64,
         samples_per_prompt: int = 1,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         cache_bytes: int = 2**30,
         seed: int = 0,
@@ -237,6 +239,8 @@ class KLDrift(_Measuring):
             divergence = self.drift.forward(self._prepared)
             self._check(step, divergence, self._prepared.samples)
             self._forward_metrics = drift_metrics("forward", divergence, self._prepared.samples)
+            if self._prepared.floor_nats:
+                self._forward_metrics["probe/kl_floor_nats"] = self._prepared.floor_nats
             self._forward_at = moment
         return self._forward_metrics
 

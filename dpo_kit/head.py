@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -156,6 +157,24 @@ def _run(model: Any, batch: Sequence[Tokens], pad_id: int, *, keep_all: bool) ->
     finally:
         handle.remove()
     return states[0], logits
+
+
+@contextmanager
+def jittered(model: Any) -> Iterator[None]:
+    """Inside, the embedding of each token is off by half of its last bit, up or down at random: all that is rounded
+    after it falls otherwise too, as it does when a step has moved the weights.
+    """
+
+    def move(_: Any, args: Any, states: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, states.shape, generator=draw).to(states) * 2 - 1
+        return states * (1 + torch.finfo(model.dtype).eps / 2 * signs)
+
+    draw = torch.Generator().manual_seed(0)
+    handle = model.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def completion_targets(batch: Sequence[Tokens]) -> tuple[Tensor, list[int]]:

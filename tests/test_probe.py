@@ -410,3 +410,21 @@ def test_a_resumed_run_replaces_the_lines_after_its_checkpoint(dpo: Any, tmp_pat
     assert [(line["step"], line["pair_id"]) for line in map(json.loads, path.open())] == [
         (0, "old"), (2, "old"), (4, "p0"), (4, "p1")
     ]  # fmt: skip
+
+
+def test_what_rounding_does_to_the_reference_itself_is_measured_and_kept_where_weights_are_bf16(tmp_path: Path) -> None:
+    rows, found = name_rows(tiny.pairs(12)), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = oracle_trainer(tiny.model().to(dtype).eval())
+        trainer.processing_class, trainer.state = tiny.tokenizer(), type("State", (), {"global_step": 0})()
+        trainer.is_world_process_zero = lambda: True
+        reference = Reference(trainer, state_dir=tmp_path / str(dtype))
+        probe = PairProbe(trainer, rows, reference=reference)
+        probe.scores()
+        drift = Drift(reference, rows, max_new_tokens=8, batch_size=12, cache_bytes=2**24)
+        with measuring(trainer):
+            found[dtype] = probe.floor_nats, drift.prepare(0).floor_nats
+        kept = reference.load("samples", drift._fingerprint)
+        assert kept is not None and kept["floor_nats"] == found[dtype][1]
+    assert found[torch.float32] == (0, 0)
+    assert 1e-4 < found[torch.bfloat16][0] < 0.1 and 0 < found[torch.bfloat16][1] < 1e-2
