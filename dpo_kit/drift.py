@@ -144,9 +144,9 @@ class Drift:
             if fits:
                 states.update(zip(indices, predicted.states.cpu().split(lengths), strict=True))
         logps = dict(gather_object(own))
-        kept = (states, head) if fits else (None, None)
         floor = 0.0 if self.reference.is_fp32() else self._measure_floor(model, samples[:FLOOR_SAMPLES])
-        return ReferenceSamples(samples, [logps[index] for index in range(len(samples))], *kept, floor_nats=floor)
+        in_order = [logps[index] for index in range(len(samples))]
+        return ReferenceSamples(samples, in_order, states if fits else None, head, floor)
 
     def _measure_floor(self, model: Any, samples: list[Sample]) -> float:
         """KL per answer between what `model` predicts along samples and what it predicts rounded otherwise, in nats."""
