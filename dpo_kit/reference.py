@@ -91,10 +91,13 @@ class StoredReference:
     """Mixin before a TRL trainer with `precompute_ref_log_probs`: its pass goes through the store under `root`."""
 
     root: Path
+    evaluates: bool = True  # whether TRL's own evaluation will read the columns of held-out rows
     folder: Path | None = None  # of this reference, once its key is known
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """`dataset` with the reference's columns; overrides the trainer's method of the same name."""
+        if name != "train" and not self.evaluates:
+            return dataset
 
         def through_store(sequences: Sequence[Tokens]) -> Tensor:
             logps, self.folder = reference_logps(self, sequences, self.root, name)
@@ -122,9 +125,11 @@ def column_logps(trainer: Any, dataset: Dataset, scorer: Callable[[Sequence[Toke
     return {COLUMNS[column]: values for column, values in zip(answers, parts, strict=True)}
 
 
-def with_store(trainer: type, root: Path) -> type:
-    """The class `trainer` with its reference pass through the store under `root`."""
-    return type(trainer.__name__, (StoredReference, trainer), {"root": root})
+def with_store(trainer: type, root: Path, *, evaluates: bool = True) -> type:
+    """The class `trainer` with its reference pass through the store under `root`, without one over held-out rows where
+    the trainer never `evaluates` them.
+    """
+    return type(trainer.__name__, (StoredReference, trainer), {"root": root, "evaluates": evaluates})
 
 
 def reference_logps(trainer: Any, sequences: Sequence[Tokens], root: Path, name: str) -> tuple[list[float], Path]:

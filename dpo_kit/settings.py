@@ -124,6 +124,7 @@ class Callbacks(Strict):
     prompts: PositiveInt
     max_new_tokens: PositiveInt
     preview: list[PositiveFloat]
+    eval_loss: Literal["auto"] | bool = "auto"
     patience: PositiveInt | None = None
     metrics: Annotated[dict[FileName, str], BeforeValidator(lambda given: given or {})] = {}  # called with rows, scores
     sample_metrics: Annotated[dict[FileName, str], BeforeValidator(lambda given: given or {})] = {}  # prompts, answers

@@ -39,7 +39,7 @@ from dpo_kit.identity import origin, refuse_other_run
 from dpo_kit.interrupt import Interrupted
 from dpo_kit.lock import only_writer
 from dpo_kit.manifest import build_manifest
-from dpo_kit.measure import add_callbacks, probe_rows
+from dpo_kit.measure import add_callbacks, probe_rows, with_probe_alone
 from dpo_kit.memory import fits
 from dpo_kit.model import (
     build_adapter,
@@ -61,7 +61,7 @@ from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on
 from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
 from dpo_kit.safekeeping import with_safekeeping
 from dpo_kit.secrets import redact, redact_argv
-from dpo_kit.selection import kind_fault
+from dpo_kit.selection import kind_fault, needs_trl_evaluation
 from dpo_kit.settings import Settings
 from dpo_kit.speed import speed_up
 from dpo_kit.token_cache import with_token_cache
@@ -222,8 +222,11 @@ def build_trainer(
     trainer = with_safekeeping(trainer)
     if speed_up([policy, *given.values()], settings.speed, settings.trl, lengths=reward is None):
         trainer = with_length_groups(trainer)
+    evaluates = needs_trl_evaluation(settings)
+    if not evaluates:
+        trainer = with_probe_alone(trainer)
     if uses_store(settings, data.train):
-        trainer = with_store(trainer, cache_folder("reference"))
+        trainer = with_store(trainer, cache_folder("reference"), evaluates=evaluates)
     if reward is not None:
         given["reward_funcs"] = reward
     built = trainer(
