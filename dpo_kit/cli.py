@@ -34,6 +34,7 @@ from dpo_kit.secrets import redact_text
 from dpo_kit.settings import Settings
 from dpo_kit.sweep.plan import Plan, means_multirun, plan_sweep, without_hydra
 from dpo_kit.tool import guard
+from dpo_kit.words import readable, refuse_dashes
 
 if TYPE_CHECKING:
     from dpo_kit.finish import Result
@@ -56,16 +57,30 @@ def main() -> None:
     if "--version" in sys.argv[1:]:  # Hydra would print its own
         sys.stdout.write(f"dpo_kit {version('dpo-kit')}\n")
         return
-    args = get_args_parser().parse_args()
-    if args.help:
-        sys.stdout.write(help_text(args.config_dir))
-        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
     # our option has the plugin's name
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated")
     signal.signal(signal.SIGTERM, _terminate)
     sys.excepthook = _show_without_secrets
-    sys.exit(guard("dpo_kit", sys.argv[1:], lambda: _work(args)))
+    sys.exit(guard("dpo_kit", sys.argv[1:], lambda: _work(read_arguments(sys.argv[1:]))))
+
+
+def read_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags and overrides in any order, the overrides as Hydra can read them; the words that Hydra itself will
+    read are put so. Raises ConfigError.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[assignment,method-assign]  # not eight lines of usage
+    args, unknown = parser.parse_known_intermixed_args(words)  # as Hydra 1.4 does (facebookresearch/hydra#3053)
+    refuse_dashes(words, unknown)
+    flags = [word for word in words if word not in args.overrides]
+    args.overrides = readable(args.overrides) if not args.shell_completion else args.overrides
+    sys.argv[1:] = [*flags, *args.overrides]
+    return args
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(message)
 
 
 def _show_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -78,6 +93,9 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _work(args: argparse.Namespace) -> None:
+    if args.help:
+        sys.stdout.write(help_text(args.config_dir))
+        return
     if args.shell_completion:
         _complete()
         return

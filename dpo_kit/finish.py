@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import Trainer
 
-from dpo_kit.again import again, longer
 from dpo_kit.card import write_card
 from dpo_kit.checkpoints import SAVING, put_in_place
 from dpo_kit.diagnosis import Rows, beta_unfelt, diagnose
@@ -24,6 +23,7 @@ from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.secrets import redact_text
 from dpo_kit.settings import Settings
 from dpo_kit.tracking import Tracker
+from dpo_kit.words import again, longer
 
 MEASURED = ("probe/", "gold/", "custom/")
 SHOWN_PROMPTS = 8  # of samples.jsonl, in the tracker's table

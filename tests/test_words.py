@@ -2,9 +2,9 @@
 
 import pytest
 
-from dpo_kit.again import again, longer
 from dpo_kit.config import check, compose
 from dpo_kit.finish import next_command
+from dpo_kit.words import again, longer
 
 TYPED = "python -m dpo_kit method=ipo 'data.train=my pairs.jsonl' beta=0.1 trl.num_train_epochs=3 hydra.run.dir=here"
 
