@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dpo_kit.errors import ConfigError, did_you_mean
-from dpo_kit.limits import checked_value, library_faults, wrong_choice
+from dpo_kit.limits import checked_value, library_faults, missing_package, wrong_choice
 from dpo_kit.own import own_faults
 from dpo_kit.secrets import refuse_secrets
 from dpo_kit.selection import selection_faults
@@ -270,6 +270,11 @@ def _model_faults(model: Model) -> Iterator[str]:
             f"model.reference={model.reference} is the start itself, which model.tuning={model.tuning} has already "
             "(the policy with its adapter off): leave it out, and save a second model's memory"
         )
+    if model.tuning == "full" and model.dtype == "float16":
+        yield (
+            "model.dtype=float16 has too small a range to tune all weights in (after one step the policy is ruined): "
+            "take model.dtype=auto, or model.tuning=lora"
+        )
     if model.attn_implementation and "/" in model.attn_implementation:
         yield (
             f"model.attn_implementation={model.attn_implementation} would download code and run it: take sdpa, eager "
@@ -362,7 +367,6 @@ def _loss_of(method: str) -> tuple[str, list[str]]:
 OF_YOUR_OWN = {  # options that take a path, and what is typed with them
     "model": "model=local model.path",
     "data": "data=jsonl data.train",
-    "experiment": "--config-dir DIR experiment",
 }
 
 
@@ -370,7 +374,8 @@ def explain(error: Exception, words: Sequence[str] = ()) -> ConfigError:
     """Hydra's and OmegaConf's errors in our words: what of `words` was refused, and the near miss."""
     text = str(error)
     if "hydra/launcher/submitit_" in text:
-        return ConfigError("this launcher needs hydra-submitit-launcher: pip install 'dpo-kit[slurm]'")
+        module = "hydra_plugins.hydra_submitit_launcher"
+        return ConfigError(missing_package("hydra/launcher=slurm", module) or text)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return ConfigError(_unknown_option(str(error.missing_cfg_file), [str(o) for o in error.options or ()]))
     if found := re.search(r"An item is already at '([^']+)'", text):
@@ -379,28 +384,20 @@ def explain(error: Exception, words: Sequence[str] = ()) -> ConfigError:
         return ConfigError(unknown_key(found[1].split("@")[0], known_keys(), words))
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(f"{error.full_key} is missing: add {error.full_key}=…")
-    return ConfigError(_about_values(text, words))
+    if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", text):
+        one, several = f"{found[1]}={quote(found[2])}", f"{found[1]}={found[2]}"
+        return ConfigError(
+            f"{several} is several values: add -m for a run of each (--multirun), or quote it as one, {one}"
+        )
+    return ConfigError(text)
 
 
 def _unknown_option(place: str, options: list[str]) -> str:
     """What was meant by an option that its group has not; `place` is group/option."""
     group, _, option = place.rpartition("/") if place.startswith("hydra/") else place.partition("/")
     options = options or sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-    own = f"; of your own: {override(OF_YOUR_OWN[group], option)}" if group in OF_YOUR_OWN else ""
+    own = f"; of your own: {override(OF_YOUR_OWN[group], option)}" if option and group in OF_YOUR_OWN else ""
     return f"{wrong_choice(group, option, options)}{own}"
-
-
-def _about_values(text: str, words: Sequence[str]) -> str:
-    """Hydra's line on several values for one key, with the word that says which is meant."""
-    listed = next(
-        (word for word in words if "," in word and f"{word.partition('=')[0]} " in text.replace("'", " ")), None
-    )
-    if listed is None or "multirun" not in text:
-        return text
-    key, _, value = listed.partition("=")
-    return (
-        f"{listed} is several values: add -m for a run of each (--multirun), or quote it as one, {key}={quote(value)}"
-    )
 
 
 def unknown_key(key: str, known: Iterable[str], words: Sequence[str] = ()) -> str:

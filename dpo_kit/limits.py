@@ -81,10 +81,10 @@ def number_faults(prefix: str, values: dict[str, Any]) -> Iterator[str]:
 
 
 def field_faults(prefix: str, values: dict[str, Any], fields: dict[str, Any]) -> Iterator[str]:
-    """Names that `fields` has not, and values that are not of their types; `values` then holds them as of these types."""
+    """Names that `fields` has not, and values of other types; what can be read as its type is so in `values` then."""
     for name, value in values.items():
         if name not in fields:
-            meant = did_you_mean(name, fields, f"; there are {', '.join(fields) or 'none'}")
+            meant = did_you_mean(name, fields, f"; there are {', '.join(fields) or 'none'}" if len(fields) < 20 else "")
             yield f"unknown key {prefix}.{name}{meant}"
         elif value is not None:
             values[name], faults = checked_value(f"{prefix}.{name}", value, fields[name])
@@ -183,7 +183,7 @@ BY_OPTIMIZER = {  # later ones win
     "adamw_torch_[48]bit": "torchao",
     "anyprecision": "torchdistx",
 }
-PUBLISHED_AS = {"optimi": "torch-optimi", "lm_eval": "lm-eval"}  # where the name to install is not that of the module
+PUBLISHED_AS = {"optimi": "torch-optimi"}  # where the name to install is not that of the module
 
 
 def _package_faults(settings: Settings) -> Iterator[str]:
@@ -208,7 +208,7 @@ def missing_package(needed_by: str, module: str) -> str | None:
     """Why `needed_by` cannot be had: what to install for `module`; None where it is there."""
     if importlib.util.find_spec(module) is not None:
         return None
-    name = PUBLISHED_AS.get(module, module.replace("_", "-"))
+    name = PUBLISHED_AS.get(module, module.removeprefix("hydra_plugins.").replace("_", "-"))
     wanted = (line.partition(";")[0].strip() for line in importlib.metadata.requires("dpo-kit") or ())
     known = next((line for line in wanted if re.match(rf"{re.escape(name)}(?![\w-])", line)), name)  # with its versions
     return (

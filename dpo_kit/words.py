@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 
 from dpo_kit.errors import ConfigError
 
-PLAIN = re.compile(r"[\w./@+~-]+=[A-Za-z0-9_./:+-]*")  # an override that Hydra reads as it stands
+PLAIN = re.compile(r"[A-Za-z0-9_./:+-]*")  # a value that Hydra reads as it stands
 KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*")
 HOME = re.compile(r"(?<![^=\[{,:\s'\"])~(?=/)")  # a home folder at the start of a value or of an item of a list
 
@@ -69,7 +69,7 @@ def readable(words: Sequence[str]) -> list[str]:
 
     ConfigError for a word that is no override.
     """
-    return [word if PLAIN.fullmatch(word) else _readable(word) for word in words]
+    return [_readable(word) for word in words]
 
 
 def _readable(word: str) -> str:
@@ -79,6 +79,8 @@ def _readable(word: str) -> str:
     if not KEY.fullmatch(key) or not (equals or key.startswith("~")):
         raise ConfigError(f"overrides are key=value, got {word!r}")
     value = HOME.sub(str(Path.home()), value) if "~" in value else value
+    if PLAIN.fullmatch(value):
+        return f"{key}{equals}{value}"
     try:
         OverridesParser.create().parse_override(f"{key}{equals}{value}")
     except HydraException:
@@ -108,8 +110,7 @@ def quote(text: str) -> str:
 
 def override(key: str, value: Any) -> str:
     """`key=value` as Hydra reads it, quoted where it must be."""
-    plain = f"{key}={value}"
-    return plain if PLAIN.fullmatch(plain) or "…" in plain else f"{key}={quote(str(value))}"
+    return f"{key}={value}" if PLAIN.fullmatch(str(value)) or value == "…" else f"{key}={quote(str(value))}"
 
 
 def command(*words: str, tool: str = "") -> str:

@@ -64,6 +64,7 @@ LAYERS = [
         "data",
         "data.read",
         "data.rows",
+        "places",
         "data.control",
         "data.interleave",
         "arguments",
