@@ -148,7 +148,8 @@ def read_config(model: Model) -> Any:
     """The model's config alone. ModelError where there is none."""
     base = base_of(model)
     try:
-        return AutoConfig.from_pretrained(base.path, revision=base.revision or "main")
+        trusted = {"trust_remote_code": base.trust_remote_code, "code_revision": base.revision}
+        return AutoConfig.from_pretrained(base.path, revision=base.revision or "main", **trusted)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.path={base.path} cannot be planned with: {str(error).splitlines()[0]} Name a "

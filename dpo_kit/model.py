@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,18 @@ def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
         _keep_4bit_weights_as_they_are(weights)
     weights.config.use_cache = False  # scoring and training never read it; sampling turns it on for itself
     return weights
+
+
+def rounded_share(model: Any, rate: float) -> float:
+    """The share of the trained weights that a step of `rate` would not change, as it is below half of their spacing."""
+    unchanged = trained = 0
+    for weight in (each for each in model.parameters() if each.requires_grad):
+        trained += weight.numel()
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            exponent = torch.frexp(weight.detach().float()).exponent  # spacing: 2 ** (exponent - 1) * eps
+            coarse = exponent - 2 > math.log2(rate / torch.finfo(weight.dtype).eps)
+            unchanged += int((coarse & (weight != 0)).sum())
+    return unchanged / trained if trained else 0.0
 
 
 def _keep_4bit_weights_as_they_are(weights: PreTrainedModel) -> None:

@@ -269,6 +269,20 @@ class Safekeeping(Base):
             if self.args.should_save:
                 self.state.save_to_json(str(written / "trainer_state.json"))
 
+    def _find_best(self) -> None:
+        """The best checkpoint so far where this run's checkpoints lie now: a run directory may have been moved
+        (huggingface/transformers#48315). TrainingError where it is gone, and the run is to end with it.
+        """
+        if self.state.best_model_checkpoint is None:
+            return
+        here = Path(self._get_output_dir(None)) / Path(self.state.best_model_checkpoint).name
+        if self.args.load_best_model_at_end and not here.is_dir():
+            raise TrainingError(
+                f"the best checkpoint so far, {here}, is gone, and trl.load_best_model_at_end=true ends with it: bring "
+                "it back, or start anew with resume=never"
+            )
+        self.state.best_model_checkpoint = str(here)
+
     @property
     def _state_file(self) -> str:
         """Each process has its own sums and averages."""
@@ -378,6 +392,7 @@ class Safekeeping(Base):
         if resumed is None:
             return
         due = resumed["due"]
+        self._find_best()
         self._load_rng_state(self._checkpoint)
         pick_up(self, resumed["carried"])
         self._boundary = None if due["epoch_end"] else self.state.global_step

@@ -17,6 +17,7 @@ REWARDS = ("reward_margin", "log_loss", "brier")
 SIDES = ("logratio_chosen_nats", "logratio_rejected_nats", "displacement")
 SIDE_REWARDS = ("reward_chosen", "reward_rejected")
 DRIFT = ("kl_forward_k1_nats",)
+SCALE = 1_000_000  # of shares of the run, as transformers compares them
 LOWER_IS_BETTER = ("log_loss", "brier", *DRIFT)
 OURS = ("probe/", "gold/", "custom/")
 SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
@@ -50,9 +51,11 @@ def selection_faults(settings: Settings) -> Iterator[str]:
 
 def needs_trl_evaluation(settings: Settings) -> bool:
     """Whether TRL's own evaluation runs beside the probe's: for a measure that it alone has, or where nothing else is
-    measured.
+    measured. Its trainer that draws answers has no loss for given ones, and fails in it.
     """
     wanted, trl = settings.callbacks, settings.trl
+    if settings.method.rows == "prompts":
+        return False
     if wanted.eval_loss != "auto":
         return wanted.eval_loss
     chooses = trl["load_best_model_at_end"] or trl["lr_scheduler_type"] in SCHEDULES_BY_METRIC
@@ -120,7 +123,13 @@ def greater_is_better(metric: str | None) -> bool | None:
 
 def _cadence_faults(settings: Settings) -> Iterator[str]:
     trl = settings.trl
-    if not trl["load_best_model_at_end"] or trl["save_strategy"] == "best":
+    if trl["save_strategy"] == "best":
+        if not trl["metric_for_best_model"]:
+            yield "trl.save_strategy=best needs a measure to judge by: add trl.metric_for_best_model=probe/accuracy"
+        if trl["eval_strategy"] == "no":
+            yield "trl.save_strategy=best saves after evaluations, and trl.eval_strategy=no has none"
+        return
+    if not trl["load_best_model_at_end"]:
         return
     if trl["eval_strategy"] != trl["save_strategy"]:
         yield (
@@ -128,5 +137,12 @@ def _cadence_faults(settings: Settings) -> Iterator[str]:
             f"{trl['eval_strategy']} as trl.eval_strategy is, got {trl['save_strategy']}"
         )
     steps, every = trl["save_steps"], trl["eval_steps"]
-    if trl["eval_strategy"] == "steps" and steps and every and steps % every:
+    if trl["eval_strategy"] != "steps" or not steps or not every:
+        return
+    if (steps < 1) != (every < 1):
+        yield (
+            "trl.save_steps and trl.eval_steps must both be numbers of steps or both shares of the run to keep the "
+            f"best model, got {steps:g} and {every:g}"
+        )
+    elif steps * SCALE % (every * SCALE):
         yield f"trl.save_steps must be a multiple of trl.eval_steps={every:g} to keep the best model, got {steps:g}"

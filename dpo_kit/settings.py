@@ -220,7 +220,7 @@ class Settings(Strict):
     """A whole run, checked."""
 
     beta: float
-    seed: NonNegativeInt
+    seed: int = Field(ge=0, lt=2**32)  # what numpy takes
     resume: str
     dry_run: bool = False
     allow_beta: bool

@@ -15,7 +15,7 @@ PACKAGE = Path(dpo_kit.__file__).parent
 CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 LAYERS = [
     {
-        "again",
+        "words",
         "errors",
         "history",
         "metrics",
@@ -51,6 +51,7 @@ LAYERS = [
         "journal",
         "votes",
         "selection",
+        "limits",
         "markdown",
         "env",
         "own",
@@ -63,6 +64,7 @@ LAYERS = [
         "data",
         "data.read",
         "data.rows",
+        "places",
         "data.control",
         "data.interleave",
         "arguments",

@@ -118,13 +118,14 @@ def test_a_sweep_that_cannot_run_whole_is_refused_with_its_remedy(words, said):
 
 
 @pytest.mark.parametrize(("option", "package"), [("slurm", "hydra_submitit_launcher"), ("ray", "hydra_ray_launcher")])
-def test_a_cluster_s_launcher_without_its_package_is_refused_naming_the_extra(option, package):
+def test_a_cluster_s_launcher_without_its_package_is_refused_naming_it(option, package):
     import importlib.util
 
     if importlib.util.find_spec(f"hydra_plugins.{package}"):
         assert plan("beta=0.1,0.2", f"hydra/launcher={option}")
         return
-    with pytest.raises(ConfigError, match=re.escape(f"pip install 'dpo-kit[{option}]'")):
+    wanted = package.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"pip install '{wanted}<"):
         plan("beta=0.1,0.2", f"hydra/launcher={option}")
 
 

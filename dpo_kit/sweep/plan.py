@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shlex
 from collections.abc import Sequence
@@ -21,7 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_kit.config import check, compose_unchecked, explain
 from dpo_kit.errors import ConfigError
 from dpo_kit.identity import comparable, sweep_id
+from dpo_kit.limits import missing_package
 from dpo_kit.settings import Tracking
+from dpo_kit.words import quote
 
 SWEEP_ID = "${dpo_kit.sweep_id:}"
 OPTION = "beta-sweep"
@@ -156,8 +157,8 @@ def refuse_inside_ranks(overrides: Sequence[str]) -> None:
 def refuse_missing_launcher(base: DictConfig) -> None:
     """ConfigError where the chosen launcher's package is not installed."""
     package = ".".join(str(base.hydra.launcher.get("_target_", "")).split(".")[:2])
-    if package == "hydra_plugins.hydra_ray_launcher" and importlib.util.find_spec(package) is None:
-        raise ConfigError("hydra/launcher=ray needs hydra-ray-launcher: pip install 'dpo-kit[ray]'")
+    if package == "hydra_plugins.hydra_ray_launcher" and (fault := missing_package("hydra/launcher=ray", package)):
+        raise ConfigError(fault)
 
 
 def refuse_doubles(jobs: Sequence[Job]) -> None:
@@ -194,8 +195,3 @@ def _short(key: str) -> str:
 def _node(base: DictConfig, key: str) -> str:
     """Where the value of an axis stands in a job's config: a group's choice, or the key itself."""
     return f"hydra.runtime.choices.{key}" if key in base.hydra.runtime.choices else key
-
-
-def quote(text: str) -> str:
-    """`text` as one value in Hydra's grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
