@@ -27,7 +27,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_kit.config import CONF, check, compose_unchecked, register
+from dpo_kit.config import CONF, check, compose_unchecked, refuse_idle, register
 from dpo_kit.errors import ConfigError, DataError, ModelError
 from dpo_kit.help import help_text
 from dpo_kit.identity import refuse_other_run
@@ -174,6 +174,7 @@ def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
         settings = check(without_hydra(cfg))
         if args.cfg:
             return None
+        refuse_idle(settings, args.overrides)
         refuse_missing(settings)
         if isinstance(settings.judge, Endpoint):
             refuse_silent("judge", settings.judge)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dpo_kit.errors import ConfigError, did_you_mean
-from dpo_kit.limits import checked_value, library_faults, missing_package, wrong_choice
+from dpo_kit.limits import checked_value, idle_faults, library_faults, missing_package, wrong_choice
 from dpo_kit.own import own_faults
 from dpo_kit.secrets import refuse_secrets
 from dpo_kit.selection import selection_faults
@@ -102,8 +102,14 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
     """
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     cfg = compose_unchecked([*search, *overrides])
-    check(cfg)
+    refuse_idle(check(cfg), overrides)
     return cfg
+
+
+def refuse_idle(settings: Settings, words: Sequence[str]) -> None:
+    """ConfigError for overrides that would change nothing."""
+    if faults := [*idle_faults(settings, words)]:
+        raise ConfigError("\n".join(faults))
 
 
 def compose_unchecked(overrides: Sequence[str], config_name: str = "config", *, with_hydra: bool = False) -> DictConfig:

@@ -35,12 +35,12 @@ def recall_settings(manifest: dict[str, Any]) -> Settings:
     return Settings(**manifest["config"], resume="never", tracking=Tracking(**silent), choose=Choose())
 
 
-def refuse_other_run(run: RunDirectory, settings: Settings) -> None:
+def refuse_other_run(run: RunDirectory, settings: Settings, key: str = "hydra.run.dir") -> None:
     """ConfigError where the directory already holds a run of another config; names the keys that differ."""
     if not run.manifest.exists():
         return
     if differing := describe_difference(read_json(run.manifest)["config"], comparable(settings)):
-        raise ConfigError(f"{run.root} holds a run of another config ({differing}): choose another hydra.run.dir")
+        raise ConfigError(f"{run.root} holds a run of another config ({differing}): choose another {key}")
 
 
 NUMERIC = ("python", "torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes")

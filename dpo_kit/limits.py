@@ -170,6 +170,41 @@ def _lora_faults(lora: dict[str, Any]) -> Iterator[str]:
     yield from field_faults("model.lora", lora, load_schema()["lora"])
 
 
+# --- words without effect ----------------------------------------------------------------------------------------
+
+ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "model.lora.": ("model.tuning", ("lora", "qlora")),
+    "model.quantization.": ("model.tuning", ("qlora",)),
+    "trl.eval_steps": ("trl.eval_strategy", ("steps",)),
+    "trl.save_steps": ("trl.save_strategy", ("steps",)),
+    "trl.logging_steps": ("trl.logging_strategy", ("steps",)),
+    "trl.ref_model_": ("trl.sync_ref_model", (True,)),
+    "trl.hub_": ("trl.push_to_hub", (True,)),
+    "trl.vllm_": ("trl.use_vllm", (True,)),
+    "trl.f_alpha_divergence_coef": ("trl.f_divergence_type", ("alpha_divergence",)),
+    "trl.discopop_tau": ("trl.loss_type", ("discopop",)),
+    "trl.simpo_gamma": ("trl.loss_type", ("simpo", "alphapo")),
+    "data.holdout": ("data.eval", ("null",)),
+}  # keys (or their beginning) that do nothing unless another key has one of these values
+
+
+def idle_faults(settings: Settings, words: Iterable[str]) -> Iterator[str]:
+    """The overrides among `words` that change nothing, as another key is not set."""
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        needed = next((needed for start, needed in ONLY_WITH.items() if key.startswith(start)), None)
+        if needed is None or value in ("null", ""):
+            continue
+        there = settings.model_dump()
+        for part in needed[0].split("."):
+            there = there[part]
+        values: list[Any] = there if isinstance(there, list) else ["null" if there is None else there]
+        if not set(values) & set(needed[1]):
+            other = " or ".join(f"{needed[0]}={str(each).lower()}" for each in needed[1])
+            said = ", ".join(str(each).lower() for each in values)
+            yield f"{word} has no effect with {needed[0]}={said}: add {other}, or leave it out"
+
+
 # --- packages that are not there ---------------------------------------------------------------------------------
 
 BY_OPTIMIZER = {  # later ones win

@@ -259,6 +259,7 @@ def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
 def rounded_share(model: Any, rate: float) -> float:
     """The share of the trained weights that a step of `rate` would not change, as it is below half of their spacing."""
     unchanged = trained = 0
+    rate = rate or 1.0  # a rate of 0 is meant
     for weight in (each for each in model.parameters() if each.requires_grad):
         trained += weight.numel()
         if weight.dtype in (torch.bfloat16, torch.float16):

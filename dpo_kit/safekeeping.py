@@ -26,6 +26,7 @@ from dpo_kit.carried import carry, pick_up, random_states, set_random_states
 from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.interrupt import Interrupted, StopRequest, catch_signals
 from dpo_kit.nonfinite import all_finite, describe_step, refuse_non_finite
+from dpo_kit.run import read_json
 
 log = logging.getLogger(__name__)
 Base: Any = object  # in use, a trainer follows in the method resolution order
@@ -270,12 +271,14 @@ class Safekeeping(Base):
                 self.state.save_to_json(str(written / "trainer_state.json"))
 
     def _find_best(self) -> None:
-        """The best checkpoint so far where this run's checkpoints lie now: a run directory may have been moved
-        (huggingface/transformers#48315). TrainingError where it is gone, and the run is to end with it.
+        """The best checkpoint so far where this run's checkpoints lie now: in a run directory that was moved
+        transformers forgets it (huggingface/transformers#48315). TrainingError where it is gone, and the run is to end
+        with it.
         """
-        if self.state.best_model_checkpoint is None:
+        best = read_json(Path(self._checkpoint) / "trainer_state.json")["best_model_checkpoint"]
+        if best is None:
             return
-        here = Path(self._get_output_dir(None)) / Path(self.state.best_model_checkpoint).name
+        here = Path(self._get_output_dir(None)) / Path(best).name
         if self.args.load_best_model_at_end and not here.is_dir():
             raise TrainingError(
                 f"the best checkpoint so far, {here}, is gone, and trl.load_best_model_at_end=true ends with it: bring "

@@ -254,6 +254,24 @@ def test_a_signal_saves_at_the_end_of_its_step_and_going_on_changes_no_bit(at, t
     assert logged(again) == logged(whole)
 
 
+def test_a_run_that_was_moved_ends_with_its_best_checkpoint_or_says_that_it_is_gone(tmp_path):
+    """Plain transformers forgets it with a warning and ends with another model (huggingface/transformers#48315)."""
+    best = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    options = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "constant"} | best
+    whole = build(tmp_path / "whole", **options)
+    whole.train()
+    assert whole.state.best_model_checkpoint.endswith("checkpoint-2")
+    build(tmp_path / "there", **options | {"max_steps": 4}).train()
+    moved = (tmp_path / "there" / "out").rename(tmp_path / "moved")
+    again = build(tmp_path / "there", **options)
+    again.args.output_dir = str(moved)
+    again.train(resume_from_checkpoint=str(newest_verified(moved)))
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+    shutil.rmtree(moved / "checkpoint-2")
+    with pytest.raises(TrainingError, match=r"best checkpoint so far, .*checkpoint-2, is gone"):
+        again.train(resume_from_checkpoint=str(newest_verified(moved)))
+
+
 def test_a_run_that_is_resumed_at_its_last_step_takes_no_further_one(tmp_path):
     options = {"max_steps": 3, "save_steps": 3}
     first, again = build(tmp_path, **options), build(tmp_path, **options)

@@ -118,7 +118,7 @@ def test_what_cannot_train_as_meant_is_refused_with_its_remedy(overrides):
         ["trl.lr_scheduler_type=cosine_with_min_lr", "trl.lr_scheduler_kwargs={min_lr: 1e-8}"],
         ["trl.eval_strategy=no"],
         ["method=kto", "trl.desirable_weight=1.2"],
-        ["+model.lora.exclude_modules=[lm_head]"],
+        ["model.tuning=lora", "+model.lora.exclude_modules=[lm_head]"],
         ["tracking=none", "callbacks=none"],
     ],
 )

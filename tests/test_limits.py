@@ -5,6 +5,7 @@ import pytest
 from dpo_kit.config import compose
 from dpo_kit.errors import ConfigError
 from dpo_kit.limits import missing_package, number_faults
+from dpo_kit.sweep.plan import plan_sweep
 from dpo_kit.trl_schema import load_schema
 
 LORA = "model.tuning=lora"
@@ -119,3 +120,27 @@ def test_every_number_of_trl_has_a_bound_or_is_known_to_have_none():
     }
     unbound = {key for key in numbers if not list(number_faults("", {key: -7.5}))}
     assert unbound == set(free.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("model.lora.r=8", "has no effect with model.tuning=full: add model.tuning=lora or model.tuning=qlora"),
+        (f"{LORA} model.quantization.bnb_4bit_quant_type=fp4", "add model.tuning=qlora"),
+        ("trl.eval_strategy=epoch trl.eval_steps=5", "add trl.eval_strategy=steps"),
+        ("trl.ref_model_sync_steps=9", "add trl.sync_ref_model=true"),
+        ("trl.hub_model_id=me/it", "add trl.push_to_hub=true"),
+        ("trl.discopop_tau=0.1", "add trl.loss_type=discopop"),
+        ("data.holdout=0.2", "data.holdout=0.2 has no effect with data.eval="),
+    ],
+)
+def test_a_word_that_changes_nothing_is_refused(words, said):
+    with pytest.raises(ConfigError) as refusal:
+        compose(words.split(" "))
+    assert said in str(refusal.value)
+
+
+def test_in_a_sweep_a_word_must_have_its_effect_in_one_job():
+    plan_sweep(["model.tuning=full,lora", "model.lora.r=8"], [], "config")
+    with pytest.raises(ConfigError, match=r"model\.lora\.r=8 has no effect"):
+        plan_sweep(["beta=0.1,0.2", "model.lora.r=8"], [], "config")

@@ -12,7 +12,10 @@ from dpo_kit import cli
 from dpo_kit.cli import read_arguments, refuse_early
 from dpo_kit.config import check, compose
 from dpo_kit.errors import ConfigError, DataError, ModelError
+from dpo_kit.identity import comparable
+from dpo_kit.lock import this_process
 from dpo_kit.places import claim, refuse_missing, refuse_no_file, refuse_unwritable
+from dpo_kit.run import write_json
 from dpo_kit.toy import MODEL
 from tests.small import write_pairs
 
@@ -126,3 +129,13 @@ def test_a_time_stamp_is_taken_at_once_and_a_typed_folder_is_left_as_it_is(here,
     assert not (here / "r").exists()
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=notes\.txt: .* is a file"):
         start(["hydra.run.dir=notes.txt"], monkeypatch)
+
+
+def test_a_refused_start_changes_nothing_in_the_run_directory_that_is_there(here, monkeypatch):
+    write_json(here / "r" / "manifest.json", {"config": comparable(check(compose(["beta=0.2"])))})
+    with pytest.raises(ConfigError, match=r"holds a run of another config \(beta: 0\.2 there, 0\.1 now"):
+        start(["hydra.run.dir=r"], monkeypatch)
+    write_json(here / "s" / ".lock", this_process())
+    with pytest.raises(ConfigError, match=f"s is being written by process {os.getpid()} on"):
+        start(["hydra.run.dir=s"], monkeypatch)
+    assert sorted(path.name for path in here.rglob("[rs]/*")) == [".lock", "manifest.json"]

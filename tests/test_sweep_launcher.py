@@ -424,12 +424,27 @@ def test_a_sweeper_that_asks_in_batches_gets_one_record(sweep, tmp_path):
     assert [job["number"] for job in jobs_of(tmp_path).values()] == [0, 1, 2]
 
 
-def test_a_finished_run_of_another_config_is_not_taken_for_a_job_s_own(sweep, tmp_path):
+def test_a_run_of_another_config_in_the_sweep_s_folder_refuses_the_sweep_and_stays_as_it_is(sweep, tmp_path):
     folder = tmp_path / "sweep" / "dpo-beta0.1-seed0"
     write_json(folder / "result.json", {"status": "done", "final": {}})
     write_json(folder / "manifest.json", {"config": {"beta": 9}})
-    assert sweep("-m", "beta=0.1,0.2").returncode == 0
-    assert len(starts_of(tmp_path, 0.1)) == 1 and not jobs_of(tmp_path)[0.1]["before"]
+    done = sweep("-m", "beta=0.1,0.2")
+    assert done.returncode == 2 and "dpo-beta0.1-seed0 holds a run of another config" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "sweep").rglob("*")) == [
+        folder.name,
+        "manifest.json",
+        "result.json",
+    ]
+
+
+def test_a_run_that_nobody_would_finish_refuses_the_sweep(sweep, tmp_path):
+    folder = tmp_path / "sweep" / "dpo-beta0.3-seed0"
+    write_json(folder / "manifest.json", {"config": {"beta": 0.3}})
+    write_json(folder / "result.json", {"status": "interrupted", "error": "KeyboardInterrupt: "})
+    done = sweep("-m", "beta=0.1,0.2")
+    assert done.returncode == 2 and "dpo-beta0.3-seed0, not ended and no job of this command" in done.stderr
+    write_json(folder / "result.json", {"status": "done", "final": {}})
+    assert sweep("-m", "beta=0.1,0.2").returncode == 0  # runs that have ended may be summed up together
 
 
 # --- real runs ----------------------------------------------------------------------------------------------------
