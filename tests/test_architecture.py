@@ -61,6 +61,7 @@ LAYERS = [
     {"judges"},
     {
         "data",
+        "data.files",
         "data.read",
         "data.rows",
         "data.control",
@@ -75,6 +76,8 @@ LAYERS = [
     },
     {
         "data.gather",
+        "data.spelling",
+        "data.forms",
         "data.signal",
         "data.figures",
         "data.duplicates",
@@ -83,7 +86,7 @@ LAYERS = [
         "data.advice",
         "data.fresh",
     },
-    {"data.inspect", "data.prepare", "data.options", "data.schemas"},
+    {"data.inspect", "data.prepare", "data.options"},
     {"data.prompts", "data.pairing"},
     {"data.rated"},
     {"data.build"},
