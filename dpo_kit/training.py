@@ -181,6 +181,7 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
     if not is_writer():
         return data
     write_json(run.data_report, data.report)
+    log.info("read: %s", ", ".join(f"{path} as {form}" for path, form in data.report["forms"].items()))
     if about := [warning["about"] for warning in data.report["warnings"]]:
         log.info("the data report has something to say on %s: %s", ", ".join(dict.fromkeys(about)), run.data_report)
     if data.dropped:

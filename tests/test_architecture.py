@@ -62,6 +62,7 @@ LAYERS = [
     {"judges"},
     {
         "data",
+        "data.files",
         "data.read",
         "data.rows",
         "places",
@@ -78,6 +79,8 @@ LAYERS = [
     },
     {
         "data.gather",
+        "data.spelling",
+        "data.forms",
         "data.signal",
         "data.figures",
         "data.duplicates",
@@ -86,7 +89,7 @@ LAYERS = [
         "data.advice",
         "data.fresh",
     },
-    {"data.inspect", "data.prepare", "data.options", "data.schemas"},
+    {"data.inspect", "data.prepare", "data.options"},
     {"data.prompts", "data.pairing"},
     {"data.rated"},
     {"data.build"},
