@@ -23,6 +23,7 @@ from dpo_kit.carried import forked_random
 from dpo_kit.drift import Divergence, Drift, ReferenceSamples, drift_metrics
 from dpo_kit.own import call_metrics
 from dpo_kit.probe import PairProbe, name_rows
+from dpo_kit.quiet import phase
 from dpo_kit.sampling import Sample, measuring
 from dpo_kit.scores import preference_metrics, reward_metrics
 from dpo_kit.scoring import Reference
@@ -33,6 +34,8 @@ Metrics = dict[str, float]
 
 class _Measuring(TrainerCallback):
     """When to measure: at the start, at each evaluation, at the end unless the last evaluation just did."""
+
+    at_start = "first measurement: held-out rows"
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -57,7 +60,8 @@ class _Measuring(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self._report("start", 0)
+            with phase(self.at_start):
+                self._report("start", 0)
         else:
             self.prepare()
 
@@ -164,6 +168,8 @@ class KLDrift(_Measuring):
     Each of `on_samples` is called as `hook(step, samples)` with the fresh policy samples; what it returns is
     logged.
     """
+
+    at_start = "first measurement: answers for the KL"
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ from dpo_kit.origin import read_adapter
 from dpo_kit.prefix import LaidOut, shares_prefixes
 from dpo_kit.processes import is_writer
 from dpo_kit.published import batch_fault
-from dpo_kit.quiet import quiet_libraries
+from dpo_kit.quiet import phase, quiet_libraries
 from dpo_kit.reference import with_store
 from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on
 from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
@@ -100,7 +100,8 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
-    data = prepare_data(settings, tokenizer, run)
+    with phase("reading the rows"):
+        data = prepare_data(settings, tokenizer, run)
     manifest = build_manifest(settings, data, typed_command(), tokenizer)
     checkpoint = find_checkpoint(settings, run, manifest)
     begin_from(run, checkpoint)
@@ -230,7 +231,8 @@ def build_trainer(
     with refusing("TRL's arguments"):
         width = read_config(settings.model).get_text_config().hidden_size
         args = choose_arguments(settings, data.train, run.checkpoints, width)
-    policy = load_policy(settings.model, tokenizer)
+    with phase("loading the weights"):
+        policy = load_policy(settings.model, tokenizer)
     if adapter:
         check_targets(adapter, policy, import_class(settings.method.trainer))
     if is_writer():
@@ -245,7 +247,7 @@ def build_trainer(
     trainer = compose_trainer(settings, data.train, grouped=grouped, draws=reward is not None)
     if reward is not None:
         given["reward_funcs"] = reward
-    with refusing("TRL's trainer"):
+    with refusing("TRL's trainer"), phase("tokenising, and the reference pass"):
         built = trainer(
             model=policy,
             args=args,
