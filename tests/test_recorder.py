@@ -187,9 +187,8 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_training_is(
     progress, state = Progress(), SimpleNamespace(global_step=0, max_steps=200, is_world_process_zero=True)
     progress.on_train_begin(None, state, None)  # type: ignore[arg-type]
     with caplog.at_level("INFO", "dpo_kit"):
-        for step, seconds, logs in (
-            (5, 4, {"loss": 0.69}), (10, 8, {"probe/accuracy": 0.625}), (15, 4, {"loss": 0.6123}), (20, 4, {"loss": 0.5})
-        ):  # fmt: skip
+        seen = (4, {"loss": 0.69}), (8, {"probe/accuracy": 0.625}), (4, {"loss": 0.6123}), (4, {"loss": 0.5})
+        for step, (seconds, logs) in zip((5, 10, 15, 20), seen, strict=True):
             state.global_step = step
             clock[0] += seconds
             progress.on_log(None, state, None, logs=logs)  # type: ignore[arg-type]
