@@ -97,8 +97,12 @@ class Source(Strict):
 
 
 def _named(given: Any) -> Any:
-    """Paths in a list are sources of weight 1."""
-    return [{"path": item} if isinstance(item, str) else item for item in given] if isinstance(given, list) else given
+    """Paths in a list as sources of weight 1."""
+    if not isinstance(given, list):
+        return given
+    if not given or not all(isinstance(item, str | dict | Source) for item in given):
+        raise ValueError("a list here holds files, or {path: …, weight: …}")
+    return [{"path": item} if isinstance(item, str) else item for item in given]
 
 
 Sources = Annotated[str | list[Source], BeforeValidator(_named)]

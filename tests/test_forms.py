@@ -115,6 +115,7 @@ def test_every_form_of_the_table_has_a_row_here_and_a_name_in_the_settings():
         {"from": "function_call", "value": json.dumps(CALL)},
         {"role": "tool_call", "content": str([CALL])},
         {"role": "assistant", "content": None, "function_call": CALL},
+        {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
     ],
 )
 def test_calls_and_what_tools_say_have_the_roles_and_fields_of_the_standard(written):
@@ -167,6 +168,7 @@ UNFIT = [
     ({"messages": "[" * 100_000, "rejected_response": "x"}, "messages is text that holds no list or object", "json.dumps"),
     ({"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "chosen": GOOD, "rejected": BAD}, "has a part that is no text", "only text trains"),
     ({"conversations": [HUMAN, {"from": "function_call", "value": "order()"}], "chosen": GPT_GOOD, "rejected": GPT_BAD}, "text that holds no list or object", "json.dumps"),
+    (PAIR | {"chosen": [GOOD | {"tool_calls": ["order"]}]}, "chosen has a call without a name", "a call is"),
     ({"conversations": [HUMAN], "chosen": {"from": "alien", "value": "x"}, "rejected": GPT_BAD}, "chosen has an unknown role", "known are"),
     ({"instruction": "Q?", "output": ["only one"]}, "output is no list of two answers", "the better one"),
     ({"input": [], "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "input is no object with messages", "messages"),

@@ -113,12 +113,14 @@ def _message(name: str, message: dict[str, Any]) -> dict[str, Any]:
     if content is None:
         content = message.get("value")
     others = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
+    if fault := _json_fault(others):
+        raise UnfitError(f"{name} has a message with a value that is no JSON", fault, "write it as text")
     if role in CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": _calls(name, content)} | others
-    if isinstance(others.get("function_call"), dict):  # how OpenAI wrote a call before tool_calls
+        return others | {"role": "assistant", "content": "", "tool_calls": _calls(name, content)}
+    if others.get("tool_calls"):
+        others["tool_calls"] = _calls(name, others["tool_calls"])
+    elif isinstance(others.get("function_call"), dict):  # how OpenAI wrote a call before tool_calls
         others["tool_calls"], content = _calls(name, others.pop("function_call")), content or ""
-    if others and _json_fault(others):
-        raise UnfitError(f"{name} has a message with a value that is no JSON", _json_fault(others), "write it as text")
     spelt = message.get("role") or message.get("from")
     return {"role": SPELLINGS.get(role, spelt), "content": _text(name, content)} | others
 
@@ -132,12 +134,21 @@ def _json_fault(value: Any) -> str:
 
 
 def _calls(name: str, value: Any) -> Chat:
-    """What one message calls, as tool_calls: {name, arguments}, or a list of such, or the text of either."""
+    """What one message calls, as tool_calls: calls, or {name, arguments}, alone or in a list, or the text of that."""
     given = unwritten(name, value)
-    calls = given if isinstance(given, list) else [given]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+    calls = [call if _has_name(call) else {"type": "function", "function": call} for call in _listed(given)]
+    if not calls or not all(map(_has_name, calls)):
         raise UnfitError(f"{name} has a call without a name", str(value)[:40], 'a call is {"name": …, "arguments": …}')
-    return [{"type": "function", "function": call} for call in calls]
+    return calls
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _has_name(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _text(name: str, content: Any) -> Any:
