@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dpo_kit.sampling import pad_batch
+from dpo_kit.sampling import pad_batch, without_autocast
 
 Tokens = tuple[list[int], list[int]]
 """Ids of a prompt and of its completion."""
@@ -120,8 +120,9 @@ def _is_plain(model: Any, head: Head) -> bool:
     """Whether `head` gives the logits of `model`, tried on four tokens."""
     probe: Tokens = ([0], [1, 2, 3, 0])
     try:
-        expected = _run(model, [probe], 0, keep_all=True)[1].float()
-        logits = head.logits(_run(model, [probe], 0, keep_all=False)[0])
+        with without_autocast(model):
+            expected = _run(model, [probe], 0, keep_all=True)[1].float()
+            logits = head.logits(_run(model, [probe], 0, keep_all=False)[0])
     except Exception:  # whatever weights raise that are shared out or packed
         return False
     return bool((logits - expected).abs().max() <= AGREES.get(model.dtype, 2e-2) * expected.abs().max())

@@ -48,7 +48,7 @@ def measuring(trainer: Trainer, *models: Any, seed: int = 0, as_trained: bool = 
         for model in (trainer.model, *models):
             stack.enter_context(_evaluation_mode(model))
             if not as_trained:
-                stack.enter_context(_without_autocast(model))
+                stack.enter_context(without_autocast(model))
         if as_trained:
             stack.enter_context(trainer.accelerator.autocast())
         torch.manual_seed(seed)
@@ -228,14 +228,16 @@ def _evaluation_mode(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _without_autocast(model: Any) -> Iterator[None]:
+def without_autocast(model: Any) -> Iterator[None]:
+    """Inside, `model` computes in the precision of its weights."""
     # A model that accelerate has prepared computes under autocast whatever surrounds the call: its `forward` was
     # replaced (Accelerator.prepare_model), and the one before is kept beside
     prepared = vars(model).get("forward")
     if (original := vars(model).get("_original_forward")) is not None:
         model.forward = original
     try:
-        yield
+        with torch.autocast(model.device.type, enabled=False):
+            yield
     finally:
         if original is not None:
             model.forward = prepared

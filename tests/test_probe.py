@@ -127,8 +127,10 @@ def test_under_bf16_autocast_a_trainer_is_measured_in_the_fp32_of_its_weights(
         exact = score(trainer.model, SEQUENCES, pad_id=0)
     assert trainer.model.forward == prepared
     assert exact.tolist() == pytest.approx(expected, abs=1e-5)
+    head._HEADS.clear()
     with measuring(trainer, as_trained=True):
         rounded = score_as_trained(trainer, trainer.model, SEQUENCES)
+        assert read_head(trainer.model) is not None  # found plain though the trainer computes in bf16
     assert rounded.tolist() == pytest.approx(expected, abs=0.2) and rounded.tolist() != pytest.approx(
         expected, abs=1e-3
     )
