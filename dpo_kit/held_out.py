@@ -13,6 +13,7 @@ from dpo_kit.data.prepare import Rows, prepare
 from dpo_kit.data.rows import Kind
 from dpo_kit.gold import GoldFigures, load_gold
 from dpo_kit.hardware import has_accelerator
+from dpo_kit.manifest import keep_date
 from dpo_kit.model import load_reference, load_tokenizer, load_tuned
 from dpo_kit.page import refresh_page
 from dpo_kit.probe import PairProbe
@@ -50,6 +51,7 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
     config = read_json(run.manifest)["config"]
     model, method = Model(**config["model"]), Method(**config["method"])
     tokenizer = load_tokenizer(model)
+    keep_date(run, tokenizer)
     kind, rows = read_held_out(config, method, tokenizer, "test")
     tuned = Tuned(place(load_tuned(model, run.model)), tokenizer, SimpleNamespace(**config["trl"]))
     beta = config["beta"] if method.implicit_reward else None

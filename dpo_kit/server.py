@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
+from dpo_kit.chats import conversation_text, with_context
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.journal import Journal
 from dpo_kit.secrets import redact_text
@@ -40,6 +41,7 @@ class Request:
     max_tokens: int
     temperature: float | None
     seed: int | None = None
+    context: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs (see chats.py)
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,7 @@ class Server:
 
     def _most(self, request: Request) -> float:
         """What a request can cost at most, in the prices' currency."""
-        text = sum(len(message["content"]) for message in request.messages)
-        tokens_in = text / CHARACTERS_PER_TOKEN
+        tokens_in = _characters(request) / CHARACTERS_PER_TOKEN
         return (tokens_in * self.endpoint.price_in + request.max_tokens * self.endpoint.price_out) / MILLION
 
     def _complete(self, request: Request) -> dict[str, Any]:
@@ -164,7 +165,9 @@ class Server:
     def _body(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.endpoint.model, "messages": request.messages}
         body[self.endpoint.limit_field] = request.max_tokens
-        optional = {"temperature": request.temperature, "seed": request.seed}
+        optional = {"temperature": request.temperature, "seed": request.seed, "tools": request.context.get("tools")}
+        if kwargs := request.context.get("chat_template_kwargs"):
+            optional["extra_body"] = {"chat_template_kwargs": kwargs}  # what vLLM, SGLang and llama.cpp call it too
         return body | {key: value for key, value in optional.items() if value is not None}
 
     def _keep(self, request: Request, row: dict[str, Any]) -> None:
@@ -214,6 +217,10 @@ def _refusal(endpoint: Endpoint, error: Any) -> str:
     return f"{endpoint.base_url} refuses model={endpoint.model} with status {error.status_code}: {remedy}"
 
 
+def _characters(request: Request) -> int:
+    return len(conversation_text(with_context(request.messages, request.context)))
+
+
 def _read(completion: Any, request: Request) -> dict[str, Any]:
     choice, usage = completion.choices[0], completion.usage
     text = choice.message.content
@@ -221,8 +228,10 @@ def _read(completion: Any, request: Request) -> dict[str, Any]:
         text = ""
     if not isinstance(text, str):
         raise TypeError(f"content is {type(text).__name__}")
-    asked = sum(len(message["content"]) for message in request.messages)
-    counts = {"prompt_tokens": asked // CHARACTERS_PER_TOKEN, "completion_tokens": len(text) // CHARACTERS_PER_TOKEN}
+    counts = {
+        "prompt_tokens": _characters(request) // CHARACTERS_PER_TOKEN,
+        "completion_tokens": len(text) // CHARACTERS_PER_TOKEN,
+    }
     with suppress(AttributeError, TypeError):  # a server that counts no tokens is priced by its characters
         counts = {name: int(getattr(usage, name)) for name in counts}
     clean = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to any file

@@ -16,6 +16,7 @@ CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 LAYERS = [
     {
         "again",
+        "chats",
         "errors",
         "history",
         "metrics",
@@ -37,6 +38,7 @@ LAYERS = [
         "hardware",
         "tokens",
         "control_tokens",
+        "turns",
         "template",
         "render",
         "origin",
@@ -62,6 +64,7 @@ LAYERS = [
     {
         "data",
         "data.read",
+        "data.context",
         "data.rows",
         "data.control",
         "data.interleave",
@@ -71,10 +74,12 @@ LAYERS = [
         "scores",
         "prefix",
         "grouping",
-        "token_cache",
+        "given_tokens",
     },
     {
         "data.gather",
+        "data.ids",
+        "data.shape",
         "data.signal",
         "data.figures",
         "data.duplicates",

@@ -9,6 +9,7 @@ from itertools import combinations, islice
 from math import comb
 from typing import Any
 
+from dpo_kit.chats import answer_text, prompt_of, split_context
 from dpo_kit.generation import Answer
 from dpo_kit.journal import key_of
 from dpo_kit.judges import Judge, Prompt, Verdict, compare, toss_coin
@@ -118,8 +119,9 @@ def _pairs(paired: Paired, compared: Comparison, build: Build, seed: int) -> Ite
             compared = compared.turned()
     elif outcome != "win":
         return
-    yield {
-        "prompt": compared.prompt,
+    prompt, context = split_context(compared.prompt)
+    yield context | {
+        "prompt": prompt,
         "chosen": _in_form_of(compared.prompt, compared.a.text),
         "rejected": _in_form_of(compared.prompt, compared.b.text),
         "verdict": outcome,
@@ -135,12 +137,8 @@ def _in_form_of(prompt: Prompt, answer: str) -> Prompt:
 
 def _add_scores(judge: Judge, pairs: list[dict[str, Any]]) -> None:
     """`score_chosen` and `score_rejected` where the judge has a scale."""
-    prompts = [pair["prompt"] for pair in pairs]
+    prompts = [prompt_of(pair) for pair in pairs]
     for name in ("chosen", "rejected"):
         scores = judge.scores(prompts, [answer_text(pair[name]) for pair in pairs])
         for pair, score in zip(pairs, scores or [], strict=False):
             pair[f"score_{name}"] = score
-
-
-def answer_text(answer: Prompt) -> str:
-    return answer if isinstance(answer, str) else answer[-1]["content"]

@@ -6,10 +6,10 @@ from typing import Any
 
 import datasets
 import pytest
+from dpo_kit.token_cache import with_token_cache
 
 from dpo_kit import token_cache
 from dpo_kit.reference import with_store
-from dpo_kit.token_cache import with_token_cache
 from tests import tiny
 
 
