@@ -5,6 +5,7 @@ open and end a turn, which of them ends an answer, and what of a chat the templa
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -119,6 +120,8 @@ def _learn(tokenizer: Any) -> Turns:
     opening = next(filter(is_control, between[same:]), None)  # what follows it, such as <think>, is the model's own
     ending = pieces(answered.rpartition(SAID)[2])
     of_turns = {*pieces(asked), opening, *ending, *pieces(again.partition(SAID)[2].partition(NEXT)[0])}
+    with suppress(Exception):  # many templates know no system turn
+        of_turns |= {*pieces(tokenizer.apply_chat_template(PARTS["system"][0], tokenize=False))}
     return Turns(frozenset(filter(None, of_turns)), ending[0] if ending else None)
 
 

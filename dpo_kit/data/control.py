@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from dpo_kit.data.context import BESIDE, LIKELY
@@ -90,7 +91,18 @@ def describe_end(tokenizer: Any) -> dict[str, Any]:
             "at all of them, and what is trained is saved with all of them",
             *(end, ", ".join(stops)),
         )
-    return {"token": end, "generation_config": stops}
+    return {"answers_end_in": end, "generation_ends_in": stops}
+
+
+def describe_changes(formed: Rows, with_ends: Rows, unfolded: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """How many rows are not trained on as they stand in their source, beside rows that are; said in the log too."""
+    ended = sum(row != other for row, other in zip(formed, with_ends, strict=True))
+    folded = sum(row != other for row, other in zip(formed, unfolded, strict=True))
+    if ended:
+        log.info("%d rows end what the assistant says as the chat template does: that is written once", ended)
+    if folded:
+        log.info("data.fold_system=true: the system turn of %d rows begins their first user turn", folded)
+    return {"ended_already": ended, "system_turns_folded": folded}
 
 
 def _length(row: dict[str, Any]) -> int:

@@ -6,9 +6,17 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
-from dpo_kit.data.control import count_in_rows, describe_columns, describe_end, is_rendered, try_template
+from dpo_kit.data.control import (
+    count_in_rows,
+    describe_changes,
+    describe_columns,
+    describe_end,
+    is_rendered,
+    try_template,
+)
 from dpo_kit.data.ids import add_ids
 from dpo_kit.data.read import Fault, Row, read_source
 from dpo_kit.data.rows import Kind, normalise
@@ -81,8 +89,9 @@ def _read_ids(gathered: Gathered, rows: Rows, tokenizer: Any) -> None:
     try_template(formed, gathered.kind, tokenizer)
     if not isinstance(formed[0]["prompt"], str):  # only now is the template rendered here
         gathered.shape = replace(gathered.shape, ends=end_tokens(tokenizer))
-        formed = [gathered.form(row) for row in rows]
-        gathered.said["answers_end_in"] = describe_end(tokenizer)
+        with_ends, formed = formed, [gathered.form(row) for row in rows]
+        unfolded = map(replace(gathered.shape, fold_system=False).of, rows, repeat(gathered.kind))
+        gathered.said = describe_end(tokenizer) | describe_changes(formed, with_ends, unfolded)
     gathered.said |= describe_columns(rows, formed, gathered.kind)
     gathered.said["control_tokens"] = count_in_rows(formed, gathered.kind, tokenizer)
     add_ids(rows, formed, gathered.kind, tokenizer, gathered.faults)

@@ -164,11 +164,11 @@ def _turns_fault(values: dict[str, Any], kind: Kind) -> Found | None:
 
 
 def _implicit_prompt(values: dict[str, Any]) -> dict[str, Any]:
-    """The common beginning of chosen and rejected as the prompt, as TRL takes it."""
-    from trl.data_utils import extract_prompt
-
-    found = extract_prompt({"chosen": values["chosen"], "rejected": values["rejected"]})
-    return {name: found[name] for name in ("prompt", "chosen", "rejected")}
+    """The common beginning of two chats as the prompt, as TRL takes it."""
+    chosen, rejected = values["chosen"], values["rejected"]
+    parted = (at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    at = next(parted, len(chosen) - 1)
+    return {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}
 
 
 def as_chat(values: dict[str, Any], kind: Kind) -> dict[str, Any]:
