@@ -27,11 +27,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its text, whether the token limit cut it, and who gave it (`model at temperature`)."""
+    """One answer: its text, whether the token limit cut it, and who gave it (`model at temperature`).
+
+    `calls` are those that a server has told apart from the text; then `text` is how a judge reads them.
+    """
 
     text: str
     cut: bool
     source: str
+    calls: tuple[dict[str, Any], ...] = ()
+
+    def in_form_of(self, prompt: Prompt) -> Prompt:
+        """Text for a text prompt, one assistant message for a chat prompt."""
+        if isinstance(prompt, str):
+            return self.text
+        said: dict[str, Any] = {"content": "", "tool_calls": list(self.calls)} if self.calls else {"content": self.text}
+        return [{"role": "assistant"} | said]
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,7 @@ def _answers(journal: Journal, keys: dict[Turn, list[str]], turns: list[Turn], n
 
 def _answer(journal: Journal, key: str, source: str) -> Answer | None:
     row = journal.rows.get(key)
-    return None if row is None else Answer(row["text"], row["cut"], source)
+    return None if row is None else Answer(row["text"], row["cut"], source, tuple(row.get("calls", ())))
 
 
 # --- a local model -----------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ The official client does the asking and the retrying; the key comes from an envi
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dpo_kit.chats import conversation_text, with_context
+from dpo_kit.chats import conversation_text, message_text, with_context
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.journal import Journal
 from dpo_kit.secrets import redact_text
@@ -163,7 +164,8 @@ class Server:
         raise GarbageError("a reply without a message in it") from garbage
 
     def _body(self, request: Request) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self.endpoint.model, "messages": request.messages}
+        messages = [_with_calls(message, json.dumps) for message in request.messages]
+        body: dict[str, Any] = {"model": self.endpoint.model, "messages": messages}
         body[self.endpoint.limit_field] = request.max_tokens
         optional = {"temperature": request.temperature, "seed": request.seed, "tools": request.context.get("tools")}
         if kwargs := request.context.get("chat_template_kwargs"):
@@ -221,9 +223,22 @@ def _characters(request: Request) -> int:
     return len(conversation_text(with_context(request.messages, request.context)))
 
 
+def _with_calls(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """`message` with the arguments of its calls as the other side has them: a template values, a server JSON text."""
+    calls = [
+        call | {"function": dict(call["function"])} for call in message.get("tool_calls") or () if "function" in call
+    ]
+    for function in (call["function"] for call in calls):
+        if isinstance(function.get("arguments"), str) == (convert is json.loads):
+            function["arguments"] = convert(function["arguments"])
+    return message | {"tool_calls": calls} if calls else message
+
+
 def _read(completion: Any, request: Request) -> dict[str, Any]:
     choice, usage = completion.choices[0], completion.usage
-    text = choice.message.content
+    said = choice.message.model_dump(include={"content", "tool_calls"}, exclude_none=True)
+    calls = _with_calls(said, json.loads).get("tool_calls", [])
+    text = said.get("content") or (message_text({"tool_calls": calls}) if calls else choice.message.content)
     if text is None and choice.finish_reason:  # a filter, or thinking that used up the limit: asking again only costs
         text = ""
     if not isinstance(text, str):
@@ -235,4 +250,4 @@ def _read(completion: Any, request: Request) -> dict[str, Any]:
     with suppress(AttributeError, TypeError):  # a server that counts no tokens is priced by its characters
         counts = {name: int(getattr(usage, name)) for name in counts}
     clean = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to any file
-    return {"text": clean, "cut": choice.finish_reason == "length", **counts}
+    return {"text": clean, "cut": choice.finish_reason == "length", **counts} | ({"calls": calls} if calls else {})

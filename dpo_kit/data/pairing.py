@@ -122,17 +122,12 @@ def _pairs(paired: Paired, compared: Comparison, build: Build, seed: int) -> Ite
     prompt, context = split_context(compared.prompt)
     yield context | {
         "prompt": prompt,
-        "chosen": _in_form_of(compared.prompt, compared.a.text),
-        "rejected": _in_form_of(compared.prompt, compared.b.text),
+        "chosen": compared.a.in_form_of(prompt),
+        "rejected": compared.b.in_form_of(prompt),
         "verdict": outcome,
         "source_chosen": compared.a.source,
         "source_rejected": compared.b.source,
     }
-
-
-def _in_form_of(prompt: Prompt, answer: str) -> Prompt:
-    """Text for a text prompt, one assistant message for a chat prompt."""
-    return answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
 
 
 def _add_scores(judge: Judge, pairs: list[dict[str, Any]]) -> None:
