@@ -184,7 +184,6 @@ class KLDrift(_Measuring):
         cache_bytes: int = 2**30,
         seed: int = 0,
         on_samples: Sequence[Callable[[int, list[Sample]], Metrics]] = (),
-        template_kwargs: dict[str, Any] | None = None,
         shared: Path | None = None,
     ) -> None:
         super().__init__(trainer)
@@ -197,7 +196,6 @@ class KLDrift(_Measuring):
             batch_size=batch_size,
             tokens_per_batch=tokens_per_batch,
             cache_bytes=cache_bytes,
-            template_kwargs=template_kwargs,
             seed=seed,
             shared=shared,
         )

@@ -1,80 +1,82 @@
-"""Control tokens that a user typed (`<|im_end|>`) stay text: only the chat template may open and close turns.
+"""Control tokens in the text of a chat: those that somebody typed stay text, those that a model writes are tokens.
 
-transformers can do so where it renders and encodes at once (`sanitize_control_tokens=True`); TRL's ORPO and CPO
-trainers render first and encode the text later, and the default is off. A tokenizer from `neutralised` does it in
-both cases, for every caller alike: training, probe, sampling. Rows without control tokens take the ordinary way, so
-that their ids are untouched. Raw text (no chat template, or `data.wrap_as_chat=false`) is the user's own rendering and
-is read as TRL reads it.
+Only the chat template may open and close turns. So every control token (`<|im_end|>`) in what users, systems and tools
+say is read as text, and in what assistants say those that would open or end a turn; `<think>` or `<tool_call>` there is
+what the model itself writes. transformers' `sanitize_control_tokens=True` makes text of those too
+(huggingface/trl#6361), so that texts are marked here and encoded by transformers. A tokenizer reads so from
+`neutralised` on. Raw text (no chat template, or `data.wrap_as_chat=false`) is the user's own rendering and is read as
+TRL reads it.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import (
-    _CONTROL_TOKEN_END,
-    _CONTROL_TOKEN_START,
-    _get_control_token_patterns,
-    mark_control_tokens,
-)
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START, mark_control_tokens
+
+from dpo_kit.chats import Messages, split_context
+from dpo_kit.turns import control_pattern, outer_tokens, pattern_of
 
 MARKS = (_CONTROL_TOKEN_START, _CONTROL_TOKEN_END)
 """Private-use characters that transformers sets around a control token which is to be read as text."""
 
 
-class Neutral:
-    """Mixin before a tokenizer's class."""
-
-    def apply_chat_template(self, conversation: Any, *args: Any, tokenize: bool = True, **options: Any) -> Any:
-        """As the tokenizer does, with control tokens inside messages as text; without `tokenize`, marked for it."""
-        if has_marks(conversation) or count_control_tokens(self, [conversation]):
-            if tokenize:
-                options.setdefault("sanitize_control_tokens", True)
-            else:
-                conversation = mark_control_tokens(conversation, _pattern(self))
-        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **options)  # type: ignore[misc]
-
-    def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
-        """As the tokenizer does; a chat with marks, which holds its special tokens already, is encoded by them."""
-        if has_marks(text) and not options.get("sanitize_control_tokens"):
-            options |= {"sanitize_control_tokens": True, "add_special_tokens": False}
-        return super().__call__(text, *args, **options)  # type: ignore[misc]
-
-
-def neutralised(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """`tokenizer` itself, from now on with `Neutral`'s way of reading chats."""
-    kind = type(tokenizer)
-    tokenizer.__class__ = type(kind.__name__, (Neutral, kind), {"__module__": kind.__module__})
+def neutralised(tokenizer: Any, ends_of_model: list[int] | None = None) -> Any:
+    """`tokenizer` itself, whose chats are from now on read as this module says, and end at the tokens that its model's
+    own generation ends at, too.
+    """
+    tokenizer.reads_typed_tokens_as_text, tokenizer.ends_of_model = True, ends_of_model or []
     return tokenizer
 
 
-def count_control_tokens(tokenizer: Any, inputs: Iterable[Any]) -> Counter[str]:
-    """How often each control token stands inside texts, messages or lists of them."""
-    pattern = _pattern(tokenizer)
-    return Counter(match for text in _texts(list(inputs)) for match in pattern.findall(text))
+def is_neutral(tokenizer: Any) -> bool:
+    return bool(vars(tokenizer).get("reads_typed_tokens_as_text"))
+
+
+def neutral_chat(tokenizer: Any, chat: Messages) -> tuple[Messages, dict[str, Any]]:
+    """The messages of `chat` and its context (`split_context`), with marks where control tokens are to stay text."""
+    messages, context = split_context(chat)
+    if not is_neutral(tokenizer):
+        return messages, context
+    typed, turns = control_pattern(tokenizer), turn_pattern(tokenizer)
+    if any(typed.search(text) for text in texts_in([messages, context])) or has_marks([messages, context]):
+        messages = [mark_control_tokens(each, turns if _is_model(each) else typed) for each in messages]
+        context = mark_control_tokens(context, typed)
+    return messages, context
+
+
+def count_control_tokens(tokenizer: Any, chat: Messages) -> tuple[Counter[str], Counter[str]]:
+    """How often each control token stands in a chat's text: those that are read as text, and the model's own."""
+    messages, context = split_context(chat)
+    typed, turns = control_pattern(tokenizer), turn_pattern(tokenizer)
+    by_model = [text for each in messages if _is_model(each) for text in texts_in(each)]
+    others = list(texts_in([context, *(each for each in messages if not _is_model(each))]))
+    held = Counter(token for text in by_model for token in typed.findall(text))
+    as_text = Counter(token for text in by_model for token in turns.findall(text))
+    return as_text + Counter(token for text in others for token in typed.findall(text)), held - as_text
+
+
+def turn_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """What matches a control token that would open or end a turn."""
+    return pattern_of(outer_tokens(tokenizer))
 
 
 def has_marks(value: Any) -> bool:
     """Whether any text in `value` holds transformers' marks."""
-    return any(mark in text for text in _texts(value) for mark in MARKS)
+    return any(mark in text for text in texts_in(value) for mark in MARKS)
 
 
-def _pattern(tokenizer: Any) -> re.Pattern[str]:
-    """What matches a control token; kept, since some tokenizers have thousands of added tokens to ask for each row."""
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    kept = vars(tokenizer).get("_dpo_kit_pattern", (None, None))
-    if kept[0] != (template, len(tokenizer)):
-        pattern = _get_control_token_patterns(tokenizer._get_control_tokens(template))[0]
-        kept = tokenizer._dpo_kit_pattern = ((template, len(tokenizer)), pattern)
-    return kept[1]
-
-
-def _texts(value: Any) -> list[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in nested lists and dicts, keys apart."""
     if isinstance(value, str):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [text for item in items for text in _texts(item)]
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(item)
+
+
+def _is_model(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant"

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from dpo_kit.chats import prompt_of
 from dpo_kit.head import Head, Mixed, Predicted, Tokens, completion_targets, jittered, predict, read_head, token_logps
 from dpo_kit.metrics import bootstrap_se, rao_blackwell
 from dpo_kit.sampling import Sample, draw_samples, pad_token_id
@@ -24,6 +25,7 @@ from dpo_kit.scoring import (
     take_turns,
 )
 from dpo_kit.tokens import encode_prompts
+from dpo_kit.turns import stop_ids
 
 logger = logging.getLogger(__name__)
 ESTIMATORS = ("rb", "k1")
@@ -78,17 +80,12 @@ class Drift:
         batch_size: int | None,
         cache_bytes: int,
         tokens_per_batch: int | None = None,
-        template_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
         shared: Path | None = None,
     ) -> None:
         self.reference, self.rows, self.seed, self.shared = reference, rows, seed, shared
         self.cache_bytes, self.tokens_per_batch = cache_bytes, tokens_per_batch
-        self._draw_options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "template_kwargs": template_kwargs,
-        }
+        self._draw_options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         self.policy: Any = reference.trainer.model
         self._tokenizer: Any = reference.trainer.processing_class
         self._accelerator: Any = reference.trainer.accelerator
@@ -202,12 +199,9 @@ class Drift:
     def _reference_samples(self, model: Any) -> list[Sample]:
         if self.shared is None:
             return self.draw(model)
-        prompts = [row["prompt"] for row in self.rows]
-        ids = encode_prompts(self._tokenizer, prompts, self._draw_options["template_kwargs"])
-        file = (
-            self.shared
-            / f"samples-{fingerprint([ids, self._tokenizer.eos_token_id, self._draw_options, self.seed])}.pt"
-        )
+        ids = encode_prompts(self._tokenizer, [prompt_of(row) for row in self.rows])
+        known_by = [ids, stop_ids(self._tokenizer, model), self._draw_options, self.seed]
+        file = self.shared / f"samples-{fingerprint(known_by)}.pt"
         if all(gather_object([file.exists()])):
             return _with_rows(self.rows, torch.load(file, weights_only=True))
         drawn = self.draw(model)
@@ -219,7 +213,7 @@ class Drift:
 
     @property
     def _fingerprint(self) -> str:
-        return fingerprint([[row["prompt"] for row in self.rows], self._draw_options, self.seed])
+        return fingerprint([[prompt_of(row) for row in self.rows], self._draw_options, self.seed])
 
     def _keep(self, prepared: ReferenceSamples) -> None:
         states, head = None, None

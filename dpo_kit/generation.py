@@ -14,24 +14,35 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dpo_kit.chats import Prompt, as_messages, split_context
 from dpo_kit.errors import DataError
 from dpo_kit.journal import Journal, key_of
 from dpo_kit.quiet import quiet_imports, quiet_libraries
 from dpo_kit.run import hash_weights
 from dpo_kit.server import Request, Server
 from dpo_kit.settings import Answers, LocalAnswers, Model, ServerAnswers
-from dpo_kit.verdicts import Prompt
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its text, whether the token limit cut it, and who gave it (`model at temperature`)."""
+    """One answer: its text, whether the token limit cut it, and who gave it (`model at temperature`).
+
+    `calls` are those that a server has told apart from the text; then `text` is how a judge reads them.
+    """
 
     text: str
     cut: bool
     source: str
+    calls: tuple[dict[str, Any], ...] = ()
+
+    def in_form_of(self, prompt: Prompt) -> Prompt:
+        """Text for a text prompt, one assistant message for a chat prompt."""
+        if isinstance(prompt, str):
+            return self.text
+        said: dict[str, Any] = {"content": "", "tool_calls": list(self.calls)} if self.calls else {"content": self.text}
+        return [{"role": "assistant"} | said]
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,7 @@ def _answers(journal: Journal, keys: dict[Turn, list[str]], turns: list[Turn], n
 
 def _answer(journal: Journal, key: str, source: str) -> Answer | None:
     row = journal.rows.get(key)
-    return None if row is None else Answer(row["text"], row["cut"], source)
+    return None if row is None else Answer(row["text"], row["cut"], source, tuple(row.get("calls", ())))
 
 
 # --- a local model -----------------------------------------------------------------------------------------------
@@ -137,18 +148,22 @@ def _draw_local(
 
 def _local_model(source: LocalAnswers, model: Model) -> LocalModel:
     """The model at `source.path`, loaded as `model` says."""
+    from dpo_kit.model import load_tokenizer
+    from dpo_kit.turns import written_today
+
+    own = {"path": source.path, "reference": None, "tuning": "full", "dtype": source.dtype}
+    settings = model.model_copy(update=own if source.path == model.path else own | {"revision": None})
 
     def open_model() -> tuple[Any, Any]:
         from dpo_kit.hardware import has_accelerator, training_precision
-        from dpo_kit.model import load_reference, load_tokenizer
+        from dpo_kit.model import load_reference
 
         dtype = training_precision() if source.dtype == "auto" else source.dtype
-        own = {"path": source.path, "reference": None, "tuning": "full", "dtype": dtype}
-        settings = model.model_copy(update=own if source.path == model.path else own | {"revision": None})
-        weights: Any = load_reference(settings)
+        weights: Any = load_reference(settings.model_copy(update={"dtype": dtype}))
         return weights.to("cuda" if has_accelerator() else "cpu"), load_tokenizer(settings)
 
-    return LocalModel(source.path, [hash_weights(source.path) or source.path, source.dtype], open_model)
+    weights = hash_weights(source.path) or source.path
+    return LocalModel(source.path, [weights, source.dtype, *written_today(load_tokenizer(settings))], open_model)
 
 
 class _Sampler:
@@ -190,11 +205,6 @@ class _Sampler:
         return [{"prompt": prompt} for prompt in prompts]
 
 
-def as_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """A prompt as chat messages: text is one user turn."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
 # --- a server ----------------------------------------------------------------------------------------------------
 
 
@@ -212,4 +222,5 @@ def _requests(source: ServerAnswers, prompts: Sequence[Prompt], asking: Asking, 
     for prompt in prompts:
         key = key_of("answer", source.model, turn.temperature, turn.draw, asking.max_new_tokens, asking.seed, prompt)
         seed = int(key[:7], 16)  # of its own, so that two draws differ on a server that honours seeds
-        yield Request(key, as_messages(prompt), asking.max_new_tokens, turn.temperature, seed)
+        messages, context = split_context(as_messages(prompt))
+        yield Request(key, messages, asking.max_new_tokens, turn.temperature, seed, context)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dpo_kit.chats import answer_text
 from dpo_kit.errors import ConfigError
 from dpo_kit.metrics import bootstrap_interval
 from dpo_kit.sampling import Sample, draw_samples, measuring
@@ -39,10 +40,6 @@ def label_ceiling(gold: Any, pairs: Sequence[dict[str, Any]]) -> float:
     chosen = gold.gold_rewards(prompts, [answer_text(pair["chosen"]) for pair in pairs])
     rejected = gold.gold_rewards(prompts, [answer_text(pair["rejected"]) for pair in pairs])
     return statistics.fmean(0.5 * ((c > r) + (c >= r)) for c, r in zip(chosen, rejected, strict=True))
-
-
-def answer_text(answer: str | list[dict[str, Any]]) -> str:
-    return answer if isinstance(answer, str) else answer[-1]["content"]
 
 
 class GoldFigures:

@@ -15,7 +15,7 @@ from dpo_kit.errors import DataError
 from dpo_kit.gold import GoldFigures, load_gold
 from dpo_kit.hardware import has_accelerator
 from dpo_kit.identity import recall_config
-from dpo_kit.manifest import contents
+from dpo_kit.manifest import contents, keep_date
 from dpo_kit.model import load_reference, load_tokenizer, load_tuned
 from dpo_kit.page import refresh_page
 from dpo_kit.probe import PairProbe
@@ -54,6 +54,7 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
     config = recall_config(manifest)
     model, method = Model(**config["model"]), Method(**config["method"])
     tokenizer = load_tokenizer(model)
+    keep_date(run, tokenizer)
     kind, rows = read_held_out(config, method, tokenizer, "test")
     refuse_other_rows(manifest, "test", rows)
     tuned = Tuned(place(load_tuned(model, run.model)), tokenizer, SimpleNamespace(**config["trl"]))

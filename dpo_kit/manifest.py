@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from dpo_kit.hardware import device_name, weight_dtype
 from dpo_kit.identity import comparable
 from dpo_kit.origin import base_of, find_parent, read_adapter
 from dpo_kit.processes import world_size
-from dpo_kit.run import hash_weights
+from dpo_kit.run import RunDirectory, hash_weights, read_json
 from dpo_kit.settings import Model, Settings
-from dpo_kit.template import template_hash
+from dpo_kit.template import stop_clock, template_hash, writes_date
 
 PACKAGES = (
     "dpo-kit",
@@ -34,11 +35,26 @@ PACKAGES = (
 )
 
 
-def build_manifest(settings: Settings, data: Prepared, command: str | None, tokenizer: Any) -> dict[str, Any]:
-    """The facts of a run that do not change while it trains; secrets redacted."""
+def keep_date(run: RunDirectory, tokenizer: Any) -> str | None:
+    """The moment that a template which writes the date is given in this run, on whatever day it is started again or
+    measured; from now on it is given that one. None where the template writes none.
+    """
+    if not writes_date(tokenizer):
+        return None
+    there = read_json(run.manifest).get("template_date") if run.manifest.exists() else None
+    moment = datetime.fromisoformat(there) if there else datetime.now()
+    stop_clock(tokenizer, moment)
+    return moment.isoformat()
+
+
+def build_manifest(
+    settings: Settings, data: Prepared, command: str | None, tokenizer: Any, date: str | None = None
+) -> dict[str, Any]:
+    """The facts of a run that do not change while it trains; secrets redacted. `date`: see `keep_date`."""
     config = comparable(settings)
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "template_date": date,
         "command": command,
         "folder": str(Path.cwd()),  # what relative paths of the config start from
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

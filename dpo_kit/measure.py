@@ -12,10 +12,11 @@ from hydra.utils import instantiate
 
 from dpo_kit.callbacks import ImplicitReward, KLDrift, OwnMetrics, Patience, PreferenceMargin
 from dpo_kit.carried import forked_random
+from dpo_kit.chats import answer_text
 from dpo_kit.data.fresh import distinct_prompts
 from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.data.rows import ANSWERS, Kind
-from dpo_kit.gold import GoldFigures, answer_text, load_gold
+from dpo_kit.gold import GoldFigures, load_gold
 from dpo_kit.history import append_row
 from dpo_kit.model import load_reference
 from dpo_kit.own import call_metrics

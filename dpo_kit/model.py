@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from dpo_kit.arguments import uses_fused_head
 from dpo_kit.config import usual_lora
@@ -29,6 +36,7 @@ from dpo_kit.origin import (
 )
 from dpo_kit.run import hash_weights
 from dpo_kit.settings import Model
+from dpo_kit.turns import ends_of, stop_ids
 
 log = logging.getLogger(__name__)
 OF_ADAPTER = re.compile(r"\.default(?=\.|$)")  # in names of weights: at the end for an adapter on embeddings
@@ -54,7 +62,15 @@ def load_tokenizer(model: Model) -> Any:
         _refuse_second_copy(model)
     if model.chat_template:
         tokenizer.chat_template = read_template(model.chat_template)
-    return neutralised(tokenizer)
+    return neutralised(tokenizer, _ends(base))
+
+
+def _ends(base: Model) -> list[int]:
+    """The tokens at which the model's own generation ends."""
+    try:
+        return ends_of(GenerationConfig.from_pretrained(base.path, revision=base.revision or "main"))
+    except OSError:  # without a generation_config.json transformers takes it from the model's config
+        return ends_of(_load(AutoConfig, base.path, base).get_text_config())
 
 
 def read_template(given: str) -> str:
@@ -85,7 +101,16 @@ def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:
         _warn_of_rounding(model)
     policy = load_start(model)
     _refuse_foreign_tokenizer(policy, tokenizer, model.path)
+    end_as_trained(policy.get_base_model() if isinstance(policy, PeftModel) else policy, tokenizer)
     return policy
+
+
+def end_as_trained(model: Any, tokenizer: Any) -> None:
+    """Let the model's own generation end at every token that ends an answer in training, here and where it is saved."""
+    ends = stop_ids(tokenizer, model)
+    if added := sorted(set(ends) - set(ends_of(model.generation_config))):
+        log.info("generation_config: answers end at %s too", ", ".join(tokenizer.convert_ids_to_tokens(added)))
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def _warn_of_rounding(model: Model) -> None:

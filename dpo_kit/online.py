@@ -8,6 +8,7 @@ The judge is shown every two answers in both orders. Where it does not decide, a
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,16 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from dpo_kit.data.rows import text_of
+from dpo_kit.chats import text_of
 from dpo_kit.errors import TrainingError
 from dpo_kit.judges import Judge, Prompt, compare, open_judge, toss_coin
 from dpo_kit.processes import rank, world_size
 from dpo_kit.run import RunDirectory
+from dpo_kit.sampling import pad_batch, pad_token_id
 from dpo_kit.scoring import add_up
 from dpo_kit.settings import Judge as JudgeSettings
 from dpo_kit.settings import LLMJudge, Settings
+from dpo_kit.tokens import decode_answer, encode_prompts, render_prompts
 
 log = logging.getLogger(__name__)
 Base: Any = object  # in use, a trainer follows in the method resolution order
@@ -161,8 +164,44 @@ def _shared() -> str:
     return f" (which {world_size()} processes share)" if world_size() > 1 else ""
 
 
+class GivenIds:
+    """Stands in for a tokenizer whose ids are known."""
+
+    def __init__(self, tokenizer: Any, ids: list[list[int]]) -> None:
+        self.pad_id, self.ids = pad_token_id(tokenizer), ids
+
+    def __call__(self, text: Any, **_: Any) -> dict[str, torch.Tensor]:
+        ids, mask = pad_batch(self.ids, self.pad_id, torch.device("cpu"), "left")
+        return {"input_ids": ids, "attention_mask": mask}
+
+
 class FreshAnswers(Base):
-    """Mixin before TRL's OnlineDPOTrainer: gradients that do not grow with accumulation."""
+    """Mixin before TRL's OnlineDPOTrainer: prompts (as JSON) are read as everywhere, and gradients do not grow with
+    accumulation.
+    """
+
+    processing_class: Any
+
+    def _generate(self, model: Any, prompts: Sequence[str], images: Any = None) -> Any:
+        """TRL renders prompts without their tools and reads raw text without the BOS that all other trainers add."""
+        tokenizer = self.processing_class
+        self.processing_class = GivenIds(tokenizer, encode_prompts(tokenizer, list(map(json.loads, prompts))))
+        try:
+            return super()._generate(model, prompts, images)
+        finally:
+            self.processing_class = tokenizer
+
+    def _generate_vllm(self, prompts: Sequence[str], images: Any = None) -> Any:
+        return super()._generate_vllm(render_prompts(self.processing_class, list(map(json.loads, prompts))), images)
+
+    def _calculate_rewards_from_functions(
+        self, prompts: Sequence[str], completions: Any, completion_ids_list: Sequence[list[int]], **given: Any
+    ) -> torch.Tensor:
+        """TRL's own texts lack what a model writes in special tokens (`<think>`)."""
+        texts = [decode_answer(self.processing_class, ids) for ids in completion_ids_list]
+        return super()._calculate_rewards_from_functions(
+            list(map(json.loads, prompts)), texts, completion_ids_list, **given
+        )
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's step does not divide its loss by the number of accumulated batches, as transformers' own does: so that

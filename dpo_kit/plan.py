@@ -309,10 +309,10 @@ def dry_run(settings: Settings) -> None:
 
 def show_row(row: dict[str, Any], tokenizer: Any, trl: dict[str, Any]) -> str:
     """One row as the loss sees it: what is read, what is scored (after the mark), what `max_length` cuts."""
-    from dpo_kit.tokens import encode_rows, truncate_both
+    from dpo_kit.tokens import ids_of_rows, truncate_both
 
     names = [name for name in ("chosen", "rejected", "completion") if name in row]
-    ((prompt, answers),) = encode_rows(tokenizer, [row["prompt"]], [[row[name] for name in names]])
+    ((prompt, answers),) = ids_of_rows(tokenizer, [row], names)
     mode = trl.get("truncation_mode", "keep_start")
     if not names:
         drawn = f"two answers of at most {trl['max_new_tokens']} tokens, drawn and compared"

@@ -18,7 +18,7 @@ from dpo_kit.head import Tokens, jittered
 from dpo_kit.sampling import measuring, pad_token_id
 from dpo_kit.scores import Scores
 from dpo_kit.scoring import Reference, batch_size_in_tokens, fingerprint, score
-from dpo_kit.tokens import encode_rows, truncate_both
+from dpo_kit.tokens import ids_of_rows, truncate_both
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -29,7 +29,8 @@ class PairProbe:
     """Scores fixed held-out rows in any TRL trainer; PreferenceMargin and ImplicitReward share its one pass.
 
     `rows` are pairs (`prompt`, `chosen`, `rejected`) or unary (`prompt`, `completion`, `label`), text or chat
-    messages as the trainer takes them, all of one form; `pair_id` and `prompt_id` are made up where absent.
+    messages as the trainer takes them, all of one form, with TRL's columns `tools` and `chat_template_kwargs`;
+    `pair_id` and `prompt_id` are made up where absent.
     They are cut as the trainer cuts (`max_length`, `truncation_mode`); a row whose prompt leaves no room is
     left out.
 
@@ -48,13 +49,12 @@ class PairProbe:
         reference: Reference | None = None,
         path: Path | None = None,
         tokens_per_batch: int | None = None,
-        template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.trainer, self.beta, self.saturation, self.path = trainer, beta, saturation, path
         self.reference = reference or Reference(trainer)
         self.tokens_per_batch = tokens_per_batch
         self.paired = bool(rows) and "chosen" in rows[0]
-        self.rows, self._sequences, self._sides = _encode(trainer, rows, self.paired, template_kwargs)
+        self.rows, self._sequences, self._sides = _encode(trainer, rows, self.paired)
         self._tokens = torch.tensor([len(completion) for _, completion in self._sequences])
         self._reference_logps: Tensor | None = None
         self._scored: tuple[Any, int, bool] | None = None
@@ -183,15 +183,13 @@ def _encode(
     trainer: Any,
     rows: Sequence[Row],
     paired: bool,
-    template_kwargs: dict[str, Any] | None,
 ) -> tuple[list[Row], list[Tokens], tuple[list[int | None], list[int | None]]]:
     """Rows that can be scored, their sequences, and for chosen and rejected the sequence of each row (or
     None).
     """
     keys = ("chosen", "rejected") if paired else ("completion",)
     rows = name_rows(rows)
-    texts = [[row[key] for key in keys] for row in rows]
-    encoded = encode_rows(trainer.processing_class, [row["prompt"] for row in rows], texts, template_kwargs)
+    encoded = ids_of_rows(trainer.processing_class, rows, keys)
     cut = [[_truncate(trainer.args, prompt, each) for each in completions] for prompt, completions in encoded]
     usable = [index for index, row in enumerate(cut) if all(completion for _, completion in row)]
     if not usable:

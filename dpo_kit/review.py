@@ -13,11 +13,11 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.chats import Prompt, conversation_text
 from dpo_kit.errors import DataError
 from dpo_kit.journal import key_of
-from dpo_kit.llm_judge import conversation_text
 from dpo_kit.run import read_json, write_json, write_text
-from dpo_kit.verdicts import Prompt, Raw, Shown, toss_coin
+from dpo_kit.verdicts import Raw, Shown, toss_coin
 from dpo_kit.votes import Vote, majority, rater_agreement
 
 COLUMNS = ("id", "message", "answer_1", "answer_2", "better")

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from dpo_kit.chats import as_messages
+from dpo_kit.control_tokens import neutralised
 from dpo_kit.errors import ModelError
 from dpo_kit.hardware import has_accelerator, training_precision
 from dpo_kit.sampling import pad_batch, pad_token_id
 from dpo_kit.settings import RewardModelJudge
+from dpo_kit.tokens import encode_chats
 
 
 class RewardModel:
@@ -19,7 +22,7 @@ class RewardModel:
 
     def __init__(self, settings: RewardModelJudge) -> None:
         self.settings = settings
-        self.tokenizer = _load(AutoTokenizer, settings)
+        self.tokenizer = neutralised(_load(AutoTokenizer, settings))
         dtype = getattr(torch, training_precision())
         model, found = _load(
             AutoModelForSequenceClassification, settings, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -51,9 +54,7 @@ class RewardModel:
         if isinstance(prompt, str) and self.tokenizer.chat_template is None:
             ids = self.tokenizer(prompt + answer)["input_ids"]
         else:
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            whole = [*turns, {"role": "assistant", "content": answer}]
-            ids = self.tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"]
+            (ids,) = encode_chats(self.tokenizer, [[*as_messages(prompt), {"role": "assistant", "content": answer}]])
         return ids[: self.settings.max_length]
 
 

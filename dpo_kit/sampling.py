@@ -13,7 +13,9 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, Trainer
 
-from dpo_kit.tokens import encode_prompts
+from dpo_kit.chats import prompt_of
+from dpo_kit.tokens import decode_answer, encode_prompts
+from dpo_kit.turns import stop_ids
 
 DRAWN_AT_ONCE = 64  # answers, on a CPU
 
@@ -22,8 +24,8 @@ DRAWN_AT_ONCE = 64  # answers, on a CPU
 class Sample:
     """One completion drawn from a model.
 
-    `row` is the row whose prompt was continued; `token_ids` end in EOS unless `cut`, which says that the
-    token limit came first; `text` is the completion without special tokens.
+    `row` is the row whose prompt was continued; `token_ids` end in a token that ends an answer unless `cut`, which says
+    that the token limit came first; `text` is the completion without it (`decode_answer`).
     """
 
     row: dict[str, Any]
@@ -62,21 +64,21 @@ def draw_samples(
     *,
     max_new_tokens: int,
     batch_size: int | None = None,
-    template_kwargs: dict[str, Any] | None = None,
     processor: Callable[[Tensor], LogitsProcessor] | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[Sample]:
-    """One completion per row (`prompt`: text or messages), drawn from the model itself; in the order of the
-    rows. `batch_size` rows at a time, by default `rows_at_once`; another number draws other samples.
+    """One completion per row (`prompt`: text or messages; TRL's columns `tools` and `chat_template_kwargs`), drawn from
+    the model itself; in the order of the rows. `batch_size` rows at a time, by default `rows_at_once`; another number
+    draws other samples.
 
-    Temperature 1, no top-k, top-p, penalty, ban or forced token, whatever `model.generation_config` holds.
-    EOS is the tokenizer's and the model config's. `processor` makes, from the attention mask of a batch's prompts, what
+    Temperature 1, no top-k, top-p, penalty, ban or forced token, whatever `model.generation_config` holds. It ends at
+    every token that ends an answer (`stop_ids`). `processor` makes, from the attention mask of a batch's prompts, what
     changes the logits on purpose. Draws from torch's global random state: call it inside
     `measuring`. The processes of an `accelerator` share out the rows of each batch and all get all samples, the same
     that one process would draw: all of them must call this, from the same random state. Where the weights are shared
     out (FSDP, DeepSpeed) every process draws every row, since none may stop computing before the others do.
     """
-    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], template_kwargs)
+    prompts = encode_prompts(tokenizer, [prompt_of(row) for row in rows])
     config = _plain_generation_config(model, tokenizer, max_new_tokens)
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     drawn: dict[int, list[int]] = {}
@@ -128,16 +130,10 @@ def _plain_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max
     return GenerationConfig(
         do_sample=False,  # `Draw` has drawn
         max_new_tokens=max_new_tokens,
-        eos_token_id=_eos_token_ids(model, tokenizer) or None,
+        eos_token_id=stop_ids(tokenizer, model) or None,
         pad_token_id=pad_token_id(tokenizer),
         use_cache=True,  # the trainer switches the model's own off under activation checkpointing
     )
-
-
-def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    found = model.config.get_text_config().eos_token_id
-    ids = [tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])]
-    return sorted({each for each in ids if each is not None})
 
 
 WEIGHTS_SHARED_OUT = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -194,8 +190,7 @@ def _sample(
     eos = set(config.eos_token_id or [])
     end = next((index + 1 for index, token in enumerate(drawn) if token in eos), None)
     token_ids = drawn[:end]
-    text = tokenizer.decode(token_ids, skip_special_tokens=True)
-    return Sample(row, prompt_ids, token_ids, str(text), cut=end is None)
+    return Sample(row, prompt_ids, token_ids, decode_answer(tokenizer, token_ids), cut=end is None)
 
 
 @contextmanager

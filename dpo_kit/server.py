@@ -6,21 +6,23 @@ The official client does the asking and the retrying; the key comes from an envi
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from dpo_kit.chats import conversation_text, message_text, with_context
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.journal import Journal
 from dpo_kit.limits import missing_package
@@ -44,6 +46,7 @@ class Request:
     max_tokens: int
     temperature: float | None
     seed: int | None = None
+    context: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs (see chats.py)
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,7 @@ class Server:
 
     def _most(self, request: Request) -> float:
         """What a request can cost at most, in the prices' currency."""
-        text = sum(len(message["content"]) for message in request.messages)
-        tokens_in = text / CHARACTERS_PER_TOKEN
+        tokens_in = _characters(request) / CHARACTERS_PER_TOKEN
         return (tokens_in * self.endpoint.price_in + request.max_tokens * self.endpoint.price_out) / MILLION
 
     def _complete(self, request: Request) -> dict[str, Any]:
@@ -166,9 +168,12 @@ class Server:
         raise GarbageError("a reply without a message in it") from garbage
 
     def _body(self, request: Request) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self.endpoint.model, "messages": request.messages}
+        messages = [_with_calls(message, json.dumps) for message in request.messages]
+        body: dict[str, Any] = {"model": self.endpoint.model, "messages": messages}
         body[self.endpoint.limit_field] = request.max_tokens
-        optional = {"temperature": request.temperature, "seed": request.seed}
+        optional = {"temperature": request.temperature, "seed": request.seed, "tools": request.context.get("tools")}
+        if kwargs := request.context.get("chat_template_kwargs"):
+            optional["extra_body"] = {"chat_template_kwargs": kwargs}  # what vLLM, SGLang and llama.cpp call it too
         return body | {key: value for key, value in optional.items() if value is not None}
 
     def _keep(self, request: Request, row: dict[str, Any]) -> None:
@@ -248,16 +253,35 @@ def _refusal(endpoint: Endpoint, error: Any) -> str:
     return f"{endpoint.base_url} refuses model={endpoint.model} with status {error.status_code}: {remedy}"
 
 
+def _characters(request: Request) -> int:
+    return len(conversation_text(with_context(request.messages, request.context)))
+
+
+def _with_calls(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """`message` with the arguments of its calls as the other side has them: a template values, a server JSON text."""
+    calls = [
+        call | {"function": dict(call["function"])} for call in message.get("tool_calls") or () if "function" in call
+    ]
+    for function in (call["function"] for call in calls):
+        if isinstance(function.get("arguments"), str) == (convert is json.loads):
+            function["arguments"] = convert(function["arguments"])
+    return message | {"tool_calls": calls} if calls else message
+
+
 def _read(completion: Any, request: Request) -> dict[str, Any]:
     choice, usage = completion.choices[0], completion.usage
-    text = choice.message.content
+    said = choice.message.model_dump(include={"content", "tool_calls"}, exclude_none=True)
+    calls = _with_calls(said, json.loads).get("tool_calls", [])
+    text = said.get("content") or (message_text({"tool_calls": calls}) if calls else choice.message.content)
     if text is None and choice.finish_reason:  # a filter, or thinking that used up the limit: asking again only costs
         text = ""
     if not isinstance(text, str):
         raise TypeError(f"content is {type(text).__name__}")
-    asked = sum(len(message["content"]) for message in request.messages)
-    counts = {"prompt_tokens": asked // CHARACTERS_PER_TOKEN, "completion_tokens": len(text) // CHARACTERS_PER_TOKEN}
+    counts = {
+        "prompt_tokens": _characters(request) // CHARACTERS_PER_TOKEN,
+        "completion_tokens": len(text) // CHARACTERS_PER_TOKEN,
+    }
     with suppress(AttributeError, TypeError):  # a server that counts no tokens is priced by its characters
         counts = {name: int(getattr(usage, name)) for name in counts}
     clean = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to any file
-    return {"text": clean, "cut": choice.finish_reason == "length", **counts}
+    return {"text": clean, "cut": choice.finish_reason == "length", **counts} | ({"calls": calls} if calls else {})

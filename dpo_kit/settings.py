@@ -120,6 +120,8 @@ class Data(Strict):
     columns: Annotated[dict[str, str], BeforeValidator(lambda given: given or {})]
     holdout: float = Field(gt=0, lt=1)
     wrap_as_chat: Literal["auto"] | bool
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(lambda given: given or {})] = {}
+    fold_system: bool = False
     on_bad_row: Literal["fail", "drop"]
     gold: str | None
     benchmark: str | None = None

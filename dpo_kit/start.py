@@ -6,6 +6,7 @@ reference model, the policy without its adapter, or the stored columns.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +56,8 @@ class StartCheck(TrainerCallback):
     def _compare_fresh(self, sample: Any) -> tuple[Tensor, Tensor]:
         """The same on answers of the policy, where it trains on those."""
         tokenizer, length = self.trainer.processing_class, self.trainer.args.max_new_tokens
-        drawn = draw_samples(self.trainer.model, tokenizer, list(sample), max_new_tokens=length)
+        rows = [{"prompt": json.loads(row["prompt"])} for row in sample]
+        drawn = draw_samples(self.trainer.model, tokenizer, rows, max_new_tokens=length)
         answers = [(each.prompt_ids, each.token_ids) for each in drawn]
         policy = self._scorer(self.trainer.model)(answers)
         with self.reference.active() as model:

@@ -6,6 +6,7 @@ cfg → check → tokenizer, data → policy, reference → TRL's trainer with o
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import shlex
@@ -33,15 +34,17 @@ from dpo_kit.config import check, own_folders
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.preference import measure_preference, reference_margins
 from dpo_kit.data.prepare import Prepared, Rows, prepare
+from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.diagnosis import held_back
 from dpo_kit.errors import ConfigError, DpoKitError, TrainingError
 from dpo_kit.finish import Result, finish_run, write_failure
+from dpo_kit.given_tokens import with_given_tokens
 from dpo_kit.gold import label_ceiling, load_gold
 from dpo_kit.grouping import with_length_groups
 from dpo_kit.identity import origin, refuse_other_run
 from dpo_kit.interrupt import Interrupted
 from dpo_kit.lock import only_writer
-from dpo_kit.manifest import build_manifest
+from dpo_kit.manifest import build_manifest, keep_date
 from dpo_kit.measure import add_callbacks, probe_rows, with_probe_alone
 from dpo_kit.memory import fits, read_config
 from dpo_kit.model import (
@@ -68,14 +71,8 @@ from dpo_kit.secrets import redact, redact_argv
 from dpo_kit.selection import kind_fault, needs_trl_evaluation
 from dpo_kit.settings import Settings
 from dpo_kit.speed import speed_up
-from dpo_kit.token_cache import with_token_cache
 
 log = logging.getLogger(__name__)
-COLUMNS = {
-    "pairs": ("prompt", "chosen", "rejected"),
-    "unary": ("prompt", "completion", "label"),
-    "prompts": ("prompt",),
-}
 
 
 def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
@@ -100,9 +97,10 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
+    date = keep_date(run, tokenizer)
     with phase("reading the rows"):
         data = prepare_data(settings, tokenizer, run)
-    manifest = build_manifest(settings, data, typed_command(), tokenizer)
+    manifest = build_manifest(settings, data, typed_command(), tokenizer, date)
     checkpoint = find_checkpoint(settings, run, manifest)
     begin_from(run, checkpoint)
     if is_writer():
@@ -267,10 +265,9 @@ def build_trainer(
 
 def compose_trainer(settings: Settings, rows: Rows, *, grouped: bool, draws: bool) -> type:
     """The method's TRL trainer with what surrounds it: batches of rows `grouped` by length, answers that it `draws`."""
-    trainer = with_safekeeping(with_token_cache(import_class(settings.method.trainer), cache_folder("tokens")))
     evaluates = needs_trl_evaluation(settings)
-    if draws:
-        trainer = with_fresh_answers(trainer)
+    trainer = import_class(settings.method.trainer)
+    trainer = with_safekeeping(with_fresh_answers(trainer) if draws else with_given_tokens(trainer))
     if grouped:
         trainer = with_length_groups(trainer)
     if not evaluates:
@@ -348,9 +345,14 @@ def held_out_rows(data: Prepared, settings: Settings) -> Rows:
     return rows if fits_method else interleave(unpair(rows), settings.seed)
 
 
-def build_dataset(rows: Rows, kind: str) -> Dataset:
-    """What TRL is given: the columns of `kind`, in the order of `rows`."""
-    return Dataset.from_list([{name: row[name] for name in COLUMNS[kind]} for row in rows])
+def build_dataset(rows: Rows, kind: Kind) -> Dataset:
+    """What TRL is given, in the order of `rows`: token ids and labels; or prompts alone as JSON, since a table of chats
+    would give every call the arguments of all.
+    """
+    if kind == "prompts":
+        return Dataset.from_list([{"prompt": json.dumps(row["prompt"])} for row in rows])
+    ids = {f"{name}_ids": [row["ids"][name].tolist() for row in rows] for name in ("prompt", *ANSWERS[kind])}
+    return Dataset.from_dict(ids | ({"label": [row["label"] for row in rows]} if kind == "unary" else {}))
 
 
 def describe(settings: Settings, args: Any, data: Prepared) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+from dpo_kit.chats import Prompt
 from dpo_kit.journal import key_of
 
-Prompt = str | list[dict[str, Any]]
 Raw = Literal["first", "second", "tie", "unparsable", "unjudged"]
 """One answer of a judge: unparsable where it cannot be read, unjudged where there is none."""
 Outcome = Literal["win", "loss", "tie", "order-dependent", "unjudged"]

@@ -85,7 +85,7 @@ def prepared(train: Any, *, wanted: Any = "pairs", max_length: int | None = 512,
 def gathered(train: Any, *, max_length: int | None = None, **options: Any) -> tuple[Gathered, list[Rows], Rows]:
     """A file as the data tool sees it."""
     found = gather(data(train, **options), tokenizer(), refuse=False)
-    return found, *split(found, data(train, **options), tokenizer(), max_length, "keep_start")
+    return found, *split(found, data(train, **options), max_length, "keep_start")
 
 
 def report(train: Any, *, max_length: int | None = None, benchmark: str | None = None, **options: Any) -> Any:

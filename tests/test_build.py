@@ -22,6 +22,7 @@ from dpo_kit.data.pairing import OUTCOMES, pair_answers
 from dpo_kit.data.prompts import read_prompts
 from dpo_kit.errors import BuildError, ConfigError, DataError
 from dpo_kit.generation import Answer
+from dpo_kit.llm_judge import fence
 from dpo_kit.settings import Build, Data
 from tests.scripted_server import Turn, scripted_server, unreliable
 from tests.test_judges import parts
@@ -384,6 +385,16 @@ def test_a_chat_prompt_has_chat_answers_and_a_text_prompt_text():
     answers = [[Answer("a", False, "m"), Answer("b", False, "m")]] * 2
     found = pair_answers(Ranked({("a", "b")}), [chat, "p"], answers, build(), 0)
     assert found.pairs[0]["chosen"] == [{"role": "assistant", "content": "a"}] and found.pairs[1]["chosen"] == "a"
+
+
+def test_tools_stand_in_a_column_of_the_pairs_and_before_the_judge():
+    tools = [{"name": "weather"}]
+    asked, seen = [{"role": "user", "content": "Rain?", "tools": tools}], []
+    judge = Ranked({("a", "b")})
+    judge.decide = lambda shown: seen.extend(shown) or Ranked.decide(judge, shown)
+    (pair,) = pair_answers(judge, [asked], [[Answer("a", False, "m"), Answer("b", False, "m")]], build(), 0).pairs
+    assert pair["tools"] == tools and pair["prompt"] == [{"role": "user", "content": "Rain?"}]
+    assert fence(seen[0], "x").startswith('<<<message x>>>\ntools: {"name": "weather"}\n\nuser: Rain?\n')
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from dpo_kit.data.curate import Setting, curate
+from dpo_kit.data.ids import add_ids
 from dpo_kit.data.options import Curate
 from dpo_kit.data.signal import keep_signal
 from dpo_kit.errors import ConfigError, DataError
@@ -15,7 +16,8 @@ from tests.preferences import labels, pairs, tokenizer, words
 
 def rows_of(values, kind="pairs"):
     rows = [dict(row) | {"_place": f"x:{i}", "_values": row} for i, row in enumerate(values, start=1)]
-    return keep_signal(rows, kind, tokenizer(), None, "keep_start", [])
+    add_ids(rows, rows, kind, tokenizer(), [])
+    return keep_signal(rows, kind, None, "keep_start", [])
 
 
 def run(values, *, kind="pairs", held=(), seed=0, hardness=None, **options):

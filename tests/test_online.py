@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -431,19 +432,24 @@ def test_a_server_that_fails_stops_the_run_and_it_goes_on_once_it_answers_withou
 # --- TRL's own faults, and the checks at the start ---------------------------------------------------------------
 
 
-def tiny_trainer(folder, output, wrap=lambda cls: cls, batch=8, accumulated=1, **given):
-    """TRL's trainer on a tiny model and 16 prompts, whose reward is the text's."""
-    rows = [{"prompt": row["prompt"]} for row in tiny.pairs(16)]
+def tiny_trainer(folder, output, wrap=lambda cls: cls, batch=8, accumulated=1, prompts=None, **given):
+    """TRL's trainer on a tiny model and 16 prompts, whose reward is the text's. Ours takes prompts as JSON."""
+    spell = json.dumps if wrap is with_fresh_answers else str
+    rows = [{"prompt": spell(prompt)} for prompt in prompts or [row["prompt"] for row in tiny.pairs(16)]]
     options = {"max_steps": 1, "max_new_tokens": 6, "max_length": 32, "learning_rate": 1e-3, "logging_steps": 1}
     args = OnlineDPOConfig(
         output_dir=str(output), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True,
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, save_strategy="no", **options,
     )  # fmt: skip
     return wrap(OnlineDPOTrainer)(
-        model=LlamaForCausalLM.from_pretrained(folder), args=args, train_dataset=Dataset.from_list(rows),
-        reward_funcs=lambda prompts, completions, **_: scored_by_text.gold_rewards(prompts, completions),
-        processing_class=tiny.tokenizer(), **given,
+        args=args, train_dataset=Dataset.from_list(rows),
+        **{"model": LlamaForCausalLM.from_pretrained(folder), "processing_class": tiny.tokenizer(),
+           "reward_funcs": reward_of_text} | given,
     )  # fmt: skip
+
+
+def reward_of_text(prompts, completions, **_):
+    return scored_by_text.gold_rewards(prompts, completions)
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +462,7 @@ def gradient_norm(folder, output, monkeypatch, wrap, batch, accumulated):
 
     def scripted(self, model, prompts, images=None):
         ids = self.processing_class(text=prompts, return_tensors="pt", padding=True, padding_side="left")
-        answers = [[2 + (len(prompt) * (7 + half) + place) % 12 for place in range(4)] for half in (0, 1)
+        answers = [[2 + (len(prompt.strip('"')) * (7 + half) + place) % 12 for place in range(4)] for half in (0, 1)
                    for prompt in prompts]  # fmt: skip
         mask = torch.ones(len(answers), 4, dtype=torch.long)
         return ids["input_ids"].repeat(2, 1), ids["attention_mask"].repeat(2, 1), torch.tensor(answers), mask, None
@@ -478,6 +484,42 @@ def test_gradients_do_not_grow_with_accumulation_as_plain_trl_s_do(folder, tmp_p
     assert plain == pytest.approx(2 * whole, rel=1e-4)
 
 
+def first_answers(trainer):
+    """What TRL's trainer generates at its first step: ids and mask of the prompts, ids of the answers."""
+    honest, seen = OnlineDPOTrainer._generate, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineDPOTrainer, "_generate", lambda *given: seen.append(honest(*given)) or seen[-1])
+        trainer.train()
+    return seen[0][:3]
+
+
+@pytest.mark.slow
+def test_prompts_are_read_as_everywhere_with_tools_and_the_token_that_begins_texts(folder, tmp_path):
+    """Stock TRL leaves out both; where a judge is shown an answer, it is with the special tokens of its thoughts."""
+    tokenizer = tiny.tokenizer([*tiny.WORDS, "user", "assistant", "<bos>"])
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": ["cat"]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 14)])
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}" + tiny.TEMPLATE
+    shown = []
+
+    def judge(prompts, completions, **_):
+        shown.extend(zip(prompts, completions, strict=True))
+        return [float(text.count("cat")) for text in completions]
+
+    chat = [{"role": "user", "content": "red", "tools": [{"name": "dog"}]}]
+    read = {}
+    for name, prompts in (("chat", [chat] * 8), ("text", ["red one"] * 8)):
+        given = {"processing_class": tokenizer, "reward_funcs": judge, "model": tiny.model(vocabulary=15)}
+        trainer = tiny_trainer(folder, tmp_path, with_fresh_answers, prompts=prompts, **given)
+        ids, mask, answers = first_answers(trainer)
+        read[name] = ids[0][mask[0].bool()].tolist()
+        assert any("cat" in text for _, text in shown) == any(8 in row for row in answers.tolist())
+        assert {json.dumps(prompt) for prompt, _ in shown} == {json.dumps(prompts[0])}
+        shown.clear()
+    assert read["chat"] == tokenizer("dog user red <eos> assistant", add_special_tokens=False)["input_ids"]
+    assert read["text"] == tokenizer("<bos> red one", add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.slow
 def test_plain_trl_cannot_evaluate_and_we_measure_with_the_callbacks(folder, tmp_path):
     rows = Dataset.from_list([{"prompt": "red one"}])
@@ -488,13 +530,13 @@ def test_plain_trl_cannot_evaluate_and_we_measure_with_the_callbacks(folder, tmp
 
 @pytest.mark.slow
 def test_a_reference_that_is_not_the_start_is_refused_before_the_first_step(folder, tmp_path):
-    honest = tiny_trainer(folder, tmp_path)
+    honest = tiny_trainer(folder, tmp_path, with_fresh_answers)
     honest.add_callback(StartCheck(honest, Reference(honest)))
     honest.train()
     other = LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         other.lm_head.weight.mul_(1.5)
-    wrong = tiny_trainer(folder, tmp_path, ref_model=other)
+    wrong = tiny_trainer(folder, tmp_path, with_fresh_answers, ref_model=other)
     wrong.add_callback(StartCheck(wrong, Reference(wrong)))
     with pytest.raises(ModelError, match="at step 0 it must give the same"):
         wrong.train()

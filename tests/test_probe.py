@@ -181,7 +181,6 @@ HOSTILE = {
     "begin_suppress_tokens": [5, 6],
     "forced_bos_token_id": 7,
     "forced_eos_token_id": 8,
-    "eos_token_id": [9, 10],
     "bad_words_ids": [[11]],
     "sequence_bias": [[[12], -50.0]],
     "no_repeat_ngram_size": 1,

@@ -12,9 +12,10 @@ import time
 import pytest
 
 from dpo_kit.errors import ConfigError, DataError, ModelError
+from dpo_kit.generation import Asking, draw_answers
 from dpo_kit.journal import Journal, key_of
 from dpo_kit.server import Request, Server
-from dpo_kit.settings import Endpoint
+from dpo_kit.settings import Endpoint, ServerAnswers
 from tests.scripted_server import Turn, scripted_server
 
 QUICK = {"Retry-After-Ms": "5"}  # what the official client obeys before Retry-After
@@ -36,6 +37,33 @@ def ask(tmp_path, server, count, **options):
 
 def echo(number, body):
     return Turn(f"reply to {body['messages'][0]['content']}")
+
+
+def test_tools_and_template_arguments_go_with_a_prompt_and_calls_come_back(tmp_path):
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"town": "York"}'}}
+    asked = [
+        {"role": "user", "content": "Rain?", "tools": [tool], "chat_template_kwargs": {"enable_thinking": False}},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call | {"function": {"name": "weather", "arguments": {}}}],
+        },
+        {"role": "tool", "content": "wet"},
+    ]
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "m",
+             "choices": [{"index": 0, "finish_reason": "tool_calls", "message": message}]}  # fmt: skip
+    with scripted_server(lambda *_: Turn(raw=json.dumps(reply).encode())) as server, Journal(tmp_path / "j") as journal:
+        source = ServerAnswers(base_url=server.base_url, model="m", temperatures=[1.0], draws=1)
+        ((answer,),), _ = draw_answers(source, None, [asked], Asking(8), journal)
+    (body,) = server.bodies
+    assert (body["tools"], body["chat_template_kwargs"]) == ([tool], {"enable_thinking": False})
+    assert body["messages"][0] == {"role": "user", "content": "Rain?"}
+    assert body["messages"][1]["tool_calls"][0]["function"]["arguments"] == "{}"  # JSON text, as servers want it
+    assert answer.text == '{"arguments": {"town": "York"}, "name": "weather"}'
+    (said,) = answer.in_form_of(asked)
+    assert said["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"town": "York"}}
 
 
 # --- the journal -------------------------------------------------------------------------------------------------

@@ -172,10 +172,11 @@ def test_raw_text_is_read_as_trl_reads_it_and_its_control_tokens_are_counted(tmp
     settings = check(compose([*raw, "data.gold=null"]))
     data = prepare_data(settings, load_tokenizer(settings.model), RunDirectory(tmp_path / "run"))
     held = data.report["control_tokens"]
-    assert held == {"rows": 1, "tokens": {"<|user|>": 1, "<|end|>": 1}, "read_as": "tokens"}
+    assert (held["rows"], held["tokens"], held["read_as"]) == (1, {"<|user|>": 1, "<|end|>": 1}, "tokens")
     assert "data.wrap_as_chat=true" in caplog.text
 
 
 def test_control_tokens_are_found_at_any_depth(neutral):
-    nested = [[{"role": "user", "content": ["<|end|>", {"text": "a<|end|>b"}]}], "c<|user|>"]
-    assert count_control_tokens(neutral, nested) == {"<|end|>": 2, "<|user|>": 1}
+    asked = {"role": "user", "content": "<|end|>", "tools": [{"name": ["<|end|>", {"text": "a<|end|>b"}]}]}
+    said = {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"text": "c<|user|>"}}}]}
+    assert count_control_tokens(neutral, [asked, said]) == ({"<|end|>": 3, "<|user|>": 1}, {})

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from dpo_kit.chats import prompt_of
 from dpo_kit.tokens import common_prefix_length, encode, encode_prompts, encode_rows, truncate, truncate_both
 from tests import tiny
 
@@ -121,7 +122,8 @@ def test_a_chat_prompt_ends_in_the_generation_prompt() -> None:
 def test_template_arguments_reach_the_template() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ prefix }} " + tiny.TEMPLATE
-    (ids,) = encode_prompts(tokenizer, [[{"role": "user", "content": "red"}]], {"prefix": "blue"})
+    row = {"prompt": [{"role": "user", "content": "red"}], "chat_template_kwargs": {"prefix": "blue"}}
+    (ids,) = encode_prompts(tokenizer, [prompt_of(row)])
     assert ids[0] == tokenizer("blue")["input_ids"][0]
 
 

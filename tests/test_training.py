@@ -125,6 +125,7 @@ def test_a_finished_run_is_measured_once_on_the_split_that_no_choice_has_seen(fe
     config = check(compose([*few, f"model.tuning={tuning}"]))
     data = prepare_data(config, load_tokenizer(config.model), RunDirectory(tmp_path / "again"))
     monkeypatch.setattr("dpo_kit.held_out.read_held_out", lambda *_: (data.kind, data.select))
+    monkeypatch.setattr("dpo_kit.held_out.refuse_other_rows", lambda *_: None)
     RunDirectory(tmp_path).test.unlink()
     monkeypatch.setattr("dpo_kit.page.page_text", lambda _: 1 / 0)  # a page that fails costs no measurement
     on_select = measure_test_split(tmp_path)  # on the rows of the run's own probe it finds what the run found

@@ -50,6 +50,23 @@ def _unfit(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
         )
 
 
+def _unread(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
+    if parts := report["unused_parts_of_prompts"]:
+        yield Warn(
+            "unused_columns",
+            f"columns that look like a part of the prompt and are not trained on: {', '.join(parts)}",
+            "answers are then trained on for questions that were never asked so",
+            "write them into the column prompt, or take them away",
+        )
+    if report.get("answers_end_in", "") is None:
+        yield Warn(
+            "answers_end_in",
+            "the chat template writes no token that ends an answer",
+            "the model never learns to stop",
+            "take a template that writes {{ eos_token }} after what the assistant says: model.chat_template=FILE",
+        )
+
+
 def _dropped(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
     dropped = {name: n for name, n in report["dropped_by_reason"].items() if name != "prompt is held out"}
     if dropped:
@@ -195,6 +212,6 @@ def _size(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
 
 
 PARTS: tuple[Callable[[dict[str, Any], Kind | None], Iterator[Warn]], ...] = (
-    *(_unfit, _dropped, _contradictions, _leaks, _shortcuts, _noise),
+    *(_unfit, _unread, _dropped, _contradictions, _leaks, _shortcuts, _noise),
     *(_scores, _repeats, _cut, _classes, _balance, _size),
 )

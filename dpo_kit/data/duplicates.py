@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dpo_kit.data.rows import ANSWERS, Kind, text_of
+from dpo_kit.chats import text_of
+from dpo_kit.data.context import BESIDE
+from dpo_kit.data.rows import ANSWERS, Kind
 
 Rows = list[dict[str, Any]]
 NEAR = 0.8  # least Jaccard index of near texts
@@ -43,8 +45,16 @@ class Copies:
 
 
 def content_keys(rows: Rows, kind: Kind) -> list[tuple[str, ...]]:
-    """(prompt, chosen, rejected) or (prompt, completion) of each row as hashes of their text."""
-    return [tuple(_hash(text_of(row[name])) for name in ("prompt", *ANSWERS[kind])) for row in rows]
+    """(prompt, chosen, rejected) or (prompt, completion) of each row as hashes of their text, of a prompt with the
+    columns that belong to it.
+    """
+    return [
+        (_hash(_beside(row) + text_of(row["prompt"])), *(_hash(text_of(row[n])) for n in ANSWERS[kind])) for row in rows
+    ]
+
+
+def _beside(row: dict[str, Any]) -> str:
+    return "".join(f"{row[name]}\n" for name in BESIDE if row.get(name))
 
 
 def _hash(text: str) -> str:
@@ -106,6 +116,8 @@ def find_near(rows: Rows, kind: Kind, values: np.ndarray, order: Sequence[int]) 
 
     def same(index: int, other: int) -> bool:
         straight, crossed = _compare(rows[index], rows[other], kind)
+        if _beside(rows[index]) != _beside(rows[other]):
+            return False
         if crossed:
             near.contradictions.append((other, index))
         return straight and not crossed

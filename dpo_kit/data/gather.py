@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
-from dpo_kit.data.control import count_in_rows, try_template
+from dpo_kit.data.control import (
+    count_in_rows,
+    describe_changes,
+    describe_columns,
+    describe_end,
+    is_rendered,
+    try_template,
+)
 from dpo_kit.data.forms import Match, best_and_worst, recognise
+from dpo_kit.data.ids import add_ids
 from dpo_kit.data.read import Fault, Row, Tie, read_source
-from dpo_kit.data.rows import Kind, as_chat
+from dpo_kit.data.rows import Kind
+from dpo_kit.data.shape import Shape, refuse_unread_kwargs
 from dpo_kit.errors import DataError
 from dpo_kit.settings import Data, Source
+from dpo_kit.turns import end_tokens
 
 Rows = list[dict[str, Any]]
 KINDS: dict[str, Kind] = {"pairs": "pairs", "scored": "pairs", "unary": "unary", "prompts": "prompts"}
@@ -19,8 +31,8 @@ KINDS: dict[str, Kind] = {"pairs": "pairs", "scored": "pairs", "unary": "unary",
 
 @dataclass
 class Gathered:
-    """Well-formed rows as they stand in their sources, each with its `_place` and its own `_values` apart from what is
-    added to it; `read` counts the malformed ones too.
+    """Well-formed rows as they stand in their sources, each with its `_place`, its own `_values` apart from what is
+    added to it, and the `ids` (of prompt and answers) that it is trained on; `read` counts the malformed ones too.
     """
 
     kind: Kind
@@ -28,21 +40,20 @@ class Gathered:
     held_out: Rows | None  # of data.eval; None where held-out prompts are to be taken from train
     faults: list[Fault]
     read: int
-    wrap: bool  # text rows are to become a user turn and an assistant turn
+    shape: Shape
     forms: dict[str, str] = field(default_factory=dict)  # by source: what its rows were read as
-    control_tokens: dict[str, Any] = field(default_factory=dict)  # in the text of rows: see control.py
+    said: dict[str, Any] = field(default_factory=dict)  # for the report: control tokens, unused columns; see control.py
 
     def form(self, row: dict[str, Any]) -> dict[str, Any]:
         """`row` as it is trained on."""
-        return as_chat(row, self.kind) if self.wrap else row
+        return self.shape.of(row, self.kind)
 
 
 def gather(data: Data, tokenizer: Any, *, refuse: bool = True, bare: bool = False) -> Gathered:
     """Read everything. Malformed rows are refused as `data.on_bad_row` says, or only listed; rows of a prompt alone are
     taken where they may be `bare`. Raises DataError.
     """
-    wrap = tokenizer.chat_template is not None if data.wrap_as_chat == "auto" else data.wrap_as_chat
-    reader = _Reader(data, tokenizer, wrap, bare)
+    reader = _Reader(data, tokenizer, bare)
     train = [reader.read(source, data.train_split) for source in sources(data.train)]
     held_out = [reader.read(source, data.eval_split or data.train_split) for source in eval_sources(data)]
     if refuse and data.on_bad_row == "fail":
@@ -55,12 +66,41 @@ def gather(data: Data, tokenizer: Any, *, refuse: bool = True, bare: bool = Fals
             )
     reader.refuse_mixture()
     pool = [row for _, _, rows in held_out for row in rows] if held_out else None
+    every = [row for _, _, rows in (*train, *held_out) for row in rows]
+    shape = Shape(_wraps(data, tokenizer, every), data.fold_system, data.chat_template_kwargs)
     kept = [rows for _, _, rows in train]
-    gathered = Gathered(train[0][1], kept, pool, reader.faults, reader.count, wrap, reader.forms)
-    formed = [gathered.form(row) for rows in (*gathered.train, pool or []) for row in rows]
-    try_template(formed, gathered.kind, tokenizer)
-    gathered.control_tokens = count_in_rows(formed, gathered.kind, tokenizer)
+    gathered = Gathered(train[0][1], kept, pool, reader.faults, reader.count, shape, reader.forms)
+    _read_ids(gathered, every, tokenizer)
+    if refuse and data.on_bad_row == "fail":
+        refuse_malformed(reader.faults)
+    if not any(gathered.train):
+        raise DataError(f"{train[0][0]} has no row to train on: {count_faults(reader.faults)}")
     return gathered
+
+
+def _wraps(data: Data, tokenizer: Any, rows: Rows) -> bool:
+    """Whether text rows become chats: where there is a template, unless they are rendered by one already."""
+    if data.wrap_as_chat != "auto":
+        return data.wrap_as_chat
+    return tokenizer.chat_template is not None and not is_rendered(rows, tokenizer)
+
+
+def _read_ids(gathered: Gathered, rows: Rows, tokenizer: Any) -> None:
+    """Give all rows their ids and the report what it says of them; rows that have none are taken out as faults."""
+    formed = [gathered.form(row) for row in rows]
+    refuse_unread_kwargs(gathered.shape.template_kwargs, formed, tokenizer)
+    try_template(formed, gathered.kind, tokenizer)
+    if not isinstance(formed[0]["prompt"], str):  # only now is the template rendered here
+        gathered.shape = replace(gathered.shape, ends=end_tokens(tokenizer))
+        with_ends, formed = formed, [gathered.form(row) for row in rows]
+        unfolded = map(replace(gathered.shape, fold_system=False).of, rows, repeat(gathered.kind))
+        gathered.said = describe_end(tokenizer) | describe_changes(formed, with_ends, unfolded)
+    gathered.said |= describe_columns(rows, formed, gathered.kind)
+    gathered.said["control_tokens"] = count_in_rows(formed, gathered.kind, tokenizer)
+    add_ids(rows, formed, gathered.kind, tokenizer, gathered.faults)
+    gathered.train = [[row for row in part if "ids" in row] for part in gathered.train]
+    if gathered.held_out is not None:
+        gathered.held_out = [row for row in gathered.held_out if "ids" in row]
 
 
 def sources(spec: str | list[Source]) -> list[Source]:
@@ -71,6 +111,14 @@ def eval_sources(data: Data) -> list[Source]:
     if data.eval is not None:
         return sources(data.eval)
     return sources(data.train) if data.eval_split else []
+
+
+def count_faults(faults: Sequence[Fault]) -> str:
+    """The reasons of `faults` with their numbers, and the first of them in full."""
+    if not faults:
+        return "name a file with rows"
+    reasons = Counter(fault.reason for fault in faults).most_common()
+    return ", ".join(f"{count} × {reason}" for reason, count in reasons) + f"; the first is {faults[0]}"
 
 
 def refuse_malformed(faults: list[Fault]) -> None:
@@ -106,14 +154,14 @@ def _keep(items: Iterable[Row | Fault], faults: list[Fault]) -> list[Row]:
 
 def _refuse_empty(path: str, rows: list[Row], faults: list[Fault]) -> None:
     if not rows:
-        raise DataError(f"{path} has no row to train on: {faults[0] if faults else 'name a file with rows'}")
+        raise DataError(f"{path} has no row to train on: {count_faults(faults)}")
 
 
 class _Reader:
     """Reads one source after the other and keeps what is wrong."""
 
-    def __init__(self, data: Data, tokenizer: Any, wrap: bool, bare: bool) -> None:
-        self.data, self.wrap, self.bare = data, wrap, bare
+    def __init__(self, data: Data, tokenizer: Any, bare: bool) -> None:
+        self.data, self.bare = data, bare
         self.has_template = tokenizer.chat_template is not None
         self.faults: list[Fault] = []
         self.count = 0

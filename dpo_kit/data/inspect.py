@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from dpo_kit.chats import text_of
 from dpo_kit.data import figures
 from dpo_kit.data.advice import advise
 from dpo_kit.data.duplicates import NEAR, content_keys, find_copies, find_near, jaccard, sketch
 from dpo_kit.data.gather import Gathered, Rows
 from dpo_kit.data.leaks import cluster_prompts, distinct_prompts, find_leaks, held_prompts, read_benchmark
-from dpo_kit.data.rows import ANSWERS, Kind, text_of
+from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.data.shortcuts import edge_cases, measure_shortcuts
 
 SHOWN = 20  # places listed of each finding
@@ -46,7 +47,7 @@ def inspect(
         "rows": {"train": len(rows), "held_out": len(held_out), "dropped": len(gathered.faults)},
         "prompts": {name: len({row["prompt_id"] for row in part}) for name, part in prompts.items()},
         "dropped_by_reason": dict(Counter(fault.reason for fault in gathered.faults).most_common()),
-        "control_tokens": gathered.control_tokens,
+        **gathered.said,
         "max_length": max_length,
         **figures.lengths(every, kind),
     }

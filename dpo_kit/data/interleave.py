@@ -22,6 +22,8 @@ def unpair(pairs: Iterable[dict[str, Any]]) -> Rows:
 def _one_of(pair: dict[str, Any], side: str) -> dict[str, Any]:
     row = {key: value for key, value in pair.items() if key not in ("chosen", "rejected")}
     row |= {"completion": pair[side], "label": side == "chosen"}
+    if ids := pair.get("ids"):
+        row["ids"] = {"prompt": ids["prompt"], "completion": ids[side]}
     if lengths := pair.get("tokens"):
         row["tokens"] = {"prompt": lengths["prompt"], "completion": lengths[side], "cut": lengths["cut"]}
     return row

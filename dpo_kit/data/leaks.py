@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_kit.chats import text_of
 from dpo_kit.data.duplicates import (
     NEAR,
     PROMPT_BANDS,
@@ -18,7 +19,6 @@ from dpo_kit.data.duplicates import (
     words_of,
 )
 from dpo_kit.data.read import Fault, read_source
-from dpo_kit.data.rows import text_of
 from dpo_kit.errors import DataError
 
 LEAST_TURN = 6  # words of a turn that is compared by itself; everybody says "Please go on"

@@ -36,7 +36,7 @@ def check_data(settings: Settings, tool: Tool, out: Path) -> None:
     data, tokenizer = settings.data, _tokenizer(settings)
     gathered = gather(data, tokenizer, refuse=False, bare=settings.method.rows == "prompts")
     malformed = list(gathered.faults)
-    train, held_out = split(gathered, data, tokenizer, *_limit(settings))
+    train, held_out = split(gathered, data, *_limit(settings))
     report = _inspect(gathered, train, held_out, settings)
     if data.reference_margin:
         rows = [row for part in train for row in part]
@@ -54,8 +54,10 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
     """Rows of data.train that are worth training on, the others with their reasons, and a report before and after."""
     data, tokenizer = settings.data, _tokenizer(settings)
     gathered = gather(data, tokenizer)
-    rows = _with_signal([row for part in gathered.train for row in part], gathered, settings, tokenizer)
-    held_out = _with_signal(gathered.held_out or [], gathered, settings, tokenizer)
+    rows, held_out = (
+        keep_signal(part, gathered.kind, *_limit(settings), gathered.faults)
+        for part in ([row for part in gathered.train for row in part], gathered.held_out or [])
+    )
     held = held_prompts(held_out)
     benchmark = read_benchmark(data.benchmark) if data.benchmark else []
 
@@ -125,11 +127,6 @@ def _limit(settings: Settings) -> tuple[int | None, str]:
     return settings.trl["max_length"], settings.trl.get("truncation_mode", "keep_start")
 
 
-def _with_signal(rows: Rows, gathered: Gathered, settings: Settings, tokenizer: Any) -> Rows:
-    limit = _limit(settings)
-    return keep_signal(rows, gathered.kind, tokenizer, *limit, gathered.faults, form=gathered.form)
-
-
 def _inspect(
     gathered: Gathered, train: list[Rows], held_out: Rows, settings: Settings, held: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -159,7 +156,7 @@ def _margins(rows: Rows, gathered: Gathered, settings: Settings, tokenizer: Any)
         raise ConfigError(
             "data.reference_margin and curate.hardest compare two answers, but these rows have one: leave them out"
         )
-    return reference_margins([gathered.form(row) for row in rows], settings, tokenizer)
+    return reference_margins(rows, settings, tokenizer)
 
 
 # --- files -------------------------------------------------------------------------------------------------------

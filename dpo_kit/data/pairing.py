@@ -9,6 +9,7 @@ from itertools import combinations, islice
 from math import comb
 from typing import Any
 
+from dpo_kit.chats import answer_text, prompt_of, split_context
 from dpo_kit.generation import Answer
 from dpo_kit.journal import key_of
 from dpo_kit.judges import Judge, Prompt, Verdict, compare, toss_coin
@@ -118,29 +119,21 @@ def _pairs(paired: Paired, compared: Comparison, build: Build, seed: int) -> Ite
             compared = compared.turned()
     elif outcome != "win":
         return
-    yield {
-        "prompt": compared.prompt,
-        "chosen": _in_form_of(compared.prompt, compared.a.text),
-        "rejected": _in_form_of(compared.prompt, compared.b.text),
+    prompt, context = split_context(compared.prompt)
+    yield context | {
+        "prompt": prompt,
+        "chosen": compared.a.in_form_of(prompt),
+        "rejected": compared.b.in_form_of(prompt),
         "verdict": outcome,
         "source_chosen": compared.a.source,
         "source_rejected": compared.b.source,
     }
 
 
-def _in_form_of(prompt: Prompt, answer: str) -> Prompt:
-    """Text for a text prompt, one assistant message for a chat prompt."""
-    return answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
-
-
 def _add_scores(judge: Judge, pairs: list[dict[str, Any]]) -> None:
     """`score_chosen` and `score_rejected` where the judge has a scale."""
-    prompts = [pair["prompt"] for pair in pairs]
+    prompts = [prompt_of(pair) for pair in pairs]
     for name in ("chosen", "rejected"):
         scores = judge.scores(prompts, [answer_text(pair[name]) for pair in pairs])
         for pair, score in zip(pairs, scores or [], strict=False):
             pair[f"score_{name}"] = score
-
-
-def answer_text(answer: Prompt) -> str:
-    return answer if isinstance(answer, str) else answer[-1]["content"]

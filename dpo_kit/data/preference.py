@@ -13,7 +13,7 @@ Rows = list[dict[str, Any]]
 def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tuple[float, float]]:
     """For each pair log-probability of chosen less that of rejected under the reference: summed, and by token (nats).
 
-    `rows` are as they are trained on; answers are cut as in training. One pass, with a bar on a terminal.
+    Answers are cut as in training. One pass, with a bar on a terminal.
     """
     import torch
 
@@ -26,7 +26,7 @@ def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tu
     model = load_reference(settings.model)
     if has_accelerator() and settings.model.tuning != "qlora":
         model = model.to("cuda")  # type: ignore[arg-type]
-    sequences = [answer for row in rows for answer in _sequences(row, settings.trl, tokenizer)]
+    sequences = [answer for row in rows for answer in _sequences(row, settings.trl)]
     with torch.no_grad():
         logps = score(
             model,
@@ -38,10 +38,10 @@ def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tu
     return [(logps[i] - logps[i + 1], by_token[i] - by_token[i + 1]) for i in range(0, len(logps), 2)]
 
 
-def _sequences(row: dict[str, Any], trl: dict[str, Any], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    from dpo_kit.tokens import encode, truncate_both
+def _sequences(row: dict[str, Any], trl: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    from dpo_kit.tokens import truncate_both
 
-    prompt, answers = encode(tokenizer, row["prompt"], [row["chosen"], row["rejected"]])
+    prompt, *answers = (row["ids"][name].tolist() for name in ("prompt", "chosen", "rejected"))
     mode = trl.get("truncation_mode") or "keep_start"
     return [truncate_both(prompt, answer, trl["max_length"], mode) for answer in answers]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_kit.data.fresh import as_prompts, distinct_prompts
-from dpo_kit.data.gather import Gathered, Rows, gather, sources
+from dpo_kit.data.gather import Gathered, Rows, count_faults, gather, sources
 from dpo_kit.data.inspect import inspect
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.read import Fault
@@ -50,7 +50,7 @@ def prepare(
     kind = gathered.kind
     if kind == "unary" and wanted == "pairs":
         raise DataError("rows with completion and label train method=kto or method=kto_apo; this method needs pairs")
-    train, pool = split(gathered, data, tokenizer, max_length, truncation, trains=trains)
+    train, pool = split(gathered, data, max_length, truncation, trains=trains)
     report = inspect(gathered, train, pool, wanted=wanted, max_length=max_length, benchmark=data.benchmark)
     select, test = _halves([gathered.form(row) for row in pool])
     if wanted == "prompts":
@@ -72,13 +72,7 @@ def prepare(
 
 
 def split(
-    gathered: Gathered,
-    data: Data,
-    tokenizer: Any,
-    max_length: int | None,
-    truncation: str,
-    *,
-    trains: bool = True,
+    gathered: Gathered, data: Data, max_length: int | None, truncation: str, *, trains: bool = True
 ) -> tuple[list[Rows], Rows]:
     """The rows that can move a weight: those to train on by source, and the held-out ones. Raises DataError.
 
@@ -86,10 +80,12 @@ def split(
     """
 
     def keep(rows: Rows) -> Rows:
-        return keep_signal(rows, gathered.kind, tokenizer, max_length, truncation, gathered.faults, form=gathered.form)
+        return keep_signal(rows, gathered.kind, max_length, truncation, gathered.faults)
 
     train = [keep(rows) for rows in gathered.train]
     pool = None if gathered.held_out is None else keep(gathered.held_out)
+    if trains and not any(train):
+        raise DataError(f"all {gathered.read} rows are dropped: {count_faults(gathered.faults)}")
     train, pool = _part(train, pool, data.holdout, gathered.faults, trains=trains)
     if gathered.kind == "unary" and any(train):
         _refuse_one_class([row for rows in train for row in rows])
@@ -134,7 +130,7 @@ def _refuse_one_class(rows: Rows) -> None:
 
 def _refuse_none(prompts: Rows, faults: list[Fault]) -> None:
     if not prompts:
-        raise DataError(f"no prompt is left to answer: {faults[-1]}")
+        raise DataError(f"no prompt is left to answer: {count_faults(faults)}")
 
 
 def _halves(pool: Rows) -> tuple[Rows, Rows]:

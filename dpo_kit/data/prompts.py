@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_kit.chats import as_messages
+from dpo_kit.data.context import context_fault, read_context
 from dpo_kit.data.read import Fault, Row, read_source
-from dpo_kit.data.rows import ROLES, digest
+from dpo_kit.data.rows import digest, question_fault, text_fault
+from dpo_kit.data.shape import Shape
 from dpo_kit.errors import DataError
 from dpo_kit.settings import Data
 
@@ -56,27 +59,25 @@ def _read(path: str | None, data: Data, faults: list[Fault]) -> Iterator[Any]:
     sources = data.train if isinstance(data.train, list) else None
     paths = [path] if path else [each.path for each in sources] if sources is not None else [str(data.train)]
     column = data.columns.get("prompt", "prompt")
+    shape = Shape(wrap=False, fold_system=data.fold_system, template_kwargs=data.chat_template_kwargs)
     for row in (row for each in paths for row in read_source(each, data.train_split)):
         fault = row if isinstance(row, Fault) else _fault(row, column)
         if fault:
             faults.append(fault)
-        else:
-            yield row.values[column]  # type: ignore[union-attr]
+        elif isinstance(row, Row):
+            yield _asked(row.values | {"prompt": row.values[column]}, shape)
+
+
+def _asked(values: dict[str, Any], shape: Shape) -> Any:
+    """The prompt of a row: text as it stands where no column adds to it, else a chat."""
+    adds = values.get("system") or read_context(values) or shape.template_kwargs
+    prompt = as_messages(values["prompt"]) if adds else values["prompt"]
+    return prompt if isinstance(prompt, str) else shape.prompt(prompt, values)
 
 
 def _fault(row: Row, column: str) -> Fault | None:
     value = row.values.get(column)
     if column not in row.values:
         return Fault(row.place, f"no column {column!r}", f"columns {', '.join(row.values)}; name it: data.columns=…")
-    if isinstance(value, str):
-        return None if value.strip() else Fault(row.place, "prompt is empty", repr(value[:20]))
-    if not isinstance(value, list) or not value:
-        return Fault(row.place, "prompt is neither text nor a list of messages", type(value).__name__)
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            return Fault(row.place, "prompt has a message without text content", str(message)[:60])
-        if message.get("role") not in ROLES:
-            return Fault(row.place, "prompt has an unknown role", repr(message.get("role")))
-    if value[-1]["role"] == "assistant" or not value[-1]["content"].strip():
-        return Fault(row.place, "prompt does not end with a message to answer", value[-1]["role"])
-    return None
+    fault = text_fault("prompt", value) or question_fault(value) or context_fault(row.values | {"prompt": value})
+    return Fault(row.place, *fault) if fault else None

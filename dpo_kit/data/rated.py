@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_kit.data.pairing import answer_text
+from dpo_kit.chats import answer_text
 from dpo_kit.data.read import Fault, Row, read_source
 from dpo_kit.errors import DataError, did_you_mean
 from dpo_kit.journal import key_of

@@ -402,7 +402,7 @@ def _batches(path: Path) -> Iterator[Any]:
 
 def _table_row(place: str, batch: Any, index: int) -> Row | Fault:
     try:
-        return Row(place, {name: batch.column(name)[index].as_py() for name in batch.schema.names})
+        return Row(place, without_nulls({name: batch.column(name)[index].as_py() for name in batch.schema.names}))
     except ValueError as error:  # bad UTF-8 and dates that Python has not
         return Fault(place, "a value cannot be read", str(error), "write the column anew as text")
 
@@ -421,4 +421,17 @@ def _read_hub(name: str, split: str, config: str | None) -> Iterator[Row | Fault
             f"configuration {config!r}): {reason}{remedy}{near_miss(name)}"
         ) from error
     for number, values in enumerate(rows):
-        yield Row(f"{name}[{split}] row {number}", values)
+        yield Row(f"{name}[{split}] row {number}", without_nulls(values))
+
+
+def without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` without the keys that Arrow adds to objects inside a column, since it gives all the keys of any: a
+    call's arguments are those that it has. Columns that are null stay.
+    """
+    return {name: _bare(value) for name, value in values.items()}
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _bare(item) for name, item in value.items() if item is not None}
+    return [_bare(item) for item in value] if isinstance(value, list) else value

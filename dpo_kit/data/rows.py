@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+from dpo_kit.chats import message_text
+from dpo_kit.data.context import context_fault
 from dpo_kit.data.read import Fault, Row
 
 Kind = Literal["pairs", "unary", "prompts"]
@@ -35,9 +37,9 @@ def normalise(row: Row, kind: Kind) -> Row | Fault:
     if fault is None and values.get("prompt") is None:
         fault = _whole_fault(values)
         values |= {} if fault else _implicit_prompt(values)
-    fault = fault or _text_fault("prompt", values["prompt"]) or _answer_fault(values, kind)
+    fault = fault or text_fault("prompt", values["prompt"]) or _answer_fault(values, kind)
     fault = fault or _mixed_fault(values, kind) or _echo_fault(values, kind) or _label_fault(values, kind)
-    fault = fault or _question_fault(values, kind)
+    fault = fault or question_fault(values["prompt"]) or _turns_fault(values, kind) or context_fault(values)
     return Fault(row.place, *fault) if fault else Row(row.place, values)
 
 
@@ -53,7 +55,7 @@ def missing_fault(values: dict[str, Any], needed: tuple[str, ...]) -> Found | No
 
 def _answer_fault(values: dict[str, Any], kind: Kind) -> Found | None:
     for name in ANSWERS[kind]:
-        if fault := _text_fault(name, values[name]):
+        if fault := text_fault(name, values[name]):
             return fault
         last = values[name] if isinstance(values[name], str) else values[name][-1]
         if not isinstance(last, str) and last["role"] != "assistant":
@@ -61,7 +63,7 @@ def _answer_fault(values: dict[str, Any], kind: Kind) -> Found | None:
     return None
 
 
-def _text_fault(name: str, value: Any) -> Found | None:
+def text_fault(name: str, value: Any) -> Found | None:
     """Why `value` is neither text nor a list of messages with something in it."""
     if isinstance(value, str):
         return (f"{name} is empty", repr(value[:20]), "leave the row out") if is_blank(value) else None
@@ -72,12 +74,19 @@ def _text_fault(name: str, value: Any) -> Found | None:
         found = f"{type(value).__name__} {str(value)[:40]}"
         return f"{name} is neither text nor a list of messages", found, "write text, or [{role: …, content: …}]"
     for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        if not isinstance(message, dict) or not (isinstance(message.get("content"), str) or _only_calls(message)):
             return f"{name} has a message without text content", str(message)[:60], "write content as text"
         if message.get("role") not in ROLES:
             return f"{name} has an unknown role", repr(message.get("role"))[:40], f"known are {', '.join(ROLES)}"
-    empty = is_blank(value[-1]["content"])
-    return (f"{name} is empty", repr(value[-1]["content"][:20]), "leave the row out") if empty else None
+    text = message_text(value[-1])
+    return (f"{name} is empty", repr(text[:20]), "leave the row out") if is_blank(text) else None
+
+
+def _only_calls(message: dict[str, Any]) -> bool:
+    """An assistant that calls tools needs to say nothing beside (OpenAI's `content: null`)."""
+    calls = message.get("tool_calls")
+    are_calls = isinstance(calls, list) and bool(calls) and all(isinstance(call, dict) for call in calls)
+    return message.get("role") == "assistant" and message.get("content") is None and are_calls
 
 
 def is_blank(text: str) -> bool:
@@ -112,11 +121,17 @@ def _whole_fault(values: dict[str, Any]) -> Found | None:
     chosen, rejected = values["chosen"], values["rejected"]
     if type(chosen) is not type(rejected):
         return "text and chat messages are mixed", "in chosen and rejected", "both must be one of the two"
-    if chosen[0] != rejected[0]:
-        return "column 'prompt' is missing or null", "chosen and rejected begin differently", "add the prompt"
-    if isinstance(chosen, str) and TRANSCRIPT in chosen:  # their common beginning reaches into the answers
+    if isinstance(chosen, str) and TRANSCRIPT in chosen:
         remedy = "data.form=hh_rlhf takes it apart"
         return "chosen is a whole transcript", repr(chosen[:30]), remedy
+    if chosen[0] != rejected[0]:
+        return "column 'prompt' is missing or null", "chosen and rejected begin differently", "add the prompt"
+    if isinstance(chosen, str):
+        found = f"two texts that both begin with {chosen[:20]!r}"  # where the prompt ends, no character says
+        return "column 'prompt' is missing or null", found, "add the prompt, and cut it off both answers"
+    if chosen != rejected and (chosen == rejected[: len(chosen)] or rejected == chosen[: len(rejected)]):
+        shorter, longer = sorted((len(chosen), len(rejected)))
+        return "one answer is the beginning of the other", f"{shorter} and {longer} messages", "add the prompt"
     return None
 
 
@@ -127,18 +142,32 @@ def _label_fault(values: dict[str, Any], kind: Kind) -> Found | None:
     return "label is not true or false", repr(values["label"])[:40], remedy
 
 
-def _question_fault(values: dict[str, Any], kind: Kind) -> Found | None:
-    if kind != "prompts" or isinstance(values["prompt"], str) or values["prompt"][-1]["role"] != "assistant":
+def question_fault(prompt: Any) -> Found | None:
+    """Why there is nothing to answer. TRL's trainers differ on a turn that the assistant has begun: its ORPO and CPO go
+    on with it, the others close it and open a second one.
+    """
+    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
         return None
-    return "prompt ends with the assistant", "assistant", "its last message must be one to answer"
+    remedy = "set what the assistant has begun at the beginning of the answers, or end with a message to answer"
+    return "prompt ends with the assistant", repr(message_text(prompt[-1])[:40]), remedy
+
+
+def _turns_fault(values: dict[str, Any], kind: Kind) -> Found | None:
+    """What users and systems say inside an answer would be trained on as if the model had said it."""
+    for name in ANSWERS[kind]:
+        for message in values[name] if isinstance(values[name], list) else ():
+            if message["role"] not in ("assistant", "tool"):
+                remedy = "cut both conversations where they part, or give each answer a row with its own prompt"
+                return f"{name} holds a turn of the {message['role']}", repr(message_text(message)[:40]), remedy
+    return None
 
 
 def _implicit_prompt(values: dict[str, Any]) -> dict[str, Any]:
-    """The common beginning of chosen and rejected as the prompt, as TRL takes it."""
-    from trl.data_utils import extract_prompt
-
-    found = extract_prompt({"chosen": values["chosen"], "rejected": values["rejected"]})
-    return {name: found[name] for name in ("prompt", "chosen", "rejected")}
+    """The common beginning of two chats as the prompt, as TRL takes it."""
+    chosen, rejected = values["chosen"], values["rejected"]
+    parted = (at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    at = next(parted, len(chosen) - 1)
+    return {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}
 
 
 def as_chat(values: dict[str, Any], kind: Kind) -> dict[str, Any]:
@@ -147,11 +176,6 @@ def as_chat(values: dict[str, Any], kind: Kind) -> dict[str, Any]:
         return values
     answers = {name: [{"role": "assistant", "content": values[name]}] for name in ANSWERS[kind]}
     return values | {"prompt": [{"role": "user", "content": values["prompt"]}]} | answers
-
-
-def text_of(value: str | list[dict[str, Any]]) -> str:
-    """The text of a prompt or an answer, a chat's messages one below the other."""
-    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
 
 
 def identify(rows: Iterable[dict[str, Any]], kind: Kind) -> Iterator[dict[str, Any]]:

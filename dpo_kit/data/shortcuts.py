@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_kit.data.rows import text_of
+from dpo_kit.chats import text_of
 
 Rows = list[dict[str, Any]]
 _ITEM = re.compile(r"(?:^|\n)[ \t]*(?:[-*•+]|\d{1,2}[.)])[ \t]+\S")

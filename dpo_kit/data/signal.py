@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from dpo_kit.data.read import Fault
-from dpo_kit.data.rows import ANSWERS, Kind, digest
+from dpo_kit.data.rows import ANSWERS, Kind
 
 Rows = list[dict[str, Any]]
-CHUNK = 1000  # rows whose token ids are in memory at once
 SAME, SAME_WHEN_CUT, NO_ROOM = (
     "chosen and rejected are identical",
     "identical after truncation to max_length",
@@ -19,22 +15,13 @@ SAME, SAME_WHEN_CUT, NO_ROOM = (
 )
 
 
-def keep_signal(
-    rows: Rows,
-    kind: Kind,
-    tokenizer: Any,
-    max_length: int | None,
-    truncation: str,
-    faults: list[Fault],
-    form: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row,
-) -> Rows:
-    """The rows that can move a weight; the others are added to `faults`.
-
-    Each row gets `tokens` (counts, and whether an answer is cut) and `prompt_id` (equal exactly when the prompt is, and
-    an order of prompts at random that is the same on every machine). `form` gives a row as it is trained on.
+def keep_signal(rows: Rows, kind: Kind, max_length: int | None, truncation: str, faults: list[Fault]) -> Rows:
+    """The rows that can move a weight, each with `tokens` (counts, and whether an answer is cut); the others are added
+    to `faults`.
     """
     kept = []
-    for row, formed, prompt, answers in _encoded(rows, kind, tokenizer, form):
+    for row in rows:
+        prompt, *answers = (row["ids"][name].tolist() for name in ("prompt", *ANSWERS[kind]))
         cut = [_cut(prompt, answer, max_length, truncation) for answer in answers]
         if reason := _no_signal(answers, cut):
             remedy = "dropped always: such a row has no gradient" if reason != NO_ROOM else "raise trl.max_length"
@@ -42,27 +29,8 @@ def keep_signal(
         else:
             lengths = {"prompt": len(prompt), **{k: len(ids) for k, ids in zip(ANSWERS[kind], answers, strict=True)}}
             row["tokens"] = lengths | {"cut": cut != answers}
-            row["prompt_id"] = digest(formed["prompt"])
             kept.append(row)
     return kept
-
-
-def _encoded(
-    rows: Rows, kind: Kind, tokenizer: Any, form: Callable[[dict[str, Any]], dict[str, Any]]
-) -> Iterator[tuple[dict[str, Any], dict[str, Any], list[int], list[list[int]]]]:
-    """Each row, as it is trained on, and its token ids; a bar on a terminal where it takes long."""
-    from dpo_kit.tokens import encode_rows
-
-    with tqdm(total=len(rows), desc="tokenizing", unit="row", disable=None, leave=False, delay=2) as bar:
-        for start in range(0, len(rows), CHUNK):
-            part = rows[start : start + CHUNK]
-            formed = [form(row) for row in part]
-            answers = [[row[name] for name in ANSWERS[kind]] for row in formed]
-            for row, shape, ids in zip(
-                part, formed, encode_rows(tokenizer, [row["prompt"] for row in formed], answers), strict=True
-            ):
-                yield row, shape, *ids
-            bar.update(len(part))
 
 
 def _cut(prompt: list[int], answer: list[int], max_length: int | None, truncation: str) -> list[int]:

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.chats import Prompt, as_messages
 from dpo_kit.data.prompts import read_prompts
 from dpo_kit.data.read import Fault, read_source
 from dpo_kit.data.rows import digest
 from dpo_kit.errors import DataError
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.plan import Job
-from dpo_kit.generation import Answer, Asking, as_messages, draw_answers, draw_locally
+from dpo_kit.generation import Answer, Asking, draw_answers, draw_locally
 from dpo_kit.journal import Journal
 from dpo_kit.settings import Data, Endpoint, ServerAnswers
-from dpo_kit.verdicts import Prompt
 
 AGAIN = "again"  # what tells the second answers of a control from the first
 

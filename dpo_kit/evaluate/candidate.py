@@ -55,9 +55,11 @@ class Candidate:
 
     def sampler(self) -> LocalModel:
         """This candidate as one whose answers are drawn here; known by its weights, wherever they lie."""
+        from dpo_kit.turns import written_today
+
         weights = [hash_weights(path) or f"{path}@{self.model.revision}" for path in self._parts()]
         loaded = [self.model.dtype, self.model.quantization if self.model.tuning == "qlora" else None]
-        identity = ["candidate", *weights, *loaded, self.tokenizer().chat_template]
+        identity = ["candidate", *weights, *loaded, *written_today(self.tokenizer())]
         return LocalModel(self.name, identity, self._open, wrap=False)
 
     def _parts(self) -> list[str]:
@@ -85,8 +87,14 @@ def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
     if result.get("status") != "done":
         status = result.get("status", "running or killed")
         raise ConfigError(f"{folder} is a run that has not ended well (status: {status}): finish it first")
-    config = recall_config(read_json(run.manifest))
-    return Candidate(folder.resolve().name, Model(**config["model"]), run.model), config
+    manifest = read_json(run.manifest)
+    config = recall_config(manifest)
+    policy = Candidate(folder.resolve().name, Model(**config["model"]), run.model)
+    if manifest.get("template_date"):
+        from dpo_kit.manifest import keep_date
+
+        keep_date(run, policy.tokenizer())
+    return policy, config
 
 
 def _meant(folder: Path) -> str:

@@ -125,15 +125,11 @@ def _shown(each: Compared) -> Shown:
 
 def _line(each: Compared) -> dict[str, Any]:
     """A row of verdicts.jsonl."""
-    prompt = each.prompt
-    clean = redact_text(prompt) if isinstance(prompt, str) else [
-        {"role": message["role"], "content": redact_text(message["content"])} for message in prompt
-    ]  # fmt: skip
     sides = {"policy": each.policy, "opponent": each.opponent}
     return {
         "prompt_id": each.prompt_id,
         "draw": each.draw,
-        "prompt": clean,
+        "prompt": redact(each.prompt),
         **{name: None if answer is None else redact_text(answer.text) for name, answer in sides.items()},
         **{f"{name}_cut": None if answer is None else answer.cut for name, answer in sides.items()},
         "outcome": each.verdict.outcome,

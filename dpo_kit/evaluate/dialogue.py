@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from dpo_kit.chats import Prompt
 from dpo_kit.errors import ConfigError
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.generation import Asking, draw_locally
 from dpo_kit.journal import Journal
-from dpo_kit.verdicts import Prompt
 
 FILE_NAME = r"[\w+-][\w.+-]*"
 

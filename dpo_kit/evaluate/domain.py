@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.chats import Prompt
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import Domain
 from dpo_kit.evaluate.dialogue import Speaker, check_names
 from dpo_kit.limits import missing_package
 from dpo_kit.run import write_jsonl
-from dpo_kit.verdicts import Prompt
 
 DRAWS = 2000
 MOST_LABELS = 50  # more different values than that are texts

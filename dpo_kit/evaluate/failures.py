@@ -15,11 +15,10 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from dpo_kit.chats import Prompt, conversation_text
 from dpo_kit.evaluate.benchmark_options import Failures
-from dpo_kit.llm_judge import conversation_text
 from dpo_kit.markdown import fence
 from dpo_kit.run import write_jsonl, write_text
-from dpo_kit.verdicts import Prompt
 
 Z95 = NormalDist().inv_cdf(0.975)
 OTHER = "other"

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeGuard
 
+from dpo_kit.chats import Prompt
 from dpo_kit.errors import DataError
 from dpo_kit.evaluate.benchmark_options import MTBench, MTBenchJudge
 from dpo_kit.evaluate.dialogue import Speaker, check_names
@@ -24,7 +25,6 @@ from dpo_kit.llm_judge import fence_parts
 from dpo_kit.run import write_jsonl
 from dpo_kit.server import Reply, Request, Server
 from dpo_kit.sweep.evidence import paired_bootstrap
-from dpo_kit.verdicts import Prompt
 
 # FastChat's, fastchat/llm_judge/common.py
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_kit.chats import conversation_text
 from dpo_kit.evaluate.rates import Compared
 from dpo_kit.journal import key_of
-from dpo_kit.llm_judge import conversation_text
 from dpo_kit.markdown import fence, inline
 from dpo_kit.run import write_text
 

@@ -27,6 +27,7 @@ from dpo_kit.export.merge import (
 )
 from dpo_kit.export.serving import find_faults, has_chat_template
 from dpo_kit.identity import recall_config
+from dpo_kit.model import end_as_trained
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.run import RunDirectory, read_json, write_json, write_text
 from dpo_kit.settings import Model
@@ -161,12 +162,6 @@ def _write(wanted: Export, model: Model, dtype: str, aside: Path) -> dict[str, A
 def _complete_configs(policy: Any, tokenizer: Any) -> None:
     """Answers end where they ended in training; the cache is used, which training had turned off."""
     policy.config.use_cache = True
-    generation = policy.generation_config
-    known = generation.eos_token_id
-    ends = [known] if isinstance(known, int) else list(known or [])
-    if tokenizer.eos_token_id not in ends:
-        log.info("generation_config.json: answers end at %s too", tokenizer.eos_token)
-        ends.append(tokenizer.eos_token_id)
-    generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-    if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
+    end_as_trained(policy, tokenizer)
+    if policy.generation_config.pad_token_id is None:
+        policy.generation_config.pad_token_id = tokenizer.pad_token_id

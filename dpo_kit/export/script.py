@@ -1,7 +1,8 @@
-"""A run in plain TRL: a script of some twenty lines beside the run's TRL arguments and its prepared rows."""
+"""A run in plain TRL: a short script beside the run's TRL arguments and the token ids of its rows."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
 from pathlib import Path
@@ -12,8 +13,9 @@ from dpo_kit.data.prepare import Prepared
 from dpo_kit.data.rows import digest
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.export.folder import finished
+from dpo_kit.given_tokens import GivenTokens
 from dpo_kit.identity import recall_settings
-from dpo_kit.manifest import contents
+from dpo_kit.manifest import contents, keep_date
 from dpo_kit.model import load_tokenizer, read_template
 from dpo_kit.origin import base_of, has_tokenizer, read_adapter
 from dpo_kit.quiet import quiet_libraries
@@ -36,14 +38,20 @@ SCRIPT = '''\
 
 import json
 from pathlib import Path
+from typing import Any
 
 {imports}
+
+Base = {trainer}
+
+
+{given}
 
 HERE = Path(__file__).parent
 config = json.loads((HERE / "trl_config.json").read_text())
 config |= {{"output_dir": str(HERE / "output"), "report_to": "none"}}
 {model}
-trainer = {trainer}(
+trainer = GivenTokens(
     model=model,
     args={config}(**config),
     train_dataset=load_from_disk(str(HERE / "train")),
@@ -71,7 +79,7 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
         raise ConfigError(f"{out} is there already: delete it, or name another folder with out=DIR")
     quiet_libraries()
     settings = recall_settings(manifest)
-    data = prepare_again(settings, manifest)
+    data = prepare_again(settings, run)
     aside = out.with_name(f"{SAVING}-{out.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -85,13 +93,15 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     log.info("%s: %d rows to train on, %d held out, %.1f MB", out, len(rows["train"]), len(rows["eval"]), size)
-    _say_what_differs(settings, data)
+    _say_what_differs(settings)
     return out / NAME
 
 
-def prepare_again(settings: Settings, manifest: dict[str, Any]) -> Prepared:
-    """The run's rows from their sources; DataError where their fingerprints are not those of the manifest."""
-    data = read_data(settings, load_tokenizer(settings.model))
+def prepare_again(settings: Settings, run: RunDirectory) -> Prepared:
+    """The run's rows from their sources; DataError where their fingerprints are not those of its manifest."""
+    tokenizer, manifest = load_tokenizer(settings.model), read_json(run.manifest)
+    keep_date(run, tokenizer)
+    data = read_data(settings, tokenizer)
     for name, rows in (("train", data.train), ("select", data.select)):
         if digest(contents(rows)) != manifest["data"][name]["sha256"]:
             raise DataError(
@@ -114,6 +124,7 @@ def build_script(settings: Settings, manifest: dict[str, Any], result: dict[str,
         imports=_imports(settings),
         model="\n".join([*_model_lines(model, machine), *_tokenizer_lines(model)]),
         trainer=trainer.rpartition(".")[2],
+        given=inspect.getsource(GivenTokens),
         config=config.rpartition(".")[2],
         more="".join(f"\n    {line}," for line in _trainer_lines(settings, machine)),
     )
@@ -184,7 +195,7 @@ def _arguments(options: dict[str, Any], *first: str) -> str:
     return ", ".join([*map(repr, first), *named])
 
 
-def _say_what_differs(settings: Settings, data: Prepared) -> None:
+def _say_what_differs(settings: Settings) -> None:
     """Where the script's numbers cannot be those of the run beyond rounding."""
     drops = not settings.trl["disable_dropout"] and settings.model.tuning != "full"
     if drops and settings.model.lora.get("lora_dropout") and settings.speed.share_prefix:
@@ -195,9 +206,4 @@ def _say_what_differs(settings: Settings, data: Prepared) -> None:
     if own := [each["_target_"] for each in settings.callbacks.extra]:
         log.warning(
             "the run's own callbacks are not in the script (%s): add those that change training", ", ".join(own)
-        )
-    held = data.report["control_tokens"]
-    if held["rows"] and held["read_as"] == "text":
-        log.warning(
-            "rows hold control tokens in their text, which the run read as text; plain TRL may read them as turns"
         )

@@ -1,0 +1,84 @@
+"""A row as it is trained on: text or chat, with the columns that belong to its prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_kit.chats import Messages, split_context, with_context
+from dpo_kit.data.context import BESIDE, TAKEN, read_context
+from dpo_kit.data.rows import ANSWERS, Kind, as_chat
+from dpo_kit.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How rows become what is trained on. `ends`: tokens that end an answer, cut off where its text has them already,
+    since the template writes them.
+    """
+
+    wrap: bool  # text rows become a user turn and an assistant turn
+    fold_system: bool = False  # a system turn becomes the beginning of the first user turn
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # of all rows; a row's own come first
+    ends: tuple[str, ...] = ()
+
+    def of(self, row: dict[str, Any], kind: Kind) -> dict[str, Any]:
+        """`row` with prompt and answers in this shape; the columns that went into the prompt are gone."""
+        row = as_chat(row, kind) if self.wrap else row
+        if isinstance(row["prompt"], str):
+            return row
+        said = {name: [self._without_end(message) for message in row[name]] for name in ("prompt", *ANSWERS[kind])}
+        said["prompt"] = self.prompt(said["prompt"], row)
+        return {name: value for name, value in row.items() if name not in BESIDE} | said
+
+    def prompt(self, prompt: Messages, row: dict[str, Any]) -> Any:
+        """A chat prompt with what the columns of `row` add to it."""
+        prompt, context = split_context(prompt)
+        system, context = row.get("system"), context | read_context(row)
+        if system and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": system}, *prompt]
+        if self.fold_system:
+            prompt = _fold(prompt)
+        if kwargs := self.template_kwargs | context.pop("chat_template_kwargs", {}):
+            context["chat_template_kwargs"] = kwargs
+        return with_context(prompt, context)
+
+    def _without_end(self, message: dict[str, Any]) -> dict[str, Any]:
+        text = message.get("content")
+        if message["role"] != "assistant" or not text or not text.rstrip().endswith(self.ends):
+            return message
+        end = next(end for end in self.ends if text.rstrip().endswith(end))
+        return self._without_end(message | {"content": text.rstrip().removesuffix(end)})
+
+
+def _fold(prompt: Messages) -> Messages:
+    if len(prompt) < 2 or (prompt[0]["role"], prompt[1]["role"]) != ("system", "user"):
+        return prompt
+    return [prompt[1] | {"content": f"{prompt[0]['content']}\n\n{prompt[1]['content']}"}, *prompt[2:]]
+
+
+def refuse_unread_kwargs(kwargs: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    """ConfigError for a name in `data.chat_template_kwargs` that no chat template reads, or where none is applied."""
+    if kwargs and isinstance(rows[0]["prompt"], str):
+        raise ConfigError("data.chat_template_kwargs has no effect: the rows are text, to which no template is applied")
+    template = str(tokenizer.chat_template)
+    for name in kwargs:
+        if name in TAKEN:
+            raise ConfigError(f"data.chat_template_kwargs has {name}, which is no variable of a template: leave it out")
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            near = did_you_mean(name, re.findall(r"\b[a-z]\w*\b", template))
+            raise ConfigError(f"data.chat_template_kwargs: the chat template reads no {name}{near}")
+
+
+def parts_of(row: dict[str, Any], kind: Kind) -> set[str]:
+    """What of a formed chat row a template may leave out in silence (`turns.PARTS`)."""
+    messages = [message for name in ("prompt", *ANSWERS[kind]) for message in row[name]]
+    has: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "system": lambda message: message["role"] == "system",
+        "tools": lambda message: bool(message.get("tools")),
+        "tool_calls": lambda message: bool(message.get("tool_calls")),
+        "reasoning_content": lambda message: bool(message.get("reasoning_content")),
+    }
+    return {part for part, holds in has.items() if any(map(holds, messages))}

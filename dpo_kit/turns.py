@@ -1,0 +1,138 @@
+"""What a chat template writes around turns, learned from a few plain chats that it renders: the control tokens that
+open and end a turn, which of them ends an answer, and what of a chat the template leaves out.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from transformers.utils.chat_template_utils import _get_control_token_patterns
+
+ASKED, SAID, NEXT = "alpha", "omega", "sigma"  # words that stand for what is said in the chats that are tried
+QUESTION, ANSWER = {"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}
+CALL: dict[str, Any] = {"type": "function", "function": {"name": SAID, "arguments": {}}}
+TOOL: dict[str, Any] = {"name": SAID, "description": SAID, "parameters": {"type": "object", "properties": {}}}
+PARTS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "system": ([{"role": "system", "content": SAID}, QUESTION], {}),
+    "tools": ([QUESTION], {"tools": [{"type": "function", "function": TOOL}]}),
+    "tool_calls": ([QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}], {}),
+    "reasoning_content": ([QUESTION, {"role": "assistant", "content": NEXT, "reasoning_content": SAID}], {}),
+}
+"""Chats in which `SAID` stands in that part alone."""
+PLAIN = ([QUESTION], [QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION | {"content": NEXT}])
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The control tokens that open or end a turn, and the one that ends an answer; None where the template has none."""
+
+    tokens: frozenset[str]
+    end: str | None
+
+
+def turns_of(tokenizer: Any) -> Turns:
+    """What the template of `tokenizer` writes around turns; kept with it. A template that refuses the plain chats is
+    taken to end answers as the tokenizer ends texts.
+    """
+    return _kept(tokenizer, "turns", _learn)
+
+
+def control_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """What matches a control token; kept, since some tokenizers have thousands of added tokens to ask for each row."""
+    return _kept(tokenizer, "pattern", lambda own: pattern_of(own._get_control_tokens(_template(own))))
+
+
+def pattern_of(tokens: Any) -> re.Pattern[str]:
+    """What matches any of `tokens`, the longest first."""
+    return _get_control_token_patterns(tuple(sorted(tokens)))[0]
+
+
+def leaves_out(tokenizer: Any, part: str) -> bool:
+    """Whether the template passes over a `part` of `PARTS` in silence. One that it refuses is not left out."""
+    messages, context = PARTS[part]
+
+    def passes_over(own: Any) -> bool:
+        try:
+            return SAID not in own.apply_chat_template(messages, tokenize=False, **context)
+        except Exception:  # a template may raise anything; so it will on the rows, which are then named
+            return False
+
+    return _kept(tokenizer, part, passes_over)
+
+
+def written_today(tokenizer: Any) -> list[Any]:
+    """What answers that are kept depend on beside weights and prompt: the template, and what it writes on this day."""
+    try:
+        today = tokenizer.apply_chat_template(PLAIN[0], tokenize=False) if tokenizer.chat_template else None
+    except Exception:  # a template may raise anything
+        today = None
+    return [tokenizer.chat_template, today]
+
+
+def stop_ids(tokenizer: Any, model: Any = None) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS, the template's own end of an answer, and those that the
+    model's configs name.
+    """
+    end = turns_of(tokenizer).end
+    own = [tokenizer.eos_token_id, *([] if end is None else [tokenizer.convert_tokens_to_ids(end)])]
+    configs = [] if model is None else [model.config.get_text_config(), model.generation_config]
+    named = [token for config in configs for token in ends_of(config)]
+    return sorted({token for token in (*own, *ends_of(tokenizer), *named) if token is not None})
+
+
+def ends_of(config: Any) -> list[int]:
+    """`eos_token_id` of a config, one, several or none; or those of its model that a tokenizer was told."""
+    ends = vars(config).get("ends_of_model", getattr(config, "eos_token_id", None))
+    return [] if ends is None else [ends] if isinstance(ends, int) else ends
+
+
+def end_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Those of `stop_ids` that the tokenizer knows, as text."""
+    return tuple(filter(None, tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))))
+
+
+def outer_tokens(tokenizer: Any) -> set[str]:
+    """Control tokens that are no part of an answer's text: those of turns, and with which texts begin, end and pad."""
+    return {
+        *turns_of(tokenizer).tokens,
+        *end_tokens(tokenizer),
+        *filter(None, (tokenizer.bos_token, tokenizer.pad_token)),
+    }
+
+
+def _learn(tokenizer: Any) -> Turns:
+    if not tokenizer.chat_template:
+        return Turns(frozenset(), None)
+    try:
+        asked, answered, again = (tokenizer.apply_chat_template(chat, tokenize=False) for chat in PLAIN)
+    except Exception:  # a template may raise anything
+        return Turns(frozenset(), tokenizer.eos_token)
+    if ASKED not in asked or SAID not in answered or SAID not in again:
+        return Turns(frozenset(), tokenizer.eos_token)
+    pieces, is_control = control_pattern(tokenizer).findall, control_pattern(tokenizer).fullmatch
+    split = re.compile(f"({control_pattern(tokenizer).pattern})").split
+    after, between = split(asked.rpartition(ASKED)[2]), split(again.partition(ASKED)[2].partition(SAID)[0])
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(after, between, strict=False)))
+    opening = next(filter(is_control, between[same:]), None)  # what follows it, such as <think>, is the model's own
+    ending = pieces(answered.rpartition(SAID)[2])
+    of_turns = {*pieces(asked), opening, *ending, *pieces(again.partition(SAID)[2].partition(NEXT)[0])}
+    with suppress(Exception):  # many templates know no system turn
+        of_turns |= {*pieces(tokenizer.apply_chat_template(PARTS["system"][0], tokenize=False))}
+    return Turns(frozenset(filter(None, of_turns)), ending[0] if ending else None)
+
+
+def _template(tokenizer: Any) -> str:
+    return tokenizer.get_chat_template() if tokenizer.chat_template else ""
+
+
+def _kept(tokenizer: Any, name: str, find: Any) -> Any:
+    """What `find` says of the tokenizer, asked again only where its template or its vocabulary has changed."""
+    state = (_template(tokenizer), len(tokenizer))
+    kept = vars(tokenizer).setdefault("_dpo_kit", {})
+    if kept.get(name, (None, None))[0] != state:
+        kept[name] = (state, find(tokenizer))
+    return kept[name][1]
