@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.errors import ConfigError
 from dpo_kit.hardware import precision_arguments
 from dpo_kit.processes import world_size
 from dpo_kit.secrets import redact
@@ -37,6 +39,7 @@ def build_arguments(
 
     `checkpointing` says whether activations are computed again, where the user has left it open.
     """
+    refuse_no_batch(settings, rows)
     given = settings.trl | decide(settings.trl, rows, width)
     if settings.trl["gradient_checkpointing"] is None:
         asked = settings.speed.checkpointing
@@ -51,7 +54,9 @@ def build_arguments(
         "run_name": settings.tracking.name,
         "report_to": "none" if reporter in ("wandb", "none") else [reporter],  # wandb is a sink of our own
     }
-    return import_class(settings.method.config)(**meant, **own)
+    args = import_class(settings.method.config)(**meant, **own)
+    args.mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"  # whatever the environment says
+    return args
 
 
 def describe_arguments(args: Any) -> dict[str, Any]:
@@ -70,9 +75,9 @@ def uses_store(settings: Settings, rows: Rows) -> bool:
 
 def decide(trl: dict[str, Any], rows: Rows, width: int) -> dict[str, Any]:
     """Values for the fields that are null in `trl` and not left to TRL: precision, cadence, class weights."""
-    chosen: dict[str, Any] = precision_arguments(trl, width)
+    chosen: dict[str, Any] = precision_arguments(trl, width) | _asked_of_accelerate(trl)
     steps = count_steps(trl, len(rows))
-    evaluate_every = max(1, min(500, steps // 10))
+    evaluate_every = _dividing(trl, max(1, min(500, steps // 10)))
     cadence = {
         "logging_steps": max(1, min(10, steps // 20)),
         "eval_steps": evaluate_every,
@@ -84,6 +89,35 @@ def decide(trl: dict[str, Any], rows: Rows, width: int) -> dict[str, Any]:
     if "desirable_weight" in trl and trl["desirable_weight"] is None:
         chosen["desirable_weight"] = _even_weight(rows) * trl["undesirable_weight"]
     return chosen
+
+
+def _asked_of_accelerate(trl: dict[str, Any]) -> dict[str, bool]:
+    """The precision that `accelerate launch` was told, where the user left it open here."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if asked is None or trl["bf16"] is not None or trl["fp16"]:
+        return {}
+    if asked not in (known := ("no", "bf16", "fp16")):
+        raise ConfigError(f"ACCELERATE_MIXED_PRECISION must be one of {', '.join(known)}, got {asked}")
+    return {"bf16": asked == "bf16", "fp16": asked == "fp16"}
+
+
+def _dividing(trl: dict[str, Any], every: int) -> float:
+    """`every`, or what comes next to it and divides the steps between two checkpoints, of which the best is kept."""
+    between = trl["save_steps"]
+    if not between or not trl["load_best_model_at_end"] or trl["save_strategy"] != "steps":
+        return every
+    return between if between < 1 else next(n for n in range(min(every, int(between)), 0, -1) if between % n == 0)
+
+
+def refuse_no_batch(settings: Settings, rows: Rows) -> None:
+    """ConfigError where the rows do not fill the only batch that would be trained on."""
+    trl = settings.trl
+    batch = trl["per_device_train_batch_size"] * world_size()
+    if trl["dataloader_drop_last"] and len(rows) < batch:
+        raise ConfigError(
+            f"{len(rows)} rows are fewer than a batch of {batch}, of which trl.dataloader_drop_last=true keeps none: "
+            f"take trl.per_device_train_batch_size={max(1, len(rows) // world_size())} or less, or more rows"
+        )
 
 
 def count_steps(trl: dict[str, Any], rows: int) -> int:

@@ -23,6 +23,7 @@ from dpo_kit.carried import forked_random
 from dpo_kit.drift import Divergence, Drift, ReferenceSamples, drift_metrics
 from dpo_kit.own import call_metrics
 from dpo_kit.probe import PairProbe, name_rows
+from dpo_kit.quiet import phase
 from dpo_kit.sampling import Sample, measuring
 from dpo_kit.scores import preference_metrics, reward_metrics
 from dpo_kit.scoring import Reference
@@ -33,6 +34,8 @@ Metrics = dict[str, float]
 
 class _Measuring(TrainerCallback):
     """When to measure: at the start, at each evaluation, at the end unless the last evaluation just did."""
+
+    at_start = "first measurement: held-out rows"
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -57,7 +60,8 @@ class _Measuring(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self._report("start", 0)
+            with phase(self.at_start):
+                self._report("start", 0)
         else:
             self.prepare()
 
@@ -101,6 +105,8 @@ class PreferenceMargin(_Measuring):
         values = preference_metrics(scores, self.probe.beta, self.probe.saturation)
         if not self.probe.reference.is_start and scores.step == 0:
             values["probe/reference_offset_nats"] = self.probe.reference_offset_nats
+        if self.probe.floor_nats:
+            values["probe/floor_nats"] = self.probe.floor_nats
         return values
 
 
@@ -163,6 +169,8 @@ class KLDrift(_Measuring):
     logged.
     """
 
+    at_start = "first measurement: answers for the KL"
+
     def __init__(
         self,
         trainer: Trainer,
@@ -171,7 +179,7 @@ class KLDrift(_Measuring):
         reference: Reference | None = None,
         max_new_tokens: int = 64,
         samples_per_prompt: int = 1,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         cache_bytes: int = 2**30,
         seed: int = 0,
@@ -237,6 +245,8 @@ class KLDrift(_Measuring):
             divergence = self.drift.forward(self._prepared)
             self._check(step, divergence, self._prepared.samples)
             self._forward_metrics = drift_metrics("forward", divergence, self._prepared.samples)
+            if self._prepared.floor_nats:
+                self._forward_metrics["probe/kl_floor_nats"] = self._prepared.floor_nats
             self._forward_at = moment
         return self._forward_metrics
 

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import runpy
+import shutil
 import signal
 import sys
 import traceback
@@ -23,24 +24,33 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
-from dpo_kit.config import CONF, check, compose_unchecked, register
-from dpo_kit.errors import ConfigError
+from dpo_kit.config import CONF, check, compose_unchecked, refuse_idle, register
+from dpo_kit.errors import ConfigError, DataError, ModelError
 from dpo_kit.help import help_text
+from dpo_kit.identity import refuse_other_run
+from dpo_kit.lock import refuse_held
+from dpo_kit.places import claim, refuse_missing, refuse_unwritable
 from dpo_kit.processes import agree, is_writer, refuse_sweep, world_size
 from dpo_kit.quiet import quiet_imports
+from dpo_kit.run import RunDirectory
 from dpo_kit.secrets import redact_text
-from dpo_kit.settings import Settings
+from dpo_kit.server import refuse_silent
+from dpo_kit.settings import Endpoint, Settings
 from dpo_kit.sweep.plan import Plan, means_multirun, plan_sweep, without_hydra
 from dpo_kit.tool import guard
+from dpo_kit.words import override, readable, refuse_dashes
 
 if TYPE_CHECKING:
     from dpo_kit.finish import Result
 
 TERMINATED = 143
 TOOLS = {"dashboard", "data", "env", "evaluate", "export", "plan", "sweep"}
+HYDRA_S = (".hydra", "dpo_kit.log", ".lock")  # in a run directory, before anything of the run itself
 log = logging.getLogger("dpo_kit")
+held: list[Exception] = []  # what the task raised
 
 
 def main() -> None:
@@ -56,16 +66,30 @@ def main() -> None:
     if "--version" in sys.argv[1:]:  # Hydra would print its own
         sys.stdout.write(f"dpo_kit {version('dpo-kit')}\n")
         return
-    args = get_args_parser().parse_args()
-    if args.help:
-        sys.stdout.write(help_text(args.config_dir))
-        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
     # our option has the plugin's name
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated")
     signal.signal(signal.SIGTERM, _terminate)
     sys.excepthook = _show_without_secrets
-    sys.exit(guard("dpo_kit", sys.argv[1:], lambda: _work(args)))
+    sys.exit(guard("dpo_kit", sys.argv[1:], lambda: _work(read_arguments(sys.argv[1:]))))
+
+
+def read_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags and overrides in any order, the overrides as Hydra can read them; the words that Hydra itself will
+    read are put so. Raises ConfigError.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[assignment,method-assign]  # not eight lines of usage
+    args, unknown = parser.parse_known_intermixed_args(words)  # as Hydra 1.4 does (facebookresearch/hydra#3053)
+    refuse_dashes(words, unknown)
+    flags = [word for word in words if word not in args.overrides]
+    args.overrides = readable(args.overrides) if not args.shell_completion else args.overrides
+    sys.argv[1:] = [*flags, *args.overrides]
+    return args
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(message)
 
 
 def _show_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -78,20 +102,25 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _work(args: argparse.Namespace) -> None:
+    if args.help:
+        sys.stdout.write(help_text(args.config_dir))
+        return
     if args.shell_completion:
         _complete()
         return
     if args.hydra_help or args.info:
         run()
         return
-    plan = refuse_early(args)
-    if isinstance(plan, Settings):
+    start = refuse_early(args)
+    if isinstance(start, Settings):
         quiet_imports()
         from dpo_kit.plan import dry_run
 
-        dry_run(plan)
+        dry_run(start)
+    elif isinstance(start, Plan):
+        _sweep(start)
     else:
-        _run(plan)
+        _single(start)
 
 
 def _complete() -> None:
@@ -102,44 +131,77 @@ def _complete() -> None:
         run()
 
 
-def _run(plan: Plan | None) -> None:
-    """Hydra's run of one job, or of the sweep `plan` with what it ends with, whether all its jobs ended well or not."""
+def _single(directory: Path | None) -> None:
+    """Hydra's run of one job. A start that is refused leaves no folder that was not there before."""
+    new = directory is not None and not any(directory.glob("*"))
+    try:
+        run()
+        if held:
+            raise held.pop()
+    except (ConfigError, DataError, ModelError):
+        if new and directory and all(entry.name in HYDRA_S for entry in directory.glob("*")):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _sweep(plan: Plan) -> None:
+    """The sweep `plan` with what it ends with, whether all its jobs ended well or not."""
     try:
         run()
     except Exception as error:  # a cluster's launchers raise the error of the first job that failed
-        if plan is not None and not (plan.local and isinstance(error, ConfigError)):
+        if not (plan.local and isinstance(error, ConfigError)):
             _conclude(plan)
         raise
     _conclude(plan)
 
 
-def _conclude(plan: Plan | None) -> None:
-    if plan is not None:
-        from dpo_kit.sweep.conclude import conclude
+def _conclude(plan: Plan) -> None:
+    from dpo_kit.sweep.conclude import conclude
 
-        conclude(plan.directory, plan.tracking, measure=plan.local)
+    conclude(plan.directory, plan.tracking, measure=plan.local)
 
 
-def refuse_early(args: argparse.Namespace) -> Plan | Settings | None:
+def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
     """Compose and check what is about to run, before Hydra writes its first file; the plan where it is a sweep, the
-    settings where it is a dry run.
+    settings where it is a dry run, else the run directory; None where only the config is asked for.
 
-    A sweep's directories are added to the command line that Hydra will read. Raises ConfigError.
+    Directories that are chosen here are added to the command line that Hydra will read. Raises ConfigError.
     """
     search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
     implied = means_multirun(args)
     if args.cfg or not (args.multirun or implied or "hydra.mode=MULTIRUN" in args.overrides):
         cfg = compose_unchecked([*search, *args.overrides], args.config_name or "config", with_hydra=True)
         settings = check(without_hydra(cfg))
-        if world_size() > 1:
-            _add_words(args, agree(args.overrides, str(cfg.hydra.run.dir)))
-        return settings if settings.dry_run and not args.cfg else None
+        if args.cfg:
+            return None
+        refuse_idle(settings, args.overrides)
+        refuse_missing(settings)
+        if isinstance(settings.judge, Endpoint):
+            refuse_silent("judge", settings.judge)
+        return settings if settings.dry_run else take_directory(args, cfg, settings)
     refuse_sweep(args.overrides)
     if "dry_run=true" in args.overrides:
         raise ConfigError("dry_run=true looks at one run: leave out the sweep, and give beta and seed one value each")
     plan = plan_sweep(args.overrides, search, args.config_name or "config")
     _add_words(args, plan.named, *(["--multirun"] if implied else []))
     return plan
+
+
+def take_directory(args: argparse.Namespace, cfg: DictConfig, settings: Settings) -> Path:
+    """The directory of one run, the same for all processes that train it; a time stamp that another start has taken
+    gets a number. ConfigError where it cannot be written, or is another run's.
+    """
+    directory = Path(str(cfg.hydra.run.dir))
+    refuse_unwritable("hydra.run.dir", directory)
+    stamped = "${now:" in str(OmegaConf.to_container(cfg.hydra.run, resolve=False))
+    if not stamped:
+        refuse_other_run(RunDirectory(directory), settings)
+        refuse_held(directory)
+    elif is_writer():
+        directory = claim(directory)
+    shared = agree(args.overrides, str(directory)) if world_size() > 1 else []
+    _add_words(args, shared or ([override("hydra.run.dir", directory)] if stamped else []))
+    return directory
 
 
 def _add_words(args: argparse.Namespace, added: Sequence[str], *flags: str) -> None:
@@ -149,7 +211,20 @@ def _add_words(args: argparse.Namespace, added: Sequence[str], *flags: str) -> N
 
 
 def task(cfg: DictConfig) -> float | None:
-    """One run; returns what a sweeper may maximise: the held-out accuracy."""
+    """One run; returns what a sweeper may maximise: the held-out accuracy.
+
+    Outside a sweep an error is held back, as Hydra would print a line of its own above ours.
+    """
+    try:
+        return _task(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        held.append(error)
+        return None
+
+
+def _task(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     directory = hydra_config.runtime.output_dir
     if not hydra_config.job.chdir:

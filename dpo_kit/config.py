@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pydantic
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
@@ -20,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dpo_kit.errors import ConfigError, did_you_mean
+from dpo_kit.limits import checked_value, idle_faults, library_faults, missing_package, wrong_choice
 from dpo_kit.own import own_faults
 from dpo_kit.secrets import refuse_secrets
 from dpo_kit.selection import selection_faults
@@ -34,6 +37,7 @@ from dpo_kit.settings import (
     Strict,
 )
 from dpo_kit.trl_schema import load_schema
+from dpo_kit.words import meant, override, quote, readable
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # wheel | checkout
@@ -54,7 +58,7 @@ GONE_FROM_TRL = {
     "warmup_ratio": "warmup_steps (below 1 it is a share of the run)",
     "evaluation_strategy": "eval_strategy",
     "group_by_length": "train_sampling_strategy",
-    "rpo_alpha": "loss_type=[sigmoid,sft] with loss_weights",
+    "rpo_alpha": "method=dpo_sft with trl.loss_weights",
     "reference_free": "method=simpo or method=cpo",
     "tokenizer": "model.path",
     "torch_dtype": "model.dtype",
@@ -98,17 +102,24 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
     """
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     cfg = compose_unchecked([*search, *overrides])
-    check(cfg)
+    refuse_idle(check(cfg), overrides)
     return cfg
+
+
+def refuse_idle(settings: Settings, words: Sequence[str]) -> None:
+    """ConfigError for overrides that would change nothing."""
+    if faults := [*idle_faults(settings, words)]:
+        raise ConfigError("\n".join(faults))
 
 
 def compose_unchecked(overrides: Sequence[str], config_name: str = "config", *, with_hydra: bool = False) -> DictConfig:
     register()
+    overrides = readable(overrides)
     try:
         with _no_job(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="dpo_kit"):
-            cfg = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=with_hydra)
+            cfg = hydra.compose(config_name, overrides=overrides, return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+        raise explain(error, overrides) from error
     refuse_secrets(OmegaConf.to_container(cfg, resolve=False), overrides)
     return cfg
 
@@ -141,7 +152,7 @@ def check(cfg: DictConfig, *, trains: bool = True) -> Settings:
         raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
     faults = [*_trl_faults(settings), *_method_faults(settings), *_model_faults(settings.model)]
     faults += _judge_faults(settings) if trains else []
-    faults = faults or [*own_faults(settings.callbacks), *selection_faults(settings)]
+    faults = faults or [*library_faults(settings), *selection_faults(settings), *own_faults(settings.callbacks)]
     if faults:
         raise ConfigError("\n".join(faults))
     return settings
@@ -160,7 +171,7 @@ def _trl_faults(settings: Settings) -> Iterator[str]:
         if key not in described["fields"] or key in SET_ELSEWHERE:
             yield unknown_key(f"trl.{key}", _fields(described))
         elif value is not None:
-            settings.trl[key], faults = _checked_value(key, value, described["fields"][key])
+            settings.trl[key], faults = checked_value(f"trl.{key}", value, described["fields"][key])
             yield from faults
     for key, value in (("beta", settings.beta), ("seed", settings.seed)):
         if settings.trl[key] not in (value, [value]):
@@ -171,31 +182,8 @@ def _fields(described: dict[str, Any]) -> list[str]:
     return [f"trl.{key}" for key in described["fields"] if key not in SET_ELSEWHERE]
 
 
-def _checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, list[str]]:
-    """`value` as TRL's annotation wants it (a lone one becomes a list where TRL takes lists), and its faults."""
-    alone = {str: "str", float: "float", int: "float"}.get(type(value))
-    if alone and f"list[{alone}]" in field["type"] and not re.search(rf"(^|\| ){alone}\b", field["type"]):
-        value = [value]
-    try:
-        value = pydantic.TypeAdapter(_type(field["type"])).validate_python(value)
-    except pydantic.ValidationError:
-        unquoted_no = value is False and "choices" in field  # YAML reads a bare no as false
-        remedy = f' (the YAML reading of a bare no: write trl.{key}: "no")' if unquoted_no else ""
-        return value, [f"trl.{key} must be {field['type']}, got {value!r}{remedy}"]
-    wrong = [item for item in _each(value) if "choices" in field and item not in field["choices"]]
-    return value, [_wrong_choice(f"trl.{key}", item, field["choices"]) for item in wrong]
-
-
-def _type(annotation: str) -> Any:
-    return eval(annotation, {"Any": Any, "__builtins__": {t.__name__: t for t in (int, float, bool, str, dict, list)}})
-
-
 def _each(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _wrong_choice(key: str, value: Any, choices: list[str]) -> str:
-    return f"{key} must be one of {', '.join(choices)}, got {value!r}{_near(str(value), choices)}"
 
 
 # --- faults of the method as a whole -----------------------------------------------------------------------------
@@ -288,6 +276,11 @@ def _model_faults(model: Model) -> Iterator[str]:
             f"model.reference={model.reference} is the start itself, which model.tuning={model.tuning} has already "
             "(the policy with its adapter off): leave it out, and save a second model's memory"
         )
+    if model.tuning == "full" and model.dtype == "float16":
+        yield (
+            "model.dtype=float16 has too small a range to tune all weights in (after one step the policy is ruined): "
+            "take model.dtype=auto, or model.tuning=lora"
+        )
     if model.attn_implementation and "/" in model.attn_implementation:
         yield (
             f"model.attn_implementation={model.attn_implementation} would download code and run it: take sdpa, eager "
@@ -333,6 +326,7 @@ def _speed_faults(settings: Settings) -> Iterator[str]:
 def _loss_faults(settings: Settings) -> Iterator[str]:
     trl, smoothing = settings.trl, settings.trl.get("label_smoothing") or 0.0
     losses = [str(loss) for loss in _each(trl.get("loss_type") or [])]
+    yield from _foreign_loss(settings.method.name, losses)
     smoothed = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["smoothed_losses"]
     if smoothing and not set(losses) & set(smoothed):
         yield (
@@ -348,29 +342,75 @@ def _loss_faults(settings: Settings) -> Iterator[str]:
         yield f"trl.loss_weights needs one weight per loss ({', '.join(losses)}), got {weights}"
 
 
+def _foreign_loss(method: str, losses: list[str]) -> Iterator[str]:
+    """Why a method of ours may not take another loss: name, meaning of beta and findings would be those of its own."""
+    if not (CONF / "method" / f"{method}.yaml").exists() or losses == (own := _loss_of(method))[1]:
+        return
+    others = [file.stem for file in sorted((CONF / "method").glob("*.yaml")) if _loss_of(file.stem) == (own[0], losses)]
+    listed, said = ",".join(losses), f"trl.loss_type={losses[0] if len(losses) == 1 else losses}"
+    if others:
+        yield f"{said} is method={others[0]}, whose beta has its own meaning and range: say method={others[0]}"
+        return
+    yield (
+        f"{said} is not the loss of method={method}: give it a name of its own, in a file DIR/method/{losses[0]}.yaml "
+        f"with `# @package _global_`, `defaults: [{method}, _self_]`, `method: {{name: {losses[0]}}}` and "
+        f"`trl: {{loss_type: [{listed}]}}`, and say --config-dir DIR method={losses[0]}"
+    )
+
+
+@cache
+def _loss_of(method: str) -> tuple[str, list[str]]:
+    """TRL's config class of a method of ours, and its losses."""
+    file = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
+    above = str(file["defaults"][0])
+    trained_by = above.removeprefix("/trl/") if above.startswith("/") else _loss_of(above)[0]
+    return trained_by, [str(loss) for loss in _each((file.get("trl") or {}).get("loss_type") or [])]
+
+
 # --- messages ----------------------------------------------------------------------------------------------------
 
 
-def explain(error: Exception) -> ConfigError:
-    """Hydra's and OmegaConf's errors in our words: what was refused, and the near miss."""
+OF_YOUR_OWN = {  # options that take a path, and what is typed with them
+    "model": "model=local model.path",
+    "data": "data=jsonl data.train",
+}
+
+
+def explain(error: Exception, words: Sequence[str] = ()) -> ConfigError:
+    """Hydra's and OmegaConf's errors in our words: what of `words` was refused, and the near miss."""
     text = str(error)
     if "hydra/launcher/submitit_" in text:
-        return ConfigError("this launcher needs hydra-submitit-launcher: pip install 'dpo-kit[slurm]'")
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return ConfigError(_wrong_choice(group, option, [str(o) for o in error.options]))
+        module = "hydra_plugins.hydra_submitit_launcher"
+        return ConfigError(missing_package("hydra/launcher=slurm", module) or text)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return ConfigError(_unknown_option(str(error.missing_cfg_file), [str(o) for o in error.options or ()]))
     if found := re.search(r"An item is already at '([^']+)'", text):
         return ConfigError(f"{found[1]} exists already: leave out the +")
     if found := re.search(r"Could not (?:override|append to config|delete from config|find)[^']*'([^']+)'", text):
-        return ConfigError(unknown_key(found[1].split("@")[0], known_keys()))
+        return ConfigError(unknown_key(found[1].split("@")[0], known_keys(), words))
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(f"{error.full_key} is missing: add {error.full_key}=…")
+    if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", text):
+        one, several = f"{found[1]}={quote(found[2])}", f"{found[1]}={found[2]}"
+        return ConfigError(
+            f"{several} is several values: add -m for a run of each (--multirun), or quote it as one, {one}"
+        )
     return ConfigError(text)
 
 
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Why `key` is refused and what was probably meant."""
-    name = key.removeprefix("trl.")
+def _unknown_option(place: str, options: list[str]) -> str:
+    """What was meant by an option that its group has not; `place` is group/option."""
+    group, _, option = place.rpartition("/") if place.startswith("hydra/") else place.partition("/")
+    options = options or sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    own = f"; of your own: {override(OF_YOUR_OWN[group], option)}" if option and group in OF_YOUR_OWN else ""
+    return f"{wrong_choice(group, option, options)}{own}"
+
+
+def unknown_key(key: str, known: Iterable[str], words: Sequence[str] = ()) -> str:
+    """Why `key` is refused and what was probably meant; `words` are those of the command line, with its value."""
+    name, known = key.removeprefix("trl."), list(known)
+    typed = [word.lstrip("+~").partition("=") for word in words]
+    value = next((value for given, _, value in typed if given == key), "")
     if name in SET_ELSEWHERE:
         return f"{key} is set elsewhere: use {SET_ELSEWHERE[name]}"
     if name in GONE_FROM_TRL:
@@ -380,9 +420,12 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
         return f"{key} belongs to {', '.join(owners)}, not to the config class of the chosen method"
     if key.startswith("model.lora."):
         return f"{key} is not among the usual options of peft.LoraConfig: add it with +{key}=… if PEFT knows it"
-    if key in (known := list(known)):
+    if key in known:
         group = key.partition(".")[0]
         return f"{key} belongs to an option of the group {group} that is not chosen here: add {group}=…"
+    if (ours := meant(key)) and (ours in known or ours.startswith(("hydra.", "model.lora."))):
+        ours = next((form for form in OF_YOUR_OWN.values() if form.endswith(f" {ours}")), ours)  # with its option
+        return f"unknown key {key}; did you mean {override(ours, value) if value else ours}?"
     return f"unknown key {key}{_near(key, known)}"
 
 
@@ -404,7 +447,7 @@ def _model_keys(model: type[Strict], prefix: str = "") -> Iterator[str]:
 def _near(word: str, words: list[str]) -> str:
     tail = word.rpartition(".")[2]
     same_tail = sorted((w for w in words if w.rpartition(".")[2] == tail and w != word), reverse=True)
-    longer = [w for w in words if w.startswith(f"{word}-")]
+    longer = [w for w in words if "." not in word and w.startswith(word.lower())]
     near = (same_tail or longer)[:3]
     return f"; did you mean {' or '.join(near)}?" if near else did_you_mean(word, words, count=2, cutoff=0.7)
 

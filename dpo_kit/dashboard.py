@@ -6,13 +6,13 @@ its own; views saved before are left alone.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import ConfigError, DpoKitError
+from dpo_kit.limits import missing_package
 from dpo_kit.secrets import redact_text
 from dpo_kit.tool import Values, parse, run_tool
 from dpo_kit.tracking import STEP
@@ -74,8 +74,8 @@ def parse_words(arguments: Sequence[str]) -> Values:
 
 def require_extra() -> None:
     """ConfigError where wandb-workspaces is not installed."""
-    if importlib.util.find_spec("wandb_workspaces") is None:
-        raise ConfigError("a saved workspace needs wandb-workspaces: pip install 'dpo-kit[dashboard]'")
+    if fault := missing_package("a saved workspace", "wandb_workspaces"):
+        raise ConfigError(fault)
 
 
 def require_key() -> None:

@@ -31,6 +31,34 @@ class Finding:
     remedy: str
 
 
+ROUNDED = 0.75  # share of the trained weights that a step cannot change, from which on it is said
+NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+
+
+def held_back(args: Any, steps: int, rounded: float) -> list[tuple[Finding, dict[str, str]]]:
+    """What keeps a run of `steps` with the TRL arguments `args` from moving, known before it starts, and the keys to
+    change. `rounded`: share of the trained weights for which a step of the learning rate is below their rounding.
+    """
+    found, rate, warmup = [], args.learning_rate, args.get_warmup_steps(steps)
+    if rounded > ROUNDED:
+        finding = Finding(
+            f"A step of {rate:g} is below the rounding of {rounded:.1%} of the trained weights, which are kept in half "
+            "precision.",
+            "These weights do not change: what is measured is a policy that hardly moves, whatever data or beta.",
+            "Take model.dtype=auto, which keeps trained weights in float32.",
+        )
+        found.append((finding, {"model.dtype": "auto"}))
+    if warmup >= steps and args.lr_scheduler_type not in NO_WARMUP:
+        finding = Finding(
+            f"Warm-up takes {warmup} of {steps} steps: the learning rate never gets above {(steps - 1) / warmup:.0%} "
+            f"of {rate:g}.",
+            "The policy has hardly moved, whatever data or beta.",
+            "Take trl.warmup_steps=0.1, a tenth of the run, or a longer run.",
+        )
+        found.append((finding, {"trl.warmup_steps": "0.1"} if steps > 1 else {}))
+    return found
+
+
 def diagnose(history: Rows, method: Mapping[str, Any]) -> list[Finding]:
     """The findings for a run, most telling first; an empty list when nothing is off.
 

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from dpo_kit.head import Head, Mixed, Predicted, Tokens, completion_targets, predict, read_head, token_logps
+from dpo_kit.head import Head, Mixed, Predicted, Tokens, completion_targets, jittered, predict, read_head, token_logps
 from dpo_kit.metrics import bootstrap_se, rao_blackwell
 from dpo_kit.sampling import Sample, draw_samples, pad_token_id
 from dpo_kit.scoring import (
@@ -27,6 +27,7 @@ from dpo_kit.tokens import encode_prompts
 
 logger = logging.getLogger(__name__)
 ESTIMATORS = ("rb", "k1")
+FLOOR_SAMPLES = 16  # along which the reference is compared with itself to see what rounding does
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,15 @@ class ReferenceSamples:
 
     `logps`: per sample the log-probability of each completion token (nats). `states`: by sample what it predicts at
     each of them, as `Predicted` has it, with `head`, which makes logits of them; or None where they exceed the cache;
-    of several processes each has those of its own batches.
+    of several processes each has those of its own batches. `floor_nats`: the KL per answer that rounding alone makes of
+    it, 0 in fp32.
     """
 
     samples: list[Sample]
     logps: list[Tensor]
     states: dict[int, Tensor] | None
     head: Head | None = None
+    floor_nats: float = 0.0
 
     def predicted(self, indices: list[int], device: Any) -> Predicted:
         """What the reference predicts along some of the samples."""
@@ -72,7 +75,7 @@ class Drift:
         rows: list[dict[str, Any]],
         *,
         max_new_tokens: int,
-        batch_size: int,
+        batch_size: int | None,
         cache_bytes: int,
         tokens_per_batch: int | None = None,
         template_kwargs: dict[str, Any] | None = None,
@@ -141,8 +144,17 @@ class Drift:
             if fits:
                 states.update(zip(indices, predicted.states.cpu().split(lengths), strict=True))
         logps = dict(gather_object(own))
-        kept = (states, head) if fits else (None, None)
-        return ReferenceSamples(samples, [logps[index] for index in range(len(samples))], *kept)
+        floor = 0.0 if self.reference.is_fp32() else self._measure_floor(model, samples[:FLOOR_SAMPLES])
+        in_order = [logps[index] for index in range(len(samples))]
+        return ReferenceSamples(samples, in_order, states if fits else None, head, floor)
+
+    def _measure_floor(self, model: Any, samples: list[Sample]) -> float:
+        """KL per answer between what `model` predicts along samples and what it predicts rounded otherwise, in nats."""
+        sequences, pad_id = [(each.prompt_ids, each.token_ids) for each in samples], pad_token_id(self._tokenizer)
+        predicted = predict(model, sequences, pad_id)
+        with jittered(model):
+            again = predict(model, sequences, pad_id)
+        return float(kl_terms(predicted, again, completion_targets(sequences)[0])["rb"].sum()) / len(samples)
 
     def _bytes(self, model: Any, head: Head | None, samples: list[Sample]) -> int:
         """What keeping the reference's predictions takes: its states, and the copy of a head that will be trained."""
@@ -214,6 +226,7 @@ class Drift:
         if prepared.states is not None and not self.reference.can_load:  # large: only where no model can give it again
             states, head = dict(gather_object(list(prepared.states.items()))), prepared.head and vars(prepared.head)
         values = {"samples": _plain(prepared.samples), "logps": prepared.logps, "states": states, "head": head}
+        values["floor_nats"] = prepared.floor_nats
         self.reference.save("samples", {"fingerprint": self._fingerprint, **values})
 
     def _read_back(self) -> ReferenceSamples | None:
@@ -221,7 +234,8 @@ class Drift:
         if saved is None:
             return None
         head = Head(**saved["head"]) if saved["head"] else None
-        return ReferenceSamples(_with_rows(self.rows, saved["samples"]), saved["logps"], saved["states"], head)
+        samples = _with_rows(self.rows, saved["samples"])
+        return ReferenceSamples(samples, saved["logps"], saved["states"], head, saved["floor_nats"])
 
 
 def _plain(samples: list[Sample]) -> list[dict[str, Any]]:

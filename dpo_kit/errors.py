@@ -50,5 +50,6 @@ class EvaluationError(DpoKitError):
 
 def did_you_mean(word: str, choices: Iterable[str], otherwise: str = "", *, count: int = 1, cutoff: float = 0.6) -> str:
     """“; did you mean NEAR?” with at most `count` of `choices` that look like `word`; `otherwise` where none does."""
-    near = difflib.get_close_matches(word, [*choices], n=count, cutoff=cutoff)
-    return f"; did you mean {' or '.join(near)}?" if near else otherwise
+    by_lower = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=count, cutoff=cutoff)
+    return f"; did you mean {' or '.join(by_lower[name] for name in near)}?" if near else otherwise

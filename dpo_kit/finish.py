@@ -6,15 +6,15 @@ import contextlib
 import dataclasses
 import shutil
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
-from dpo_kit.again import again, longer
 from dpo_kit.card import write_card
 from dpo_kit.checkpoints import SAVING, put_in_place
-from dpo_kit.diagnosis import Rows, beta_unfelt, diagnose
+from dpo_kit.diagnosis import Finding, Rows, beta_unfelt, diagnose
 from dpo_kit.history import read_metrics
 from dpo_kit.nonfinite import refuse_non_finite
 from dpo_kit.page import refresh_page, write_page
@@ -24,6 +24,7 @@ from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.secrets import redact_text
 from dpo_kit.settings import Settings
 from dpo_kit.tracking import Tracker
+from dpo_kit.words import again, longer
 
 MEASURED = ("probe/", "gold/", "custom/")
 SHOWN_PROMPTS = 8  # of samples.jsonl, in the tracker's table
@@ -69,14 +70,18 @@ def finish_run(
     seconds: float,
     ceiling: float | None,
     judge: dict[str, Any] | None = None,
+    known: Sequence[tuple[Finding, dict[str, str]]] = (),
 ) -> Result:
-    """Save the model, draw the report, write the result."""
+    """Save the model, draw the report, write the result; `known` are findings from before the first step, and the keys
+    to change.
+    """
     refuse_non_finite(trainer.model, "after training")
     save_model(trainer, run)
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()  # until the first process has written the result
         return Result.read(run.root)
     history, manifest = read_metrics(run.metrics), read_json(run.manifest)
+    noticed = [] if known else diagnose(history, settings.method.model_dump())  # else what follows from it
     result = Result(
         status="done",
         run_dir=str(run.root),
@@ -85,8 +90,8 @@ def finish_run(
         final=measured(history),
         ceiling=ceiling,
         seconds={"train": round(seconds, 2)},
-        findings=[dataclasses.asdict(finding) for finding in diagnose(history, settings.method.model_dump())],
-        next=next_command(settings, manifest["command"], history),
+        findings=[dataclasses.asdict(finding) for finding in (*(finding for finding, _ in known), *noticed)],
+        next=next_command(settings, manifest["command"], history, {k: v for _, keys in known for k, v in keys.items()}),
         judge=judge,
         published=compare_with_published(manifest, history),
         **identity(settings),
@@ -142,9 +147,15 @@ def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result, page:
         tracker.table("samples", list(samples[0]), rows)
 
 
-def next_command(settings: Settings, command: str | None, history: Rows) -> str:
-    """A sweep that shows whether this beta was a good choice; where beta is not felt yet, twice the training."""
+def next_command(
+    settings: Settings, command: str | None, history: Rows, changed: Mapping[str, str] | None = None
+) -> str:
+    """A sweep that shows whether this beta was a good choice; where beta is not felt yet, twice the training; with the
+    `changed` keys where these kept the run from moving.
+    """
     method = settings.method
+    if changed:
+        return again(command, method.name, **changed)
     if beta_unfelt(history, method.model_dump()):
         return again(command, method.name, **longer(settings.trl))
     return again(command, method.name, "-m", beta=",".join(f"{value:g}" for value in method.beta.grid))

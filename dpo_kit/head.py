@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dpo_kit.sampling import pad_batch
+from dpo_kit.sampling import pad_batch, without_autocast
 
 Tokens = tuple[list[int], list[int]]
 """Ids of a prompt and of its completion."""
@@ -119,8 +120,9 @@ def _is_plain(model: Any, head: Head) -> bool:
     """Whether `head` gives the logits of `model`, tried on four tokens."""
     probe: Tokens = ([0], [1, 2, 3, 0])
     try:
-        expected = _run(model, [probe], 0, keep_all=True)[1].float()
-        logits = head.logits(_run(model, [probe], 0, keep_all=False)[0])
+        with without_autocast(model):
+            expected = _run(model, [probe], 0, keep_all=True)[1].float()
+            logits = head.logits(_run(model, [probe], 0, keep_all=False)[0])
     except Exception:  # whatever weights raise that are shared out or packed
         return False
     return bool((logits - expected).abs().max() <= AGREES.get(model.dtype, 2e-2) * expected.abs().max())
@@ -156,6 +158,24 @@ def _run(model: Any, batch: Sequence[Tokens], pad_id: int, *, keep_all: bool) ->
     finally:
         handle.remove()
     return states[0], logits
+
+
+@contextmanager
+def jittered(model: Any) -> Iterator[None]:
+    """Inside, the embedding of each token is off by half of its last bit, up or down at random: all that is rounded
+    after it falls otherwise too, as it does when a step has moved the weights.
+    """
+
+    def move(_: Any, args: Any, states: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, states.shape, generator=draw).to(states) * 2 - 1
+        return states * (1 + torch.finfo(model.dtype).eps / 2 * signs)
+
+    draw = torch.Generator().manual_seed(0)
+    handle = model.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def completion_targets(batch: Sequence[Tokens]) -> tuple[Tensor, list[int]]:

@@ -10,9 +10,12 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from dpo_kit.data.prepare import Rows, prepare
-from dpo_kit.data.rows import Kind
+from dpo_kit.data.rows import Kind, digest
+from dpo_kit.errors import DataError
 from dpo_kit.gold import GoldFigures, load_gold
 from dpo_kit.hardware import has_accelerator
+from dpo_kit.identity import recall_config
+from dpo_kit.manifest import contents
 from dpo_kit.model import load_reference, load_tokenizer, load_tuned
 from dpo_kit.page import refresh_page
 from dpo_kit.probe import PairProbe
@@ -47,10 +50,12 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
     if run.test.exists():
         return read_json(run.test)
     quiet_libraries()
-    config = read_json(run.manifest)["config"]
+    manifest = read_json(run.manifest)
+    config = recall_config(manifest)
     model, method = Model(**config["model"]), Method(**config["method"])
     tokenizer = load_tokenizer(model)
     kind, rows = read_held_out(config, method, tokenizer, "test")
+    refuse_other_rows(manifest, "test", rows)
     tuned = Tuned(place(load_tuned(model, run.model)), tokenizer, SimpleNamespace(**config["trl"]))
     beta = config["beta"] if method.implicit_reward else None
     values: dict[str, float] = {}
@@ -64,10 +69,24 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
     return values
 
 
+def refuse_other_rows(manifest: dict[str, Any], split: str, rows: Rows) -> None:
+    """DataError where the sources now give other rows than the run was made of: trained ones may be among them."""
+    then = (manifest.get("data") or {}).get(split)
+    if then and digest(contents(rows)) != then["sha256"]:
+        raise DataError(
+            f"data.train={manifest['config']['data']['train']} gives other {split} rows now than the run was made of "
+            f"({len(rows)}, then {then['rows']}), and rows that it was trained on may be among them: bring its files "
+            "back to what they were, or measure its policy on rows of your own, policy=<run>/model reference=… "
+            "data=jsonl data.eval=FILE"
+        )
+
+
 def read_held_out(
-    config: dict[str, Any], method: Method, tokenizer: Any, split: Literal["select", "test"]
+    config: dict[str, Any], method: Method, tokenizer: Any, split: Literal["select", "test", "all"]
 ) -> tuple[Kind, Rows]:
-    """The kind and the rows of a held-out split, read and cut as those of a run of `config` are."""
+    """The kind and the rows of a held-out split, read and cut as those of a run of `config` are; where its only
+    rows are held-out ones (`data.train` is `data.eval`), nothing need be left to train on.
+    """
     trl = config["trl"]
     data = prepare(
         Data(**config["data"]),
@@ -76,8 +95,9 @@ def read_held_out(
         max_length=trl["max_length"],
         truncation=trl.get("truncation_mode", "keep_start"),
         seed=config["seed"],
+        trains=config["data"]["train"] != config["data"]["eval"],
     )
-    return data.kind, getattr(data, split)
+    return data.kind, [*data.select, *data.test] if split == "all" else getattr(data, split)
 
 
 def score_rows(tuned: Tuned, rows: Rows, reference: Any, beta: float | None) -> tuple[Scores, Rows]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.data.rows import digest
-from dpo_kit.errors import ConfigError
+from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.judges import COST_ONLY
 from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.secrets import redact
@@ -29,18 +30,42 @@ def comparable(settings: Settings) -> dict[str, Any]:
     return redact(settings.model_dump(mode="json", exclude=left_out))
 
 
+def recall_config(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The config of the run that wrote `manifest`; a relative path is one from the folder that the run was started in,
+    where it is there. ModelError where the model that training started from is gone.
+    """
+    config, started_in = copy.deepcopy(manifest["config"]), Path(manifest.get("folder") or ".")
+
+    def found(path: Any) -> Any:
+        there = started_in / Path(path).expanduser() if isinstance(path, str) else None
+        return str(there) if there is not None and there.exists() else path
+
+    for group, key in (("model", "path"), ("model", "reference"), ("data", "train"), ("data", "eval")):
+        named = (config.get(group) or {}).get(key)
+        if isinstance(named, list):
+            config[group][key] = [source | {"path": found(source["path"])} for source in named]
+        elif named is not None:
+            config[group][key] = found(named)
+    path = (config.get("model") or {}).get("path", "")
+    if (manifest.get("model") or {}).get("sha256") and not Path(path).expanduser().exists():
+        raise ModelError(
+            f"model.path={path} is not there any more (the run was started in {started_in}): bring it back"
+        )
+    return config
+
+
 def recall_settings(manifest: dict[str, Any]) -> Settings:
     """The settings of the run that wrote `manifest`; what does not belong to a run's identity is as if unset."""
     silent: dict[str, Any] = {"reporter": "none", "project": "", "entity": None, "group": None, "tags": [], "name": ""}
-    return Settings(**manifest["config"], resume="never", tracking=Tracking(**silent), choose=Choose())
+    return Settings(**recall_config(manifest), resume="never", tracking=Tracking(**silent), choose=Choose())
 
 
-def refuse_other_run(run: RunDirectory, settings: Settings) -> None:
+def refuse_other_run(run: RunDirectory, settings: Settings, key: str = "hydra.run.dir") -> None:
     """ConfigError where the directory already holds a run of another config; names the keys that differ."""
     if not run.manifest.exists():
         return
     if differing := describe_difference(read_json(run.manifest)["config"], comparable(settings)):
-        raise ConfigError(f"{run.root} holds a run of another config ({differing}): choose another hydra.run.dir")
+        raise ConfigError(f"{run.root} holds a run of another config ({differing}): choose another {key}")
 
 
 NUMERIC = ("python", "torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes")

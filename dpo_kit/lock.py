@@ -47,6 +47,12 @@ def only_writer(directory: Path) -> Iterator[None]:
             _say(file, None)
 
 
+def refuse_held(directory: Path) -> None:
+    """ConfigError where another process writes `directory`; nothing is locked or written."""
+    if (holder := read_holder(directory)) and holder["host"] == socket.gethostname() and is_alive(holder):
+        raise ConfigError(_in_use(directory))
+
+
 def wait_for_writer(directory: Path, seconds: float) -> None:
     """Let a writer of `directory` that is about to end do so, as a job whose sweep was killed; at most `seconds`."""
     until, said = time.monotonic() + seconds, False

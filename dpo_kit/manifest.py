@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from dpo_kit.arguments import effective_batch
@@ -39,6 +40,7 @@ def build_manifest(settings: Settings, data: Prepared, command: str | None, toke
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command,
+        "folder": str(Path.cwd()),  # what relative paths of the config start from
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "git": git_state(),
         "machine": {

@@ -36,6 +36,25 @@ from dpo_kit.tracking import Tracker
 log = logging.getLogger(__name__)
 
 
+class ProbeAlone:
+    """Mixin before a TRL trainer: an evaluation during training is what its callbacks measure, in one pass over the
+    held-out rows where TRL's own loop would make a second one."""
+
+    def evaluate(self, eval_dataset: Any = None, **given: Any) -> dict[str, float]:
+        """What the callbacks add to an evaluation's metrics; TRL's evaluation where it is asked for other rows."""
+        trainer: Any = self
+        if eval_dataset is not None:
+            return super().evaluate(eval_dataset, **given)  # type: ignore[misc]
+        metrics: dict[str, float] = {}
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+
+def with_probe_alone(trainer: type) -> type:
+    """The class `trainer` without TRL's own evaluation during training."""
+    return type(trainer.__name__, (ProbeAlone, trainer), {})
+
+
 def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDirectory, tracker: Tracker) -> None:
     """Give `trainer` everything that measures and records; nothing of it changes training."""
     wanted = settings.callbacks

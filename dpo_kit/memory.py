@@ -34,6 +34,7 @@ from dpo_kit.model import check_targets, read_lora, refuse_uncopied
 from dpo_kit.origin import base_of, read_adapter
 from dpo_kit.prefix import NAME as SHARING
 from dpo_kit.prefix import WORTH, Layout, attend_row_by_row, in_autocast_dtype
+from dpo_kit.sampling import DRAWN_AT_ONCE
 from dpo_kit.scoring import TOKENS_PER_BATCH
 from dpo_kit.settings import Callbacks, Model, Settings
 from dpo_kit.speed import HEAD_TOKENS
@@ -50,7 +51,6 @@ OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0.0, "lion": 4.0, "8bit": 2.0, "page
 HEAD_VOCABULARY, HEAD_COPIES = 32768, 3  # of the tiles of TRL's fused LM head
 TILES = 8  # of fp32 logits that a KL over the vocabulary holds at once: both models', their logarithms, their terms
 LOGITS_COPIES = 3.5  # logits, their log-softmax for two losses, and their gradient, where logits are built whole
-DRAWN_AT_ONCE = 64
 ROOM = 0.8  # of the free memory: estimates are up to a fifth too low
 
 
@@ -148,7 +148,8 @@ def read_config(model: Model) -> Any:
     """The model's config alone. ModelError where there is none."""
     base = base_of(model)
     try:
-        return AutoConfig.from_pretrained(base.path, revision=base.revision or "main")
+        trusted = {"trust_remote_code": base.trust_remote_code, "code_revision": base.revision}
+        return AutoConfig.from_pretrained(base.path, revision=base.revision or "main", **trusted)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.path={base.path} cannot be planned with: {str(error).splitlines()[0]} Name a "

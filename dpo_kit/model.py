@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,9 @@ def _as_set(value: Any) -> Any:
 def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
     """The weights at `path` (default: model.path) in the dtype, attention and quantisation that `model` asks for."""
     path = path or model.path
+    if (folder := Path(path).expanduser()).is_dir() and path == model.path:
+        path = str(folder.resolve())  # an adapter's folder will name it, to be found from any other
+        model = model.model_copy(update={"path": path})
     options: dict[str, Any] = {"dtype": weight_dtype(model.dtype, model.tuning), "use_safetensors": True}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
@@ -253,6 +257,19 @@ def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
         _keep_4bit_weights_as_they_are(weights)
     weights.config.use_cache = False  # scoring and training never read it; sampling turns it on for itself
     return weights
+
+
+def rounded_share(model: Any, rate: float) -> float:
+    """The share of the trained weights that a step of `rate` would not change, as it is below half of their spacing."""
+    unchanged = trained = 0
+    rate = rate or 1.0  # a rate of 0 is meant
+    for weight in (each for each in model.parameters() if each.requires_grad):
+        trained += weight.numel()
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            exponent = torch.frexp(weight.detach().float()).exponent  # spacing: 2 ** (exponent - 1) * eps
+            coarse = exponent - 2 > math.log2(rate / torch.finfo(weight.dtype).eps)
+            unchanged += int((coarse & (weight != 0)).sum())
+    return unchanged / trained if trained else 0.0
 
 
 def _keep_4bit_weights_as_they_are(weights: PreTrainedModel) -> None:
@@ -323,19 +340,27 @@ def _refuse_other_vocabulary(model: Model, tokenizer: Any) -> None:
     rows, rows_there = (
         _load(AutoConfig, path, base).get_text_config().vocab_size for path in (base.path, str(model.reference))
     )
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    names = (("eos_token_id", tokenizer.eos_token_id, other.eos_token_id), ("rows of the embedding", rows, rows_there))
-    moved = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
-    differing = [f"{name}: {here} and {there}" for name, here, there in names if here != there]
-    differing += [f"token {moved[0]!r}: {mine.get(moved[0])} and {theirs.get(moved[0])}"] if moved else []
-    ids = [[each(text, add_special_tokens=False)["input_ids"] for text in SAMPLE] for each in (tokenizer, other)]
-    differing += [f"{text!r} is encoded differently" for text, a, b in zip(SAMPLE, *ids, strict=True) if a != b][:1]
+    differing = [f"rows of the embedding: {rows} and {rows_there}"] if rows != rows_there else []
+    differing += token_differences(tokenizer, other)
     if differing:
         raise ModelError(
             f"model.reference={model.reference} has another vocabulary than model.path={model.path} "
             f"({'; '.join(differing)}): its log-probabilities would be those of other texts. Take a reference of the "
             "same tokenizer, or resize and save both models alike"
         )
+
+
+def token_differences(tokenizer: Any, other: Any) -> list[str]:
+    """Where two tokenizers give the same text other ids, or read the same ids as other text; empty where nowhere."""
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    moved = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+    ends = (tokenizer.eos_token_id, other.eos_token_id)
+    differing = [f"eos_token_id: {ends[0]} and {ends[1]}"] if ends[0] != ends[1] else []
+    differing += [f"token {moved[0]!r}: {mine.get(moved[0])} and {theirs.get(moved[0])}"] if moved else []
+    ids = [[each(text, add_special_tokens=False)["input_ids"] for text in SAMPLE] for each in (tokenizer, other)]
+    return (
+        differing + [f"{text!r} is encoded differently" for text, a, b in zip(SAMPLE, *ids, strict=True) if a != b][:1]
+    )
 
 
 def _refuse_second_copy(model: Model) -> None:

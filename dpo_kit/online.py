@@ -162,9 +162,7 @@ def _shared() -> str:
 
 
 class FreshAnswers(Base):
-    """Mixin before TRL's OnlineDPOTrainer: gradients that do not grow with accumulation, and evaluations."""
-
-    control: Any
+    """Mixin before TRL's OnlineDPOTrainer: gradients that do not grow with accumulation."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's step does not divide its loss by the number of accumulated batches, as transformers' own does: so that
@@ -172,14 +170,7 @@ class FreshAnswers(Base):
         self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """What the callbacks measure on held-out rows, and no loss: TRL's trainer has none for given answers, and fails
-        in transformers' own evaluation."""
-        metrics: dict[str, float] = {}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
 
 def with_fresh_answers(trainer: type) -> type:
-    """The class `trainer`, TRL's for online preferences, so that it accumulates and evaluates as others do."""
+    """The class `trainer`, TRL's for online preferences, so that it accumulates as others do."""
     return type(trainer.__name__, (FreshAnswers, trainer), {})

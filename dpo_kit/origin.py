@@ -104,8 +104,17 @@ def base_of(model: Model) -> Model:
     """`model` itself, or with the base in the place of an adapter that training goes on from."""
     if (adapter := read_adapter(model)) is None:
         return model
-    base = {"path": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}
+    base = {"path": find_base(Path(model.path).expanduser(), adapter), "revision": adapter.get("revision")}
     return model.model_copy(update=base | {"trust_remote_code": False})  # whose commit was named is the adapter's
+
+
+def find_base(folder: Path, adapter: dict[str, Any]) -> str:
+    """Where the base of `adapter` lies: a relative folder may be one of where the run that left it was started."""
+    base, manifest = str(adapter["base_model_name_or_path"]), RunDirectory(folder.parent).manifest
+    if manifest.exists() and not Path(base).expanduser().exists():
+        there = Path(read_json(manifest).get("folder") or ".") / base
+        return str(there) if there.exists() else base
+    return base
 
 
 def has_tokenizer(path: str, revision: str | None) -> bool:

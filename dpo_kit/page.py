@@ -173,7 +173,8 @@ def _data(facts: Facts) -> Iterator[str]:
     dropped = facts.data.get("dropped_by_reason") or {}
     reasons = ", ".join(f"{inline(reason)} {count:,}" for reason, count in dropped.items())
     if "rows_read" in facts.data:
-        yield f"Read: {facts.data['rows_read']:,} rows. Dropped: {reasons or 'none'}."
+        forms = "".join(f", {code(path)} as {inline(form)}" for path, form in facts.data.get("forms", {}).items())
+        yield f"Read: {facts.data['rows_read']:,} rows{forms}. Dropped: {reasons or 'none'}."
     if warnings := facts.data.get("warnings"):
         lines = (f"- **{inline(w['what'])}**: {inline(w['why'])}; {inline(w['do'])}" for w in warnings)
         yield "\n".join(lines)

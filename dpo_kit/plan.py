@@ -301,6 +301,7 @@ def dry_run(settings: Settings) -> None:
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
     data = read_data(settings, tokenizer)
+    sys.stdout.write("".join(f"{path} is read as {form}\n" for path, form in data.report["forms"].items()))
     sys.stdout.write(show_row(data.train[0], tokenizer, settings.trl) + "\n\n")
     show(plan_on(settings, data), settings, {})
     sys.stdout.write("nothing was trained or written: dry_run=true\n")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from dpo_kit.errors import DataError
-from dpo_kit.head import Tokens
+from dpo_kit.head import Tokens, jittered
 from dpo_kit.sampling import measuring, pad_token_id
 from dpo_kit.scores import Scores
 from dpo_kit.scoring import Reference, batch_size_in_tokens, fingerprint, score
@@ -22,6 +22,7 @@ from dpo_kit.tokens import encode_rows, truncate_both
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+FLOOR_ROWS = 32  # answers that are scored a second time to see what rounding does
 
 
 class PairProbe:
@@ -59,6 +60,7 @@ class PairProbe:
         self._scored: tuple[Any, int, bool] | None = None
         self._written_step: int | None = None
         self.reference_offset_nats = 0.0
+        self.floor_nats = 0.0  # what rounding alone does to an answer's log-probability, root mean square
 
     def scores(self, *, kept: bool = False) -> Scores:
         """Scores at the trainer's present step, computed once per step.
@@ -99,17 +101,20 @@ class PairProbe:
         )
 
     def _score(self, model: Any) -> Tensor:
-        tokenizer: Any = self.trainer.processing_class
         self.tokens_per_batch = self.tokens_per_batch or batch_size_in_tokens(
             model
         )  # once: both models in equal batches
         return score(
             model,
             self._sequences,
-            pad_id=pad_token_id(tokenizer),
+            pad_id=self._pad_id,
             tokens_per_batch=self.tokens_per_batch,
             accelerator=self.trainer.accelerator,
         )
+
+    @property
+    def _pad_id(self) -> int:
+        return pad_token_id(self.trainer.processing_class)  # type: ignore[arg-type]
 
     def _find_reference_logps(self, policy_logps: Tensor) -> Tensor:
         logps = policy_logps
@@ -117,12 +122,23 @@ class PairProbe:
             with self.reference.active() as model:
                 logps = self._score(model)
         self.reference_offset_nats = self.reference.check_start(policy_logps - logps, self._tokens)
-        self.reference.save("pairs", {"fingerprint": fingerprint(self._sequences), "logps": logps})
+        if not self.reference.is_fp32():
+            self.floor_nats = self._measure_floor(logps)
+        kept = {"logps": logps, "tokens_per_batch": self.tokens_per_batch, "floor_nats": self.floor_nats}
+        self.reference.save("pairs", {"fingerprint": fingerprint(self._sequences), **kept})
         return logps
+
+    def _measure_floor(self, logps: Tensor) -> float:
+        """The reference again on some of the rows, rounded otherwise: nats an answer."""
+        some = list(range(0, len(self._sequences), max(1, len(self._sequences) // FLOOR_ROWS)))
+        with self.reference.active() as model, jittered(model):
+            again = score(model, [self._sequences[index] for index in some], pad_id=self._pad_id)
+        return float((again - logps[some]).square().mean().sqrt())
 
     def _restore(self) -> Tensor:
         saved = self.reference.load("pairs", fingerprint(self._sequences))
         if saved is not None:
+            self.tokens_per_batch, self.floor_nats = saved["tokens_per_batch"], saved["floor_nats"]
             return saved["logps"]
         with self.reference.required(self.trainer.state.global_step) as model:
             return self._score(model)

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+SILENCE = 2.0  # seconds after which a phase says that it is at work
 
 
 def quiet_imports() -> None:
@@ -27,3 +34,18 @@ def quiet_libraries() -> None:
         transformers.utils.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
     logging.captureWarnings(True)
+
+
+@contextmanager
+def phase(what: str) -> Iterator[None]:
+    """What is done inside the block, said while it is at work and with its seconds at the end, if it takes any."""
+    started = time.monotonic()
+    timer = threading.Timer(SILENCE, log.info, (f"{what} …",))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if (seconds := time.monotonic() - started) > SILENCE:
+        log.info("%s: %.0f s", what, seconds)

@@ -1,5 +1,6 @@
 """Where a trainer's numbers go: metrics.jsonl (always), the tracker (when it can), a progress bar (on a terminal)."""
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dpo_kit.history import append_row, keep_rows_until, plain, read_metrics
 from dpo_kit.tracking import Tracker
+
+log = logging.getLogger(__name__)
+BETWEEN = 10.0  # seconds between two lines where there is no terminal
 
 __all__ = ["Progress", "Recorder", "read_metrics", "show_progress"]
 
@@ -57,7 +61,7 @@ class Recorder(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """A bar with the figures that matter behind it; nothing at all where the output is no terminal."""
+    """A bar with the figures that matter behind it; where the output is no terminal a line with them now and then."""
 
     SHOWN: ClassVar = {  # the loss of training, all else on held-out rows and in nats
         "loss": "loss",
@@ -72,10 +76,13 @@ class Progress(ProgressCallback):
     def __init__(self) -> None:
         super().__init__()
         self.figures: dict[str, str] = {}
+        self.began = (0, 0.0)  # step and time
+        self.said = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.began, self.said = (state.global_step, time.monotonic()), time.monotonic()
         if sys.stderr.isatty():
             super().on_train_begin(args, state, control, **kwargs)
 
@@ -107,6 +114,18 @@ class Progress(ProgressCallback):
                 self.figures[name] = f"{value:.3g}"
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.figures)
+        elif "loss" in (logs or {}) and state.is_world_process_zero and time.monotonic() - self.said > BETWEEN:
+            self._say(state)
+
+    def _say(self, state: TrainerState) -> None:
+        self.said = time.monotonic()
+        step, began = self.began
+        per_step = (self.said - began) / max(1, state.global_step - step)
+        left = per_step * (state.max_steps - state.global_step)
+        figures = ", ".join(f"{name} {value}" for name, value in self.figures.items())
+        minutes, seconds = divmod(round(left), 60)
+        where = (state.global_step, state.max_steps, figures, per_step, minutes, seconds)
+        log.info("step %d of %d: %s; %.2g s a step with measuring, %d:%02d left", *where)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -14,6 +14,7 @@ import re
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,13 @@ class StoredReference:
     """Mixin before a TRL trainer with `precompute_ref_log_probs`: its pass goes through the store under `root`."""
 
     root: Path
+    evaluates: bool = True  # whether TRL's own evaluation will read the columns of held-out rows
     folder: Path | None = None  # of this reference, once its key is known
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """`dataset` with the reference's columns; overrides the trainer's method of the same name."""
+        if name != "train" and not self.evaluates:
+            return dataset
 
         def through_store(sequences: Sequence[Tokens]) -> Tensor:
             logps, self.folder = reference_logps(self, sequences, self.root, name)
@@ -121,9 +125,11 @@ def column_logps(trainer: Any, dataset: Dataset, scorer: Callable[[Sequence[Toke
     return {COLUMNS[column]: values for column, values in zip(answers, parts, strict=True)}
 
 
-def with_store(trainer: type, root: Path) -> type:
-    """The class `trainer` with its reference pass through the store under `root`."""
-    return type(trainer.__name__, (StoredReference, trainer), {"root": root})
+def with_store(trainer: type, root: Path, *, evaluates: bool = True) -> type:
+    """The class `trainer` with its reference pass through the store under `root`, without one over held-out rows where
+    the trainer never `evaluates` them.
+    """
+    return type(trainer.__name__, (StoredReference, trainer), {"root": root, "evaluates": evaluates})
 
 
 def reference_logps(trainer: Any, sequences: Sequence[Tokens], root: Path, name: str) -> tuple[list[float], Path]:
@@ -231,10 +237,10 @@ def reference_key(trainer: Any, model: Any) -> str:
     of one model share a key.
     """
     total = hashlib.sha256()
-    for name, tensor in sorted(_base_weights(model)):
-        flat = tensor.detach().contiguous().cpu().reshape(-1)
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(flat.view(torch.uint8).numpy().data)
+    weights = sorted(_base_weights(model))
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter: as many at once as there are cores
+        for (name, tensor), digest in zip(weights, pool.map(_digest, (each for _, each in weights)), strict=True):
+            total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {digest}".encode())
     config = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE}
     for name, module in model.named_modules():  # of an adapter that training goes on from
         if isinstance(module, LoraLayer) and "ref" in module.scaling:
@@ -242,6 +248,11 @@ def reference_key(trainer: Any, model: Any) -> str:
     total.update(json.dumps(config, sort_keys=True, default=str).encode())
     total.update(f"{trainer.accelerator.mixed_precision}".encode())
     return total.hexdigest()[:32]
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "architectures")

@@ -206,6 +206,8 @@ TABLE = (
     ("probe/kl_forward_k1_nats", "KL forward (k1), nats per answer", ".2f"),
     ("probe/kl_reverse_rb_nats", "KL reverse, nats per answer", ".2f"),
     ("probe/kl_reverse_k1_nats", "KL reverse (k1), nats per answer", ".2f"),
+    ("probe/floor_nats", "rounding alone moves an answer by, nats", ".3f"),
+    ("probe/kl_floor_nats", "KL of rounding alone, nats per answer", ".2g"),
     ("gold/reward", "gold reward of fresh samples", ".2f"),
     ("gold/capability", "capability, share right", ".3f"),
 )

@@ -26,9 +26,11 @@ from dpo_kit.carried import carry, pick_up, random_states, set_random_states
 from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.interrupt import Interrupted, StopRequest, catch_signals
 from dpo_kit.nonfinite import all_finite, describe_step, refuse_non_finite
+from dpo_kit.run import read_json
 
 log = logging.getLogger(__name__)
 Base: Any = object  # in use, a trainer follows in the method resolution order
+SAVING_SHARE = 0.05  # of the time, which saving may take where its cadence was left open
 OPTIMIZER_VALUES = 2  # Adam keeps two values beside each trained weight
 
 
@@ -52,6 +54,9 @@ class Safekeeping(Base):
     pair_ids: Sequence[str] = ()
     seconds_before = 0.0
     checkpoint_bytes = 0
+    spare_saves = False
+    _save_seconds = 0.0
+    _saved_at = 0.0
     _saved_step: int | None = None
     _boundary: int | None = None
     _at_epoch_end = False
@@ -71,12 +76,18 @@ class Safekeeping(Base):
         self._since = time.time()
 
     def keep(
-        self, *, origin: Mapping[str, Any], record: Callable[[], Mapping[str, Path]], pair_ids: Sequence[str]
+        self,
+        *,
+        origin: Mapping[str, Any],
+        record: Callable[[], Mapping[str, Path]],
+        pair_ids: Sequence[str],
+        spare_saves: bool = False,
     ) -> None:
         """`origin`: what a run must share to go on from a checkpoint. `record`: the files that grow with the run, by
-        name. `pair_ids`: the names of the training rows.
+        name. `pair_ids`: the names of the training rows. `spare_saves`: checkpoints that are due are left out while
+        saving would take more than a twentieth of the time.
         """
-        self.origin, self.record, self.pair_ids = origin, record, pair_ids
+        self.origin, self.record, self.pair_ids, self.spare_saves = origin, record, pair_ids, spare_saves
 
     # --- the run as a whole ---------------------------------------------------------------------------------------
 
@@ -148,12 +159,20 @@ class Safekeeping(Base):
         self._at_epoch_end = step == self._boundary  # called a second time at a step, for the epoch that it ends
         self._boundary = step
         self._logged = {"grad_norm": grad_norm, "learning_rate": kwargs.get("learning_rate")}
+        if self.control.should_save and self._is_dear_to_save():
+            self.control.should_save = False
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if not self._epoch_end_follows and self._is_asked_to_stop():
             if self._saved_step != step:
                 self._save_checkpoint(model, trial)
             raise Interrupted
         self.stop.step = step + 1
+
+    def _is_dear_to_save(self) -> bool:
+        """Whether the last checkpoint took seconds, and too few have passed since for another one."""
+        best, last = self.args.load_best_model_at_end, self.state.global_step >= self.state.max_steps
+        soon = time.time() - self._saved_at < self._save_seconds / SAVING_SHARE
+        return self.spare_saves and not best and not last and self._any_process(self._save_seconds > 1 and soon)
 
     @property
     def _epoch_end_follows(self) -> bool:
@@ -176,17 +195,19 @@ class Safekeeping(Base):
         return self.stop.leaving_allowed() if self.args.world_size == 1 else contextlib.nullcontext()
 
     def _is_asked_to_stop(self) -> bool:
-        asked = self.stop.signal is not None
-        if self.args.world_size == 1:
-            return asked
         # Each process has its own moment of the signal: all leave at the step at which the first one has seen it
-        flag = torch.tensor(int(asked), device=self.args.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
+        return self._any_process(self.stop.signal is not None)
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.args.world_size == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), "sum").item())
 
     # --- saving ---------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Stock saving into a folder aside; a thread makes it count while training goes on."""
+        started = time.time()
         self._finish_saving()
         moment = self._moment or self._now()
         step, root = self.state.global_step, Path(self._get_output_dir(trial))
@@ -205,7 +226,8 @@ class Safekeeping(Base):
             self._move_best(aside, root, written)
             self._save_own(written, moment)
         self.accelerator.wait_for_everyone()
-        self._saved_step = step
+        self._saved_step, self._saved_at = step, time.time()
+        self._save_seconds = self._saved_at - started
         if self.args.should_save:
             self._complete(written, final)
         if self.args.push_to_hub:
@@ -247,6 +269,22 @@ class Safekeeping(Base):
             self.state.best_model_checkpoint = str(root / Path(best).name)
             if self.args.should_save:
                 self.state.save_to_json(str(written / "trainer_state.json"))
+
+    def _find_best(self) -> None:
+        """The best checkpoint so far where this run's checkpoints lie now: in a run directory that was moved
+        transformers forgets it (huggingface/transformers#48315). TrainingError where it is gone, and the run is to end
+        with it.
+        """
+        best = read_json(Path(self._checkpoint) / "trainer_state.json")["best_model_checkpoint"]
+        if best is None:
+            return
+        here = Path(self._get_output_dir(None)) / Path(best).name
+        if self.args.load_best_model_at_end and not here.is_dir():
+            raise TrainingError(
+                f"the best checkpoint so far, {here}, is gone, and trl.load_best_model_at_end=true ends with it: bring "
+                "it back, or start anew with resume=never"
+            )
+        self.state.best_model_checkpoint = str(here)
 
     @property
     def _state_file(self) -> str:
@@ -357,6 +395,7 @@ class Safekeeping(Base):
         if resumed is None:
             return
         due = resumed["due"]
+        self._find_best()
         self._load_rng_state(self._checkpoint)
         pick_up(self, resumed["carried"])
         self._boundary = None if due["epoch_end"] else self.state.global_step

@@ -15,6 +15,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 
 from dpo_kit.tokens import encode_prompts
 
+DRAWN_AT_ONCE = 64  # answers, on a CPU
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -46,7 +48,7 @@ def measuring(trainer: Trainer, *models: Any, seed: int = 0, as_trained: bool = 
         for model in (trainer.model, *models):
             stack.enter_context(_evaluation_mode(model))
             if not as_trained:
-                stack.enter_context(_without_autocast(model))
+                stack.enter_context(without_autocast(model))
         if as_trained:
             stack.enter_context(trainer.accelerator.autocast())
         torch.manual_seed(seed)
@@ -59,13 +61,13 @@ def draw_samples(
     rows: Sequence[dict[str, Any]],
     *,
     max_new_tokens: int,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     template_kwargs: dict[str, Any] | None = None,
     processor: Callable[[Tensor], LogitsProcessor] | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[Sample]:
     """One completion per row (`prompt`: text or messages), drawn from the model itself; in the order of the
-    rows.
+    rows. `batch_size` rows at a time, by default `rows_at_once`; another number draws other samples.
 
     Temperature 1, no top-k, top-p, penalty, ban or forced token, whatever `model.generation_config` holds.
     EOS is the tokenizer's and the model config's. `processor` makes, from the attention mask of a batch's prompts, what
@@ -78,12 +80,29 @@ def draw_samples(
     config = _plain_generation_config(model, tokenizer, max_new_tokens)
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     drawn: dict[int, list[int]] = {}
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    batch_size = batch_size or rows_at_once(model, longest)
     with _generation_config(model, config):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             ids = _generate(model, [prompts[i] for i in batch], config, processor, accelerator)
             drawn.update(zip(batch, ids, strict=True))
     return [_sample(tokenizer, rows[i], prompts[i], drawn[i], config) for i in range(len(rows))]
+
+
+def rows_at_once(model: Any, length: int) -> int:
+    """Rows of `length` tokens that are drawn at a time: on a GPU as many as an eighth of its memory holds with their
+    keys, values and logits, so that equal cards draw equal samples; fewer where less is free.
+    """
+    if model.device.type != "cuda":
+        return DRAWN_AT_ONCE
+    text = model.config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    row = 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length + 12 * text.vocab_size
+    free, total = torch.cuda.mem_get_info(model.device)
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return max(1, min(total // 8, (free + unused) // 2) // row)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -209,14 +228,16 @@ def _evaluation_mode(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _without_autocast(model: Any) -> Iterator[None]:
+def without_autocast(model: Any) -> Iterator[None]:
+    """Inside, `model` computes in the precision of its weights."""
     # A model that accelerate has prepared computes under autocast whatever surrounds the call: its `forward` was
     # replaced (Accelerator.prepare_model), and the one before is kept beside
     prepared = vars(model).get("forward")
     if (original := vars(model).get("_original_forward")) is not None:
         model.forward = original
     try:
-        yield
+        with torch.autocast(model.device.type, enabled=False):
+            yield
     finally:
         if original is not None:
             model.forward = prepared

@@ -17,7 +17,10 @@ REWARDS = ("reward_margin", "log_loss", "brier")
 SIDES = ("logratio_chosen_nats", "logratio_rejected_nats", "displacement")
 SIDE_REWARDS = ("reward_chosen", "reward_rejected")
 DRIFT = ("kl_forward_k1_nats",)
+SCALE = 1_000_000  # of shares of the run, as transformers compares them
 LOWER_IS_BETTER = ("log_loss", "brier", *DRIFT)
+OURS = ("probe/", "gold/", "custom/")
+SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 OF_ONE_CLASS = ("rewards/", "logps/", "logits/")  # TRL's, missing where a batch of unary rows has one class only
 
 
@@ -29,7 +32,9 @@ def selection_faults(settings: Settings) -> Iterator[str]:
         yield f"callbacks.patience={patience} needs a measure to wait for: add trl.metric_for_best_model=probe/accuracy"
     if patience is not None and trl["eval_strategy"] == "no":
         yield f"callbacks.patience={patience} counts evaluations, and trl.eval_strategy=no has none"
-    if metric.startswith(("probe/", "gold/", "custom/")):
+    if metric and settings.callbacks.eval_loss is False and not metric.startswith(OURS):
+        yield f"trl.metric_for_best_model={metric} is measured by TRL's evaluation: leave callbacks.eval_loss=false out"
+    if metric.startswith(OURS):
         yield from _probe_faults(metric, settings)
     elif settings.method.rows == "prompts" and (metric or trl["load_best_model_at_end"]):
         yield (
@@ -42,6 +47,21 @@ def selection_faults(settings: Settings) -> Iterator[str]:
             "has one class only: take probe/accuracy, or probe/auc where the held-out rows are unary"
         )
     yield from _cadence_faults(settings)
+
+
+def needs_trl_evaluation(settings: Settings) -> bool:
+    """Whether TRL's own evaluation runs beside the probe's: for a measure that it alone has, or where nothing else is
+    measured. Its trainer that draws answers has no loss for given ones, and fails in it.
+    """
+    wanted, trl = settings.callbacks, settings.trl
+    if settings.method.rows == "prompts":
+        return False
+    if wanted.eval_loss != "auto":
+        return wanted.eval_loss
+    chooses = trl["load_best_model_at_end"] or trl["lr_scheduler_type"] in SCHEDULES_BY_METRIC
+    metric = str(trl["metric_for_best_model"] or ("loss" if chooses else "")).removeprefix("eval_")
+    probes = wanted.preference_margin or wanted.implicit_reward or wanted.metrics or wanted.kl_drift
+    return (bool(metric) and not metric.startswith(OURS)) or not probes
 
 
 def _probe_faults(metric: str, settings: Settings) -> Iterator[str]:
@@ -103,7 +123,13 @@ def greater_is_better(metric: str | None) -> bool | None:
 
 def _cadence_faults(settings: Settings) -> Iterator[str]:
     trl = settings.trl
-    if not trl["load_best_model_at_end"] or trl["save_strategy"] == "best":
+    if trl["save_strategy"] == "best":
+        if not trl["metric_for_best_model"]:
+            yield "trl.save_strategy=best needs a measure to judge by: add trl.metric_for_best_model=probe/accuracy"
+        if trl["eval_strategy"] == "no":
+            yield "trl.save_strategy=best saves after evaluations, and trl.eval_strategy=no has none"
+        return
+    if not trl["load_best_model_at_end"]:
         return
     if trl["eval_strategy"] != trl["save_strategy"]:
         yield (
@@ -111,5 +137,12 @@ def _cadence_faults(settings: Settings) -> Iterator[str]:
             f"{trl['eval_strategy']} as trl.eval_strategy is, got {trl['save_strategy']}"
         )
     steps, every = trl["save_steps"], trl["eval_steps"]
-    if trl["eval_strategy"] == "steps" and steps and every and steps % every:
+    if trl["eval_strategy"] != "steps" or not steps or not every:
+        return
+    if (steps < 1) != (every < 1):
+        yield (
+            "trl.save_steps and trl.eval_steps must both be numbers of steps or both shares of the run to keep the "
+            f"best model, got {steps:g} and {every:g}"
+        )
+    elif steps * SCALE % (every * SCALE):
         yield f"trl.save_steps must be a multiple of trl.eval_steps={every:g} to keep the best model, got {steps:g}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections import Counter
@@ -16,11 +17,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.journal import Journal
+from dpo_kit.limits import missing_package
 from dpo_kit.secrets import redact_text
 from dpo_kit.settings import Endpoint
 
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MILLION = 1e6
 CHARACTERS_PER_TOKEN = 3  # at least, in most languages: what a request may cost is known before its reply
+CONNECT_SECONDS = 0.5
 LONGEST_PAUSE = 8.0  # seconds before a reply that made no sense is asked for again
 
 
@@ -189,11 +193,43 @@ class GarbageError(Exception):
     """The server says that all is well, but sends no completion."""
 
 
-def _open_client(endpoint: Endpoint) -> Any:
+def refuse_silent(key: str, endpoint: Endpoint) -> None:
+    """ConfigError where what the group `key` names cannot be asked: no client, no key, nobody at the address. Behind a
+    proxy the last cannot be known.
+    """
+    if fault := missing_package(f"a model behind a server ({key}.base_url)", "openai"):
+        raise ConfigError(fault)
+    _read_key(endpoint)
+    address = urlsplit(endpoint.base_url)
+    if any(name in os.environ for name in (f"{address.scheme}_proxy", f"{address.scheme}_proxy".upper())):
+        return
     try:
-        import openai
-    except ImportError as error:
-        raise ConfigError("models behind a server need the openai client: pip install 'dpo-kit[openai]'") from error
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()
+    except TimeoutError:  # slow is not certainly wrong
+        return
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key}.base_url={endpoint.base_url}: nobody answers there ({getattr(error, 'strerror', None) or error}): "
+            "start the server first, or name its address, such as http://localhost:8000/v1"
+        ) from error
+
+
+def _open_client(endpoint: Endpoint) -> Any:
+    if fault := missing_package("a model behind a server", "openai"):
+        raise ConfigError(fault)
+    import openai
+
+    return openai.OpenAI(
+        base_url=endpoint.base_url,
+        api_key=_read_key(endpoint),
+        max_retries=endpoint.retries,
+        timeout=endpoint.timeout_s,
+    )
+
+
+def _read_key(endpoint: Endpoint) -> str:
+    """The server's key, from the environment; "none" where it wants none."""
     key = "none"
     if endpoint.api_key_env is not None:
         key = os.environ.get(endpoint.api_key_env, "")
@@ -201,9 +237,7 @@ def _open_client(endpoint: Endpoint) -> Any:
             raise ConfigError(
                 f"api_key_env={endpoint.api_key_env}: the environment has no such variable; set it to the server's key"
             )
-    return openai.OpenAI(
-        base_url=endpoint.base_url, api_key=key, max_retries=endpoint.retries, timeout=endpoint.timeout_s
-    )
+    return key
 
 
 def _refusal(endpoint: Endpoint, error: Any) -> str:

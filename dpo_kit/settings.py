@@ -18,6 +18,12 @@ from pydantic import (
     Tag,
 )
 
+FormName = Literal[
+    "pairs", "chat", "hh_rlhf", "responses", "stack_exchange", "unary", "chat_unary", "swift", "swift_chat", "alpaca",
+    "openai", "pku_saferlhf", "shp", "arena", "arena_text", "helpsteer", "helpsteer3", "ultrafeedback", "ranked",
+    "scored", "rated", "prompts",
+]  # fmt: skip
+"""The forms of rows that are read as they are, by their columns: see data/forms.py."""
 FileName = Annotated[str, Field(pattern=r"^[\w+-][\w.+-]*$")]  # becomes part of a path: no separators, no dots alone
 
 
@@ -86,15 +92,31 @@ class Source(Strict):
 
     path: str
     weight: PositiveFloat = 1.0
+    form: FormName | None = None  # None: data.form
+    config: str | None = None  # None: data.config
+
+
+def _named(given: Any) -> Any:
+    """Paths in a list as sources of weight 1."""
+    if not isinstance(given, list):
+        return given
+    if not given or not all(isinstance(item, str | dict | Source) for item in given):
+        raise ValueError("a list here holds files, or {path: …, weight: …}")
+    return [{"path": item} if isinstance(item, str) else item for item in given]
+
+
+Sources = Annotated[str | list[Source], BeforeValidator(_named)]
 
 
 class Data(Strict):
     """Where the rows come from and what is done with faulty ones."""
 
-    train: str | list[Source]
-    eval: str | list[Source] | None
+    train: Sources
+    eval: Sources | None
     train_split: str
     eval_split: str | None
+    config: str | None = None
+    form: FormName | None = None
     columns: Annotated[dict[str, str], BeforeValidator(lambda given: given or {})]
     holdout: float = Field(gt=0, lt=1)
     wrap_as_chat: Literal["auto"] | bool
@@ -124,6 +146,7 @@ class Callbacks(Strict):
     prompts: PositiveInt
     max_new_tokens: PositiveInt
     preview: list[PositiveFloat]
+    eval_loss: Literal["auto"] | bool = "auto"
     patience: PositiveInt | None = None
     metrics: Annotated[dict[FileName, str], BeforeValidator(lambda given: given or {})] = {}  # called with rows, scores
     sample_metrics: Annotated[dict[FileName, str], BeforeValidator(lambda given: given or {})] = {}  # prompts, answers
@@ -219,7 +242,7 @@ class Settings(Strict):
     """A whole run, checked."""
 
     beta: float
-    seed: NonNegativeInt
+    seed: int = Field(ge=0, lt=2**32)  # what numpy takes
     resume: str
     dry_run: bool = False
     allow_beta: bool

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from dpo_kit.config import check, own_folders
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.preference import measure_preference, reference_margins
 from dpo_kit.data.prepare import Prepared, Rows, prepare
-from dpo_kit.errors import ConfigError, TrainingError
+from dpo_kit.diagnosis import held_back
+from dpo_kit.errors import ConfigError, DpoKitError, TrainingError
 from dpo_kit.finish import Result, finish_run, write_failure
 from dpo_kit.gold import label_ceiling, load_gold
 from dpo_kit.grouping import with_length_groups
@@ -39,8 +42,8 @@ from dpo_kit.identity import origin, refuse_other_run
 from dpo_kit.interrupt import Interrupted
 from dpo_kit.lock import only_writer
 from dpo_kit.manifest import build_manifest
-from dpo_kit.measure import add_callbacks, probe_rows
-from dpo_kit.memory import fits
+from dpo_kit.measure import add_callbacks, probe_rows, with_probe_alone
+from dpo_kit.memory import fits, read_config
 from dpo_kit.model import (
     build_adapter,
     check_targets,
@@ -49,19 +52,20 @@ from dpo_kit.model import (
     load_reference,
     load_tokenizer,
     refuse_uncopied,
+    rounded_share,
 )
 from dpo_kit.online import JudgedReward, open_reward, with_fresh_answers
 from dpo_kit.origin import read_adapter
 from dpo_kit.prefix import LaidOut, shares_prefixes
 from dpo_kit.processes import is_writer
 from dpo_kit.published import batch_fault
-from dpo_kit.quiet import quiet_libraries
+from dpo_kit.quiet import phase, quiet_libraries
 from dpo_kit.reference import with_store
 from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on
 from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
 from dpo_kit.safekeeping import with_safekeeping
 from dpo_kit.secrets import redact, redact_argv
-from dpo_kit.selection import kind_fault
+from dpo_kit.selection import kind_fault, needs_trl_evaluation
 from dpo_kit.settings import Settings
 from dpo_kit.speed import speed_up
 from dpo_kit.token_cache import with_token_cache
@@ -96,7 +100,8 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
-    data = prepare_data(settings, tokenizer, run)
+    with phase("reading the rows"):
+        data = prepare_data(settings, tokenizer, run)
     manifest = build_manifest(settings, data, typed_command(), tokenizer)
     checkpoint = find_checkpoint(settings, run, manifest)
     begin_from(run, checkpoint)
@@ -107,11 +112,15 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         with open_reward(settings, run) as reward:
             trainer = build_trainer(settings, data, tokenizer, run, reward)
             add_callbacks(trainer, settings, data, run, tracker)
+            known = look_for_brakes(trainer, data)
             pair_ids = [row["pair_id"] for row in data.train]
-            trainer.keep(origin=origin(manifest), record=run.record, pair_ids=pair_ids)
+            spare = settings.trl["save_steps"] is None
+            trainer.keep(origin=origin(manifest), record=run.record, pair_ids=pair_ids, spare_saves=spare)
             seconds = run_trainer(trainer, run, checkpoint, manifest["command"])
             judge, ceiling = reward.summary() if reward else None, data.report.get("ceiling")
-            result = finish_run(trainer, settings, run, tracker, seconds=seconds, ceiling=ceiling, judge=judge)
+            result = finish_run(
+                trainer, settings, run, tracker, seconds=seconds, ceiling=ceiling, judge=judge, known=known
+            )
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
             if is_writer():
@@ -120,6 +129,15 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         raise
     tracker.finish()
     return result
+
+
+def look_for_brakes(trainer: Any, data: Prepared) -> list[Any]:
+    """What will keep this run from moving, said before its first step (see diagnosis.held_back)."""
+    steps = count_steps(trainer.args.to_dict(), len(data.train))
+    known = held_back(trainer.args, steps, rounded_share(trainer.model, trainer.args.learning_rate))
+    for finding, _ in known:
+        log.warning("%s %s", finding.symptom, finding.remedy)
+    return known
 
 
 def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, command: str | None) -> float:
@@ -139,9 +157,15 @@ def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, comman
         ) from error
     except OSError as error:
         raise explain_full_disk(error, run.root) from error
+    except (DpoKitError, RecursionError):
+        raise
+    except Exception as error:
+        raise explain_stop(error, trainer.state.global_step) from error
     except Interrupted:
         log.info("stopped after step %d; to go on: %s", trainer.state.global_step, how_to_go_on(run, command))
         raise trainer.stop.exception() from None
+    if trainer.state.global_step == 0:
+        raise TrainingError("the trainer took no step: see how many rows a step takes, and trl.num_train_epochs")
     return trainer.seconds_before + time.time() - started
 
 
@@ -158,6 +182,7 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
     if not is_writer():
         return data
     write_json(run.data_report, data.report)
+    log.info("read: %s", ", ".join(f"{path} as {form}" for path, form in data.report["forms"].items()))
     if about := [warning["about"] for warning in data.report["warnings"]]:
         log.info("the data report has something to say on %s: %s", ", ".join(dict.fromkeys(about)), run.data_report)
     if data.dropped:
@@ -203,10 +228,13 @@ def build_trainer(
 ) -> Any:
     """TRL's trainer for the method: one keyword call serves them all. `reward` compares the answers that TRL draws."""
     adapter = build_adapter(settings.model)
-    policy = load_policy(settings.model, tokenizer)
+    with refusing("TRL's arguments"):
+        width = read_config(settings.model).get_text_config().hidden_size
+        args = choose_arguments(settings, data.train, run.checkpoints, width)
+    with phase("loading the weights"):
+        policy = load_policy(settings.model, tokenizer)
     if adapter:
         check_targets(adapter, policy, import_class(settings.method.trainer))
-    args = choose_arguments(settings, data.train, run.checkpoints, policy.config.get_text_config().hidden_size)
     if is_writer():
         write_json(run.trl_config, describe_arguments(args))
     given: dict[str, Any] = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
@@ -215,31 +243,80 @@ def build_trainer(
     elif settings.method.reference and not given:
         refuse_uncopied(policy)
     describe(settings, args, data)
-    trainer = with_token_cache(import_class(settings.method.trainer), cache_folder("tokens"))
-    if reward is not None:
-        trainer = with_fresh_answers(trainer)
-    trainer = with_safekeeping(trainer)
-    if speed_up([policy, *given.values()], settings.speed, settings.trl, lengths=reward is None):
-        trainer = with_length_groups(trainer)
-    if uses_store(settings, data.train):
-        trainer = with_store(trainer, cache_folder("reference"))
+    grouped = speed_up([policy, *given.values()], settings.speed, settings.trl, lengths=reward is None)
+    trainer = compose_trainer(settings, data.train, grouped=grouped, draws=reward is not None)
     if reward is not None:
         given["reward_funcs"] = reward
-    built = trainer(
-        model=policy,
-        args=args,
-        train_dataset=build_dataset(data.train, settings.method.rows),
-        eval_dataset=build_dataset(held_out_rows(data, settings), settings.method.rows),
-        processing_class=tokenizer,
-        peft_config=adapter,
-        **given,
-    )
+    with refusing("TRL's trainer"), phase("tokenising, and the reference pass"):
+        built = trainer(
+            model=policy,
+            args=args,
+            train_dataset=build_dataset(data.train, settings.method.rows),
+            eval_dataset=build_dataset(held_out_rows(data, settings), settings.method.rows),
+            processing_class=tokenizer,
+            peft_config=adapter,
+            **given,
+        )
     if shares_prefixes(policy):
         built.data_collator = LaidOut(built.data_collator)
     if reward is not None:
         reward.trainer = built
         built.add_callback(reward)
     return built
+
+
+def compose_trainer(settings: Settings, rows: Rows, *, grouped: bool, draws: bool) -> type:
+    """The method's TRL trainer with what surrounds it: batches of rows `grouped` by length, answers that it `draws`."""
+    trainer = with_safekeeping(with_token_cache(import_class(settings.method.trainer), cache_folder("tokens")))
+    evaluates = needs_trl_evaluation(settings)
+    if draws:
+        trainer = with_fresh_answers(trainer)
+    if grouped:
+        trainer = with_length_groups(trainer)
+    if not evaluates:
+        trainer = with_probe_alone(trainer)
+    if uses_store(settings, rows):
+        trainer = with_store(trainer, cache_folder("reference"), evaluates=evaluates)
+    return trainer
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """What `what` raises of its own, as a ConfigError with the keys that were typed: it refuses what they say."""
+    try:
+        yield
+    except (DpoKitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"{what} refuse {blamed(error)}{where_told(error)}") from error
+
+
+def explain_stop(error: Exception, step: int) -> TrainingError:
+    """What stopped training in a library, with the keys that may be the cause."""
+    when = f"at step {step + 1}" if step else "before its first step"
+    return TrainingError(f"training stopped {when}; typed: {blamed(error)}{where_told(error)}")
+
+
+def blamed(error: Exception) -> str:
+    """The overrides that `error` may be about, all where it names none, and what it says."""
+    text = f"{type(error).__name__}: {str(error).strip()}"
+    typed = typed_words()
+    named = [word for word in typed if set(re.findall(r"\w{4,}", word)) & set(re.findall(r"\w{4,}", text))]
+    return f"{' '.join(redact_argv(named or typed)) or 'this config'}: {text}"
+
+
+def typed_words() -> list[str]:
+    """The overrides of this run that were typed; none from Python."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def where_told(error: Exception) -> str:
+    """The traceback goes to the log of the run alone; where that is."""
+    logging.getLogger("traceback").warning("%s", error, exc_info=error)
+    if not HydraConfig.initialized():
+        return ""
+    hydra = HydraConfig.get()
+    return f" (traceback: {Path(hydra.runtime.output_dir) / hydra.job.name}.log)"
 
 
 def choose_arguments(settings: Settings, rows: Rows, checkpoints: Path, width: int) -> Any:

@@ -1,4 +1,5 @@
-"""What TRL's config classes accept, as plain data: the `trl` block is composed and checked without importing TRL.
+"""What TRL's config classes accept, as plain data: the `trl` block is composed and checked without importing TRL; also
+what peft's adapter, the quantisation and transformers' schedules take.
 
 The file trl_schema.json beside this module holds the pinned TRL's fields. Under another TRL of the allowed range the
 installed one is read once and kept in the user's cache, so that its own fields count, not those of the pinned one.
@@ -11,6 +12,7 @@ import ast
 import dataclasses
 import enum
 import importlib
+import inspect
 import json
 import os
 import types
@@ -37,7 +39,8 @@ Schema = dict[str, Any]
 
 @cache
 def load_schema() -> Schema:
-    """The installed TRL's config classes: `{"versions": …, "classes": {name: {"path": …, "fields": {field: …}}}}`.
+    """The installed TRL's config classes: `{"versions": …, "classes": {name: {"path": …, "fields": {field: …}}}}`, and
+    {field: …} of "lora", "quantization" and each of "schedules".
 
     A field has `type` (a Python annotation of builtins), `default`, and `choices` where TRL states or tests them.
     """
@@ -50,7 +53,7 @@ def load_schema() -> Schema:
 
 def installed_versions() -> dict[str, str]:
     """The versions that decide which fields exist."""
-    return {name: version(name) for name in ("trl", "transformers")}
+    return {name: version(name) for name in ("trl", "transformers", "peft")}
 
 
 def _cached_schema(versions: dict[str, str]) -> Schema:
@@ -69,7 +72,38 @@ def derive_schema() -> Schema:
     """Read the config dataclasses of the installed TRL (imports it: seconds)."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     classes = {path.rsplit(".", 1)[1]: _describe_class(path) for path in CONFIG_CLASSES}
-    return {"versions": installed_versions(), "classes": classes}
+    return {"versions": installed_versions(), "classes": classes, **_describe_others()}
+
+
+def _describe_others() -> Schema:
+    """What the adapter, the quantisation and each learning-rate schedule take, in the form of a class's fields."""
+    from peft import LoraConfig
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers import BitsAndBytesConfig, optimization
+
+    hints = typing.get_type_hints(LoraConfig)
+    schedules: dict[str, Any] = {kind.value: by for kind, by in optimization.TYPE_TO_SCHEDULER_FUNCTION.items()}
+    schedules |= {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": optimization.GreedyLR}  # they take any keyword
+    schedules["constant_with_warmup"] = optimization.get_constant_schedule  # transformers leaves its keywords out
+    return {
+        "lora": {f.name: _describe_field(f, hints[f.name], {}) for f in dataclasses.fields(LoraConfig)},
+        "quantization": _describe_call(BitsAndBytesConfig),
+        "schedules": {name: _describe_call(function) for name, function in schedules.items()},
+    }
+
+
+def _describe_call(function: Any) -> Schema:
+    """The keywords of `function` beside those that transformers gives it."""
+    given = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")
+    return {
+        name: {
+            "type": {bool: "bool", int: "float", float: "float", str: "str"}.get(type(of.default), "Any"),
+            "default": None if of.default is of.empty else of.default,
+            "required": of.default is of.empty,
+        }
+        for name, of in inspect.signature(function).parameters.items()
+        if name not in given
+    }
 
 
 def _describe_class(path: str) -> dict[str, Any]:
@@ -83,7 +117,10 @@ def _describe_class(path: str) -> dict[str, Any]:
 
 def _describe_field(field: dataclasses.Field, hint: Any, tested: dict[str, set[str]]) -> dict[str, Any]:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    described = {"type": _annotation(hint), "default": default.value if isinstance(default, enum.Enum) else default}
+    default = (
+        default.value if isinstance(default, enum.Enum) else None if dataclasses.is_dataclass(default) else default
+    )
+    described = {"type": _annotation(hint), "default": default}
     choices = field.metadata.get("choices") or _enum_values(hint) or sorted(tested.get(field.name, ()))
     return described | ({"choices": list(choices)} if choices else {})
 
@@ -104,6 +141,8 @@ def _annotation(hint: Any) -> str:
 
 def _enum_values(hint: Any) -> list[str]:
     parts = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is typing.Literal:
+        return list(parts)
     enums = [part for part in parts if isinstance(part, type) and issubclass(part, enum.Enum)]
     return [str(member.value) for cls in enums for member in cls]
 

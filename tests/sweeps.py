@@ -49,7 +49,8 @@ def write_run(
         "data": {"gold": None},
         "trl": {"num_train_epochs": 1, "max_steps": -1, **(trl or {})},
     }
-    command = f"python -m dpo_kit method={method} beta={beta:g} seed={seed}"
+    words = (f"trl.{key}={value}" for key, value in (trl or {}).items() if key != "beta")
+    command = " ".join([f"python -m dpo_kit method={method} beta={beta:g} seed={seed}", *words])
     manifest = {"started": started, "command": command, "config": config, "model": model or MODEL}
     write_json(run / "manifest.json", manifest | ({"choose": choose} if choose else {}))
     for step, share in ((0, 0.0), (50, 0.6), (100, 1.0)):

@@ -15,7 +15,7 @@ PACKAGE = Path(dpo_kit.__file__).parent
 CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 LAYERS = [
     {
-        "again",
+        "words",
         "errors",
         "history",
         "metrics",
@@ -51,6 +51,7 @@ LAYERS = [
         "journal",
         "votes",
         "selection",
+        "limits",
         "markdown",
         "env",
         "own",
@@ -61,8 +62,10 @@ LAYERS = [
     {"judges"},
     {
         "data",
+        "data.files",
         "data.read",
         "data.rows",
+        "places",
         "data.control",
         "data.interleave",
         "arguments",
@@ -76,6 +79,8 @@ LAYERS = [
     },
     {
         "data.gather",
+        "data.spelling",
+        "data.forms",
         "data.signal",
         "data.figures",
         "data.duplicates",
@@ -84,7 +89,7 @@ LAYERS = [
         "data.advice",
         "data.fresh",
     },
-    {"data.inspect", "data.prepare", "data.options", "data.schemas"},
+    {"data.inspect", "data.prepare", "data.options"},
     {"data.prompts", "data.pairing"},
     {"data.rated"},
     {"data.build"},

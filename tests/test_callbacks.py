@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from dpo_kit.callbacks import ImplicitReward, KLDrift, PreferenceMargin
 from dpo_kit.drift import Drift
 from dpo_kit.errors import ModelError
+from dpo_kit.measure import with_probe_alone
 from dpo_kit.probe import PairProbe
 from dpo_kit.sampling import Sample
 from dpo_kit.scores import Scores, preference_metrics, reward_metrics
@@ -215,6 +216,30 @@ def test_the_two_pair_callbacks_share_one_forward_pass(
         trainer.add_callback(callback)
     trainer.train()
     assert calls == ["policy", "reference", "policy", "policy"]  # step 0 with the reference, steps 2 and 4
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_one_pass_over_the_held_out_rows_serves_and_a_checkpoint_is_chosen_by_it_as_beside_trl_s_own(
+    alone: bool, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True}
+    wrap = with_probe_alone if alone else lambda cls: cls
+    trainer = tiny.trainer("dpo", folder, tmp_path, wrap=wrap, metric_for_best_model="probe/margin_nats", **options)
+    passes: list[str] = []
+    monkeypatch.setattr(trainer, "evaluation_loop", counting(passes, "TRL", trainer.evaluation_loop))
+    probe = PairProbe(trainer, HELD_OUT)
+    monkeypatch.setattr(probe, "_score", counting(passes, "probe", probe._score))
+    trainer.add_callback(PreferenceMargin(probe))
+    trainer.train()
+    assert passes.count("TRL") == (0 if alone else 4) and passes.count("probe") == 7  # start twice, kept model
+    margins = {row["step"]: row["probe/margin_nats"] for row in trainer.state.log_history if "probe/margin_nats" in row}
+    assert trainer.state.best_metric == pytest.approx(max(margins[step] for step in range(1, 5)))
+    assert any("eval_loss" in row for row in trainer.state.log_history) is not alone
+    assert "eval_loss" in trainer.evaluate(trainer.eval_dataset)  # other rows are asked for: TRL's own
+
+
+def counting(calls: list[str], name: str, function: Any) -> Any:
+    return lambda *given, **more: calls.append(name) or function(*given, **more)
 
 
 def test_evaluation_metrics_choose_the_checkpoint_and_the_kept_model_is_scored_again(

@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpo_kit import checkpoints, lock, resume
+from dpo_kit import checkpoints, lock, resume, safekeeping
 from dpo_kit.checkpoints import complete, find_fault, list_checkpoints, newest_verified, refuse_full_disk, rotate
 from dpo_kit.config import check, compose
 from dpo_kit.errors import ConfigError, TrainingError
@@ -252,6 +252,61 @@ def test_a_signal_saves_at_the_end_of_its_step_and_going_on_changes_no_bit(at, t
     again.train(resume_from_checkpoint=str(newest))
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
     assert logged(again) == logged(whole)
+
+
+def test_a_run_that_was_moved_ends_with_its_best_checkpoint_or_says_that_it_is_gone(tmp_path):
+    """Plain transformers forgets it with a warning and ends with another model (huggingface/transformers#48315)."""
+    best = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    options = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "constant"} | best
+    whole = build(tmp_path / "whole", **options)
+    whole.train()
+    assert whole.state.best_model_checkpoint.endswith("checkpoint-2")
+    build(tmp_path / "there", **options | {"max_steps": 4}).train()
+    moved = (tmp_path / "there" / "out").rename(tmp_path / "moved")
+    again = build(tmp_path / "there", **options)
+    again.args.output_dir = str(moved)
+    again.train(resume_from_checkpoint=str(newest_verified(moved)))
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+    shutil.rmtree(moved / "checkpoint-2")
+    with pytest.raises(TrainingError, match=r"best checkpoint so far, .*checkpoint-2, is gone"):
+        again.train(resume_from_checkpoint=str(newest_verified(moved)))
+
+
+@pytest.mark.parametrize(
+    ("options", "spare", "kept"),
+    [
+        ({}, True, [1, 6]),
+        ({}, False, [1, 2, 3, 4, 5, 6]),
+        (
+            {
+                "load_best_model_at_end": True,
+                "metric_for_best_model": "loss",
+                "eval_strategy": "steps",
+                "eval_steps": 1,
+            },
+            True,
+            [1, 2, 3, 4, 5, 6],
+        ),
+    ],
+    ids=["left open", "typed", "each may be the best"],
+)
+def test_checkpoints_that_take_long_are_spared_where_their_cadence_was_left_open(
+    options, spare, kept, tmp_path, monkeypatch
+):
+    trainer = build(tmp_path, save_steps=1, save_total_limit=None, max_steps=6, **options)
+    trainer.keep(origin={}, record=dict, pair_ids=[], spare_saves=spare)
+    real, steps = type(trainer)._save_own, []
+
+    def slow(self, written, moment):
+        steps.append(self.state.global_step)
+        real(self, written, moment)
+        clock[0] += 2  # seconds
+
+    clock = [0.0]
+    monkeypatch.setattr(type(trainer), "_save_own", slow)
+    monkeypatch.setattr(safekeeping.time, "time", lambda: clock[0])
+    trainer.train()
+    assert steps == kept
 
 
 def test_a_run_that_is_resumed_at_its_last_step_takes_no_further_one(tmp_path):

@@ -40,7 +40,7 @@ WORDS = [
 
 
 def needs(package, extra):
-    return pytest.importorskip(package, reason=f"needs the extra {extra}: pip install 'dpo-kit[{extra}]'")
+    return pytest.importorskip(package, reason=f"needs the extra {extra}")
 
 
 def run_sweep(folder, *words, **env):

@@ -87,6 +87,9 @@ REFUSED = {
     "method=ipo trl.label_smoothing=0.1": "has no effect on ipo",
     "method=robust trl.label_smoothing=0.5": "in [0, 0.5)",
     "trl.loss_type=exo_pair": "must be above 0 for exo_pair",
+    "trl.loss_type=ipo": "trl.loss_type=ipo is method=ipo, whose beta",
+    "trl.loss_type=[sigmoid,sft]": "is method=dpo_sft",
+    "method=cpo trl.loss_type=hinge": "defaults: [cpo, _self_]",
     "method=mpo trl.loss_weights=[1]": "one weight per loss",
     "method=kto trl.per_device_train_batch_size=1": "at least 2",
     "method=kto speed.group_by_length=true": "take auto",
@@ -111,12 +114,11 @@ def test_what_cannot_train_as_meant_is_refused_with_its_remedy(overrides):
     [
         ["beta=7", "allow_beta=true"],
         ["trl.learning_rate=0.5", "allow_learning_rate=true"],
-        ["trl.loss_type=ipo"],  # a string where TRL wants a list
-        ["trl.lr_scheduler_kwargs={min_lr: 1e-8}"],
+        ["method=ipo", "trl.loss_type=ipo"],  # a string where TRL wants a list
+        ["trl.lr_scheduler_type=cosine_with_min_lr", "trl.lr_scheduler_kwargs={min_lr: 1e-8}"],
         ["trl.eval_strategy=no"],
         ["method=kto", "trl.desirable_weight=1.2"],
-        ["+model.lora.exclude_modules=[lm_head]"],
-        ["tracking=tensorboard"],
+        ["model.tuning=lora", "+model.lora.exclude_modules=[lm_head]"],
         ["tracking=none", "callbacks=none"],
     ],
 )

@@ -4,6 +4,7 @@
 import pytest
 
 from dpo_kit.data.convert import convert
+from dpo_kit.data.forms import recognise
 from dpo_kit.data.options import Convert
 from dpo_kit.data.read import Fault, Row
 from dpo_kit.errors import ConfigError
@@ -15,12 +16,17 @@ TRANSCRIPTS = {
     "chosen": "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: My lamp flickers.\n\nAssistant: Swap the bulb.",
     "rejected": "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: My lamp flickers.\n\nAssistant: Live with it.",
 }
+THUMB = {"prompt": "My lamp flickers.", "completion": "Swap the bulb.", "label": True}
 SCORED = {"prompt": "Q?", "answers": ["a one", "b two", "c three", "d four"], "scores": [2, 5, 1, 5], "source": "s"}
 
 
-def run(*rows, columns=None, **options):
+def run(*rows, columns=None, schema=None, **options):
     items = [Row(f"x:{i}", row) if isinstance(row, dict) else row for i, row in enumerate(rows, start=1)]
-    return convert(items, Convert(**options), columns or {}, 0)
+    match = recognise("x", [item for item in items if isinstance(item, Row)], columns or {}, schema)
+    read = [match.read(item) if isinstance(item, Row) else item for item in items]
+    found = convert([(match.form, [row for row in read if isinstance(row, Row)])], Convert(**options), 0)
+    found.faults[:0] = [fault for fault in read if isinstance(fault, Fault)]
+    return found
 
 
 GOLDEN = [
@@ -95,13 +101,12 @@ def test_columns_are_renamed_first():
 
 UNFIT = [
     ("hh_rlhf", {"chosen": "Hello", "rejected": "Bye"}, "chosen is no transcript"),
-    ("hh_rlhf", TRANSCRIPTS | {"rejected": "\n\nHuman: Other\n\nAssistant: No.\n\nHuman: x\n\nAssistant: y"}, "different prompts"),
-    ("chat", {"chosen": "text", "rejected": "text"}, "chosen is no list of messages"),
-    ("chat", {"chosen": ASK, "rejected": ASK}, "chosen is no chat that ends with an answer"),
+    ("hh_rlhf", TRANSCRIPTS | {"rejected": "\n\nHuman: Other\n\nAssistant: No.\n\nHuman: x\n\nAssistant: y"}, "column 'prompt' is missing"),
+    ("chat", {"chosen": ASK, "rejected": ASK}, "chosen does not end with the assistant"),
     ("ultrafeedback", {"instruction": "Q?", "completions": ["a"]}, "is no list of objects"),
     ("scored", {"prompt": "Q?", "answers": ["a"], "scores": [1, 2]}, "no lists of one length"),
     ("scored", {"prompt": "Q?", "answers": ["a", "b"], "scores": [1, None]}, "a score is no number"),
-    ("rated", {"prompt": "Q?", "score": 1}, "no column with an answer"),
+    ("rated", {"prompt": "Q?", "score": 1}, "column 'completion' is missing or null"),
     ("unary", {"prompt": "Q?", "completion": "a", "label": 1}, "label is not true or false"),
     ("pairs", {"prompt": "Q?", "chosen": "a"}, "column 'rejected' is missing"),
     ("pairs", PAIR | {"chosen": " "}, "chosen is empty"),
@@ -110,7 +115,8 @@ UNFIT = [
 
 @pytest.mark.parametrize(("schema", "row", "reason"), UNFIT)
 def test_a_row_that_has_not_its_schema_is_a_fault_and_the_others_go_on(schema, row, reason):
-    golden = {name: good for name, good, _ in GOLDEN} | {"rated": {}, "unary": {}}
+    golden = {name: good for name, good, _ in GOLDEN}
+    golden |= {"rated": {"prompt": "Q?", "completion": "a", "score": 1}, "unary": THUMB}
     found = run(row, golden[schema], Fault("x:3", "not JSON", "…"), schema=schema)
     assert reason in found.faults[0].reason and {fault.place for fault in found.faults} >= {"x:1", "x:3"}
     assert len({fault.place for fault in found.faults} | found.used) == 3

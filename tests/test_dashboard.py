@@ -13,7 +13,7 @@ from dpo_kit.toy import TRAIN
 from tests.fake_wandb import FakeWandb
 
 KEY = "0123456789" * 4
-NO_EXTRA = "needs the extra dashboard: pip install 'dpo-kit[dashboard]'"
+NO_EXTRA = "needs the extra dashboard"
 
 
 def run_dashboard(tmp_path, *words, **env):
@@ -56,9 +56,9 @@ def test_help_needs_neither_extra_nor_key(capsys):
 
 
 def test_without_the_extra_the_refusal_names_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(dashboard.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert dashboard.main(["project=lab"]) == 2
-    assert "pip install 'dpo-kit[dashboard]'" in capsys.readouterr().err
+    assert "pip install 'wandb-workspaces<0.5," in capsys.readouterr().err
 
 
 def test_without_a_key_it_says_so_and_what_to_use_instead(tmp_path):

@@ -196,8 +196,12 @@ def test_a_missing_file_names_the_near_miss(tmp_path):
 @settings(max_examples=100, deadline=None)
 def test_random_bytes_never_vanish_and_never_crash_the_reader(tmp_path_factory, lines):
     file = tmp_path_factory.mktemp("bytes") / "x.jsonl"
-    file.write_bytes(b"".join(line + b"\n" for line in lines))
-    found = list(read_source(str(file), "train"))
+    file.write_bytes(content := b"".join(line + b"\n" for line in lines))
+    try:
+        found = list(read_source(str(file), "train"))
+    except DataError:  # one JSON list, or UTF-16: refused as a whole
+        assert content.lstrip()[:1] == b"[" or content[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x00\x00")
+        return
     written = [line.removeprefix(b"\xef\xbb\xbf") if i == 0 else line for i, line in enumerate(lines)]
     assert len(found) == sum(bool(line.strip()) for line in written)
     assert all(isinstance(item, Row | Fault) for item in found)

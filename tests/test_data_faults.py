@@ -43,7 +43,7 @@ ROWS = [  # one bad line among good ones: the line, the reason, the remedy
     fault("missing column", '{"prompt": "a", "chosen": "b"}', "column 'rejected' is missing or null", "fill it in"),
     fault("misspelt column in one row", '{"prompt": "a", "choosen": "b", "rejected": "c"}', "column 'chosen' is missing", "did you mean choosen?"),
     fault("wrong type", pair(chosen=3), "chosen is neither text nor a list of messages (int 3)", "write text"),
-    fault("text and chat in one row", pair(chosen=[GOOD]), "text and chat messages are mixed", "convert.schema=chat"),
+    fault("text and chat in one row", pair(chosen=[GOOD]), "text and chat messages are mixed", "write both answers as text"),
     fault("unknown role", pair(chosen=[GOOD | {"role": "bot"}]), "chosen has an unknown role ('bot')", "known are system"),
     fault("content that is no text", pair(chosen=[GOOD | {"content": 1}]), "message without text content", "content as text"),
     fault("chat that ends with the user", pair(chosen=[USER]), "chosen does not end with the assistant (user)", "last message"),

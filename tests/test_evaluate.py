@@ -422,7 +422,7 @@ def test_what_belongs_to_the_run_or_means_something_else_is_refused(run, tmp_pat
     for words, said in (
         ([f"run={run}", "trl.max_length=9"], "trl.max_length=9: this is taken from the manifest of"),
         ([f"run={run}", "parts=[win_rat]"], r"parts must be among .*, got win_rat; did you mean win_rate\?"),
-        ([f"run={run}", "split=train"], r"split: .*'select' or 'test'"),
+        ([f"run={run}", "split=train"], r"split: .*'select', 'test' or 'all'"),
         ([f"run={run}", "win_rate.limit=0"], r"win_rate\.limit: .*greater than 0"),
         ([f"run={run}", "judge=llm", "judge.model=m"], r"judge\.base_url is missing"),
         ([f"run={run}", f"against={tmp_path}"], "is neither a run directory nor a model nor a file of answers"),

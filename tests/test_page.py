@@ -26,6 +26,7 @@ RECORD: dict[str, Any] = MANIFEST | {
 }
 REPORT = {
     "rows_read": 1500,
+    "forms": {"orca.jsonl": "pairs (question, chosen, rejected)"},
     "dropped_by_reason": {"prompt is too long": 3},
     "warnings": [{"what": "few rows", "why": "wide intervals", "do": "add rows"}],
 }
@@ -63,7 +64,7 @@ def test_the_page_states_what_was_trained_on_what_and_how_to_repeat_it(run: Path
         "![the measures over steps](report.png)",
         "**Nothing saturates.** Beta is not felt. Train longer.",
         "| train | 1,199 | `abc123` |",
-        "Read: 1,500 rows. Dropped: prompt is too long 3.",
+        "Read: 1,500 rows, `orca.jsonl` as pairs (question, chosen, rejected). Dropped: prompt is too long 3.",
         "**few rows**: wide intervals; add rows",
         "python -m dpo_kit method=ipo beta=0.2 +trl.hub_token=<redacted>",
         "| config | `d91c8e97181959cc` |",

@@ -243,6 +243,7 @@ def test_the_plan_is_written_and_compared_with_the_first_steps(command, tmp_path
 def test_a_dry_run_shows_a_row_and_the_plan_and_writes_nothing(command, tmp_path):
     done = command(*few_pairs(tmp_path / "pairs.jsonl"), "dry_run=true")
     assert done.returncode == 0, done.stderr
+    assert "pairs.jsonl is read as pairs (prompt, chosen, rejected)" in done.stdout
     assert "▶" in done.stdout and "fits one device" in done.stdout and "nothing was trained" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
     swept = command("-m", "beta=0.1,0.2", "dry_run=true")

@@ -127,8 +127,10 @@ def test_under_bf16_autocast_a_trainer_is_measured_in_the_fp32_of_its_weights(
         exact = score(trainer.model, SEQUENCES, pad_id=0)
     assert trainer.model.forward == prepared
     assert exact.tolist() == pytest.approx(expected, abs=1e-5)
+    head._HEADS.clear()
     with measuring(trainer, as_trained=True):
         rounded = score_as_trained(trainer, trainer.model, SEQUENCES)
+        assert read_head(trainer.model) is not None  # found plain though the trainer computes in bf16
     assert rounded.tolist() == pytest.approx(expected, abs=0.2) and rounded.tolist() != pytest.approx(
         expected, abs=1e-3
     )
@@ -143,7 +145,10 @@ def test_the_reference_pass_reads_what_trl_s_loss_reads(folder: str, tmp_path: P
     theirs = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
     with measuring(trainer, as_trained=True):
         found = score_as_trained(trainer, trainer.model, ours)
-    assert found.tolist() == pytest.approx(theirs.tolist(), abs=1e-4 if not bf16 else 5e-2)
+    assert found.tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
+    with measuring(trainer):
+        exact = score(trainer.model, ours, pad_id=0)
+    assert (exact.tolist() == pytest.approx(theirs.tolist(), abs=1e-3)) is not bf16
 
 
 def test_measuring_leaves_no_trace(folder: str, tmp_path: Path) -> None:
@@ -410,3 +415,21 @@ def test_a_resumed_run_replaces_the_lines_after_its_checkpoint(dpo: Any, tmp_pat
     assert [(line["step"], line["pair_id"]) for line in map(json.loads, path.open())] == [
         (0, "old"), (2, "old"), (4, "p0"), (4, "p1")
     ]  # fmt: skip
+
+
+def test_what_rounding_does_to_the_reference_itself_is_measured_and_kept_where_weights_are_bf16(tmp_path: Path) -> None:
+    rows, found = name_rows(tiny.pairs(12)), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = oracle_trainer(tiny.model().to(dtype).eval())
+        trainer.processing_class, trainer.state = tiny.tokenizer(), type("State", (), {"global_step": 0})()
+        trainer.is_world_process_zero = lambda: True
+        reference = Reference(trainer, state_dir=tmp_path / str(dtype))
+        probe = PairProbe(trainer, rows, reference=reference)
+        probe.scores()
+        drift = Drift(reference, rows, max_new_tokens=8, batch_size=12, cache_bytes=2**24)
+        with measuring(trainer):
+            found[dtype] = probe.floor_nats, drift.prepare(0).floor_nats
+        kept = reference.load("samples", drift._fingerprint)
+        assert kept is not None and kept["floor_nats"] == found[dtype][1]
+    assert found[torch.float32] == (0, 0)
+    assert 1e-4 < found[torch.bfloat16][0] < 0.1 and 0 < found[torch.bfloat16][1] < 1e-2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dpo_kit import recorder, tracking
+from dpo_kit import quiet, recorder, tracking
 from dpo_kit.errors import DataError
 from dpo_kit.history import append_row, decode_row, encode_row
 from dpo_kit.recorder import Progress, Recorder, read_metrics, show_progress
@@ -175,3 +176,34 @@ def test_the_bar_shows_held_out_figures_by_name() -> None:
         progress, {"loss": 0.5, "probe/margin_nats": 1.25, "probe/kl_forward_rb_nats": 0.1, "rewards/margins": 9.0}
     )
     assert progress.figures == {"loss": "0.5", "margin": "1.25", "KL": "0.1"}
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_training_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(recorder.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(recorder.sys.stderr, "isatty", lambda: False)
+    progress, state = Progress(), SimpleNamespace(global_step=0, max_steps=200, is_world_process_zero=True)
+    progress.on_train_begin(None, state, None)  # type: ignore[arg-type]
+    with caplog.at_level("INFO", "dpo_kit"):
+        seen = (4, {"loss": 0.69}), (8, {"probe/accuracy": 0.625}), (4, {"loss": 0.6123}), (4, {"loss": 0.5})
+        for step, (seconds, logs) in zip((5, 10, 15, 20), seen, strict=True):
+            state.global_step = step
+            clock[0] += seconds
+            progress.on_log(None, state, None, logs=logs)  # type: ignore[arg-type]
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 15 of 200: loss 0.612, accuracy 0.625; 1.1 s a step with measuring, 3:17 left"
+    ]
+
+
+def test_a_phase_speaks_up_only_where_it_takes_its_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(quiet, "SILENCE", 0.2)
+    with caplog.at_level("INFO", "dpo_kit"):
+        with quiet.phase("reading the rows"):
+            pass
+        with quiet.phase("loading the weights"):
+            time.sleep(0.6)
+    assert [record.getMessage() for record in caplog.records] == ["loading the weights …", "loading the weights: 1 s"]

@@ -17,7 +17,7 @@ from dpo_kit.errors import ConfigError
 from dpo_kit.history import read_metrics
 from dpo_kit.run import RunDirectory
 from dpo_kit.scores import Scores, preference_metrics, reward_metrics
-from dpo_kit.selection import greater_is_better, kind_fault, measured_keys
+from dpo_kit.selection import greater_is_better, kind_fault, measured_keys, needs_trl_evaluation
 from dpo_kit.settings import Callbacks
 from tests.small import few_pairs, write_pairs
 
@@ -57,6 +57,7 @@ def test_the_keys_that_may_choose_are_those_that_every_evaluation_has():
         (["method=kto", "trl.metric_for_best_model=rewards/margins"], "has one class only: take probe/accuracy"),
         (["method=kto", "trl.metric_for_best_model=eval_rewards/margins"], "has one class only"),
         (["method=simpo", "trl.metric_for_best_model=probe/reward_margin"], "a method whose beta makes a reward"),
+        (["callbacks.eval_loss=false", "trl.metric_for_best_model=loss"], "leave callbacks.eval_loss=false out"),
         (["callbacks.patience=2"], r"needs a measure to wait for: add trl\.metric_for_best_model=probe/accuracy"),
         (["callbacks.patience=2", BEST[1], "trl.eval_strategy=no"], "trl.eval_strategy=no has none"),
         (
@@ -164,3 +165,19 @@ def test_every_method_keeps_its_best_checkpoint_and_stops_when_nothing_improves(
     first = min(step for step, value in by_step.items() if value == best)
     assert result.steps == first + 2 < 40  # two evaluations without a better one
     assert math.isclose(result.final[measure], best, abs_tol=1e-9)  # of the kept model, scored again
+
+
+@pytest.mark.parametrize(
+    ("words", "runs"),
+    [
+        ([], False),
+        (["callbacks.eval_loss=true"], True),
+        (["trl.metric_for_best_model=probe/accuracy", "trl.load_best_model_at_end=true"], False),
+        (["trl.metric_for_best_model=rewards/margins"], True),
+        (["trl.load_best_model_at_end=true"], True),
+        (["trl.lr_scheduler_type=reduce_lr_on_plateau"], True),
+        (["callbacks=none"], True),
+    ],
+)
+def test_trl_s_own_evaluation_runs_where_it_alone_gives_what_is_asked_for(words, runs):
+    assert needs_trl_evaluation(check(compose(words))) is runs

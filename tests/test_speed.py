@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from trl.kernels import chunked_logprob
 from trl.kernels.chunked_logprob import _addmm_fp32, _use_triton
 from trl.trainer import utils as trl_utils
@@ -15,7 +15,7 @@ from dpo_kit.errors import ConfigError
 from dpo_kit.hardware import precision_arguments, training_precision
 from dpo_kit.prefix import share_prefixes
 from dpo_kit.settings import Speed
-from dpo_kit.speed import fit_head_to_cpu, score_labelled_positions_only, speed_up
+from dpo_kit.speed import count_weights_once, fit_head_to_cpu, fuse_norms, score_labelled_positions_only, speed_up
 from tests import tiny
 
 STEPS = 50
@@ -193,3 +193,52 @@ def test_activations_are_computed_again_where_memory_would_not_do_or_asked(words
     rows = [{"tokens": {"prompt": 20, "chosen": 10, "rejected": 8}}] * 40
     monkeypatch.setattr(memory, "free_memory", lambda: free)
     assert training.choose_arguments(settings, rows, tmp_path, 96).gradient_checkpointing is on
+
+
+# --- norms and counts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_fused_norm_gives_hidden_states_and_gradients_of_the_one_that_is_written_out(dtype, folder):
+    results = []
+    for fused in (False, True):
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+        norm = model.base_model.layers[0].input_layernorm
+        norm.weight.data.mul_(torch.linspace(0.5, 2, len(norm.weight), dtype=dtype))
+        assert not fused or (fuse_norms(model) and "forward" in vars(norm))
+        hidden = model.base_model(input_ids=torch.tensor([[3, 4, 5, 6, 7]])).last_hidden_state
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        results.append([hidden.detach().float(), norm.weight.grad.float(), model.lm_head.weight.data.float()])
+    for ours, theirs in zip(*results, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_norm_that_adds_one_to_its_weight_is_left_as_it_is():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 14}
+    model = AutoModelForCausalLM.from_config(
+        Gemma3TextConfig(**sizes, head_dim=8, num_attention_heads=2, num_key_value_heads=1)
+    )
+    assert not fuse_norms(model) and not any("forward" in vars(module) for module in model.modules())
+    model = AutoModelForCausalLM.from_config(DROPS)
+    norm = model.base_model.norm
+    norm.forward = lambda hidden: hidden * (1 + norm.weight)
+    assert not fuse_norms(model)
+
+
+def test_transformers_counts_the_weights_at_every_batch_and_with_us_once(folder, tmp_path, monkeypatch):
+    counts = []
+    real = LlamaForCausalLM.num_parameters
+    monkeypatch.setattr(
+        LlamaForCausalLM, "num_parameters", lambda model, **told: counts.append(1) or real(model, **told)
+    )
+    flops = []
+    for ours in (False, True):
+        counts.clear()
+        model = LlamaForCausalLM.from_pretrained(folder)
+        if ours:
+            count_weights_once(model)
+        trainer = tiny.trainer("dpo", folder, tmp_path / str(ours), model=model, **LONG | {"max_steps": 4})
+        trainer.train()
+        flops.append(trainer.state.total_flos)
+        assert len(counts) <= 2 if ours else len(counts) >= 4
+    assert flops[0] == flops[1] > 0

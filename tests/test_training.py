@@ -248,7 +248,7 @@ def test_weights_that_are_not_finite_are_never_saved(few, tmp_path, monkeypatch)
     [
         (["model=local", "model.path=./nowhere"], "does not exist"),
         (["model=local", "model.path=nobody/nothing"], "cannot be loaded"),
-        (["model.tuning=lora", "+model.lora.rankk=3"], "peft.LoraConfig refuses it"),
+        (["model.tuning=lora", "+model.lora.rankk=3"], "unknown key model.lora.rankk"),
         (["data.gold=dpo_kit.golld"], "cannot be imported"),
     ],
 )

@@ -23,6 +23,7 @@ USAGE = """\
 usage: python -m dpo_kit.data [mode=check|curate|convert|build] [group=option | key=value] …
 
   data=jsonl data.train=FILE   what to look at: the same keys as for training (data.eval, data.columns, …)
+  data.form=NAME               what the rows are, where their columns do not say it
   data.benchmark=FILE          prompts that must not be trained on
   data.reference_margin=true   ask the untrained reference which answer it prefers
   model=… trl.max_length=…     whose tokenizer counts, and where it cuts

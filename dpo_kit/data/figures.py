@@ -70,7 +70,7 @@ def number(value: Any) -> float | None:
     """`value` as a finite number, also where it is written as text; None where it is none."""
     try:
         found = None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return found if found is not None and math.isfinite(found) else None
 

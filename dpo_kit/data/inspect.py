@@ -41,6 +41,7 @@ def inspect(
     prompts = {"train": rows, "held_out": held_out}
     report: dict[str, Any] = {
         "kind": kind,
+        "forms": gathered.forms,
         "rows_read": gathered.read,
         "rows": {"train": len(rows), "held_out": len(held_out), "dropped": len(gathered.faults)},
         "prompts": {name: len({row["prompt_id"] for row in part}) for name, part in prompts.items()},

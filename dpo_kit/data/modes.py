@@ -15,14 +15,14 @@ from typing import Any
 from dpo_kit.data.advice import OTHER_TOKENS
 from dpo_kit.data.convert import Converted, convert
 from dpo_kit.data.curate import Curated, Setting, curate
-from dpo_kit.data.gather import Gathered, Rows, eval_sources, gather, refuse_malformed, sources
+from dpo_kit.data.gather import Gathered, Rows, eval_sources, gather, read_rows, refuse_malformed, sources
 from dpo_kit.data.inspect import inspect
 from dpo_kit.data.leaks import held_prompts, read_benchmark
 from dpo_kit.data.options import Tool
 from dpo_kit.data.picture import draw_data_report
 from dpo_kit.data.preference import measure_preference, reference_margins
 from dpo_kit.data.prepare import split
-from dpo_kit.data.read import Fault, read_source
+from dpo_kit.data.read import Fault
 from dpo_kit.data.signal import keep_signal
 from dpo_kit.data.table import show_report
 from dpo_kit.errors import ConfigError, DataError
@@ -77,18 +77,20 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
 
 
 def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
-    """Rows of another schema as pairs or unary rows."""
-    data = settings.data
-    items = (item for source in sources(data.train) for item in read_source(source.path, data.train_split))
-    converted = convert(items, tool.convert, data.columns, settings.seed)
+    """Rows of any form as pairs or unary rows."""
+    data, faults = settings.data, list[Fault]()
+    if tool.convert.schema_ is not None:
+        data = data.model_copy(update={"form": tool.convert.schema_})
+    read = [(source, *read_rows(source, data.train_split, data, faults)) for source in sources(data.train)]
+    converted = convert([(match.form, rows) for _, match, rows in read], tool.convert, settings.seed)
+    converted.faults[:0] = faults
     if data.on_bad_row == "fail":
         refuse_malformed([fault for fault in converted.faults if fault.place not in converted.used])
     if not converted.rows:
-        first = f", the first at {converted.faults[0]}" if converted.faults else ""
-        raise DataError(
-            f"no row came out with convert.schema={tool.convert.schema_}{first}: name the schema that the rows have, "
-            "and map their columns with data.columns"
-        )
+        first = f", the first: {converted.faults[0]}" if converted.faults else ""
+        raise DataError(f"no row came out{first}: say what the rows are with data.form and data.columns")
+    for source, match, _ in read:
+        _say_next(f"{source.path} is read as {match}")
     files = {
         "converted.jsonl": _write_rows(out / "converted.jsonl", converted.rows),
         "rejects.jsonl": _write_rows(out / "rejects.jsonl", map(vars, converted.faults)),

@@ -4,10 +4,9 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from dpo_kit.settings import Strict
+from dpo_kit.settings import FormName, Strict
 
 RATIO = 1.5  # least ratio of ratings on a ratio scale
-Schema = Literal["pairs", "unary", "chat", "hh_rlhf", "ultrafeedback", "scored", "rated"]
 
 
 class Curate(Strict):
@@ -43,9 +42,9 @@ class Curate(Strict):
 
 
 class Convert(Strict):
-    """From which schema to which rows, and which pairs several scored answers make."""
+    """To which rows, and which pairs several scored answers make."""
 
-    schema_: Schema = Field(default="pairs", alias="schema")
+    schema_: FormName | None = Field(default=None, alias="schema")  # what data.form says
     to: Literal["pairs", "unary"] = "pairs"
     pairing: Literal["best_worst", "best_random", "all"] = "best_worst"
     min_gap: NonNegativeFloat = 0.0

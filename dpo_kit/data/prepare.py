@@ -38,17 +38,19 @@ def prepare(
     truncation: str,
     seed: int,
     fresh_tokens: int = 0,
+    trains: bool = True,
 ) -> Prepared:
     """Read, check, split, and bring into the form that the method trains on.
 
     `wanted`: the form of the method's rows; pairs are split for a unary method, never the other way, and prompts are
-    taken from rows of any kind. `fresh_tokens`: of an answer that is drawn to a prompt, at most. Raises DataError.
+    taken from rows of any kind. `fresh_tokens`: of an answer that is drawn to a prompt, at most. `trains=False`: nobody
+    trains, so that held-out rows suffice. Raises DataError.
     """
     gathered = gather(data, tokenizer, bare=wanted == "prompts")
     kind = gathered.kind
     if kind == "unary" and wanted == "pairs":
         raise DataError("rows with completion and label train method=kto or method=kto_apo; this method needs pairs")
-    train, pool = split(gathered, data, tokenizer, max_length, truncation)
+    train, pool = split(gathered, data, tokenizer, max_length, truncation, trains=trains)
     report = inspect(gathered, train, pool, wanted=wanted, max_length=max_length, benchmark=data.benchmark)
     select, test = _halves([gathered.form(row) for row in pool])
     if wanted == "prompts":
@@ -70,7 +72,13 @@ def prepare(
 
 
 def split(
-    gathered: Gathered, data: Data, tokenizer: Any, max_length: int | None, truncation: str
+    gathered: Gathered,
+    data: Data,
+    tokenizer: Any,
+    max_length: int | None,
+    truncation: str,
+    *,
+    trains: bool = True,
 ) -> tuple[list[Rows], Rows]:
     """The rows that can move a weight: those to train on by source, and the held-out ones. Raises DataError.
 
@@ -82,13 +90,15 @@ def split(
 
     train = [keep(rows) for rows in gathered.train]
     pool = None if gathered.held_out is None else keep(gathered.held_out)
-    train, pool = _part(train, pool, data.holdout, gathered.faults)
-    if gathered.kind == "unary":
+    train, pool = _part(train, pool, data.holdout, gathered.faults, trains=trains)
+    if gathered.kind == "unary" and any(train):
         _refuse_one_class([row for rows in train for row in rows])
     return train, pool
 
 
-def _part(train: list[Rows], pool: Rows | None, share: float, faults: list[Fault]) -> tuple[list[Rows], Rows]:
+def _part(
+    train: list[Rows], pool: Rows | None, share: float, faults: list[Fault], *, trains: bool
+) -> tuple[list[Rows], Rows]:
     """Train and held-out rows without a common prompt: held-out prompts are taken, or dropped, from train."""
     if pool is not None:
         held = {row["prompt_id"] for row in pool}
@@ -101,11 +111,14 @@ def _part(train: list[Rows], pool: Rows | None, share: float, faults: list[Fault
         held = set(prompts[: max(2, round(share * len(prompts)))])
         pool = [row for rows in train for row in rows if row["prompt_id"] in held]
     kept = [[row for row in rows if row["prompt_id"] not in held] for rows in train]
-    if not any(kept) or len(held) < 2:
+    if (trains and not any(kept)) or len(held) < 2:
         trained = len({row["prompt_id"] for rows in kept for row in rows})
+        reasons = Counter(f"{fault.reason}, {fault.remedy}" for fault in faults).most_common(3)
+        lost = "; ".join(f"{count} rows: {reason}" for reason, count in reasons)
         raise DataError(
             f"too few different prompts to train on ({trained}) and to hold some out ({len(held)}): at least 3 are "
-            "needed, 1 and 2 of them; add rows, or name held-out ones with data.eval"
+            f"needed, 1 and 2 of them; {f'dropped were {lost}' if lost else 'add rows'}, or name held-out ones with "
+            "data.eval"
         )
     return kept, pool
 

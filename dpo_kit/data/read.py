@@ -2,28 +2,37 @@
 
 A row that cannot be read is not raised but handed on as a `Fault`: what happens to it is decided in one place
 (`data.on_bad_row`). Where an unknown number of rows is lost with it (a cut archive, a quote never closed), the file is
-refused. Files are read as a stream, except .json, whose text must be in memory.
+refused. Files are read as a stream, except one JSON value over many lines and UTF-16, whose text must be in memory.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
+import io
+import itertools
 import json
 import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.errors import DataError, did_you_mean
+from dpo_kit.data.files import CELLS, KNOWN, TABLES, WHOLE, ending, find_files, is_split, near_miss, split_name
+from dpo_kit.errors import DataError
 
-LINES, WHOLE, TABLES, CELLS = (".jsonl", ".jsonl.gz", ".ndjson"), (".json",), (".parquet",), (".csv",)
-KNOWN = LINES + WHOLE + TABLES + CELLS
-BOM = b"\xef\xbb\xbf"
+MARKS = {  # byte order marks, longest first
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_LIST = re.compile(rb"\s*\[\s*\{")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"\s*")
 
@@ -50,37 +59,74 @@ class Fault:
         return f"{self.place}: {self.reason} ({self.found})" + (f": {self.remedy}" if self.remedy else "")
 
 
-def read_source(path: str, split: str) -> Iterator[Row | Fault]:
-    """All rows of a local file or folder, or of a hub data set's split. Raises DataError where there is nothing."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        files = sorted(file for file in local.rglob("*") if file.name.endswith(KNOWN))
-        if not files:
-            raise DataError(f"{path} has no {', '.join(KNOWN)} file in it")
-        for file in files:
-            yield from _read_file(file)
-    elif local.exists():
-        yield from _read_file(local)
-    elif local.suffix or path.startswith((".", "/", "~")):
-        raise DataError(_not_found(local))
-    else:
-        yield from _read_hub(path, split)
+class Tie(Fault):
+    """A well-formed row that prefers no answer: left out and counted, whatever `data.on_bad_row` says."""
 
 
-def _not_found(path: Path) -> str:
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"no such file or folder: {path}{did_you_mean(path.name, siblings, count=2)}"
+def read_source(path: str, split: str, config: str | None = None) -> Iterator[Row | Fault]:
+    """All rows of a local file, folder or pattern, or of a hub data set (its configuration `config`), of `split` where
+    there are several. Raises DataError where there is nothing.
+    """
+    files = find_files(path, split)
+    if files is None:
+        yield from _read_hub(path, split, config)
+    elif config is not None:
+        raise DataError(f"data.config={config} means a data set of the hub, but {path} is here: name its folder itself")
+    for file in files or []:
+        yield from _read_file(file, split)
 
 
-def _read_file(path: Path) -> Iterator[Row | Fault]:
-    readers = {LINES: _read_lines, WHOLE: _read_whole, TABLES: _read_table, CELLS: _read_cells}
-    reader = next((reader for endings, reader in readers.items() if path.name.endswith(endings)), None)
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file; known are {', '.join(KNOWN)}")
+def _read_file(path: Path, split: str) -> Iterator[Row | Fault]:
+    known = ending(path)
+    if known is None:
+        raise DataError(
+            f"{path}: unknown kind of file; known are {', '.join(KNOWN)}, also packed as .gz or .zst: unpack it, or "
+            "save it as one of them"
+        )
+    place = str(path)
     try:
-        yield from reader(path)
+        readers = {**dict.fromkeys(TABLES, _read_table), **dict.fromkeys(CELLS, _read_cells)}
+        for row in readers[known](path) if known in readers else _read_json(path, split):
+            place = row.place
+            yield row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged(place, error) from error
     except OSError as error:
+        if path.suffix.lower() == ".zst" and error.errno is None:
+            raise _damaged(place, error) from error
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _damaged(place: str, error: Exception) -> DataError:
+    return DataError(
+        f"{place}: the compressed file is cut or damaged from here on ({error}), and how many rows are lost cannot be "
+        "told: copy it again"
+    )
+
+
+def _unpacked(path: Path) -> Any:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix.lower() == ".zst":
+        import pyarrow
+
+        return pyarrow.input_stream(str(path), compression="zstd")
+    return path.open("rb")
+
+
+def _open(path: Path) -> io.BufferedReader:
+    """The file unpacked, as UTF-8 without a byte order mark."""
+    file = io.BufferedReader(_unpacked(path))
+    start = file.peek(4)
+    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
+    if encoding == "utf-8-sig":
+        file.read(3)
+    elif encoding is not None:
+        try:
+            return io.BufferedReader(io.BytesIO(file.read().decode(encoding).encode()))  # type: ignore[arg-type]
+        except UnicodeError as error:
+            raise DataError(f"{path}: begins as {encoding} and is not: {error}: save the file as UTF-8") from error
+    return file
 
 
 # --- JSON --------------------------------------------------------------------------------------------------------
@@ -110,7 +156,7 @@ class _Json:
             return Fault(place, "not strict JSON", self._amiss[0], "mend the row"), end
         if not isinstance(value, dict):
             return Fault(place, "not an object", type(value).__name__, 'a row is {"prompt": …, …}'), end
-        if _HALF_CHARACTER.search(text, start, end) and (found := _lone_surrogate(value)):
+        if _HALF_CHARACTER.search(text, start, end) and (found := lone_surrogate(value)):
             return Fault(place, "half a character", found, "write the text anew as UTF-8"), end
         return Row(place, value), end
 
@@ -119,7 +165,7 @@ def _twice(names: Any) -> str:
     return Counter(names).most_common(1)[0][0]
 
 
-def _lone_surrogate(value: Any) -> str | None:
+def lone_surrogate(value: Any) -> str | None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -127,25 +173,20 @@ def _lone_surrogate(value: Any) -> str | None:
     return None
 
 
-def _read_lines(path: Path) -> Iterator[Row | Fault]:
+def _read_json(path: Path, split: str) -> Iterator[Row | Fault]:
+    """One row a line, or one JSON value: a list of rows, or an object that holds them."""
+    with _open(path) as file:
+        if ending(path) in WHOLE or _LIST.match(file.peek()):
+            yield from _read_whole(path, file.read(), split)
+        else:
+            yield from _read_lines(path, file)
+
+
+def _read_lines(path: Path, file: Iterable[bytes]) -> Iterator[Row | Fault]:
     parser = _Json()
-    for number, line in _lines(path):
-        bare = line.removeprefix(BOM).strip() if number == 1 else line.strip()
-        if bare:
+    for number, line in enumerate(file, start=1):
+        if bare := line.strip():
             yield _parse_line(parser, f"{path}:{number}", bare)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path}:{number + 1}: the compressed file is cut or damaged here ({error}), and how many rows are lost "
-            "cannot be told: copy it again"
-        ) from error
 
 
 def _parse_line(parser: _Json, place: str, line: bytes) -> Row | Fault:
@@ -157,6 +198,8 @@ def _parse_line(parser: _Json, place: str, line: bytes) -> Row | Fault:
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
         remedy = "the line is cut: copy the file again, or remove it" if cut else "mend the line"
+        remedy = "write each object on one line" if text in ("{", "[") else remedy
+        remedy = "the file looks like UTF-16: save it as UTF-8" if "\0" in text else remedy
         return Fault(place, "not JSON", f"{error.msg} at column {error.colno}", remedy)
     except (ValueError, RecursionError) as error:
         return Fault(place, "not JSON", str(error), "mend the line")
@@ -165,17 +208,55 @@ def _parse_line(parser: _Json, place: str, line: bytes) -> Row | Fault:
     return row
 
 
-def _read_whole(path: Path) -> Iterator[Row | Fault]:
-    """The rows of one JSON list, decoded one by one, so that a fault inside a row does not cost the others."""
+def _read_whole(path: Path, content: bytes, split: str) -> Iterator[Row | Fault]:
     try:
-        text = path.read_bytes().removeprefix(BOM).decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
-    parser, number, position = _Json(), 0, _skip(text, 0)
-    if text[position : position + 1] != "[":
+    start = _skip(text, 0)
+    if text[start : start + 1] == "[":
+        yield from _read_list(path, text, start)
+        return
+    if text[start : start + 1] != "{":
         raise DataError(f"{path} must hold one JSON list of rows; one row a line is a .jsonl file")
-    position, more = _skip(text, position + 1), True
+    whole, end = _element(_Json(), path, 0, text, start)
+    if end == len(text.rstrip()):
+        yield from _read_object(path, whole, split)
+    elif "\n" not in text[start:end]:
+        yield from _read_lines(path, io.BytesIO(content))
+    else:
+        raise _broken(path, text, end, "several objects over several lines, which make no list")
+
+
+def _read_object(path: Path, whole: Row | Fault, split: str) -> Iterator[Row | Fault]:
+    """Rows of {"data": [rows]}, of {split: [rows]} or of {column: [values]}."""
+    if isinstance(whole, Fault):
+        raise DataError(f"{path}: {whole.reason} ({whole.found}): {whole.remedy}")
+    given = whole.values
+    lists = {name: rows for name, rows in given.items() if isinstance(rows, list) and all(map(_may_be_row, rows))}
+    columns = [cells for cells in given.values() if isinstance(cells, list)]
+    if len(given) > max(1, len(lists)) and len(columns) == len(given) and len({len(cells) for cells in columns}) == 1:
+        rows = [dict(zip(given, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    elif (found := {split_name(name): rows for name, rows in lists.items()}).get(split_name(split)):
+        rows = found[split_name(split)]
+    elif len(lists) == 1 and not is_split(*lists):
+        (rows,) = lists.values()
+    else:
+        has = f"; it has the lists {', '.join(lists)}: data.train_split and data.eval_split say which" if lists else ""
+        raise DataError(f"{path} must hold one JSON list of rows; one row a line is a .jsonl file{has}")
+    for number, row in enumerate(rows):
+        yield Row(f"{path} row {number}", row)
+
+
+def _may_be_row(value: Any) -> bool:
+    return isinstance(value, dict) and not value.keys() & {"role", "from"}
+
+
+def _read_list(path: Path, text: str, start: int) -> Iterator[Row | Fault]:
+    """The rows of one JSON list, decoded one by one, so that a fault inside a row does not cost the others."""
+    parser, number = _Json(), 0
+    position, more = _skip(text, start + 1), True
     if text[position : position + 1] == "]":
         return
     while more:
@@ -219,10 +300,11 @@ def _broken(path: Path, text: str, position: int, why: str) -> DataError:
 
 
 def _read_cells(path: Path) -> Iterator[Row | Fault]:
-    """CSV with a header; every cell stays the text that it is."""
+    """CSV with a header, parted by whatever parts the header's cells; every cell stays the text that it is."""
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        records = csv.reader(file, strict=True)
+    with io.TextIOWrapper(_open(path), encoding="utf-8", errors="surrogateescape", newline="") as file:
+        first = file.readline()
+        records = csv.reader(itertools.chain([first], file), strict=True, delimiter=_delimiter(path, first))
         names = _header(path, records)
         while True:
             place = f"{path}:{records.line_num + 1}"
@@ -243,6 +325,13 @@ def _read_cells(path: Path) -> Iterator[Row | Fault]:
                 yield _cells_row(place, names, cells)
 
 
+def _delimiter(path: Path, header: str) -> str:
+    bare = re.sub('"[^"]*"', "", header)
+    if ending(path) == ".tsv":
+        return "\t"
+    return max(",;\t|", key=bare.count) if "," not in bare else ","
+
+
 def _header(path: Path, records: Any) -> list[str]:
     names: list[str]
     try:
@@ -258,7 +347,12 @@ def _header(path: Path, records: Any) -> list[str]:
 
 def _cells_row(place: str, names: list[str], cells: list[str]) -> Row | Fault:
     if len(cells) != len(names):
-        return Fault(place, "wrong number of cells", f"{len(cells)}, the header has {len(names)}", "quote commas")
+        return Fault(
+            place,
+            "wrong number of cells",
+            f"{len(cells)}, the header has {len(names)}",
+            "quote commas and other delimiters",
+        )
     broken = next((name for name, cell in zip(names, cells, strict=True) if not _is_utf8(cell)), None)
     if broken is not None:
         return Fault(place, "not UTF-8", f"in column {broken!r}", "save the file as UTF-8")
@@ -275,19 +369,35 @@ def _is_utf8(text: str) -> bool:
 
 def _read_table(path: Path) -> Iterator[Row | Fault]:
     import pyarrow
-    import pyarrow.parquet
 
+    number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
-            raise DataError(f"{path}: the column {_twice(file.schema_arrow.names)!r} stands twice: rename one")
-        number = 0
-        for batch in file.iter_batches(1000):
+        for batch in _batches(path):
+            if len(set(batch.schema.names)) < len(batch.schema.names):
+                raise DataError(f"{path}: the column {_twice(batch.schema.names)!r} stands twice: rename one")
             for index in range(len(batch)):
                 yield _table_row(f"{path} row {number}", batch, index)
                 number += 1
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        kind = "Parquet" if ending(path) == ".parquet" else "Arrow"
+        raise DataError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    """Record batches of a Parquet file, or of an Arrow file or stream, as datasets writes them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if ending(path) == ".parquet":
+        yield from pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+        return
+    with pyarrow.OSFile(str(path)) as file:
+        if file.read(6) == b"ARROW1":
+            reader = pyarrow.ipc.open_file(file)
+            yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            file.seek(0)
+            yield from pyarrow.ipc.open_stream(file)
 
 
 def _table_row(place: str, batch: Any, index: int) -> Row | Fault:
@@ -297,16 +407,18 @@ def _table_row(place: str, batch: Any, index: int) -> Row | Fault:
         return Fault(place, "a value cannot be read", str(error), "write the column anew as text")
 
 
-def _read_hub(name: str, split: str) -> Iterator[Row | Fault]:
+def _read_hub(name: str, split: str, config: str | None) -> Iterator[Row | Fault]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the libraries below raise many kinds; all mean that there is nothing to read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        remedy = "; name one with data.config" if "onfig name is missing" in reason else ""
+        remedy = "; name one with data.train_split or data.eval_split" if "nknown split" in reason else remedy
         raise DataError(
-            f"{name!r} is neither a local file or folder nor a hub data set that can be reached "
-            f"(split {split!r}): {reason}"
+            f"{name!r} is neither a local file or folder nor a hub data set that can be reached (split {split!r}, "
+            f"configuration {config!r}): {reason}{remedy}{near_miss(name)}"
         ) from error
     for number, values in enumerate(rows):
         yield Row(f"{name}[{split}] row {number}", values)

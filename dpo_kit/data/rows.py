@@ -25,13 +25,13 @@ TRANSCRIPT = "\n\nHuman:"
 Found = tuple[str, str, str]  # reason, what was found, what to do
 
 
-def normalise(row: Row, kind: Kind, columns: dict[str, str]) -> Row | Fault:
-    """`row` under our column names, with an explicit prompt, every text checked."""
-    values = {ours: row.values[theirs] for ours, theirs in columns.items() if theirs in row.values}
-    values = {key: value for key, value in row.values.items() if key not in columns.values()} | values
+def normalise(row: Row, kind: Kind) -> Row | Fault:
+    """`row` with an explicit prompt, every text checked."""
+    values = dict(row.values)
     if not row.typed and str(values.get("label")).lower() in ("true", "false"):
         values["label"] = values["label"].lower() == "true"
-    fault = _missing_fault(values, kind) or _answer_fault(values, kind)
+    needed = ANSWERS[kind] + {"pairs": (), "unary": ("prompt", "label"), "prompts": ("prompt",)}[kind]
+    fault = missing_fault(values, needed) or _answer_fault(values, kind)
     if fault is None and values.get("prompt") is None:
         fault = _whole_fault(values)
         values |= {} if fault else _implicit_prompt(values)
@@ -41,8 +41,8 @@ def normalise(row: Row, kind: Kind, columns: dict[str, str]) -> Row | Fault:
     return Fault(row.place, *fault) if fault else Row(row.place, values)
 
 
-def _missing_fault(values: dict[str, Any], kind: Kind) -> Found | None:
-    needed = ANSWERS[kind] + {"pairs": (), "unary": ("prompt", "label"), "prompts": ("prompt",)}[kind]
+def missing_fault(values: dict[str, Any], needed: tuple[str, ...]) -> Found | None:
+    """Why a row lacks one of the columns `needed`; None where it has them all."""
     missing = next((name for name in needed if values.get(name) is None), None)
     if missing is None:
         return None
@@ -89,8 +89,7 @@ def _mixed_fault(values: dict[str, Any], kind: Kind) -> Found | None:
     if len(set(kinds.values())) == 1:
         return None
     found = ", ".join(f"{name}: {'text' if is_text else 'chat'}" for name, is_text in kinds.items())
-    remedy = "all of a row must be one of the two; python -m dpo_kit.data mode=convert convert.schema=chat makes it so"
-    return "text and chat messages are mixed", found, remedy
+    return "text and chat messages are mixed", found, "write both answers as text, or both as messages"
 
 
 def _echo_fault(values: dict[str, Any], kind: Kind) -> Found | None:
@@ -116,7 +115,7 @@ def _whole_fault(values: dict[str, Any]) -> Found | None:
     if chosen[0] != rejected[0]:
         return "column 'prompt' is missing or null", "chosen and rejected begin differently", "add the prompt"
     if isinstance(chosen, str) and TRANSCRIPT in chosen:  # their common beginning reaches into the answers
-        remedy = "python -m dpo_kit.data mode=convert convert.schema=hh_rlhf takes it apart"
+        remedy = "data.form=hh_rlhf takes it apart"
         return "chosen is a whole transcript", repr(chosen[:30]), remedy
     return None
 

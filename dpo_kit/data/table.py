@@ -38,6 +38,7 @@ def report_table(report: dict[str, Any], *, title: str, before: dict[str, Any] |
 
 
 def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from ((f"{path}, read as", form) for path, form in report["forms"].items())
     yield "rows read", f"{report['rows_read']:,}"
     for name, count in report["rows"].items():
         if name != "dropped" and count:

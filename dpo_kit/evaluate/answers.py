@@ -48,7 +48,8 @@ def read_questions(job: Job) -> list[Question]:
         return [Question(name, prompt) for name, prompt in reversed(distinct.items())][: wanted.limit]
     data = Data(**job.config["data"])
     prompts = read_prompts(wanted.prompts, data, wanted.limit).prompts
-    chat = job.reference.tokenizer().chat_template is not None if data.wrap_as_chat == "auto" else data.wrap_as_chat
+    reader = job.reference if job.run else job.policy
+    chat = reader.tokenizer().chat_template is not None if data.wrap_as_chat == "auto" else data.wrap_as_chat
     return [Question(digest(prompt), as_messages(prompt) if chat else prompt) for prompt in prompts]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import ConfigError
 from dpo_kit.generation import LocalModel
-from dpo_kit.origin import ADAPTER, base_of
+from dpo_kit.identity import recall_config
+from dpo_kit.origin import ADAPTER, base_of, find_base, has_tokenizer
 from dpo_kit.run import RunDirectory, hash_weights, read_json
 from dpo_kit.settings import Model
 
@@ -24,6 +25,7 @@ class Candidate:
     name: str
     model: Model
     tuned: Path | None = None
+    own_tokenizer: bool = False  # the folder `tuned` has one, with its template
 
     def load(self) -> Any:
         """The weights, in evaluation mode. ModelError where they cannot be loaded."""
@@ -32,10 +34,19 @@ class Candidate:
         return load_tuned(self.model, self.tuned).eval() if self.tuned else load_reference(self.model)
 
     def tokenizer(self) -> Any:
-        """The tokenizer of `model.path`, which reads control tokens in messages as text."""
+        """The tokenizer of `model.path`, or the adapter's own; it reads control tokens in messages as text."""
         from dpo_kit.model import load_tokenizer
 
-        return load_tokenizer(self.model)
+        own = {"path": str(self.tuned), "revision": None} if self.own_tokenizer else {}
+        return load_tokenizer(self.model.model_copy(update=own))
+
+    def with_template(self, template: str) -> Candidate:
+        """The same model, whose prompts are rendered with `template`."""
+        return replace(self, model=self.model.model_copy(update={"chat_template": template}))
+
+    def described(self) -> tuple[str, str]:
+        """What its tokenizer depends on: the model, and the folder that has one of its own."""
+        return self.model.model_dump_json(), str(self.tuned) if self.own_tokenizer else ""
 
     @property
     def start(self) -> Candidate:
@@ -74,7 +85,7 @@ def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
     if result.get("status") != "done":
         status = result.get("status", "running or killed")
         raise ConfigError(f"{folder} is a run that has not ended well (status: {status}): finish it first")
-    config = read_json(run.manifest)["config"]
+    config = recall_config(read_json(run.manifest))
     return Candidate(folder.resolve().name, Model(**config["model"]), run.model), config
 
 
@@ -96,6 +107,7 @@ def of_path(path: str, model: Model) -> Candidate:
         raise ConfigError(f"{path} is a run directory: say run={path}, or name its policy, {folder / 'model'}")
     own = {"reference": None, "revision": model.revision if path == model.path else None}
     if (folder / ADAPTER).exists():
-        base = read_json(folder / ADAPTER)["base_model_name_or_path"]
-        return Candidate(path, model.model_copy(update=own | {"path": base, "tuning": "lora"}), folder)
+        base = find_base(folder, read_json(folder / ADAPTER))
+        based = model.model_copy(update=own | {"path": base, "tuning": "lora"})
+        return Candidate(path, based, folder, own_tokenizer=has_tokenizer(str(folder), None))
     return Candidate(path, model.model_copy(update=own | {"path": path, "tuning": "full"}))

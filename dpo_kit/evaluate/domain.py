@@ -16,6 +16,7 @@ from typing import Any
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import Domain
 from dpo_kit.evaluate.dialogue import Speaker, check_names
+from dpo_kit.limits import missing_package
 from dpo_kit.run import write_jsonl
 from dpo_kit.verdicts import Prompt
 
@@ -230,12 +231,12 @@ def _rouge_scorer(name: str) -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise _missing("rouge-score") from error
+        raise _missing("rouge_score") from error
     return RougeScorer([name], tokenizer=_Words())
 
 
 def _missing(package: str) -> ConfigError:
-    return ConfigError(f"the domain metrics need {package}: pip install 'dpo-kit[eval]'")
+    return ConfigError(missing_package("the domain metric", package) or f"{package} cannot be imported")
 
 
 def _mean_of(values: Sequence[float]) -> Indexed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import importlib.util
 import logging
 import math
 import os
@@ -29,6 +28,7 @@ from dpo_kit.evaluate.gate import TaskComparison, compare_task, decide_gate
 from dpo_kit.generation import LocalModel
 from dpo_kit.history import plain
 from dpo_kit.journal import key_of
+from dpo_kit.limits import missing_package
 from dpo_kit.quiet import quiet_imports
 from dpo_kit.run import cache_folder, read_json, write_json, write_jsonl
 
@@ -85,8 +85,8 @@ def check_harness(options: Harness) -> None:
     for name in options.tasks:
         if name.startswith(EXECUTES):
             _refuse_code(name, options)
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("the gate needs lm-evaluation-harness: pip install 'dpo-kit[eval]'")
+    if fault := missing_package("the gate (lm-evaluation-harness)", "lm_eval"):
+        raise ConfigError(fault)
     missing = [path for path in options.include_path if not Path(path).expanduser().is_dir()]
     if missing:
         raise ConfigError(f"include_path={missing[0]} is no folder: name the one that holds your task's .yaml file")

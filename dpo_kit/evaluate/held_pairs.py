@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from dpo_kit.errors import ModelError
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.plan import Job
 
@@ -41,8 +42,15 @@ def _score(
     job: Job, policy: Candidate, reference: Candidate, rows: list[dict[str, Any]], beta: float | None
 ) -> tuple[Any, list[dict[str, Any]]]:
     from dpo_kit.held_out import Tuned, place, score_rows
+    from dpo_kit.model import token_differences
     from dpo_kit.quiet import quiet_libraries
 
     quiet_libraries()
+    own_base = policy.tuned is not None and policy.model.path == reference.model.path
+    if not own_base and (differing := token_differences(policy.tokenizer(), reference.tokenizer())):
+        raise ModelError(
+            f"{policy.name} and {reference.name} have other vocabularies ({'; '.join(differing)}), so that their "
+            "log-probabilities would be those of other texts: compare answers instead, parts=[win_rate]"
+        )
     tuned = Tuned(place(policy.load()), policy.tokenizer(), SimpleNamespace(**job.config["trl"]))
     return score_rows(tuned, rows, reference.load(), beta)

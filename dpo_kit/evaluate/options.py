@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness, MTBench
 from dpo_kit.settings import Endpoint, Judge, Strict
 
-Split = Literal["select", "test"]
+Split = Literal["select", "test", "all"]
 
 
 class WinRate(Strict):

@@ -19,6 +19,7 @@ from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness
 from dpo_kit.evaluate.candidate import ADAPTER, Candidate, of_path, of_run
 from dpo_kit.evaluate.options import Evaluate, Split, WinRate
 from dpo_kit.journal import key_of
+from dpo_kit.places import refuse_missing
 from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.settings import GoldJudge, HumanJudge, LLMJudge, Method, Model, RewardModelJudge, Strict, Tracking
 from dpo_kit.sweep.runs import read_runs
@@ -65,15 +66,22 @@ class Job:
     def held_out(self) -> tuple[str, list[dict[str, Any]]]:
         """The kind (pairs or unary) and the rows of the split, read once for all jobs that share them."""
         parts = {name: self.config[name] for name in ("data", "trl", "seed", "method")}
-        return _read_held_out(json.dumps(parts, sort_keys=True), self.reference.model.model_dump_json(), self.split)
+        reader = self.reference if self.run else self.policy
+        kind, rows = _read_held_out(json.dumps(parts, sort_keys=True), *reader.described(), self.split)
+        if self.run:
+            from dpo_kit.held_out import refuse_other_rows
+
+            refuse_other_rows(read_json(self.run.manifest), self.split, rows)
+        return kind, rows
 
 
 @lru_cache(maxsize=1)
-def _read_held_out(config: str, model: str, split: Split) -> tuple[str, list[dict[str, Any]]]:
+def _read_held_out(config: str, model: str, tuned: str, split: Split) -> tuple[str, list[dict[str, Any]]]:
     from dpo_kit.held_out import read_held_out
 
-    parts, reference = json.loads(config), Candidate("", Model.model_validate_json(model))
-    return read_held_out(parts, Method(**parts["method"]), reference.tokenizer(), split)
+    parts = json.loads(config)
+    reader = Candidate("", Model.model_validate_json(model), Path(tuned), own_tokenizer=bool(tuned))
+    return read_held_out(parts, Method(**parts["method"]), reader.tokenizer(), split)
 
 
 def plan(arguments: Sequence[str]) -> list[Job]:
@@ -141,6 +149,8 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
     cfg.choose = read_json(RunDirectory(folder).manifest).get("choose") or cfg.choose
     options = _options(cfg, arguments)
     opponent = _opponent(options.against, policy.start, policy.model)
+    if options.split == "all":
+        raise ConfigError("split=all is for models made elsewhere (policy=): a run has trained on some of its rows")
     split: Split = options.split or ("select" if sweep else "test")
     method = Method(**config["method"])
     own = Path(options.out) if options.out else _folder(folder, split) / (_place(opponent) if options.against else "")
@@ -167,12 +177,15 @@ def _folder(run: Path, split: str) -> Path:
 
 
 def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
+    cfg, alone = _held_out_alone(cfg)
     settings = check(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in OWN]), trains=False)
+    refuse_missing(settings)
     options = _options(cfg, arguments)
     policy = of_path(str(options.policy), settings.model)
     if options.reference is None and policy.tuned is None:
         raise ConfigError("reference is missing: add reference=…, the folder or hub id that policy was tuned from")
     reference = of_path(options.reference, settings.model) if options.reference else policy.start
+    policy, reference = share_template(policy, reference)
     opponent = _opponent(options.against, reference, settings.model)
     told = any(word.startswith("beta=") for word in arguments)  # else nobody knows what the policy was trained with
     config = settings.model_dump(mode="json")
@@ -180,8 +193,28 @@ def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
     folder = Path(options.out or f"outputs/evaluation-{key_of(identity)[:8]}")
     return Job(
         policy, reference, opponent, config, settings.beta if told and settings.method.implicit_reward else None,
-        options, options.split or "test", folder, folder, None, settings.tracking,
+        options, options.split or ("all" if alone else "test"), folder, folder, None, settings.tracking,
     )  # fmt: skip
+
+
+def _held_out_alone(cfg: DictConfig) -> tuple[DictConfig, bool]:
+    """`cfg`, and whether its data are held-out rows alone: nothing is trained, so nothing to train on is needed."""
+    train = None if OmegaConf.is_missing(cfg.data, "train") else cfg.data.train
+    if cfg.data.eval is None or train not in (None, cfg.data.eval):
+        return cfg, False
+    cfg = cfg.copy()
+    cfg.data.train = cfg.data.eval
+    return cfg, True
+
+
+def share_template(policy: Candidate, reference: Candidate) -> tuple[Candidate, Candidate]:
+    """Both with a chat template, where one of them has one and the other none: rows are rendered once for both."""
+    if policy.model.chat_template:
+        return policy, reference
+    mine, theirs = (candidate.tokenizer().chat_template for candidate in (policy, reference))
+    if mine and not theirs:
+        return policy, reference.with_template(mine)
+    return (policy.with_template(theirs), reference) if theirs and not mine else (policy, reference)
 
 
 def _opponent(against: str | None, reference: Candidate, model: Model) -> Candidate | Path:

@@ -26,6 +26,7 @@ from dpo_kit.export.merge import (
     refuse_other_base,
 )
 from dpo_kit.export.serving import find_faults, has_chat_template
+from dpo_kit.identity import recall_config
 from dpo_kit.quiet import quiet_libraries
 from dpo_kit.run import RunDirectory, read_json, write_json, write_text
 from dpo_kit.settings import Model
@@ -60,7 +61,7 @@ def export_run(wanted: Export) -> dict[str, Any]:
     be the policy that the run left.
     """
     manifest, result = finished(wanted.run)
-    model = Model(**manifest["config"]["model"])
+    model = Model(**recall_config(manifest)["model"])
     quiet_libraries()
     dtype = choose_dtype(model, wanted.run, wanted.dtype)
     asked = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_kit.again import again, longer
 from dpo_kit.diagnosis import UNFELT
 from dpo_kit.sweep.choice import Choice
 from dpo_kit.sweep.runs import RunRecord
+from dpo_kit.words import again, longer
 
 SEEDS = "0,1,2"
 

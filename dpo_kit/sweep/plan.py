@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shlex
 from collections.abc import Sequence
@@ -20,8 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_kit.config import check, compose_unchecked, explain
 from dpo_kit.errors import ConfigError
-from dpo_kit.identity import comparable, sweep_id
-from dpo_kit.settings import Tracking
+from dpo_kit.identity import comparable, refuse_other_run, sweep_id
+from dpo_kit.limits import idle_faults, missing_package
+from dpo_kit.places import refuse_missing, refuse_unwritable
+from dpo_kit.run import RunDirectory
+from dpo_kit.settings import Settings, Tracking
+from dpo_kit.sweep.runs import read_runs
+from dpo_kit.words import quote
 
 SWEEP_ID = "${dpo_kit.sweep_id:}"
 OPTION = "beta-sweep"
@@ -30,11 +34,15 @@ LOCAL = ("processes", "basic")  # launchers whose jobs run on this machine
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep: its overrides, what makes it the same run as another, the name of its directory."""
+    """One job of a sweep: its overrides, what they say, what makes it the same run as another, its directory's name."""
 
     overrides: list[str]
-    config: dict[str, Any]
+    settings: Settings
     subdir: str | None  # None: known only when it is launched
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return comparable(self.settings)
 
 
 @dataclass(frozen=True)
@@ -76,13 +84,23 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
         return _plan(base, [content], _add_axes(base, grid, prefix="${hydra.job.num}-"))
     jobs = [compose_job(job, search, config_name) for job in split_jobs([*_params(base), *overrides])]
     refuse_doubles(jobs)
-    return _plan(base, [job.config for job in jobs], _name_subdirectories(base, jobs, swept))
+    refuse_idle_words(jobs)
+    for job in jobs:
+        refuse_missing(job.settings)
+    plan = _plan(base, [job.config for job in jobs], _name_subdirectories(base, jobs, swept))
+    if plan.directory.is_dir():
+        named = (
+            [compose_job([*job.overrides, *plan.named], search, config_name) for job in jobs] if plan.named else jobs
+        )
+        refuse_other_runs(plan.directory, named)
+    return plan
 
 
 def _plan(base: DictConfig, configs: list[dict[str, Any]], subdirectories: list[str]) -> Plan:
     directory = _directory(base).replace(SWEEP_ID, sweep_id(configs))
     named = [f"hydra.sweep.dir={quote(directory)}"] if SWEEP_ID in _directory(base) else []
     written = Path(OmegaConf.create({"at": directory, "hydra": base.hydra}).at)
+    refuse_unwritable("hydra.sweep.dir", written)
     local = base.hydra.runtime.choices["hydra/launcher"] in LOCAL
     if not local:
         named = _for_a_cluster(written)
@@ -130,7 +148,7 @@ def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -
         subdir = None
     if subdir is not None and (Path(subdir).is_absolute() or ".." in Path(subdir).parts):
         raise ConfigError(f"hydra.sweep.subdir must stay inside hydra.sweep.dir, got {subdir}: name a plain folder")
-    return Job(overrides, comparable(check(without_hydra(cfg))), subdir)
+    return Job(overrides, check(without_hydra(cfg)), subdir)
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
@@ -156,8 +174,33 @@ def refuse_inside_ranks(overrides: Sequence[str]) -> None:
 def refuse_missing_launcher(base: DictConfig) -> None:
     """ConfigError where the chosen launcher's package is not installed."""
     package = ".".join(str(base.hydra.launcher.get("_target_", "")).split(".")[:2])
-    if package == "hydra_plugins.hydra_ray_launcher" and importlib.util.find_spec(package) is None:
-        raise ConfigError("hydra/launcher=ray needs hydra-ray-launcher: pip install 'dpo-kit[ray]'")
+    if package == "hydra_plugins.hydra_ray_launcher" and (fault := missing_package("hydra/launcher=ray", package)):
+        raise ConfigError(fault)
+
+
+def refuse_idle_words(jobs: Sequence[Job]) -> None:
+    """ConfigError for overrides that change nothing in any job."""
+    idle = [{*idle_faults(job.settings, job.overrides)} for job in jobs]
+    if idle and (everywhere := set.intersection(*idle)):
+        raise ConfigError("\n".join(sorted(everywhere)))
+
+
+def refuse_other_runs(directory: Path, jobs: Sequence[Job]) -> None:
+    """ConfigError where the sweep's directory holds a run of another config, or one that has not ended and is none of
+    `jobs`, so that nobody would finish it.
+    """
+    for job in jobs:
+        if job.subdir is not None:
+            refuse_other_run(RunDirectory(directory / job.subdir), job.settings, "hydra.sweep.dir")
+    mine = {job.subdir for job in jobs}
+    left = (
+        [run.path for run in read_runs(directory) if not run.finished] if any(directory.glob("*/manifest.json")) else []
+    )
+    if None not in mine and (others := [path for path in left if path not in mine]):
+        raise ConfigError(
+            f"hydra.sweep.dir={directory} holds {', '.join(others)}, not ended and no job of this command: "
+            "give the command that it came from again, or choose another hydra.sweep.dir"
+        )
 
 
 def refuse_doubles(jobs: Sequence[Job]) -> None:
@@ -194,8 +237,3 @@ def _short(key: str) -> str:
 def _node(base: DictConfig, key: str) -> str:
     """Where the value of an axis stands in a job's config: a group's choice, or the key itself."""
     return f"hydra.runtime.choices.{key}" if key in base.hydra.runtime.choices else key
-
-
-def quote(text: str) -> str:
-    """`text` as one value in Hydra's grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

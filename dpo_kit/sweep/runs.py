@@ -109,11 +109,12 @@ class RunRecord:
 
     @cached_property
     def overrides(self) -> dict[str, str] | None:
-        """What was typed for this job, by key; None where it is not recorded."""
+        """What was typed for this job, by key; None where it is not recorded. Not from Hydra's own record, which every
+        start writes anew, also one that is refused.
+        """
         typed = self.job.get("overrides")
-        if typed is None:
-            recorded = self.root / ".hydra" / "overrides.yaml"
-            typed = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.exists() else None
+        if typed is None and (command := self.manifest.get("command")):
+            typed = [word for word in shlex.split(command) if "=" in word]
         if typed is None:
             return None
         pairs = (str(each).lstrip("+~").partition("=") for each in typed)

@@ -1,0 +1,118 @@
+"""Which files a path means: a file, the files of one split in a folder, or all that match a pattern."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from dpo_kit.errors import DataError, did_you_mean
+
+LINES, WHOLE, TABLES, CELLS = (".jsonl", ".ndjson"), (".json",), (".parquet", ".arrow"), (".csv", ".tsv")
+PACKED = (".gz", ".zst")
+KNOWN = LINES + WHOLE + TABLES + CELLS
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # files that hold no rows
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?")
+_ON_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def find_files(path: str, split: str) -> list[Path] | None:
+    """The files that `path` means, of a folder with files of several splits those of `split`; None where it may be a
+    data set of the hub. Raises DataError.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _of_split(local, split)
+    if local.exists():
+        return [local]
+    if any(sign in path for sign in "*?["):
+        matching = [Path(name) for name in sorted(glob.glob(str(local), recursive=True))]  # noqa: PTH207 - absolute too
+        if not matching:
+            raise DataError(f"no file matches {path}")
+        return [file for match in matching for file in ([match] if match.is_file() else _of_split(match, split))]
+    if ending(local) or not _ON_HUB.fullmatch(path):
+        raise DataError(f"no such file or folder: {path}{near_miss(path)}")
+    return None
+
+
+def near_miss(path: str) -> str:
+    folder = Path(path).expanduser().parent
+    return did_you_mean(Path(path).name, [entry.name for entry in folder.iterdir()] if folder.is_dir() else [], count=2)
+
+
+def ending(path: Path) -> str | None:
+    """The known ending of a file's name, as .json of rows.json.gz; None where it is unknown."""
+    name = path.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return next((known for known in KNOWN if name.endswith(known)), None)
+
+
+def is_split(word: str) -> bool:
+    return word.lower() in SPLITS
+
+
+def split_name(word: str) -> str:
+    """The usual name of a split: test for eval, say."""
+    return SPLITS.get(word.lower(), word)
+
+
+def _of_split(folder: Path, split: str) -> list[Path]:
+    named = {file: _split_of(file.relative_to(folder)) for file in sorted(_data_files(folder))}
+    if not named:
+        raise DataError(f"{folder} has no {', '.join(KNOWN)} file in it (nor one that is packed: {', '.join(PACKED)})")
+    splits = sorted({name for name in named.values() if name})
+    if not splits:
+        return list(named)
+    if without := [file for file, name in named.items() if not name]:
+        raise DataError(
+            f"{folder} has files of the split {', '.join(splits)}, and {without[0].name} of none: name the files "
+            f"themselves, as in data.train=[{without[0]}]"
+        )
+    if split_name(split) not in splits:
+        raise DataError(
+            f"{folder} has the split {', '.join(splits)}, not {split!r}: say which with data.train_split and "
+            "data.eval_split, or name the file itself"
+        )
+    return [file for file, name in named.items() if name == split_name(split)]
+
+
+def _data_files(folder: Path) -> Iterable[Path]:
+    """The files that hold rows, hidden ones and hidden folders aside; of a folder that save_to_disk wrote those that it
+    names, not what was left beside them.
+    """
+    for file in folder.rglob("*"):
+        if any(part.startswith(".") for part in file.relative_to(folder).parts) or not file.is_file():
+            continue
+        if ending(file) and file.name not in ABOUT and (not _is_saved(file.parent) or file.name in _saved(file.parent)):
+            yield file
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _saved(folder: Path) -> list[str]:
+    try:
+        return [file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'state.json'} is not as save_to_disk writes it: save the data set again") from error
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that the name of a file or of its folder says: of train_prefs-00000-of-00001.parquet train_prefs."""
+    stem = path.name.removesuffix("".join(path.suffixes[-2:])) if path.suffix in PACKED else path.stem
+    shard = _SHARD.fullmatch(stem)
+    if shard and shard[1] != "data":
+        return split_name(shard[1])
+    if path.suffix == ".arrow" and path.parent.name:  # a data set dictionary on disk: a folder is a split
+        return split_name(path.parent.name)
+    words = (word for part in (stem, *reversed(path.parent.parts)) for word in re.split(r"[^a-z]+", part.lower()))
+    return next((SPLITS[word] for word in words if word in SPLITS), None)

@@ -1,0 +1,458 @@
+"""The forms in which preference data exist: one table of the columns that a form needs, and how a row of it reads.
+
+Training and mode=convert read by it alike. What comes out is, under our names, a pair (prompt, chosen, rejected), a
+thumb (prompt, completion, label), scored answers (prompt, answers, scores; higher is better) or a prompt alone. The
+prompt of two whole conversations is left to rows.py. Columns that a form does not need stay: tools, system, ratings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_kit.data.figures import number
+from dpo_kit.data.read import Fault, Row, Tie
+from dpo_kit.data.rows import ANSWERS, is_blank, missing_fault, normalise
+from dpo_kit.data.spelling import LEAVE, TieError, UnfitError, conversation, looks_written, read_chat, unwritten
+from dpo_kit.errors import DataError
+from dpo_kit.settings import FormName
+
+Values = dict[str, Any]
+SAMPLE = 100  # rows by which forms of the same columns are told apart
+RANKS = ("ranks", "ranking", "rank")
+ITEM_ANSWERS = ("response", "completion", "answer", "text", "content")
+ITEM_SCORES = ("fine-grained_score", "overall_score", "score", "rating")  # UltraFeedback's authors recommend the first
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
+
+
+# --- one row -----------------------------------------------------------------------------------------------------
+
+
+def _pair(values: Values, asked: str | None, better: str, worse: str) -> Values:
+    """A prompt and two answers to it; or two whole conversations, cut where the prompt ends if there is one."""
+    prompt = _prompt(values, asked) if asked else None
+    chosen, rejected = read_chat("chosen", values[better]), read_chat("rejected", values[worse])
+    answers = {"chosen": chosen, "rejected": rejected}
+    if not (_is_whole(chosen) and _is_whole(rejected)):
+        return answers if prompt is None else _alike({"prompt": prompt, **answers})
+    if asked in CHATS or prompt is None or (isinstance(prompt, str) and is_blank(prompt)):
+        return answers
+    if isinstance(prompt, list) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        return {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
+    if not (_says(chosen, prompt) and _says(rejected, prompt)):
+        remedy = "correct it, or set the column aside with data.columns={other_prompt: prompt}"
+        raise UnfitError("prompt is not in the conversations of chosen and rejected", str(prompt)[:40], remedy)
+    return answers
+
+
+def _prompt(values: Values, asked: str) -> Any:
+    """What is asked; of alpaca's columns the instruction with its input, after its history."""
+    prompt, more, history = read_chat("prompt", values.get(asked)), values.get("input"), values.get("history")
+    if asked != "instruction" or not isinstance(prompt, str):
+        return prompt
+    text = prompt if not isinstance(more, str) or is_blank(more) else f"{prompt}\n{more}"
+    if not history:
+        return text
+    turns = unwritten("history", history)
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise UnfitError("history is no list of turns", str(history)[:40], "a turn is [what was asked, what was said]")
+    said = [(role, part) for turn in turns for role, part in zip(("user", "assistant"), turn, strict=True)]
+    return [{"role": role, "content": content} for role, content in [*said, ("user", text)]]
+
+
+def _is_whole(chat: Any) -> bool:
+    """Whether an answer is a conversation that begins with what was asked."""
+    are_messages = isinstance(chat, list) and len(chat) > 1 and all(isinstance(message, dict) for message in chat)
+    return are_messages and chat[0].get("role") in ("system", "developer", "user")
+
+
+def _says(chat: list[Values], prompt: Any) -> bool:
+    if isinstance(prompt, list):
+        return all(message in chat for message in prompt)
+    asked = (str(message["content"]).strip() for message in chat if message["role"] == "user")
+    return str(prompt).strip() in asked
+
+
+def _alike(made: Values) -> Values:
+    """Text beside a chat as a turn of it: answers as the assistant's, a prompt as the user's."""
+    answers = [name for name in made if name != "prompt"]
+    if isinstance(made["prompt"], list):
+        return made | {name: _turn("assistant", made[name]) for name in answers}
+    if all(isinstance(made[name], list) for name in answers):
+        return made | {"prompt": _turn("user", made["prompt"])}
+    return made
+
+
+def _turn(role: str, value: Any) -> Any:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _transcripts(values: Values, asked: str | None, better: str, worse: str) -> Values:
+    """Texts of Human: and Assistant: turns: both answers with all that came before, or a prompt and two answers."""
+    prompt, answers = values.get(asked) if asked else None, {"chosen": values[better], "rejected": values[worse]}
+    if _is_transcript(prompt) and not _is_transcript(answers["chosen"]):
+        return _alike({"prompt": _open_transcript(prompt), **answers})
+    chats = {name: _transcript(name, text) for name, text in answers.items()}
+    if isinstance(prompt, str) and not all(str(text).strip().startswith(prompt.strip()) for text in answers.values()):
+        raise UnfitError("prompt is not how chosen and rejected begin", repr(prompt[:40]), LEAVE)
+    return chats
+
+
+def _transcript(name: str, text: Any) -> list[Values]:
+    parts = _TURN.split(text) if isinstance(text, str) else []
+    if len(parts) < 5 or not is_blank(parts[0]):
+        raise UnfitError(f"{name} is no transcript of Human: and Assistant: turns", repr(text)[:40], LEAVE)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _open_transcript(prompt: Any) -> Any:
+    """A prompt that is a transcript up to the last Assistant: as messages; any other as it is."""
+    if not _is_transcript(prompt):
+        return prompt
+    *chat, last = _transcript("prompt", prompt)
+    if last != {"role": "assistant", "content": ""}:
+        raise UnfitError("prompt is a transcript that does not end with Assistant:", repr(prompt[-40:]), LEAVE)
+    return chat
+
+
+def _is_transcript(text: Any) -> bool:
+    return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def _thumb(values: Values, asked: str, answer: str, label: str) -> Values:
+    completion = read_chat("completion", values[answer])
+    return _alike({"prompt": _prompt(values, asked), "completion": completion}) | {"label": values[label]}
+
+
+def _thumb_of_chat(values: Values, chat: str, label: str) -> Values:
+    prompt, answer = _last_turn(chat, values[chat])
+    return {"prompt": prompt, "completion": answer, "label": values[label]}
+
+
+def _last_turn(name: str, value: Any) -> tuple[list[Values], list[Values]]:
+    """A conversation without its last message, and that message, which must be the assistant's."""
+    chat = conversation(name, value)
+    if len(chat) < 2 or chat[-1]["role"] != "assistant":
+        raise UnfitError(f"{name} is no chat that ends with an answer", f"{len(chat)} messages", LEAVE)
+    return chat[:-1], chat[-1:]
+
+
+def _rejected_turn(values: Values, chat: str, worse: str) -> Values:
+    prompt, chosen = _last_turn(chat, values[chat])
+    return {"prompt": prompt, "chosen": chosen, "rejected": _turn("assistant", read_chat("rejected", values[worse]))}
+
+
+def _whole(values: Values, better: str, worse: str) -> Values:
+    return {"chosen": conversation(better, values[better]), "rejected": conversation(worse, values[worse])}
+
+
+def _good_and_bad(values: Values, asked: str, answers: str) -> Values:
+    both = unwritten(answers, values[answers])
+    if not isinstance(both, list) or len(both) != 2:
+        raise UnfitError(f"{answers} is no list of two answers", str(both)[:40], "the better one, then the worse one")
+    return _pair(values | {"chosen": both[0], "rejected": both[1]}, asked, "chosen", "rejected")
+
+
+def _openai(values: Values, asked: str, better: str, worse: str) -> Values:
+    given = unwritten(asked, values[asked])
+    if not isinstance(given, dict):
+        raise UnfitError(f"{asked} is no object with messages", str(given)[:40], '{"messages": […]}')
+    others = {key: value for key, value in given.items() if key != "messages"}
+    return others | _pair(values | {asked: conversation(asked, given.get("messages"))}, asked, better, worse)
+
+
+def _compared(verdicts: dict[str, int], read: Callable[..., Values] = _pair) -> Callable[..., Values]:
+    """Columns of a prompt (if not in the answers), of two answers and of who was better: the first where `verdicts` has
+    1, the second where it has -1, neither where it has 0.
+    """
+
+    def compare(values: Values, *names: str) -> Values:
+        *asked, first, second, verdict = names
+        said = values[verdict]
+        better = verdicts.get(f"{said:g}" if isinstance(said, float) else str(said).strip().lower())
+        if better is None:
+            raise UnfitError(f"{verdict} names no answer", repr(said)[:40], f"known are {', '.join(verdicts)}")
+        if better == 0:
+            raise TieError("neither answer is better", f"{verdict}: {said}", "nothing to do: a tie is no preference")
+        return read(values, *asked, *((first, second) if better > 0 else (second, first)))
+
+    return compare
+
+
+def _items(values: Values, asked: str, items: str) -> Values:
+    """Answers as objects, each with its rank (lower is better) or its score."""
+    given = unwritten(items, values[items])
+    if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
+        raise UnfitError(f"column {items!r} is no list of objects", str(given)[:40], "data.form=scored reads texts")
+    answers = [next((item[name] for name in ITEM_ANSWERS if item.get(name) is not None), None) for item in given]
+    ranks = [number(item.get("rank")) for item in given]
+    scores = [next((n for name in ITEM_SCORES if (n := number(item.get(name))) is not None), None) for item in given]
+    worth = [score if rank is None else -rank for rank, score in zip(ranks, scores, strict=True)]
+    return _with_scores(_open_transcript(_prompt(values, asked)), answers, worth)
+
+
+def _scored(values: Values, asked: str, answers: str, scores: str) -> Values:
+    """Lists of answers and of scores (higher is better), or of ranks (1 is the best)."""
+    given, said = unwritten(answers, values[answers]), unwritten(scores, values[scores])
+    if not isinstance(given, list) or not isinstance(said, list) or len(given) != len(said):
+        raise UnfitError("answers and scores are no lists of one length", f"{answers}, {scores}", "a score for each")
+    numbers = [number(score) for score in said]
+    if scores in RANKS:
+        numbers = [None if rank is None else -rank for rank in numbers]
+    return _with_scores(_prompt(values, asked), given, numbers)
+
+
+def _rated(values: Values, asked: str, answer: str, score: str) -> Values:
+    """One answer with its score; rows of one prompt belong together."""
+    return _with_scores(_prompt(values, asked), [values[answer]], [number(values[score])])
+
+
+def _with_scores(prompt: Any, answers: list[Any], scores: list[float | None]) -> Values:
+    if None in scores or not scores:
+        reason = "a score is no number" if scores else "there is no answer"
+        raise UnfitError(reason, str(scores)[:60], "give every answer a number")
+    return {"prompt": prompt, "answers": [read_chat("answer", answer) for answer in answers], "scores": scores}
+
+
+def _question(values: Values, asked: str) -> Values:
+    return {"prompt": _prompt(values, asked)}
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """`columns`: those that a form needs, alternatives with the usual name first, a last `?` where one may be missing.
+    `read` makes a row of the kind `rows` of a row and the names of those columns. `fits` tells forms of the same
+    columns apart, by a row.
+    """
+
+    name: FormName
+    columns: str
+    rows: str  # pairs | unary | scored | rated (scored, one answer a row) | prompts
+    read: Callable[..., Values]
+    fits: Callable[..., bool] | None = None
+    drops: tuple[str, ...] = ()  # what says nothing more
+
+
+def _answers_are(test: Callable[[Any], bool]) -> Callable[..., bool]:
+    return lambda values, *names: all(test(read_chat("answer", values[name])) for name in names[-2:])
+
+
+def _are_transcripts(values: Values, asked: str | None, *answers: str) -> bool:
+    return any(_is_transcript(values.get(name)) for name in (asked, answers[0]) if name)
+
+
+def _are_listed(values: Values, asked: str, answers: str) -> bool:
+    return isinstance(values[answers], list) or str(values[answers]).startswith("[")
+
+
+CHATS = ("messages", "conversations")
+ASKED = "prompt|instruction|question|query|input|context"
+SEVERAL = "answers|responses|completions|candidates|generations"
+FIRST_0, FIRST_1 = {"0": 1, "1": -1}, {"1": 1, "0": -1}
+ARENA = {"model_a": 1, "model_b": -1, "a": 1, "b": -1}
+ARENA |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "bothbad", "both bad"), 0)
+STRENGTH = {"-3": 1, "-2": 1, "-1": 1, "0": 0, "1": -1, "2": -1, "3": -1}
+MODELS = ("models", "correct_answers", "incorrect_answers")
+DECIDED = (  # columns chosen and rejected say what a row is, whatever stands beside them
+    Form("chat", "prompt? chosen rejected", "pairs", _pair, _answers_are(_is_whole), drops=("messages",)),
+    Form("hh_rlhf", "prompt? chosen rejected", "pairs", _transcripts, _are_transcripts),
+    Form("pairs", f"{ASKED}|messages|conversations? chosen rejected", "pairs", _pair),
+)
+TABLE = (
+    *DECIDED,
+    Form("responses", f"{ASKED} chosen_response rejected_response", "pairs", _pair),
+    Form("stack_exchange", "question response_j response_k", "pairs", _pair),
+    Form("unary", f"{ASKED} completion|response|output label|kto_tag", "unary", _thumb),
+    Form("chat_unary", "messages|conversations label|kto_tag", "unary", _thumb_of_chat),
+    Form("swift", "messages|conversations rejected_response", "pairs", _rejected_turn),
+    Form("swift_chat", "messages|conversations rejected_messages", "pairs", _whole),
+    Form("alpaca", "instruction output", "pairs", _good_and_bad, _are_listed),
+    Form("openai", "input preferred_output non_preferred_output", "pairs", _openai),
+    Form("pku_saferlhf", "prompt response_0 response_1 better_response_id", "pairs", _compared(FIRST_0)),
+    Form("shp", "history human_ref_A human_ref_B labels", "pairs", _compared(FIRST_1)),
+    Form("arena", "conversation_a conversation_b winner", "pairs", _compared(ARENA, _whole)),
+    Form("arena_text", "prompt|question response_a response_b winner", "pairs", _compared(ARENA)),
+    Form("helpsteer", "prompt response_1 response_2 preference_strength", "pairs", _compared(STRENGTH)),
+    Form("helpsteer3", "context response1 response2 overall_preference", "pairs", _compared(STRENGTH)),
+    Form("ultrafeedback", "instruction completions", "scored", _items, drops=MODELS),
+    Form("ranked", "prompt|context|question completions|answers", "scored", _items),
+    Form("scored", f"{ASKED} {SEVERAL} scores|ratings|rating|{'|'.join(RANKS)}", "scored", _scored),
+    Form("rated", f"{ASKED} completion|response|answer|output score|rating", "rated", _rated),
+    Form("prompts", f"{ASKED}|messages|conversations", "prompts", _question),
+)  # fmt: skip
+WEAK = {"prompts": 0, "rated": 1}  # what says less of a row than any pair, thumb or list does
+FORMS = {form.name: form for form in TABLE}
+
+
+# --- a source ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Match:
+    """A form and the columns of a source that it is read from; `texts` are those whose chats are written as text."""
+
+    form: Form
+    names: tuple[str | None, ...]
+    columns: dict[str, str]
+    texts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        note = f"; chats written as text: {', '.join(self.texts)}" if self.texts else ""
+        return f"{self.form.name} ({', '.join(name for name in self.names if name)}{note})"
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        groups = zip(self.form.columns.split(), self.names, strict=True)
+        return tuple(name for group, name in groups if name and not group.endswith("?"))
+
+    def fits(self, sample: Sequence[Values]) -> bool:
+        whole = [values for values in sample if not missing_fault(values, self.required)]
+        return self.form.fits is None or 2 * sum(map(self._fits, whole)) >= len(whole)
+
+    def _fits(self, values: Values) -> bool:
+        try:
+            return self.form.fits is not None and self.form.fits(values, *self.names)
+        except UnfitError:
+            return False
+
+    def read(self, row: Row) -> Row | Fault:
+        """`row` under our names, checked; scored answers not yet."""
+        try:
+            made = self._read(rename(row.values, self.columns))
+        except UnfitError as unfit:
+            return (Tie if isinstance(unfit, TieError) else Fault)(row.place, *unfit.args)
+        kind: Any = (
+            self.form.rows if self.form.rows in ANSWERS else "prompts"
+        )  # answers are checked when they are paired
+        return normalise(Row(row.place, made, row.typed), kind)
+
+    def _read(self, values: Values) -> Values:
+        if fault := missing_fault(values, self.required):
+            raise UnfitError(*fault)
+        values = values | {name: unwritten(name, values[name]) for name in self.texts if values.get(name) is not None}
+        made = self.form.read(values, *self.names)
+        taken = {*made, *self.names, *self.form.drops, *(("input", "history") if "instruction" in self.names else ())}
+        return made | {name: value for name, value in values.items() if name not in taken}
+
+
+def rename(values: Values, columns: dict[str, str]) -> Values:
+    """`values` with our names of `columns` (ours: theirs) for theirs."""
+    if not columns:
+        return values
+    ours = {mine: values[theirs] for mine, theirs in columns.items() if theirs in values}
+    return {name: value for name, value in values.items() if name not in columns.values()} | ours
+
+
+def recognise(
+    path: str, rows: Sequence[Row], columns: dict[str, str], asked: FormName | None = None, *, bare: bool = False
+) -> Match:
+    """The form of `rows`, or `asked` itself; prompts alone only where they may be `bare`.
+
+    Raises DataError with what to say where the columns fit no form or several.
+    """
+    _refuse_absent(path, rows, columns)
+    names = {name for row in rows for name, value in rename(row.values, columns).items() if value is not None}
+    sample = [rename(row.values, columns) for row in rows[:SAMPLE]]
+    forms = (FORMS[asked],) if asked else DECIDED if {"chosen", "rejected"} <= names else TABLE
+    matches = [match for form in forms if (match := _match(form, names, columns)) and (asked or match.fits(sample))]
+    matches = [match for match in matches if bare or match.form.rows != "prompts"]
+    matches = [match for match in matches if not any(_beats(other, match) for other in matches)]
+    if len(matches) != 1:
+        raise _refusal(path, rows, names, matches, asked)
+    _refuse_alternatives(path, names, matches[0].form)
+    return replace(matches[0], texts=tuple(_written_as_text(rows, columns, matches[0].names)))
+
+
+def _match(form: Form, names: set[str], columns: dict[str, str]) -> Match | None:
+    given = []
+    for group in form.columns.split():
+        name = next((name for name in group.rstrip("?").split("|") if name in names), None)
+        if name is None and not group.endswith("?"):
+            return None
+        given.append(name)
+    return Match(form, tuple(given), columns)
+
+
+def _beats(one: Match, other: Match) -> bool:
+    """Whether `one` says more of a row: answers, more columns, or which of the forms of the same columns it is."""
+    mine, theirs = {*one.required}, {*other.required}
+    worth = [WEAK.get(match.form.rows, len(WEAK)) for match in (one, other)]
+    if worth[0] != worth[1]:
+        return worth[0] > worth[1]
+    return mine > theirs or (mine == theirs and bool(one.form.fits) > bool(other.form.fits))
+
+
+def _written_as_text(rows: Sequence[Row], columns: dict[str, str], names: Sequence[str | None]) -> Iterator[str]:
+    """The columns of which half or more of the values are texts that begin as a chat does."""
+    for name in filter(None, names):
+        theirs = columns.get(name, name)
+        given = [row.values[theirs] for row in rows if row.values.get(theirs) is not None]
+        if 2 * sum(map(looks_written, given)) >= len(given):
+            yield name
+
+
+def _refuse_absent(path: str, rows: Sequence[Row], columns: dict[str, str]) -> None:
+    names = {name for row in rows for name in row.values} if columns else set()
+    for mine, theirs in columns.items():
+        if theirs not in names:
+            near = difflib.get_close_matches(theirs, names, n=1) or sorted(names)
+            raise DataError(f"{path} has no column {theirs!r} (data.columns.{mine}); it has {', '.join(near)}")
+
+
+def _refuse_alternatives(path: str, names: set[str], form: Form) -> None:
+    """DataError where several columns could be the same thing, and none has its usual name."""
+    for group in form.columns.split():
+        usual, *others = group.rstrip("?").split("|")
+        there = [name for name in others if name in names and not (name == "input" and "instruction" in names)]
+        if usual not in names and len(there) > 1:
+            raise DataError(
+                f"{path}: {' or '.join(there)} could be the column {usual!r}: say which with "
+                f"data.columns={{{usual}: {there[0]}}}"
+            )
+
+
+def _refusal(path: str, rows: Sequence[Row], names: set[str], matches: Sequence[Match], asked: Any) -> DataError:
+    if matches:
+        said = " or ".join(f"data.form={match.form.name}" for match in matches)
+        return DataError(f"{path} could be read as {' or as '.join(map(str, matches))}: say which with {said}")
+    empty = sorted({name for row in rows for name in row.values} - names)
+    has = f"{path} has the columns {', '.join(sorted(names))}" + (f" (nothing in {', '.join(empty)})" if empty else "")
+    if asked:
+        alone = "; prompts alone train method=online_dpo" if asked == "prompts" else ""
+        return DataError(f"{has}; data.form={asked} needs {FORMS[asked].columns}: map them with data.columns{alone}")
+    wanted = ("prompt", "chosen", "rejected", "completion", "label")
+    near = {w: difflib.get_close_matches(w, names - {*wanted}, n=1) for w in wanted if w not in names}
+    hint = ", ".join(f"{w}: {found[0]}" for w, found in near.items() if found)
+    others = ", ".join(form.name for form in TABLE if form.name not in ("pairs", "unary", "rated", "prompts"))
+    return DataError(
+        f"{has}; needed are prompt, chosen, rejected (pairs) or prompt, completion, label (unary): map them with "
+        f"data.columns={{{hint or 'chosen: …, rejected: …'}}}. Known by their columns are also {others}"
+    )
+
+
+# --- scored answers ----------------------------------------------------------------------------------------------
+
+
+def best_and_worst(row: Row) -> Row | Fault:
+    """The best of a row's scored answers against the worst, as a pair."""
+    scores = row.values["scores"]
+    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    if not scores or scores[order[0]] == scores[order[-1]]:
+        return Tie(row.place, "no two answers that differ in score", f"scores {scores}"[:60], "nothing to do")
+    return normalise(Row(row.place, prefer(row.values, order[0], order[-1]), row.typed), "pairs")
+
+
+def prefer(values: Values, better: int, worse: int) -> Values:
+    """A pair of two of the scored answers."""
+    pair = {"prompt": values["prompt"], "chosen": values["answers"][better], "rejected": values["answers"][worse]}
+    scores = {"score_chosen": values["scores"][better], "score_rejected": values["scores"][worse]}
+    return (
+        _alike(pair) | scores | {name: v for name, v in values.items() if name not in ("prompt", "answers", "scores")}
+    )

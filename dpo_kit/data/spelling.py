@@ -1,0 +1,165 @@
+"""A chat in any of the spellings in which data sets have it, as the list of messages that TRL and templates read."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import warnings
+from typing import Any
+
+from dpo_kit.data.read import lone_surrogate
+from dpo_kit.data.rows import ROLES
+
+SPELLINGS = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("function", "observation", "ipython", "tool_response"), "tool"),
+    **{role: role for role in ROLES},
+}
+CALLS = ("function_call", "tool_call")  # roles of a message whose text is a call
+TEXT_PARTS = ("text", "input_text", "output_text")
+LONGEST = 1_000_000  # characters of a value that is written as text
+LEAVE = "leave the row out"
+_WRITTEN = re.compile(r"""\s*\[?\s*\{\s*["'](role|from|content|value)["']\s*:""")
+Chat = list[dict[str, Any]]
+
+
+class UnfitError(Exception):
+    """A row that is not what its form says: reason, what was found, what to do."""
+
+
+class TieError(UnfitError):
+    """A well-formed row that prefers no answer."""
+
+
+def read_chat(name: str, value: Any) -> Any:
+    """`value` as messages where it is a message or a list of them; anything else as it is. Raises UnfitError."""
+    if isinstance(value, dict) and value.keys() & {"role", "from"}:
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        return value
+    chat: Chat = []
+    for message in value:
+        made = _message(name, message)
+        if "tool_calls" in made and chat and chat[-1].get("tool_calls") and _is_call(message):
+            chat[-1]["tool_calls"] += made["tool_calls"]  # calls at the same time, each written as a message
+        else:
+            chat.append(made)
+    return chat
+
+
+def conversation(name: str, value: Any) -> Chat:
+    """`value`, or what its text says, as messages. Raises UnfitError where it is no chat."""
+    chat = read_chat(name, unwritten(name, value))
+    if not isinstance(chat, list) or not chat or not all(isinstance(message, dict) for message in chat):
+        raise UnfitError(f"{name} is no list of messages", f"{type(value).__name__} {str(value)[:30]}", LEAVE)
+    return chat
+
+
+def looks_written(value: Any) -> bool:
+    """Whether `value` is text that begins as a chat in JSON or Python does."""
+    return isinstance(value, str) and _WRITTEN.match(value) is not None
+
+
+def unwritten(name: str, value: Any) -> Any:
+    """What text writes down, a list or an object in JSON or as a Python literal; other values as they are.
+
+    Raises UnfitError where it writes down neither.
+    """
+    if not isinstance(value, str):
+        return value
+    literal = _literal(value) if len(value) <= LONGEST and value.lstrip()[:1] in ("[", "{") else None
+    if not isinstance(literal, list | dict):
+        remedy = "write it as JSON (json.dumps), or the file as JSONL or Parquet"
+        raise UnfitError(f"{name} is text that holds no list or object", repr(value[:40]), remedy)
+    return literal
+
+
+def _literal(text: str) -> Any:
+    """JSON, or a Python literal as JSON would have it; None where `text` is neither, or nested too deeply."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = _python(text)
+    try:
+        return None if lone_surrogate(value) else value
+    except RecursionError:
+        return None
+
+
+def _python(text: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        try:
+            return json.loads(json.dumps(ast.literal_eval(text.strip())))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return None
+
+
+def _is_call(message: dict[str, Any]) -> bool:
+    return _role(message) in CALLS
+
+
+def _role(message: dict[str, Any]) -> str:
+    return str(message.get("role") or message.get("from")).strip().lower()
+
+
+def _message(name: str, message: dict[str, Any]) -> dict[str, Any]:
+    """`message` with the keys role and content, whatever they were called, and its others."""
+    if message.keys() == {"role", "content"} and message["role"] in ROLES and isinstance(message["content"], str):
+        return message
+    role, content = _role(message), message.get("content")
+    if content is None:
+        content = message.get("value")
+    others = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
+    if fault := _json_fault(others):
+        raise UnfitError(f"{name} has a message with a value that is no JSON", fault, "write it as text")
+    if role in CALLS:
+        return others | {"role": "assistant", "content": "", "tool_calls": _calls(name, content)}
+    if others.get("tool_calls"):
+        others["tool_calls"] = _calls(name, others["tool_calls"])
+    elif isinstance(others.get("function_call"), dict):  # how OpenAI wrote a call before tool_calls
+        others["tool_calls"], content = _calls(name, others.pop("function_call")), content or ""
+    spelt = message.get("role") or message.get("from")
+    return {"role": SPELLINGS.get(role, spelt), "content": _text(name, content)} | others
+
+
+def _json_fault(value: Any) -> str:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error)[:60]
+    return ""
+
+
+def _calls(name: str, value: Any) -> Chat:
+    """What one message calls, as tool_calls: calls, or {name, arguments}, alone or in a list, or the text of that."""
+    given = unwritten(name, value)
+    calls = [call if _has_name(call) else {"type": "function", "function": call} for call in _listed(given)]
+    if not calls or not all(map(_has_name, calls)):
+        raise UnfitError(f"{name} has a call without a name", str(value)[:40], 'a call is {"name": …, "arguments": …}')
+    return calls
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _has_name(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def _text(name: str, content: Any) -> Any:
+    """The text of content that is a list of parts; other content as it is."""
+    if isinstance(content, dict) and isinstance(content.get("text"), str):
+        content = [content]
+    if not isinstance(content, list):
+        return content
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
+    kinds = [part.get("type", "text") for part in content if isinstance(part, dict)]
+    other = next((kind for kind in kinds if kind not in TEXT_PARTS), None)
+    if other is not None:
+        raise UnfitError(f"{name} has a part that is no text", str(other)[:40], f"only text trains here: {LEAVE}")
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content

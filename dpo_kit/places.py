@@ -1,0 +1,153 @@
+"""The files, folders and modules that a config names, looked at before anything is loaded or written. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pkgutil
+import re
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.data.read import KNOWN
+from dpo_kit.errors import ConfigError, ModelError, did_you_mean
+from dpo_kit.origin import ADAPTER, find_parent, read_adapter, refuse_unsafe
+from dpo_kit.settings import Data, Model, Settings
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LISTS = ("deepspeed", "fsdp_config", "accelerator_config")  # of TRL's fields: a dict, or a JSON file with one
+
+
+def refuse_missing(settings: Settings) -> None:
+    """ConfigError for each place that `settings` name and that is not there, or is no place of its kind."""
+    faults = [*data_faults(settings.data), *model_faults(settings.model), *_judge_faults(settings.judge)]
+    faults += _module_faults("data.gold", settings.data.gold)
+    for name in LISTS:
+        value = settings.trl.get(name)
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            faults += _file_faults(f"trl.{name}", value)
+    if settings.resume not in ("auto", "never") and not Path(settings.resume).expanduser().is_dir():
+        faults.append(
+            f"resume must be auto, never or a checkpoint folder, got {settings.resume}, which does not exist"
+            f"{_siblings(Path(settings.resume).expanduser())}"
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))
+    refuse_start(settings.model)
+
+
+def data_faults(data: Data) -> Iterator[str]:
+    """Sources of rows that are not there or cannot be read; a hub id is left to the hub."""
+    for key, named in (("data.train", data.train), ("data.eval", data.eval), ("data.benchmark", data.benchmark)):
+        for path in [named] if isinstance(named, str) else [source.path for source in named or ()]:
+            local = Path(path).expanduser()
+            if local.is_dir():
+                if not any(file.name.endswith(KNOWN) for file in local.rglob("*")):
+                    yield f"{key}={path} has no {', '.join(KNOWN)} file in it"
+            elif local.exists() or local.suffix or _is_local(path):
+                yield from _file_faults(key, path)
+                if local.exists() and not local.name.endswith(KNOWN):
+                    yield f"{key}={path}: unknown kind of file; known are {', '.join(KNOWN)}"
+
+
+def model_faults(model: Model) -> Iterator[str]:
+    """Models that are meant to be local and are not there, or hold none; a template that is in no file."""
+    for key, path in (("model.path", model.path), ("model.reference", model.reference)):
+        local = Path(path or "").expanduser()
+        if path and local.is_file():
+            yield f"{key}={path} is a file, not a folder with a model: name the folder above it, {key}={local.parent}"
+        elif path and not local.exists() and _is_local(path):
+            yield f"{key}={path} does not exist{_siblings(local)}"
+    if model.chat_template and "{" not in model.chat_template:
+        yield from _file_faults("model.chat_template", model.chat_template)
+
+
+def refuse_start(model: Model) -> None:
+    """ModelError for local folders from which no training starts: of unfinished runs, pickles, no models at all."""
+    for key, path in (("model.path", model.path), ("model.reference", model.reference)):
+        folder = Path(path or "").expanduser()
+        if not path or not folder.is_dir():
+            continue
+        find_parent(key, path)
+        refuse_unsafe(key, path)
+        if not any((folder / name).exists() for name in ("config.json", ADAPTER)):
+            raise ModelError(f"{key}={path} has no config.json: a model is a folder with that and safetensors weights")
+        if key == "model.path":
+            read_adapter(model)
+
+
+def _module_faults(key: str, name: str | None) -> Iterator[str]:
+    try:
+        missing = name and importlib.util.find_spec(name) is None and name
+    except ModuleNotFoundError as error:
+        missing = error.name
+    except (ImportError, ValueError) as error:
+        missing = f"{name} ({error})"
+    if missing:
+        meant = did_you_mean(str(missing), (module.name for module in pkgutil.iter_modules()))
+        yield f"{key}={name}: there is no module {missing} in the folder of the command or in PYTHONPATH{meant}"
+
+
+def _judge_faults(judge: Any) -> Iterator[str]:
+    for name in ("path", "rubric"):
+        value = getattr(judge, name, None)
+        if value and (name == "rubric" or _is_local(value)) and not Path(value).expanduser().exists():
+            yield f"judge.{name}={value} does not exist{_siblings(Path(value).expanduser())}"
+
+
+def _file_faults(key: str, path: str) -> Iterator[str]:
+    local = Path(path).expanduser()
+    if not local.exists():
+        yield f"{key}={path}: no such file or folder{_siblings(local)}"
+    elif not local.is_file():
+        yield f"{key}={path} is a folder: name a file in it"
+    elif not os.access(local, os.R_OK):
+        yield f"{key}={path} cannot be read by this user: chmod u+r, or name a copy"
+
+
+def _is_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path)
+
+
+def _siblings(path: Path) -> str:
+    """The near miss: what beside `path`, or beside its nearest folder that is there, has a similar name."""
+    while not path.parent.is_dir() and path != path.parent:
+        path = path.parent
+    try:
+        return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()), count=2)
+    except OSError:
+        return ""
+
+
+# --- where something is written ----------------------------------------------------------------------------------
+
+
+def refuse_unwritable(key: str, folder: str | Path) -> None:
+    """ConfigError where `folder`, given as `key`, is a file or cannot be made or written to."""
+    path = Path(folder).expanduser().absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{key}={folder}: {nearest} is a file, not a folder: choose another {key}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={folder} cannot be written ({nearest} is read-only here): choose another {key}")
+
+
+def refuse_no_file(key: str, file: str | Path) -> None:
+    """ConfigError where the file to be written, given as `key`, is a folder or stands where nothing can be written."""
+    if Path(file).expanduser().is_dir():
+        raise ConfigError(f"{key}={file} is a folder: name a file, {key}={Path(file) / 'out.json'}")
+    refuse_unwritable(key, Path(file).expanduser().absolute().parent)
+
+
+def claim(folder: Path) -> Path:
+    """`folder` made anew, or beside it one with a number behind its name, where another start has taken it."""
+    for number in count(1):
+        mine = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            mine.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return mine
+    raise AssertionError

@@ -1,0 +1,86 @@
+"""Runs and adapters that are looked at from another folder, or whose files have changed since."""
+
+import json
+import shutil
+
+import pytest
+
+from dpo_kit.config import check, compose
+from dpo_kit.errors import DataError, ModelError
+from dpo_kit.evaluate.candidate import of_path
+from dpo_kit.evaluate.plan import plan
+from dpo_kit.held_out import refuse_other_rows
+from dpo_kit.identity import recall_config
+from dpo_kit.run import write_json
+from dpo_kit.toy import EVAL, MODEL
+from tests.small import write_pairs
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """The embedded model without a chat template, and an adapter on it that has one, as training leaves it."""
+    base = shutil.copytree(MODEL, tmp_path / "base")
+    adapter = tmp_path / "run" / "model"
+    adapter.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, adapter)
+    shutil.move(base / "chat_template.jinja", adapter)
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": str(base)})
+    return tmp_path
+
+
+def test_a_relative_path_starts_from_the_folder_of_the_run_also_elsewhere(tmp_path, monkeypatch):
+    proj = tmp_path / "proj"
+    proj.mkdir()
+    write_pairs(proj / "p.jsonl")
+    (proj / "base").symlink_to(MODEL)
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "model": {"path": "base", "reference": None},
+        "data": {"train": [{"path": "p.jsonl"}], "eval": "org/rows"},
+    }
+    manifest = {"config": config, "folder": str(proj), "model": {"sha256": "0"}}
+    found = recall_config(manifest)
+    assert found["model"]["path"] == str(proj / "base") and found["data"]["train"] == [{"path": str(proj / "p.jsonl")}]
+    assert found["data"]["eval"] == "org/rows"  # of the hub
+    assert config["model"]["path"] == "base"  # what the run is known by stays
+    shutil.move(proj, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert recall_config(manifest)["model"]["path"] == "base"  # moved as a whole, looked at from inside
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=rf"model\.path=base is not there any more \(the run was started in {proj}\)"):
+        recall_config(manifest)
+
+
+def test_an_adapter_whose_base_is_named_from_its_run_s_folder_is_found_from_any(bare, monkeypatch):
+    write_json(bare / "run" / "model" / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "base"})
+    write_json(bare / "run" / "manifest.json", {"folder": str(bare)})
+    monkeypatch.chdir("/")
+    assert of_path(str(bare / "run" / "model"), check(compose()).model).model.path == str(bare / "base")
+
+
+def test_rows_are_read_with_the_adapter_s_own_template_and_all_of_a_held_out_file_is_measured(bare):
+    rows = [json.loads(line) for line in EVAL.read_text().splitlines()[:12]]
+    texts = [{key: row[key][0]["content"] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    (bare / "e.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    words = [
+        f"policy={bare / 'run' / 'model'}",
+        f"reference={bare / 'base'}",
+        "data=jsonl",
+        f"data.eval={bare}/e.jsonl",
+    ]
+    for more in ([], [f"data.train={bare}/e.jsonl"]):
+        (job,) = plan([*words, *more])
+        kind, held_out = job.held_out()
+        assert (kind, job.split, len(held_out)) == ("pairs", "all", len(texts))
+        assert {row["prompt"][0]["content"] for row in held_out} == {text["prompt"] for text in texts}  # as chats
+        assert job.reference.tokenizer().chat_template == job.policy.tokenizer().chat_template is not None
+    (job,) = plan([*words, "split=select"])
+    assert 0 < len(job.held_out()[1]) < len(texts)
+
+
+def test_rows_that_are_not_the_run_s_are_refused():
+    rows = [{"pair_id": "a", "prompt": "x", "chosen": "y", "rejected": "z"}]
+    manifest = {"config": {"data": {"train": "p.jsonl"}}, "data": {"test": {"rows": 5, "sha256": "0"}}}
+    with pytest.raises(DataError, match=r"data\.train=p\.jsonl gives other test rows .* \(1, then 5\)"):
+        refuse_other_rows(manifest, "test", rows)
