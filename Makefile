@@ -38,10 +38,12 @@ format: $(VENV)/installed  ## bring the code into form
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/installed  ## start-up time, cost of the probe and of safe checkpoints, speed beside stock TRL (over two hours)
+bench: $(VENV)/installed  ## start-up time, cost of the probe and of safe checkpoints, speed beside stock TRL, on a GPU too (over two hours)
 	$(BIN)/python examples/benchmark/bench.py
 	$(BIN)/python examples/benchmark/checkpoints.py
 	$(BIN)/python examples/benchmark/speed.py
+	$(BIN)/python examples/benchmark/operations.py
+	$(BIN)/python examples/benchmark/gpu.py
 
 clean:  ## remove what builds and tests left behind
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -1,7 +1,7 @@
 """Training time of dpo_kit beside stock `trl dpo`, on the same pairs, taken in turns; what `make bench` prints.
 
     python examples/benchmark/speed.py [part=single,lora,levers,limit,scaling] [repeats=3] [pairs=N] [out=FILE]
-                                       [shape=prompt-heavy|answer-heavy] [size=5m|0.5b] [longer=1]
+                                       [shape=prompt-heavy|answer-heavy] [size=5m|0.5b|1.5b|7b] [longer=1]
                                        [group.key=value ...: for dpo_kit's side only]
 
 The model has random weights (Qwen2, 5.5M parameters: what it says plays no part), the pairs are random words of two
@@ -56,6 +56,23 @@ SIZES = {
         "num_key_value_heads": 2,
         "vocab_size": 151936,
     },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
 }
 OPTIONS = {"part", "repeats", "pairs", "out", "shape", "size", "longer", "who"}
 GIVEN = []  # options of dpo_kit on the command line
@@ -70,7 +87,7 @@ def make_model(folder, size):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     torch.manual_seed(0)
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = Qwen2Config(**SIZES[size], **special, tie_word_embeddings=True)
+    config = Qwen2Config(**{"tie_word_embeddings": True} | SIZES[size] | special)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -136,7 +153,7 @@ def stock(shape, beta=0.1, lora=False, equal=False):
     words += [] if torch.cuda.is_available() else ["--use_cpu"]
     words += ["--use_peft", "--lora_r", "16", "--lora_alpha", "32"] if lora else []
     words += ["--gradient_checkpointing", "false"] if equal else []
-    found = run(Path(sys.executable).with_name("trl"), "dpo", *map(str, words))
+    found = run(sys.executable, "-c", "from trl.cli import main; main()", "dpo", *map(str, words))
     found["train"] = float(re.search(r"'train_runtime': '?([\d.]+)", found["text"])[1])
     return found
 
