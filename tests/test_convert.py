@@ -32,7 +32,7 @@ def run(*rows, columns=None, schema=None, **options):
 GOLDEN = [
     ("chat", {"prompt": "My lamp flickers.", "chosen": [*ASK, *GOOD], "rejected": [*ASK, *BAD], "score_chosen": 8.0}, {"prompt": ASK, "chosen": GOOD, "rejected": BAD, "score_chosen": 8.0}),
     ("hh_rlhf", TRANSCRIPTS, {"prompt": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}, *ASK], "chosen": GOOD, "rejected": BAD}),
-    ("ultrafeedback", {"source": "s", "instruction": "Q?", "models": ["m", "n"], "completions": [{"model": "m", "response": "a", "fine-grained_score": 3.5, "overall_score": 9}, {"model": "n", "response": "b", "fine-grained_score": 4.25, "overall_score": 5}]}, {"source": "s", "prompt": "Q?", "chosen": "b", "rejected": "a", "score_chosen": 4.25, "score_rejected": 3.5}),
+    ("ultrafeedback", {"source": "s", "instruction": "Q?", "models": ["m", "n"], "completions": [{"model": "m", "response": "a", "fine-grained_score": 3.5, "overall_score": 9}, {"model": "n", "response": "b", "fine-grained_score": 4.25, "overall_score": 5}]}, {"source": "s", "models": ["m", "n"], "prompt": "Q?", "chosen": "b", "rejected": "a", "score_chosen": 4.25, "score_rejected": 3.5}),
     ("scored", {"question": "Q?", "responses": ["a", "b", "c"], "ranks": [2, 3, 1]}, {"prompt": "Q?", "chosen": "c", "rejected": "b", "score_chosen": -1.0, "score_rejected": -3.0}),
     ("pairs", PAIR, PAIR),
 ]  # fmt: skip

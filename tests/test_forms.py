@@ -52,7 +52,7 @@ FORM_ROWS = [
     case("pairs", {"prompt": json.dumps([ASK]), "chosen": json.dumps([GOOD]), "rejected": json.dumps(BAD)}, PAIR, id="chats as JSON text"),
     case("pairs", {"prompt": str([ASK]), "chosen": str([GOOD]), "rejected": str([BAD])}, PAIR, id="chats as Python text"),
     case("chat", {"chosen": [HUMAN, GPT_GOOD], "rejected": [HUMAN, GPT_BAD]}, PAIR, id="whole ShareGPT conversations"),
-    case("chat", {"prompt": ASK["content"], "prompt_id": "7", "chosen": [ASK, GOOD], "rejected": [ASK, BAD], "messages": [ASK, GOOD], "score_chosen": 8.0}, PAIR | {"prompt_id": "7", "score_chosen": 8.0}, id="UltraFeedback binarized"),
+    case("chat", {"prompt": ASK["content"], "prompt_id": "7", "chosen": [ASK, GOOD], "rejected": [ASK, BAD], "messages": [ASK, GOOD], "score_chosen": 8.0}, PAIR | {"prompt_id": "7", "score_chosen": 8.0, "messages": [ASK, GOOD]}, id="UltraFeedback binarized"),
     case("chat", {"prompt": [ASK], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, PAIR, id="the prompt's messages again"),
     case("chat", {"prompt": [SYSTEM, ASK], "chosen": [SYSTEM, ASK, CALLED, GOOD], "rejected": [SYSTEM, ASK, CALLED, BAD]}, {"prompt": [SYSTEM, ASK], "chosen": [CALLED, GOOD], "rejected": [CALLED, BAD]}, id="cut where the given prompt ends"),
     case("chat", {"conversations": [HUMAN, {"from": "gpt", "value": "x"}], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, PAIR | {"conversations": [HUMAN, {"from": "gpt", "value": "x"}]}, id="other conversations beside whole ones"),
@@ -75,7 +75,7 @@ FORM_ROWS = [
     case("arena_text", {"prompt": "My lamp flickers.", "response_a": "Swap the bulb.", "response_b": "Live with it.", "winner": "A"}, TEXT, id="votes"),
     case("helpsteer", {"prompt": "My lamp flickers.", "response_1": "Swap the bulb.", "response_2": "Live with it.", "preference_strength": -2}, TEXT, id="negative is the first"),
     case("helpsteer3", {"context": [ASK], "response1": "Live with it.", "response2": "Swap the bulb.", "overall_preference": 3}, PAIR, id="positive is the second"),
-    case("ultrafeedback", {"instruction": "My lamp flickers.", "models": ["m", "n"], "completions": [{"response": "Live with it.", "fine-grained_score": 2.5, "overall_score": 9}, {"response": "Swap the bulb.", "fine-grained_score": 4.0, "overall_score": 5}]}, TEXT | {"score_chosen": 4.0, "score_rejected": 2.5}, id="rated completions"),
+    case("ultrafeedback", {"instruction": "My lamp flickers.", "completions": [{"response": "Live with it.", "fine-grained_score": 2.5, "overall_score": 9}, {"response": "Swap the bulb.", "fine-grained_score": 4.0, "overall_score": 5}]}, TEXT | {"score_chosen": 4.0, "score_rejected": 2.5}, id="rated completions"),
     case("ranked", {"context": [ASK], "completions": [{"rank": 1, "completion": [BAD]}, {"rank": 0, "completion": [GOOD]}]}, PAIR | RANKED, id="NeMo's completions"),
     case("ranked", {"prompt": "\n\nHuman: My lamp flickers.\n\nAssistant: ", "answers": [{"answer": "Swap the bulb.", "rank": 1.0}, {"answer": "x", "rank": 2.0}, {"answer": "Live with it.", "rank": 3.0}]}, PAIR | {"score_chosen": -1.0, "score_rejected": -3.0}, id="Nectar"),
     case("scored", {"input": "My lamp flickers.", "generations": ["Live with it.", "Swap the bulb."], "rating": [1, 4.5]}, TEXT | {"score_chosen": 4.5, "score_rejected": 1.0}, id="distilabel"),
@@ -174,6 +174,7 @@ UNFIT = [
     ({"input": [], "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "input is no object with messages", "messages"),
     ({"prompt": "Q?", "answers": ["a", "b"], "scores": [1, None]}, "a score is no number", "number"),
     ({"prompt": "\n\nHuman: Hi\n\nAssistant: Yes", "chosen": "a", "rejected": "b"}, "does not end with Assistant:", "leave the row out"),
+    ({"instruction": "Q?", "input": ["a"], "chosen": "a", "rejected": "b"}, "instruction and input are no texts", "text"),
     ({"instruction": "Q?", "history": [["a"]], "chosen": "a", "rejected": "b"}, "history is no list of turns", "a turn is"),
 ]  # fmt: skip
 

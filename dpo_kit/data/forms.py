@@ -51,9 +51,11 @@ def _pair(values: Values, asked: str | None, better: str, worse: str) -> Values:
 def _prompt(values: Values, asked: str) -> Any:
     """What is asked; of alpaca's columns the instruction with its input, after its history."""
     prompt, more, history = read_chat("prompt", values.get(asked)), values.get("input"), values.get("history")
-    if asked != "instruction" or not isinstance(prompt, str):
+    if asked != "instruction" or not (more or history):
         return prompt
-    text = prompt if not isinstance(more, str) or is_blank(more) else f"{prompt}\n{more}"
+    if not isinstance(prompt, str) or not isinstance(more or "", str):
+        raise UnfitError("instruction and input are no texts", str([prompt, more])[:40], "write both as text")
+    text = f"{prompt}\n{more}" if more and not is_blank(more) else prompt
     if not history:
         return text
     turns = unwritten("history", history)
@@ -237,7 +239,6 @@ class Form:
     rows: str  # pairs | unary | scored | rated (scored, one answer a row) | prompts
     read: Callable[..., Values]
     fits: Callable[..., bool] | None = None
-    drops: tuple[str, ...] = ()  # what says nothing more
 
 
 def _answers_are(test: Callable[[Any], bool]) -> Callable[..., bool]:
@@ -259,9 +260,8 @@ FIRST_0, FIRST_1 = {"0": 1, "1": -1}, {"1": 1, "0": -1}
 ARENA = {"model_a": 1, "model_b": -1, "a": 1, "b": -1}
 ARENA |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "bothbad", "both bad"), 0)
 STRENGTH = {"-3": 1, "-2": 1, "-1": 1, "0": 0, "1": -1, "2": -1, "3": -1}
-MODELS = ("models", "correct_answers", "incorrect_answers")
 DECIDED = (  # columns chosen and rejected say what a row is, whatever stands beside them
-    Form("chat", "prompt? chosen rejected", "pairs", _pair, _answers_are(_is_whole), drops=("messages",)),
+    Form("chat", "prompt? chosen rejected", "pairs", _pair, _answers_are(_is_whole)),
     Form("hh_rlhf", "prompt? chosen rejected", "pairs", _transcripts, _are_transcripts),
     Form("pairs", f"{ASKED}|messages|conversations? chosen rejected", "pairs", _pair),
 )
@@ -281,7 +281,7 @@ TABLE = (
     Form("arena_text", "prompt|question response_a response_b winner", "pairs", _compared(ARENA)),
     Form("helpsteer", "prompt response_1 response_2 preference_strength", "pairs", _compared(STRENGTH)),
     Form("helpsteer3", "context response1 response2 overall_preference", "pairs", _compared(STRENGTH)),
-    Form("ultrafeedback", "instruction completions", "scored", _items, drops=MODELS),
+    Form("ultrafeedback", "instruction completions", "scored", _items),
     Form("ranked", "prompt|context|question completions|answers", "scored", _items),
     Form("scored", f"{ASKED} {SEVERAL} scores|ratings|rating|{'|'.join(RANKS)}", "scored", _scored),
     Form("rated", f"{ASKED} completion|response|answer|output score|rating", "rated", _rated),
@@ -338,7 +338,7 @@ class Match:
             raise UnfitError(*fault)
         values = values | {name: unwritten(name, values[name]) for name in self.texts if values.get(name) is not None}
         made = self.form.read(values, *self.names)
-        taken = {*made, *self.names, *self.form.drops, *(("input", "history") if "instruction" in self.names else ())}
+        taken = {*made, *self.names, *(("input", "history") if "instruction" in self.names else ())}
         return made | {name: value for name, value in values.items() if name not in taken}
 
 
@@ -444,7 +444,7 @@ def best_and_worst(row: Row) -> Row | Fault:
     """The best of a row's scored answers against the worst, as a pair."""
     scores = row.values["scores"]
     order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
-    if not scores or scores[order[0]] == scores[order[-1]]:
+    if scores[order[0]] == scores[order[-1]]:
         return Tie(row.place, "no two answers that differ in score", f"scores {scores}"[:60], "nothing to do")
     return normalise(Row(row.place, prefer(row.values, order[0], order[-1]), row.typed), "pairs")
 
