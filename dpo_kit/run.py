@@ -48,10 +48,10 @@ class RunDirectory:
         """How the run ended, or None where it has not."""
         return read_json(self.result) if self.result.exists() else None
 
-    def wandb_id(self) -> str:
-        """The id of this run's wandb run, the same whenever the run goes on."""
+    def wandb_id(self, wanted: str | None = None) -> str:
+        """The id of this run's wandb run, the same whenever the run goes on; `wanted` where it has none yet."""
         if not self.wandb_file.exists():
-            write_text(self.wandb_file, secrets.token_hex(4))
+            write_text(self.wandb_file, wanted or secrets.token_hex(4))
         return self.wandb_file.read_text()
 
     def record(self) -> dict[str, Path]:

@@ -28,6 +28,7 @@ INIT_SECONDS = 4.0  # a healthy server answers wandb.init in about one; then off
 TABLE_SECONDS = 3.0  # at the end, for the last table on its way
 FINISH_SECONDS = 6.0  # what is not uploaded by then lies on disk, complete, for `wandb sync`
 STEP = "train/global_step"
+TRUE = ("1", "ON", "YES", "TRUE")  # as transformers reads WANDB_DISABLED
 _MODES = {"dryrun": "offline", "run": "online", "shared": "online"}
 
 
@@ -116,7 +117,8 @@ def start(
     job_type: str = "train",
     run_id: str | None = None,
 ) -> Tracker:
-    """Open one wandb run for one job; see the promises above. `WANDB_MODE` (online, offline, disabled) is obeyed.
+    """Open one wandb run for one job; see the promises above. `WANDB_MODE` (online, offline, disabled),
+    `WANDB_DISABLED` and `WANDB_JOB_TYPE` are obeyed.
 
     Args:
         config: plain nested containers; redacted before it is sent.
@@ -130,7 +132,7 @@ def start(
         "project": project,
         "entity": entity,
         "group": group,
-        "job_type": job_type,
+        "job_type": os.environ.get("WANDB_JOB_TYPE", job_type) if job_type == "train" else job_type,
         "name": redact_text(name),
         "tags": [redact_text(tag) for tag in tags],
         "config": redact(dict(config)),
@@ -162,6 +164,8 @@ def _start(arguments: dict[str, Any]) -> Tracker:
 
 def _wanted_mode() -> tuple[str, str]:
     """(mode, why): the user's own choice, else online where there is a key."""
+    if os.environ.get("WANDB_DISABLED", "").upper() in TRUE:
+        return "disabled", "WANDB_DISABLED"
     wandb, settings = _wandb(), _setup().settings
     asked = os.environ.get("WANDB_MODE") or settings.mode
     mode = _MODES.get(asked, asked)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import shlex
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpo_kit import tracking
@@ -217,8 +219,12 @@ def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirecto
     """A wandb run, or a tracker that does nothing where another reporter or none is chosen."""
     if settings.tracking.reporter != "wandb" or not is_writer():
         return tracking.Tracker()
-    options = settings.tracking.model_dump(exclude={"reporter"})
-    return tracking.start(manifest["config"], run_dir=run.root, run_id=run.wandb_id(), **options)
+    options, wanted = settings.tracking.model_dump(exclude={"reporter"}), os.environ.get("WANDB_RUN_ID")
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:  # variables that all jobs share
+        wanted = None
+        if options["name"] == os.environ.get("WANDB_NAME"):
+            options["name"] += f"-{run.root.name}"
+    return tracking.start(manifest["config"], run_dir=run.root, run_id=run.wandb_id(wanted), **options)
 
 
 def build_trainer(

@@ -14,8 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from dpo_kit import tracking
+from dpo_kit.config import check, compose
+from dpo_kit.run import RunDirectory
+from dpo_kit.training import start_tracking
 from tests.fake_wandb import FakeWandb
 from tests.offline_wandb import log_files, read_offline
 
@@ -297,3 +302,45 @@ def test_wandb_mode_offline_is_obeyed_with_a_key_at_hand(tmp_path: Path, monkeyp
         tracker = start(tmp_path)
         tracker.finish()
     assert tracker.mode == "offline" and server.bodies == []
+
+
+VARIABLES = {"PROJECT": "mine", "NAME": "n1", "TAGS": "a, b", "RUN_ID": "fixed"}
+VARIABLES |= {"JOB_TYPE": "tune", "ENTITY": "me", "RUN_GROUP": "g"}
+
+
+def tracked(folder: Path, words: list[str]) -> Any:
+    """The record of the wandb run that training with `words` would open."""
+    settings = check(compose(words))
+    tracker = start_tracking(settings, {"config": {}}, RunDirectory(folder))
+    tracker.finish()
+    (file,) = log_files(folder)
+    return read_offline(file).run
+
+
+def test_wandb_s_own_variables_are_obeyed_and_typed_keys_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    run = tracked(tmp_path / "1", [])
+    assert (run.project, run.display_name, list(run.tags), run.run_id) == ("mine", "n1", ["a", "b"], "fixed")
+    assert (run.job_type, run.entity, run.run_group) == ("tune", "me", "g")
+    typed = ["tracking.project=p", "tracking.name=n", "tracking.tags=[c]", "tracking.group=h", "tracking.entity=we"]
+    run = tracked(tmp_path / "2", typed)
+    assert (run.project, run.display_name, list(run.tags), run.run_group, run.entity) == ("p", "n", ["c"], "h", "we")
+
+
+def test_in_a_sweep_the_name_and_id_of_the_environment_are_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (VARIABLES | {"MODE": "offline"}).items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN))
+    run = tracked(tmp_path / "dpo-beta0.1", [])
+    assert run.display_name == "n1-dpo-beta0.1" and run.run_id != "fixed"
+
+
+@pytest.mark.parametrize("value", ["true", "1", "YES"])
+def test_wandb_disabled_is_obeyed(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    assert start(tmp_path).mode == "disabled" and files_under(tmp_path) == b""
