@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from dpo_kit import prefix
-from dpo_kit.prefix import NAME, LaidOut, attend_row, build_layout, share_prefixes, why_not
+from dpo_kit.prefix import NAME, LaidOut, agrees_at_once, attend_row, build_layout, share_prefixes, why_not
 from tests import varlen
 
 SMALL = {
@@ -146,6 +146,22 @@ def test_one_call_for_all_rows_gives_what_padded_rows_give(config, seed, monkeyp
     layout = build_layout(ids, mask)
     read = sum(shared + own for shared, own in layout.rows if own)
     assert calls == [(layout.ids.shape[1], read)] * config.num_hidden_layers and layout.ids.shape[1] < read
+
+
+def test_one_call_is_tried_out_before_it_is_relied_on(monkeypatch, caplog):
+    cpu, works = torch.device("cpu"), agrees_at_once.__wrapped__
+    with caplog.at_level("INFO", "dpo_kit"):
+        assert not works(cpu, torch.bfloat16, 8, 2)  # PyTorch has no such kernel for a CPU
+        monkeypatch.setattr(prefix, "varlen_attn", varlen.varlen_attn)
+        assert works(cpu, torch.bfloat16, 8, 2) and works(cpu, torch.float32, 8, 1)
+        off_by_one = lambda *given, window_size, **more: varlen.varlen_attn(  # noqa: E731
+            *given, window_size=(window_size[0] + (window_size[0] > 0), 0), **more
+        )
+        monkeypatch.setattr(prefix, "varlen_attn", off_by_one)
+        assert not works(cpu, torch.float32, 8, 2)
+    said = [record.getMessage() for record in caplog.records]
+    assert all(line.startswith("attention is worked out row by row: ") for line in said)
+    assert "_flash_attention_forward" in said[0] and "gives other values" in said[1]
 
 
 def test_keys_stand_where_they_are_when_nothing_is_shared_and_rows_without_own_tokens_are_left_out():
