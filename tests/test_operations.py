@@ -1,4 +1,4 @@
-"""A training step dispatches no more operations than TRL's on padded rows, a GPU's attention taken."""
+"""A training step dispatches fewer operations than TRL's on padded rows, a GPU's attention taken."""
 
 import re
 import runpy
@@ -10,9 +10,9 @@ SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "benchma
 PADDED = {"padded TRL": SCRIPT["ARMS"]["padded TRL"]}
 
 
-def test_a_step_dispatches_no_more_than_on_padded_rows_and_waits_no_oftener_for_the_device():
+def test_a_step_dispatches_a_seventh_less_than_on_padded_rows_and_waits_no_oftener_for_the_device():
     steps = SCRIPT["measure"]({"layers": "4", "steps": "1"}, PADDED)
-    assert SCRIPT["total"](steps["dpo_kit"]) <= 1.1 * SCRIPT["total"](steps["padded TRL"])
+    assert SCRIPT["total"](steps["dpo_kit"]) <= 0.85 * SCRIPT["total"](steps["padded TRL"])
     waits = {who: sum(found[0][2].values()) for who, found in steps.items()}
     assert 0 < waits["dpo_kit"] <= waits["padded TRL"]
 

@@ -265,12 +265,11 @@ def end(process):
 
 
 def give_up(rows, record):
+    """What has not ended of `rows` is recorded as stopped, or as not tried."""
     for row in rows:
         now = record.kept["rows"].get(row["key"], {}).get("outcome")
         if now in (None, "started"):
-            record.add(
-                row, outcome="not tried" if now is None else "failed", why="time" if now is None else "stopped: time"
-            )
+            record.add(row, outcome="stopped" if now else "not tried", why="time")
 
 
 # --- the tables ------------------------------------------------------------------------------------------------------
@@ -358,19 +357,11 @@ def gib(size):
 
 
 def why_not(row):
-    return inline(
-        f"{row.get('outcome', 'not tried')}: {row['why']}" if row.get("why") else row.get("outcome", "not tried")
-    )
+    return inline(": ".join(filter(None, (row.get("outcome", "not tried"), row.get("why")))))
 
 
 def ratio_table(rows):
-    headings = [
-        "model, pairs",
-        "speed: as it comes",
-        "no checkpointing",
-        "four betas",
-        "peak memory: of no checkpointing",
-    ]
+    headings = ["model, pairs", "speed: as it comes", "no checkpointing", "four betas", "memory: of no checkpointing"]
     lines = []
     for (size, tuning, shape), arms in cells(rows).items():
         ours, stock, equal = (arms.get(arm) for arm in ("ours", "stock", "equal"))
@@ -386,6 +377,10 @@ def ratio_table(rows):
         f"{EPOCH} pairs: imports, start and training of four `trl dpo`, against imports once, one reference pass, and "
         "start and training of four runs of dpo_kit. Models are made in memory in both, not read from a disk."
     )
+    imports = [rows.get(f"imports {who}") for who in ("dpo_kit", "TRL")]
+    if all(map(ran, imports)):
+        own, theirs = (row["seconds"] for row in imports)
+        note += f" Imports took {own:.1f} s with dpo_kit, {theirs:.1f} s with TRL alone."
     return table(headings, lines) + "\n\n" + note
 
 
@@ -468,8 +463,10 @@ def outcome_table(rows):
 
 
 def not_run(rows):
-    names = [row["key"] for row in rows.values() if row["outcome"] == "not tried"]
-    return "Not run: " + (", ".join(names) if names else "nothing that was asked for") + "; several devices."
+    names = [row["key"] for row in rows.values() if row["outcome"] in ("not tried", "stopped")]
+    return (
+        "Not run, or stopped: " + (", ".join(names) if names else "nothing that was asked for") + "; several devices."
+    )
 
 
 def main(arguments):

@@ -203,20 +203,19 @@ def measure_stock(row, told):
 
 def measure_ours(row, told):
     """Steps of the trainer that dpo_kit builds, with its defaults, and its reference pass over the same pairs."""
-    from dpo_kit import memory, training
+    from dpo_kit import memory
 
-    found = {}
+    count, planned = memory.estimate, []
 
-    def fits(settings, args, rows, *, loads_reference):
-        """`memory.fits`, which always counts, so that what it foresees is known."""
-        model = memory.build_weightless(settings, args)
-        needed = memory.estimate(model, settings, args, rows, loads_reference=loads_reference, shares=True)
-        peak = needed.peak(args.gradient_accumulation_steps > 1)
-        found["planned"] = peak if peak <= memory.ROOM * memory.free_memory() else None
-        return found["planned"] is not None
+    def estimate(model, settings, args, *more, **options):
+        needed = count(model, settings, args, *more, **options)
+        planned.append(needed.peak(args.gradient_accumulation_steps > 1))
+        return needed
 
-    with random_weights(told["device"]), patched((training, "fits", fits)):
-        return run_ours(our_words(row, told), told, row) | found
+    with random_weights(told["device"]), patched((memory, "estimate", estimate)):
+        found = run_ours(our_words(row, told), told, row)
+    known = planned and not found["checkpointing"]  # what was counted was without
+    return found | {"planned": planned[0] if known else None}
 
 
 def our_words(row, told, evaluates=False):

@@ -191,9 +191,8 @@ def as_on_a_gpu(counting):
         (prefix, "takes_one_call", lambda query, value: True),
         (prefix, "varlen_attn", one_call),
         (prefix.Layout, "fill_up", lambda layout, step: layout),
+        (speed, "rms_norm", rms_norm),
     ]
-    if hasattr(speed, "rms_norm"):
-        changes.append((speed, "rms_norm", rms_norm))
     for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
         changes.append((chunked_logprob, name, wrapped(counting, getattr(chunked_logprob, name), name)))
     return changed(changes)
