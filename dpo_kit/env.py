@@ -16,6 +16,7 @@ from typing import Any
 
 from dpo_kit.config import PACKAGE
 from dpo_kit.markdown import code, inline, table
+from dpo_kit.places import refuse_no_file
 from dpo_kit.run import cache_folder, write_json
 from dpo_kit.secrets import REDACTED, is_secret_key, redact_text
 from dpo_kit.tool import parse, run_tool
@@ -44,9 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(arguments: Sequence[str]) -> None:
     """Print the block, and write what `arguments` name. Raises ConfigError."""
     values = parse(arguments, ("out",))
+    if out := values.get("out"):
+        refuse_no_file("out", out)
     found = describe()
     sys.stdout.write(to_markdown(found) + "\n")
-    if out := values.get("out"):
+    if out:
         write_json(Path(out), found)
 
 

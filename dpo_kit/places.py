@@ -141,6 +141,25 @@ def refuse_no_file(key: str, file: str | Path) -> None:
     refuse_unwritable(key, Path(file).expanduser().absolute().parent)
 
 
+A_RUN_S = {"metrics.jsonl", "trl_config.json", "checkpoints", "sweep.json", "config.json", "adapter_config.json"}
+WRITTEN = {
+    "data_report.json", "manifest.json", "rejects.jsonl", "answers.jsonl", "opponent_answers.jsonl", "judgements.jsonl",
+    "comparisons.jsonl", "pairs.jsonl", "result.json", "review.csv",
+}  # fmt: skip
+
+
+def refuse_foreign(key: str, folder: str | Path) -> None:
+    """ConfigError where `folder`, in which a tool is to write, cannot be written, or has files in it and none of those
+    that our tools write; also for runs and models.
+    """
+    refuse_unwritable(key, folder)
+    path = Path(folder).expanduser()
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if names and (names & A_RUN_S or not names & WRITTEN):
+        some = ", ".join(sorted(names & A_RUN_S or names)[:3])
+        raise ConfigError(f"{key}={folder} is a folder with other files in it ({some}): name a new one")
+
+
 def claim(folder: Path) -> Path:
     """`folder` made anew, or beside it one with a number behind its name, where another start has taken it."""
     for number in count(1):

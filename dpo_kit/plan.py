@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.config import check, compose_unchecked
+from dpo_kit.config import check, compose_unchecked, refuse_idle
 from dpo_kit.errors import ConfigError
+from dpo_kit.places import refuse_missing, refuse_no_file
 from dpo_kit.quiet import quiet_imports
 from dpo_kit.run import write_json
 from dpo_kit.settings import Settings
@@ -65,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def plan(arguments: Sequence[str]) -> None:
     """Plan the run that `arguments` describe, and print it. Raises ConfigError, DataError, ModelError."""
     own, overrides = split_words(arguments)
+    if "out" in own:
+        refuse_no_file("out", own["out"])
     settings = check(compose_unchecked(overrides))
+    refuse_idle(settings, overrides)
+    refuse_missing(settings)
     quiet_imports()
     found = plan_run(settings)
     measured = measure_first_steps(overrides) if own.get("first_step") == "true" else {}

@@ -6,15 +6,22 @@ written last, so that it means "this run has ended, and this is how".
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import logging
 import math
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,22 @@ class RunDirectory:
 
 
 def cache_folder(name: str) -> Path:
-    """Where things are kept that several runs share: under `DPO_KIT_CACHE`, else under the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("DPO_KIT_CACHE") or user / "dpo_kit") / name
+    """Where things are kept that several runs share: under `DPO_KIT_CACHE`, else under the user's cache folder; where
+    neither can be written, in a folder that ends with this process.
+    """
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~").expanduser() / ".cache")
+    shared = Path(os.environ.get("DPO_KIT_CACHE") or user / "dpo_kit").absolute()
+    nearest = next(folder for folder in (shared, *shared.parents) if folder.exists())
+    usable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    return (shared if usable else _own_cache(shared)) / name
+
+
+@cache
+def _own_cache(shared: Path) -> Path:
+    log.warning("%s cannot be written, so that later runs share nothing with this one; DPO_KIT_CACHE=DIR helps", shared)
+    folder = tempfile.mkdtemp(prefix="dpo_kit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def read_json(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """Files, folders and modules that a config names are looked at before anything is loaded or written."""
 
+import importlib
 import os
 import re
 import resource
@@ -14,8 +15,8 @@ from dpo_kit.config import check, compose
 from dpo_kit.errors import ConfigError, DataError, ModelError
 from dpo_kit.identity import comparable
 from dpo_kit.lock import this_process
-from dpo_kit.places import claim, refuse_missing, refuse_no_file, refuse_unwritable
-from dpo_kit.run import write_json
+from dpo_kit.places import claim, refuse_foreign, refuse_missing, refuse_no_file, refuse_unwritable
+from dpo_kit.run import cache_folder, write_json
 from dpo_kit.toy import MODEL
 from tests.small import write_pairs
 
@@ -139,3 +140,37 @@ def test_a_refused_start_changes_nothing_in_the_run_directory_that_is_there(here
     with pytest.raises(ConfigError, match=f"s is being written by process {os.getpid()} on"):
         start(["hydra.run.dir=s"], monkeypatch)
     assert sorted(path.name for path in here.rglob("[rs]/*")) == [".lock", "manifest.json"]
+
+
+def test_a_folder_of_somebody_else_is_no_place_to_write_and_one_s_own_is(here):
+    refuse_foreign("out", "new")
+    (here / "nothing" / "thesis.pdf").touch()
+    with pytest.raises(ConfigError, match=r"out=nothing is a folder with other files in it \(thesis\.pdf\)"):
+        refuse_foreign("out", "nothing")
+    (here / "nothing" / "data_report.json").touch()
+    refuse_foreign("out", "nothing")
+    (here / "nothing" / "metrics.jsonl").touch()  # a run, whose result.json would be overwritten
+    with pytest.raises(ConfigError, match=r"\(metrics\.jsonl\)"):
+        refuse_foreign("out", "nothing")
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"),
+    [("env", []), ("plan", []), ("data", []), ("evaluate", ["policy=model", "reference=model"]), ("export", ["run=r"])],
+)
+def test_every_tool_refuses_a_place_that_is_none(tool, words, here, capsys):
+    main = importlib.import_module(f"dpo_kit.{tool}" if tool in ("env", "plan") else f"dpo_kit.{tool}.__main__").main
+    assert main([*words, "out=notes.txt/x"]) == 2
+    assert "notes.txt is a file, not a folder" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_and_said_once(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path / "file" / "cache"))
+    folders = [cache_folder(name) for name in ("tokens", "reference")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert folders[0].parent == folders[1].parent
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        f"{tmp_path}/file/cache cannot be written"
+    ]

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_kit.config import CONF, check, compose_unchecked, unknown_key
 from dpo_kit.data.options import Convert, Curate, Tool
 from dpo_kit.errors import ConfigError
+from dpo_kit.places import refuse_foreign
 from dpo_kit.settings import Settings
 from dpo_kit.tool import run_tool
 
@@ -55,6 +56,8 @@ def _usage() -> str:
 def work(arguments: Sequence[str]) -> None:
     """Do what `arguments` (Hydra overrides) ask for. Raises ConfigError, DataError, ModelError."""
     cfg = compose_tool(arguments)
+    if cfg.out:
+        refuse_foreign("out", str(cfg.out))
     if cfg.mode == "build":
         from dpo_kit.data.build import build_pairs, show_build
 

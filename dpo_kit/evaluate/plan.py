@@ -19,7 +19,7 @@ from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness
 from dpo_kit.evaluate.candidate import ADAPTER, Candidate, of_path, of_run
 from dpo_kit.evaluate.options import Evaluate, Split, WinRate
 from dpo_kit.journal import key_of
-from dpo_kit.places import refuse_missing
+from dpo_kit.places import refuse_foreign, refuse_missing
 from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.settings import GoldJudge, HumanJudge, LLMJudge, Method, Model, RewardModelJudge, Strict, Tracking
 from dpo_kit.sweep.runs import read_runs
@@ -90,6 +90,8 @@ def plan(arguments: Sequence[str]) -> list[Job]:
     Raises ConfigError, DataError, ModelError; loads no weights.
     """
     cfg = _compose(arguments)
+    if cfg.out:
+        refuse_foreign("out", str(cfg.out))
     mode = _mode(cfg)
     if mode == "policy":
         return [_plan_models(cfg, arguments)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_kit.errors import ConfigError
+from dpo_kit.places import refuse_unwritable
 from dpo_kit.quiet import quiet_imports
 from dpo_kit.run import RunDirectory
 from dpo_kit.tool import Values, parse, run_tool
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(arguments: Sequence[str]) -> None:
     """Do what `arguments` ask for and say where it is. Raises ConfigError, DataError, ModelError."""
     values = parse_words(arguments)
+    if "out" in values:
+        refuse_unwritable("out", values["out"])
     with _log_to_terminal():
         quiet_imports()
         if values["mode"] == "script":
