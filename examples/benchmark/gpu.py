@@ -105,7 +105,10 @@ def train_rows(options):
     probe = first | {"key": "probe", "what": "probe", "steps": 22, "every": 8, "held_out": 200, "needs": 40}
     if not on_gpu:
         probe |= {"steps": 3, "every": 2, "held_out": 17}
-    ours = [ours[0], *exactness_rows(sizes[0]), *ours[1:2], probe, *ours[2:]]
+    sampling = {"key": "sampling", "what": "sampling", "size": sizes[0], "rows": 512, "tokens": 64, "needs": 20}
+    if not on_gpu:
+        sampling |= {"rows": 64, "tokens": 8}
+    ours = [ours[0], *exactness_rows(sizes[0]), *ours[1:2], probe, *ours[2:], sampling]
     begin = [{"key": "card", "what": "product", "needs": 5}]
     return [imports_row("dpo_kit"), *begin, *ours], [imports_row("TRL"), *stock]
 
@@ -453,7 +456,7 @@ def exactness_table(rows):
 
 def outcome_table(rows):
     """What is no timed training: did it run?"""
-    kinds = ("method", "tool", "plan", "resume", "sweep", "demo")
+    kinds = ("sampling", "method", "tool", "plan", "resume", "sweep", "demo")
     lines = [
         [inline(row["key"]), row["outcome"], inline(row.get("why") or row.get("detail", ""))]
         for row in rows.values()

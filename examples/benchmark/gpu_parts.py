@@ -436,6 +436,34 @@ def measure_exactness(row, told):
     return {"shares": True, "apart": apart, "layers": list(getattr(config, "layer_types", []))}
 
 
+def measure_sampling(row, told):
+    """Tokens a second that are drawn after 128 tokens of prompt, in the batches of a CPU and in ours, with the caches
+    of transformers that compile nothing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from dpo_kit.sampling import DRAWN_AT_ONCE, rows_at_once
+
+    with random_weights(told["device"]):
+        dtype = torch.bfloat16 if told["device"] == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(model_folder(told, row["size"]), dtype=dtype)
+    prompt, new, rates = 128, row["tokens"], {}
+    for rows in sorted({DRAWN_AT_ONCE, min(row["rows"], rows_at_once(model, prompt + new))}):
+        ids = torch.randint(9, 4000, (rows, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
+        for cache in ("dynamic", "static"):
+            options = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": True, "pad_token_id": 0}
+            config = GenerationConfig(**options, cache_implementation=cache, disable_compile=True)
+            asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "generation_config": config}
+            model.generate(**asked | {"input_ids": ids[:1], "attention_mask": asked["attention_mask"][:1]})
+            wait()
+            started = time.perf_counter()
+            model.generate(**asked)
+            wait()
+            rates[f"{rows} rows, {cache} cache"] = rows * new / (time.perf_counter() - started)
+    return {"detail": "; ".join(f"{name}: {rate:,.0f} tokens/s" for name, rate in rates.items())}
+
+
 def random_pairs(row, device, vocabulary):
     """Rows (2 n, L) of random tokens, chosen first, with padding on the right, their mask, and which are answers'."""
     import torch
@@ -634,6 +662,7 @@ MEASURES = {
     "imports": imports,
     "product": product,
     "exactness": measure_exactness,
+    "sampling": measure_sampling,
     "ours": measure_ours,
     "stock": measure_stock,
     "probe": measure_probe,
