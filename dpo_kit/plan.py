@@ -211,7 +211,10 @@ def measure_first_steps(overrides: Sequence[str]) -> dict[str, float]:
     short = [
         "trl.max_steps=3",
         "trl.save_strategy=no",
+        "trl.save_steps=null",
         "trl.eval_strategy=no",
+        "trl.eval_steps=null",
+        "trl.logging_strategy=steps",
         "trl.logging_steps=1",
         "tracking=none",
         "resume=never",
