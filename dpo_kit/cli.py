@@ -180,9 +180,11 @@ def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
             refuse_silent("judge", settings.judge)
         return settings if settings.dry_run else take_directory(args, cfg, settings)
     refuse_sweep(args.overrides)
-    if "dry_run=true" in args.overrides:
-        raise ConfigError("dry_run=true looks at one run: leave out the sweep, and give beta and seed one value each")
     plan = plan_sweep(args.overrides, search, args.config_name or "config")
+    if plan.jobs and plan.jobs[0].settings.dry_run:
+        lines = [f"{len(plan.jobs)} jobs, into {plan.directory}:", *(f"  {job.subdir}" for job in plan.jobs)]
+        sys.stdout.write("\n".join([*lines, "", "the first of them:", ""]))
+        return plan.jobs[0].settings
     _add_words(args, plan.named, *(["--multirun"] if implied else []))
     return plan
 

@@ -80,6 +80,7 @@ def register() -> None:
         "multiply": lambda a, b: float(a) * float(b),
         "learning_rate": _learning_rate,
         "file_name": lambda value: re.sub(r"[^\w.+-]+", "_", str(value).rstrip("/").rpartition("/")[2]),
+        "path_name": lambda value: re.sub(r"[^\w.+-]+", "_", str(value)).strip("_"),
         "listed": lambda text: [item.strip() for item in str(text).split(",") if item.strip()],
         "sweep_id": lambda: "unnamed",  # the command line puts the hash of the jobs here
     }

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 log = logging.getLogger(__name__)
+INSIST_SECONDS = 1.0
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -29,6 +30,8 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.may_leave = True
         self.step: int | None = None
+        self.left = threading.Event()
+        self._insisting = False
         self._owner = os.getpid()
 
     def receive(self, number: int, frame: FrameType | None) -> None:
@@ -38,6 +41,11 @@ class StopRequest:
         elif self.signal is None:
             self.signal = signal.Signals(number)
             self._announce()
+            if self.may_leave:
+                threading.Thread(target=self._insist, daemon=True).start()
+                raise Interrupted
+        elif self._insisting:
+            self._insisting = False
             if self.may_leave:
                 raise Interrupted
         elif number == signal.SIGINT:
@@ -59,6 +67,15 @@ class StopRequest:
         """What tells the caller of the run how it was stopped: as if nobody had caught the signal."""
         return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
+    def _insist(self) -> None:
+        """Send the signal again until the trainer was left: an exception that a handler raises is lost where it lands
+        in a callback of the interpreter, as those of torch.compile (huggingface/transformers#34656).
+        """
+        while not self.left.wait(INSIST_SECONDS):
+            if self.may_leave and self.signal is not None:
+                self._insisting = True
+                signal.pthread_kill(threading.main_thread().ident or 0, self.signal)
+
     def _announce(self) -> None:
         does = "stopping" if self.step is None else f"saving at step {self.step}"
         again = " again" if self.signal == signal.SIGINT else ""
@@ -76,6 +93,7 @@ def catch_signals(request: StopRequest) -> Iterator[None]:
     try:
         yield
     finally:
+        request.left.set()
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 

@@ -41,6 +41,7 @@ LOOK_AT_FILES = 50  # polls between two looks at which weights lie in mapped fil
 CARDS = (24, 40, 80, 141)  # GB of memory that accelerators have
 USABLE = 0.9  # of it: the rest is the driver's, the allocator's and the estimate's error
 LARGE = 80
+SHOWN = 5  # places of dropped rows, of each reason
 LAUNCH = "accelerate launch --config_file examples/accelerate"
 
 
@@ -301,7 +302,9 @@ def find_devices(found: Plan, settings: Settings) -> tuple[int, int] | None:
 
 
 def dry_run(settings: Settings) -> None:
-    """Compose, check, tokenise, show one row as it is trained on, plan; write nothing. Raises as training."""
+    """Compose, check, tokenise, show which rows would be dropped, one row as it is trained on, and the plan; write
+    nothing. Raises as training.
+    """
     from dpo_kit.model import load_tokenizer
     from dpo_kit.quiet import quiet_libraries
     from dpo_kit.training import read_data
@@ -310,9 +313,24 @@ def dry_run(settings: Settings) -> None:
     tokenizer = load_tokenizer(settings.model)
     data = read_data(settings, tokenizer)
     sys.stdout.write("".join(f"{path} is read as {form}\n" for path, form in data.report["forms"].items()))
+    sys.stdout.write(show_dropped(data))
     sys.stdout.write(show_row(data.train[0], tokenizer, settings.trl) + "\n\n")
     show(plan_on(settings, data), settings, {})
     sys.stdout.write("nothing was trained or written: dry_run=true\n")
+
+
+def show_dropped(data: Prepared) -> str:
+    """How many rows training would drop, by reason, each with the lines of some."""
+    places: dict[str, list[str]] = {}
+    for fault in data.dropped:
+        places.setdefault(fault.reason, []).append(fault.place)
+    lines = [
+        f"  {len(found):,} ({reason}): {', '.join(found[:SHOWN])}{', …' if len(found) > SHOWN else ''}"
+        for reason, found in places.items()
+    ]
+    rows = data.report["rows"]
+    counts = f"{rows['train']:,} to train on, {rows['select']:,} and {rows['test']:,} held out"
+    return "\n".join([f"rows: {counts}, {len(data.dropped):,} dropped", *lines, "", ""])
 
 
 def show_row(row: dict[str, Any], tokenizer: Any, trl: dict[str, Any]) -> str:

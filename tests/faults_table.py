@@ -20,7 +20,10 @@ EXISTING = {
     "test_ctrl_c_in_the_middle_of_an_import_exits_with_its_own_code_too": ("P5", ["Ctrl-C in the middle of an import"]),
     "test_a_sweep_that_is_killed_takes_its_jobs_along": ("P6", ["a sweep is killed while a job runs"]),
     "test_a_sweep_is_run_by_one_process_at_a_time": ("P6", ["a second start of a running sweep"]),
-    "test_a_finished_run_of_another_config_is_not_taken_for_a_job_s_own": ("P5", ["another run in a job's directory"]),
+    "test_a_run_of_another_config_in_the_sweep_s_folder_refuses_the_sweep_and_stays_as_it_is": (
+        "P5",
+        ["another run in a job's directory"],
+    ),
     "test_a_summary_that_fails_is_logged_and_ends_no_sweep": ("P5", ["the summary of a sweep cannot be drawn"]),
     "test_an_unreachable_server_costs_under_ten_seconds_and_one_line_says_how_to_sync": (
         "P9",

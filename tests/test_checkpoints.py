@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpo_kit import checkpoints, lock, resume, safekeeping
+from dpo_kit import checkpoints, interrupt, lock, resume, safekeeping
 from dpo_kit.checkpoints import complete, find_fault, list_checkpoints, newest_verified, refuse_full_disk, rotate
 from dpo_kit.config import check, compose
 from dpo_kit.errors import ConfigError, TrainingError
@@ -252,6 +253,24 @@ def test_a_signal_saves_at_the_end_of_its_step_and_going_on_changes_no_bit(at, t
     again.train(resume_from_checkpoint=str(newest))
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
     assert logged(again) == logged(whole)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_was_lost_in_a_callback_is_asked_for_again(monkeypatch):
+    class Lost:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0)  # here the handler runs, and nobody hears what it raises
+
+    monkeypatch.setattr(interrupt, "INSIST_SECONDS", 0.05)
+    request = interrupt.StopRequest()
+    until = time.monotonic() + 5
+    with pytest.raises(Interrupted), interrupt.catch_signals(request):
+        Lost()
+        assert request.signal == signal.SIGTERM  # heard, and still going on
+        while time.monotonic() < until:
+            time.sleep(0.01)
+    assert request.exception().code == 143
 
 
 def test_a_run_that_was_moved_ends_with_its_best_checkpoint_or_says_that_it_is_gone(tmp_path):

@@ -1,5 +1,6 @@
 """A plan foresees memory from the config alone; a dry run checks everything and writes nothing."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -22,13 +23,14 @@ from dpo_kit.memory import (
     worst_batch,
 )
 from dpo_kit.model import load_tokenizer
-from dpo_kit.plan import PeakMemory, Plan, advise, main, plan_run, show_row, split_words
+from dpo_kit.plan import PeakMemory, Plan, advise, main, plan_run, show_dropped, show_row, split_words
 from dpo_kit.prefix import NAME, Layout
 from dpo_kit.run import read_json
 from dpo_kit.settings import Callbacks
 from dpo_kit.toy import MODEL
+from dpo_kit.training import read_data
 from tests.conftest import ROOT
-from tests.small import few_pairs
+from tests.small import few_pairs, write_pairs
 
 ROWS = [{"tokens": {"prompt": 10, "chosen": 6, "rejected": 4, "cut": False}} for _ in range(8)]
 SHAPE = ((0, 400), (0, 300), (160, 200), (120, 180))
@@ -246,8 +248,33 @@ def test_a_dry_run_shows_a_row_and_the_plan_and_writes_nothing(command, tmp_path
     assert "pairs.jsonl is read as pairs (prompt, chosen, rejected)" in done.stdout
     assert "▶" in done.stdout and "fits one device" in done.stdout and "nothing was trained" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
-    swept = command("-m", "beta=0.1,0.2", "dry_run=true")
-    assert swept.returncode == 2 and "looks at one run" in swept.stderr
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_sweep_names_its_jobs_and_trains_none(command, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_pairs(tmp_path / folder / "p.jsonl")
+    done = command("-m", "data=jsonl", "data.train=a/p.jsonl,b/p.jsonl", "beta=0.1,0.2", "dry_run=True")
+    assert done.returncode == 0, done.stderr
+    names = re.findall(r"^  (dpo-\S+)$", done.stdout, re.M)
+    assert names == [f"dpo-beta{beta}-seed0-train{folder}_p.jsonl" for folder in "ab" for beta in (0.1, 0.2)]
+    assert "4 jobs, into outputs/sweep-" in done.stdout and "nothing was trained" in done.stdout
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_dry_run_says_which_rows_would_be_dropped_and_where_they_stand(tmp_path):
+    file = write_pairs(tmp_path / "pairs.jsonl", 20)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for number in (3, 7):
+        rows[number - 1]["rejected"] = rows[number - 1]["chosen"]
+    rows[9]["prompt"][0]["content"] = "why " * 900
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = _settings("data=jsonl", f"data.train={file}", "data.holdout=0.3")
+    said = show_dropped(read_data(settings, load_tokenizer(settings.model)))
+    assert re.search(r"^rows: \d+ to train on, \d+ and \d+ held out, 3 dropped$", said, re.M)
+    assert re.search(rf"2 \(.*identical.*\): {file}:3, {file}:7$", said, re.M), said
+    assert re.search(rf"1 \(.*\): {file}:10$", said, re.M)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,14 @@ class Job:
 class Plan:
     """A sweep that is about to run: the overrides that name its directories, where it writes, how it is tracked.
 
-    `local` says that its jobs run on this machine.
+    `local` says that its jobs run on this machine; `jobs` are those that are known before they run.
     """
 
     named: list[str]
     directory: Path
     tracking: Tracking
     local: bool
+    jobs: Sequence[Job] = ()
 
 
 def means_multirun(args: argparse.Namespace) -> bool:
@@ -88,12 +89,11 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
     for job in jobs:
         refuse_missing(job.settings)
     plan = _plan(base, [job.config for job in jobs], _name_subdirectories(base, jobs, swept))
+    if plan.named and (plan.directory.is_dir() or jobs[0].settings.dry_run):
+        jobs = [compose_job([*job.overrides, *plan.named], search, config_name) for job in jobs]
     if plan.directory.is_dir():
-        named = (
-            [compose_job([*job.overrides, *plan.named], search, config_name) for job in jobs] if plan.named else jobs
-        )
-        refuse_other_runs(plan.directory, named)
-    return plan
+        refuse_other_runs(plan.directory, jobs)
+    return replace(plan, jobs=jobs)
 
 
 def _plan(base: DictConfig, configs: list[dict[str, Any]], subdirectories: list[str]) -> Plan:
@@ -219,14 +219,23 @@ def _name_subdirectories(base: DictConfig, jobs: Sequence[Job], swept: Sequence[
     names = [job.subdir for job in jobs]
     if None in names or len({*names}) == len(names):
         return []
-    return _add_axes(base, swept)
+    values: dict[str, set[str]] = {}
+    for word in {word for job in jobs for word in job.overrides}:
+        values.setdefault(word.partition("=")[0].lstrip("+"), set()).add(word.partition("=")[2])
+    return _add_axes(base, swept, whole=[key for key, each in values.items() if len({*map(_last, each)}) < len(each)])
 
 
-def _add_axes(base: DictConfig, swept: Sequence[str], prefix: str = "") -> list[str]:
+def _last(path: str) -> str:
+    return path.strip("'\"").rstrip("/").rpartition("/")[2]
+
+
+def _add_axes(base: DictConfig, swept: Sequence[str], prefix: str = "", whole: Sequence[str] = ()) -> list[str]:
+    """The name of a job's directory with the `swept` axes in it: of paths the last part, for `whole` keys all of it."""
     written = OmegaConf.to_container(base.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
     keys = [word.partition("=")[0].lstrip("+") for word in swept]
     added = [key for key in keys if "${" + key + "}" not in written and not key.startswith(("method", "hydra"))]
-    axes = "".join(f"-{_short(key)}" + "${dpo_kit.file_name:${" + _node(base, key) + "}}" for key in added)
+    by = {key: "path_name" if key in whole else "file_name" for key in added}
+    axes = "".join(f"-{_short(key)}${{dpo_kit.{by[key]}:${{{_node(base, key)}}}}}" for key in added)
     return [f"hydra.sweep.subdir={quote(prefix + written + axes)}"]
 
 
