@@ -10,7 +10,6 @@ TRL reads it.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START, mark_control_tokens
 
 from dpo_kit.chats import Messages, split_context
-from dpo_kit.turns import control_pattern, outer_tokens, pattern_of
+from dpo_kit.turns import control_pattern, turn_pattern
 
 MARKS = (_CONTROL_TOKEN_START, _CONTROL_TOKEN_END)
 """Private-use characters that transformers sets around a control token which is to be read as text."""
@@ -57,11 +56,6 @@ def count_control_tokens(tokenizer: Any, chat: Messages) -> tuple[Counter[str], 
     held = Counter(token for text in by_model for token in typed.findall(text))
     as_text = Counter(token for text in by_model for token in turns.findall(text))
     return as_text + Counter(token for text in others for token in typed.findall(text)), held - as_text
-
-
-def turn_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """What matches a control token that would open or end a turn."""
-    return pattern_of(outer_tokens(tokenizer))
 
 
 def has_marks(value: Any) -> bool:

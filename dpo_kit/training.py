@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -75,6 +75,7 @@ from dpo_kit.settings import Settings
 from dpo_kit.speed import speed_up
 
 log = logging.getLogger(__name__)
+AT_ONCE = 10_000  # rows whose ids are Python's integers at a time
 
 
 def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
@@ -357,8 +358,14 @@ def build_dataset(rows: Rows, kind: Kind) -> Dataset:
     """
     if kind == "prompts":
         return Dataset.from_list([{"prompt": json.dumps(row["prompt"])} for row in rows])
-    ids = {f"{name}_ids": [row["ids"][name].tolist() for row in rows] for name in ("prompt", *ANSWERS[kind])}
-    return Dataset.from_dict(ids | ({"label": [row["label"] for row in rows]} if kind == "unary" else {}))
+    names, labels = ("prompt", *ANSWERS[kind]), ("label",) if kind == "unary" else ()
+    types = {f"{name}_ids": List(Value("int32")) for name in names} | {name: Value("bool") for name in labels}
+
+    def table(part: Rows) -> Dataset:
+        ids = {f"{name}_ids": [row["ids"][name].tolist() for row in part] for name in names}
+        return Dataset.from_dict(ids | {name: [row[name] for row in part] for name in labels}, Features(types))
+
+    return concatenate_datasets([table(rows[start : start + AT_ONCE]) for start in range(0, len(rows), AT_ONCE)])
 
 
 def describe(settings: Settings, args: Any, data: Prepared) -> None:

@@ -46,6 +46,11 @@ def control_pattern(tokenizer: Any) -> re.Pattern[str]:
     return _kept(tokenizer, "pattern", lambda own: pattern_of(own._get_control_tokens(_template(own))))
 
 
+def turn_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """What matches a control token that would open or end a turn; kept as well."""
+    return _kept(tokenizer, "turn_pattern", lambda own: pattern_of(outer_tokens(own)))
+
+
 def pattern_of(tokens: Any) -> re.Pattern[str]:
     """What matches any of `tokens`, the longest first."""
     return _get_control_token_patterns(tuple(sorted(tokens)))[0]
@@ -130,8 +135,8 @@ def _template(tokenizer: Any) -> str:
 
 
 def _kept(tokenizer: Any, name: str, find: Any) -> Any:
-    """What `find` says of the tokenizer, asked again only where its template or its vocabulary has changed."""
-    state = (_template(tokenizer), len(tokenizer))
+    """What `find` says of the tokenizer, asked again only where its template, vocabulary or ends have changed."""
+    state = (_template(tokenizer), len(tokenizer), tuple(ends_of(tokenizer)))
     kept = vars(tokenizer).setdefault("_dpo_kit", {})
     if kept.get(name, (None, None))[0] != state:
         kept[name] = (state, find(tokenizer))

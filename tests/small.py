@@ -3,7 +3,11 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
+
+from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.history import read_metrics
 from dpo_kit.run import RunDirectory
 from dpo_kit.toy import TRAIN
@@ -28,6 +32,12 @@ def write_pairs(file: Path, count: int = 40) -> Path:
 def few_pairs(file: Path) -> list[str]:
     """Overrides of a run that takes seconds, on 40 embedded pairs in `file`, of which 24 are trained on."""
     return [*SMALL, f"data.train={write_pairs(file)}", "data.eval=null", "data.holdout=0.4"]
+
+
+def as_texts(rows: list[dict[str, Any]], kind: Kind) -> Dataset:
+    """Prepared rows as stock TRL takes them, which tokenises them itself."""
+    names = ("prompt", *ANSWERS[kind], *(("label",) if kind == "unary" else ()))
+    return Dataset.from_list([{name: row[name] for name in names} for row in rows])
 
 
 def hash_model(folder: Path) -> str:

@@ -33,9 +33,9 @@ from dpo_kit.plan import plan_run
 from dpo_kit.reference import _base_weights
 from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.toy import MODEL
-from dpo_kit.training import build_dataset, build_trainer, read_data
+from dpo_kit.training import build_trainer, read_data
 from tests import scored_by_text, tiny
-from tests.small import differences, few_pairs
+from tests.small import as_texts, differences, few_pairs
 
 QUICK = ["callbacks=none", "trl.save_strategy=no", "trl.logging_steps=1", "trl.learning_rate=1e-3"]
 
@@ -202,7 +202,7 @@ def test_an_adapter_goes_on_as_it_does_in_plain_trl_and_is_measured_from_its_own
     theirs = import_class(settings.method.trainer)(
         model=_adapted(adapter, is_trainable=True),
         args=args,
-        train_dataset=build_dataset(rows, settings.method.rows),
+        train_dataset=as_texts(rows, settings.method.rows),
         processing_class=tokenizer,
         **({"reward_funcs": _scores_of} if online else {}),
     )

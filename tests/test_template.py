@@ -3,6 +3,9 @@
 import copy
 import json
 import random
+import re
+import time
+from datetime import datetime
 
 import dill
 import pytest
@@ -12,14 +15,17 @@ from dpo_kit import template
 from dpo_kit.config import check, compose
 from dpo_kit.control_tokens import count_control_tokens, neutralised
 from dpo_kit.errors import ModelError
-from dpo_kit.manifest import build_manifest
+from dpo_kit.evaluate.candidate import of_run
+from dpo_kit.manifest import build_manifest, keep_date
 from dpo_kit.model import load_tokenizer
-from dpo_kit.run import RunDirectory
+from dpo_kit.run import RunDirectory, read_json, write_json
 from dpo_kit.sampling import draw_samples
-from dpo_kit.tokens import encode
+from dpo_kit.tokens import encode, encode_prompts
 from dpo_kit.toy import MODEL, TRAIN
-from dpo_kit.training import build_trainer, prepare_data
-from tests import tiny
+from dpo_kit.training import build_trainer, prepare_data, train
+from dpo_kit.turns import written_today
+from tests import styles, tiny
+from tests.small import few_pairs
 
 CHATS = [([{"role": "user", "content": f"red {number}"}], True) for number in range(40)]
 HOSTILE = {
@@ -87,6 +93,41 @@ def test_a_run_with_a_hostile_template_is_refused_before_its_model_is_loaded(tmp
     settings = check(compose(["model=local", f"model.path={folder}", "allow_learning_rate=true"]))
     with pytest.raises(ModelError, match=r"more than 0\.5 s"):
         prepare_data(settings, load_tokenizer(settings.model), RunDirectory(tmp_path / "run"))
+
+
+# --- the date ------------------------------------------------------------------------------------------------------
+
+
+def dates_in(tokenizer):
+    (ids,) = encode_prompts(tokenizer, [[{"role": "user", "content": "Rain?"}]])
+    return re.findall(r"Today is (.*?)\.", tokenizer.decode(ids))
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_run_s_first_start(tmp_path):
+    run, dated, plain = RunDirectory(tmp_path), styles.tokenizer("dated"), styles.tokenizer("chatml")
+    assert keep_date(run, plain) is None
+    before = time.strftime("%d %b %Y")
+    first = keep_date(run, dated)
+    assert dates_in(dated)[0] in (before, time.strftime("%d %b %Y")) and datetime.fromisoformat(first)
+    write_json(run.manifest, {"template_date": "2024-07-26T23:59:58"})
+    assert keep_date(run, dated) == "2024-07-26T23:59:58"
+    assert dates_in(dated) == dates_in(styles.tokenizer("dated")) == ["26 Jul 2024"]  # for all of this process
+    assert written_today(dated) != written_today(plain) and "26 Jul 2024" in written_today(dated)[1]
+
+
+@pytest.mark.slow
+def test_what_measures_a_run_later_has_the_date_that_it_trained_with(tmp_path):
+    words = [*few_pairs(tmp_path / "pairs.jsonl"), "trl.max_steps=1", "data.gold=null", "callbacks=none"]
+    file = tmp_path / "dated.jinja"
+    file.write_text(
+        "Today is {{ strftime_now('%Y-%m-%dT%H:%M:%S') }}." + AutoTokenizer.from_pretrained(MODEL).chat_template
+    )
+    train(compose([*words, f"model.chat_template={file}"]), tmp_path / "run")
+    trained_with = read_json(tmp_path / "run" / "manifest.json")["template_date"].partition(".")[0]
+    tokenizer = of_run(tmp_path / "run")[0].tokenizer()
+    template.stop_clock(tokenizer, datetime(2001, 1, 1))
+    assert dates_in(tokenizer) == ["2001-01-01T00:00:00"]
+    assert dates_in(of_run(tmp_path / "run")[0].tokenizer()) == [trained_with]
 
 
 # --- control tokens -----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from typing import Any
 
 from dpo_kit.data.control import (
@@ -93,7 +92,8 @@ def _read_ids(gathered: Gathered, rows: Rows, tokenizer: Any) -> None:
     if not isinstance(formed[0]["prompt"], str):  # only now is the template rendered here
         gathered.shape = replace(gathered.shape, ends=end_tokens(tokenizer))
         with_ends, formed = formed, [gathered.form(row) for row in rows]
-        unfolded = map(replace(gathered.shape, fold_system=False).of, rows, repeat(gathered.kind))
+        plain = replace(gathered.shape, fold_system=False)
+        unfolded = (plain.of(row, gathered.kind) for row in rows) if gathered.shape.fold_system else formed
         gathered.said = describe_end(tokenizer) | describe_changes(formed, with_ends, unfolded)
     gathered.said |= describe_columns(rows, formed, gathered.kind)
     gathered.said["control_tokens"] = count_in_rows(formed, gathered.kind, tokenizer)
