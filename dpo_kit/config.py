@@ -18,7 +18,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dpo_kit.errors import ConfigError, did_you_mean
@@ -81,7 +81,7 @@ def register() -> None:
         "learning_rate": _learning_rate,
         "file_name": lambda value: re.sub(r"[^\w.+-]+", "_", str(value).rstrip("/").rpartition("/")[2]),
         "path_name": lambda value: re.sub(r"[^\w.+-]+", "_", str(value)).strip("_"),
-        "listed": lambda text: [item.strip() for item in str(text).split(",") if item.strip()],
+        "listed": lambda text: ListConfig([item.strip() for item in str(text).split(",") if item.strip()]),
         "sweep_id": lambda: "unnamed",  # the command line puts the hash of the jobs here
     }
     for name, resolver in resolvers.items():

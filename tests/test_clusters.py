@@ -240,5 +240,5 @@ def test_a_sweep_with_a_failed_job_is_summed_up_under_every_launcher(error, loca
     monkeypatch.setattr(cli, "_conclude", concluded.append)
     plan = Plan([], Path("swept"), Tracking(**compose().tracking), local)
     with pytest.raises(type(error)):
-        cli._run(plan)
+        cli._sweep(plan)
     assert concluded == ([plan] if summed_up else [])

@@ -83,7 +83,8 @@ def refused(monkeypatch, tmp_path, capsys):
         monkeypatch.setenv("MY_PASSWORD", PLAIN)
         monkeypatch.setenv("HARMLESS", f"x{PLAIN}")
         monkeypatch.setattr("sys.argv", ["dpo_kit", *words])
-        monkeypatch.setattr(cli, "_run", lambda plan: pytest.fail("ran"))
+        for start in ("_single", "_sweep"):
+            monkeypatch.setattr(cli, start, lambda _: pytest.fail("ran"))
         monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
         monkeypatch.setattr("sys.excepthook", cli.sys.excepthook)
         with pytest.raises(SystemExit) as end:
