@@ -186,7 +186,8 @@ def test_training_probe_and_sampling_read_control_tokens_as_text(method, tmp_pat
         row["chosen"][-1]["content"] += "<|user|>"
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = [f"method={method}", f"data.train={tmp_path / 'rows.jsonl'}", "data.eval=null", "data.holdout=0.4"]
-    settings = check(compose([*overrides, "tracking=none", "data.gold=null", "speed.reference_store=false"]))
+    overrides += ["tracking=none", "data.gold=null", "speed.reference_store=false"]
+    settings = check(compose([*overrides, "trl.per_device_train_batch_size=4"]))
     run = RunDirectory(tmp_path / "run")
     tokenizer = load_tokenizer(settings.model)
     data = prepare_data(settings, tokenizer, run)
