@@ -232,7 +232,7 @@ def attend_at_once(
 
     A row's last query stands at its last key, as FlashAttention aligns queries and keys of different lengths.
     """
-    query, key, value = queries[0], keys[0], values[0]
+    query, key, value = queries.squeeze(0), keys.squeeze(0), values.squeeze(0)  # views, backwards too
     if layout.keys is not None:  # a token is in at most two rows: its two gradients add up with one rounding
         key, value = key.index_select(0, layout.keys), value.index_select(0, layout.keys)
     if not GROUPS_HEADS and key.shape[1] < query.shape[1]:
@@ -379,7 +379,7 @@ def _forward(
         "position_ids": layout.positions,
     }  # 4-D: used as it is
     outputs = original(**options | taken, input_ids=layout.ids, layout=layout)
-    hidden = outputs.last_hidden_state[0].index_select(0, layout.source)
+    hidden = outputs.last_hidden_state.squeeze(0).index_select(0, layout.source)
     outputs.last_hidden_state = hidden.view(*input_ids.shape, -1)
     return outputs
 
