@@ -60,9 +60,10 @@ def work(arguments: Sequence[str]) -> None:
     if cfg.mode == "build":
         from dpo_kit.data.build import build_pairs, show_build
 
-        show_build(build_pairs(cfg))
+        show_build(build_pairs(cfg), arguments)
         return
     settings, tool = check_tool(cfg)
+    tool.words = tuple(arguments)
     from dpo_kit.data.modes import MODES
 
     gc.set_threshold(200_000)  # rows are plain data without cycles, and looking through 100,000 of them costs seconds

@@ -40,6 +40,7 @@ from dpo_kit.run import hash_weights, read_json, write_json, write_jsonl
 from dpo_kit.secrets import redact
 from dpo_kit.settings import Build, Data, LLMJudge, LocalAnswers, Model, Strict
 from dpo_kit.settings import Judge as JudgeSettings
+from dpo_kit.words import training
 
 Given = list[list[Answer | None]]
 NO_PART_OF_IT = ("review", "answers")
@@ -258,7 +259,7 @@ def _build_from_votes(plan: Plan) -> dict[str, Any]:
 # --- what is shown -----------------------------------------------------------------------------------------------
 
 
-def show_build(report: dict[str, Any]) -> None:
+def show_build(report: dict[str, Any], words: Sequence[str] = ()) -> None:
     """The short table at the end and the next command. BuildError where something is missing that can still come."""
     from rich.console import Console
     from rich.markup import escape
@@ -282,7 +283,7 @@ def show_build(report: dict[str, Any]) -> None:
             markup=False,
         )
     elif report["pairs"]:
-        console.print(f"next: python -m dpo_kit data=jsonl data.train={pairs}", soft_wrap=True, markup=False)
+        console.print(f"next: {training(words, pairs)}", soft_wrap=True, markup=False)
     if report["status"] == "partial":
         raise BuildError(_what_is_missing(report))
 

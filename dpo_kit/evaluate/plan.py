@@ -21,6 +21,7 @@ from dpo_kit.evaluate.options import Evaluate, Split, WinRate
 from dpo_kit.journal import key_of
 from dpo_kit.places import refuse_foreign, refuse_missing
 from dpo_kit.run import RunDirectory, read_json
+from dpo_kit.secrets import redact_argv
 from dpo_kit.settings import GoldJudge, HumanJudge, LLMJudge, Method, Model, RewardModelJudge, Strict, Tracking
 from dpo_kit.sweep.runs import read_runs
 
@@ -54,6 +55,7 @@ class Job:
     shared: Path
     run: RunDirectory | None
     tracking: Tracking
+    words: tuple[str, ...]  # that were typed
 
     @property
     def method(self) -> Method:
@@ -168,6 +170,7 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
         shared=sweep / "evaluation" if sweep else own,
         run=RunDirectory(folder),
         tracking=_tracking(cfg),
+        words=tuple(redact_argv(arguments)),
     )
 
 
@@ -196,6 +199,7 @@ def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
     return Job(
         policy, reference, opponent, config, settings.beta if told and settings.method.implicit_reward else None,
         options, options.split or ("all" if alone else "test"), folder, folder, None, settings.tracking,
+        tuple(redact_argv(arguments)),
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,7 +72,6 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
     Under a sweeper that draws its values while it runs (Optuna) only what is not swept can be checked.
     Raises ConfigError.
     """
-    refuse_inside_ranks(overrides)
     parsed = parse_overrides(overrides)
     fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     base = compose_unchecked([*search, *fixed], config_name, with_hydra=True)
@@ -157,18 +155,6 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     with open_dict(cfg):
         cfg.pop("hydra", None)
     return cfg
-
-
-def refuse_inside_ranks(overrides: Sequence[str]) -> None:
-    """ConfigError under torchrun or accelerate: each rank would sweep, and the second job finds no process group."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        prefix = f'hydra.launcher.command=[accelerate,launch,--num_processes,"{ranks}",--main_process_port,"0"]'
-        remedy = shlex.join(["python", "-m", "dpo_kit", "-m", *overrides, f"hydra.launcher.devices_per_job={ranks}"])
-        raise ConfigError(
-            "a sweep cannot run inside torchrun or accelerate: sweep outside, and let each job be started by it: "
-            f"{remedy} {shlex.quote(prefix)}"
-        )
 
 
 def refuse_missing_launcher(base: DictConfig) -> None:
