@@ -22,7 +22,18 @@ from dpo_kit.journal import key_of
 from dpo_kit.places import refuse_foreign, refuse_missing
 from dpo_kit.run import RunDirectory, read_json
 from dpo_kit.secrets import redact_argv
-from dpo_kit.settings import GoldJudge, HumanJudge, LLMJudge, Method, Model, RewardModelJudge, Strict, Tracking
+from dpo_kit.server import refuse_silent
+from dpo_kit.settings import (
+    Endpoint,
+    GoldJudge,
+    HumanJudge,
+    LLMJudge,
+    Method,
+    Model,
+    RewardModelJudge,
+    Strict,
+    Tracking,
+)
 from dpo_kit.sweep.runs import read_runs
 
 MODES = ("run", "sweep", "policy")
@@ -221,6 +232,17 @@ def share_template(policy: Candidate, reference: Candidate) -> tuple[Candidate, 
     if mine and not theirs:
         return policy, reference.with_template(mine)
     return (policy.with_template(theirs), reference) if theirs and not mine else (policy, reference)
+
+
+def refuse_silent_servers(job: Job) -> None:
+    """ConfigError for servers that do not answer, unless all may have been asked by an earlier start."""
+    wanted = job.options
+    if "win_rate" not in wanted.parts or (job.shared / "judgements.jsonl").exists():
+        return
+    asked = {"judge": wanted.judge, "win_rate.policy_server": wanted.win_rate.policy_server}
+    for key, server in (asked | {"win_rate.opponent_server": wanted.win_rate.opponent_server}).items():
+        if isinstance(server, Endpoint):
+            refuse_silent(key, server)
 
 
 def _opponent(against: str | None, reference: Candidate, model: Model) -> Candidate | Path:

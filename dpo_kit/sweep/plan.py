@@ -122,7 +122,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise explain(error) from error
+        raise explain(error, overrides) from error
     if grids := [o.input_line for o in parsed if o.is_sweep_override() and o.key_or_group == OPTION]:
         raise ConfigError(f"beta-sweep takes one option, got {grids[0]}: list the values instead, beta=0.05,0.1,0.5")
     return parsed
@@ -132,8 +132,8 @@ def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of each job, as Hydra's own sweeper combines them: later words win over earlier ones."""
     try:
         batches = BasicSweeper.split_arguments(parse_overrides(overrides), None)
-    except HydraException as error:
-        raise explain(error) from error
+    except Exception as error:  # HydraException, and what its sweeps of numbers raise
+        raise explain(error, overrides) from error
     return [list(job) for batch in batches for job in batch]
 
 
