@@ -17,7 +17,7 @@ import pydantic
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -120,7 +120,7 @@ def compose_unchecked(overrides: Sequence[str], config_name: str = "config", *, 
     try:
         with _no_job(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="dpo_kit"):
             cfg = hydra.compose(config_name, overrides=overrides, return_hydra_config=with_hydra)
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra lets some of its own kinds through, and ValueError for an option that is no name
         raise explain(error, overrides) from error
     refuse_secrets(OmegaConf.to_container(cfg, resolve=False), overrides)
     return cfg
@@ -152,8 +152,10 @@ def check(cfg: DictConfig, *, trains: bool = True) -> Settings:
         settings = Settings(**values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
-    faults = [*_trl_faults(settings), *_method_faults(settings), *_model_faults(settings.model)]
-    faults += _judge_faults(settings) if trains else []
+    faults = [*_trl_faults(settings)]  # the others rely on types
+    if not faults:
+        faults = [*_method_faults(settings), *_model_faults(settings.model)]
+        faults += _judge_faults(settings) if trains else []
     faults = faults or [*library_faults(settings), *selection_faults(settings), *own_faults(settings.callbacks)]
     if faults:
         raise ConfigError("\n".join(faults))
@@ -397,7 +399,8 @@ def explain(error: Exception, words: Sequence[str] = ()) -> ConfigError:
         return ConfigError(
             f"{several} is several values: add -m for a run of each (--multirun), or quote it as one, {one}"
         )
-    return ConfigError(text)
+    named = [word for word in words if word.lstrip("+~").partition("=")[0] in text]
+    return ConfigError(text if named or not words else f"{' '.join(words)}: {text}")
 
 
 def _unknown_option(place: str, options: list[str]) -> str:

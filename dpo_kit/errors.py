@@ -7,7 +7,8 @@
     ├── TrainingError                   training ended in a state that must not be kept
     ├── SweepError                      some jobs of a sweep did not end well; the others are complete
     ├── BuildError                      some pairs could not be built; the others are complete
-    └── EvaluationError                 some answers or verdicts could not be had; what is there is reported
+    ├── EvaluationError                 some answers or verdicts could not be had; what is there is reported
+    └── JudgeError                      a judge whose verdicts cannot be read
 
 A message names the key (or file and line), the rule, the value found and the remedy.
 """
@@ -46,6 +47,10 @@ class BuildError(DpoKitError):
 
 class EvaluationError(DpoKitError):
     """Some answers or verdicts could not be had; what is there is reported, and the same command asks for the rest."""
+
+
+class JudgeError(DpoKitError):
+    """A judge whose verdicts cannot be read, so that what it decides says nothing."""
 
 
 def did_you_mean(word: str, choices: Iterable[str], otherwise: str = "", *, count: int = 1, cutoff: float = 0.6) -> str:

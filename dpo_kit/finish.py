@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from dpo_kit.card import write_card
 from dpo_kit.checkpoints import SAVING, put_in_place
-from dpo_kit.diagnosis import Finding, Rows, beta_unfelt, diagnose
+from dpo_kit.diagnosis import Finding, Rows, beta_unfelt, diagnose, loss_flat
 from dpo_kit.history import read_metrics
 from dpo_kit.nonfinite import refuse_non_finite
 from dpo_kit.page import refresh_page, write_page
@@ -150,13 +150,13 @@ def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result, page:
 def next_command(
     settings: Settings, command: str | None, history: Rows, changed: Mapping[str, str] | None = None
 ) -> str:
-    """A sweep that shows whether this beta was a good choice; where beta is not felt yet, twice the training; with the
-    `changed` keys where these kept the run from moving.
+    """A sweep that shows whether this beta was a good choice; where beta is not felt yet, or nothing learned, twice the
+    training; with the `changed` keys where these kept the run from moving.
     """
     method = settings.method
     if changed:
         return again(command, method.name, **changed)
-    if beta_unfelt(history, method.model_dump()):
+    if beta_unfelt(history, method.model_dump()) or loss_flat(history, method.model_dump()):
         return again(command, method.name, **longer(settings.trl))
     return again(command, method.name, "-m", beta=",".join(f"{value:g}" for value in method.beta.grid))
 

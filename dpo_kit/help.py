@@ -52,6 +52,16 @@ def help_text(config_dir: str | None = None) -> str:
     return USAGE.format(groups="\n".join(groups), betas="\n".join(betas), experiments="\n".join(runs))
 
 
+def keys_of(group: str, *options: str) -> str:
+    """The keys of some options of a group with their defaults and comments, as their files have them."""
+    files = ((option, CONF / group / f"{option}.yaml") for option in options)
+    titles = {
+        option: f"{group}.…" if option == "default" else f"{group}={option}, with {group}.…" for option in options
+    }
+    parts = (f"{titles[option]}:\n{textwrap.indent(file.read_text(encoding='utf-8'), '  ')}" for option, file in files)
+    return "\n" + "\n".join(parts)
+
+
 def _entry(name: str, text: str, column: int) -> str:
     width = min(100, shutil.get_terminal_size().columns)
     return textwrap.fill(

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.chats import Prompt, conversation_text
-from dpo_kit.errors import ConfigError
+from dpo_kit.errors import ConfigError, JudgeError
 from dpo_kit.journal import Journal, key_of
+from dpo_kit.secrets import redact_text
 from dpo_kit.server import Reply, Request, Server
 from dpo_kit.settings import LLMJudge
 from dpo_kit.verdicts import Raw, Shown
@@ -26,6 +27,7 @@ VERDICT: 1
 VERDICT: 2
 VERDICT: TIE
 """  # noqa: E501
+LEAST = 4  # replies without a verdict from which on a judge is given up
 _VERDICT = re.compile(r"VERDICT: (1|2|TIE)")
 RAW: dict[str, Raw] = {"1": "first", "2": "second", "TIE": "tie"}
 
@@ -41,7 +43,23 @@ class LanguageModelJudge:
 
     def decide(self, shown: Sequence[Shown]) -> list[Raw]:
         replies = self.server.ask([self._request(each) for each in shown], "verdicts")
-        return [read_verdict(reply) for reply in replies]
+        verdicts = [read_verdict(reply) for reply in replies]
+        self._refuse_unreadable(
+            [reply for reply, raw in zip(replies, verdicts, strict=True) if raw == "unparsable"], len(replies)
+        )
+        return verdicts
+
+    def _refuse_unreadable(self, unread: Sequence[Reply | None], asked: int) -> None:
+        """JudgeError where most replies hold no verdict: as ties they would look like a result."""
+        if len(unread) < LEAST or 2 * len(unread) <= asked:
+            return
+        example = redact_text(next(reply.text for reply in unread if reply))[-200:]
+        cut = sum(reply.cut for reply in unread if reply)
+        raise JudgeError(
+            f"{self.name} keeps to no form of verdict: {len(unread)} of {asked} replies do not end in VERDICT: 1, "
+            f"VERDICT: 2 or VERDICT: TIE ({cut} were cut at judge.max_tokens={self.settings.max_tokens}), such as "
+            f"{example!r}. Raise judge.max_tokens, or take another judge.model"
+        )
 
     def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
         """A language model compares only."""

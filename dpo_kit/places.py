@@ -22,12 +22,12 @@ LISTS = ("deepspeed", "fsdp_config", "accelerator_config")  # of TRL's fields: a
 
 def refuse_missing(settings: Settings) -> None:
     """ConfigError for each place that `settings` name and that is not there, or is no place of its kind."""
-    faults = [*data_faults(settings.data), *model_faults(settings.model), *_judge_faults(settings.judge)]
+    faults = [*data_faults(settings.data), *model_faults(settings.model), *judge_faults(settings.judge)]
     faults += _module_faults("data.gold", settings.data.gold)
     for name in LISTS:
         value = settings.trl.get(name)
         if isinstance(value, str) and not value.lstrip().startswith("{"):
-            faults += _file_faults(f"trl.{name}", value)
+            faults += file_faults(f"trl.{name}", value)
     if settings.resume not in ("auto", "never") and not Path(settings.resume).expanduser().is_dir():
         faults.append(
             f"resume must be auto, never or a checkpoint folder, got {settings.resume}, which does not exist"
@@ -46,8 +46,8 @@ def data_faults(data: Data) -> Iterator[str]:
             if local.is_dir():
                 if not any(file.name.endswith(KNOWN) for file in local.rglob("*")):
                     yield f"{key}={path} has no {', '.join(KNOWN)} file in it"
-            elif local.exists() or local.suffix or _is_local(path):
-                yield from _file_faults(key, path)
+            elif local.exists() or local.suffix or is_local(path):
+                yield from file_faults(key, path)
                 if local.exists() and not local.name.endswith(KNOWN):
                     yield f"{key}={path}: unknown kind of file; known are {', '.join(KNOWN)}"
 
@@ -58,10 +58,10 @@ def model_faults(model: Model) -> Iterator[str]:
         local = Path(path or "").expanduser()
         if path and local.is_file():
             yield f"{key}={path} is a file, not a folder with a model: name the folder above it, {key}={local.parent}"
-        elif path and not local.exists() and _is_local(path):
+        elif path and not local.exists() and is_local(path):
             yield f"{key}={path} does not exist{_siblings(local)}"
     if model.chat_template and "{" not in model.chat_template:
-        yield from _file_faults("model.chat_template", model.chat_template)
+        yield from file_faults("model.chat_template", model.chat_template)
 
 
 def refuse_start(model: Model) -> None:
@@ -90,14 +90,16 @@ def _module_faults(key: str, name: str | None) -> Iterator[str]:
         yield f"{key}={name}: there is no module {missing} in the folder of the command or in PYTHONPATH{meant}"
 
 
-def _judge_faults(judge: Any) -> Iterator[str]:
+def judge_faults(judge: Any) -> Iterator[str]:
+    """A judge's model or rubric that is not there."""
     for name in ("path", "rubric"):
         value = getattr(judge, name, None)
-        if value and (name == "rubric" or _is_local(value)) and not Path(value).expanduser().exists():
+        if value and (name == "rubric" or is_local(value)) and not Path(value).expanduser().exists():
             yield f"judge.{name}={value} does not exist{_siblings(Path(value).expanduser())}"
 
 
-def _file_faults(key: str, path: str) -> Iterator[str]:
+def file_faults(key: str, path: str) -> Iterator[str]:
+    """Why the file at `path` cannot be read."""
     local = Path(path).expanduser()
     if not local.exists():
         yield f"{key}={path}: no such file or folder{_siblings(local)}"
@@ -107,7 +109,8 @@ def _file_faults(key: str, path: str) -> Iterator[str]:
         yield f"{key}={path} cannot be read by this user: chmod u+r, or name a copy"
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
+    """Whether `path` can mean nothing but a place on this machine."""
     return path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from dpo_kit.errors import ConfigError
+from dpo_kit.words import again
 
 KEY = "dpo_kit/run_dir"
 RUN_DIR = "hydra.run.dir="
@@ -52,12 +55,35 @@ def _share(proposed: str) -> str:
     return store.get(KEY).decode()
 
 
+LAUNCHERS = {
+    "torchrun",
+    "accelerate",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate.commands.launch",
+}
+
+
+def launcher() -> list[str]:
+    """The words before `-m dpo_kit` with which torchrun or accelerate was told to start this process; [] without."""
+    try:
+        typed = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
+        words = typed[: typed.index("dpo_kit") - 1]
+    except (OSError, ValueError):
+        words = []
+    if {Path(word).name for word in words[:3]} & LAUNCHERS:
+        start = 1 if words[1:2] != ["-m"] else 0  # of `python /…/bin/torchrun …` the program alone
+        return [Path(words[start]).name, *words[start + 1 :]]
+    return ["torchrun", "--nproc_per_node", str(world_size())] if world_size() > 1 else []
+
+
 def refuse_sweep(overrides: Sequence[str]) -> None:
     """ConfigError: each job of a sweep is a process of its own, so the launcher belongs inside it."""
     if world_size() == 1:
         return
-    words = " ".join(word for word in overrides if not word.startswith("beta-sweep="))
+    typed = shlex.join([*launcher(), "-m", "dpo_kit", *overrides])
+    outside = again(typed, None, "-m", **{"hydra.launcher.devices_per_job": str(world_size())})
     raise ConfigError(
-        f"a sweep inside a launcher would run {world_size()} times: start `python -m dpo_kit` without the launcher, "
-        f"each job on devices of its own, or one run a time inside it, as `accelerate launch -m dpo_kit {words}`"
+        f"a sweep inside a launcher would run {world_size()} times: sweep outside, and let each job be started by it: "
+        f"{outside}"
     )

@@ -17,6 +17,7 @@ from dpo_kit.identity import origin, refuse_inexact_resume
 from dpo_kit.processes import is_writer
 from dpo_kit.run import RunDirectory
 from dpo_kit.settings import Settings
+from dpo_kit.words import override
 
 log = logging.getLogger(__name__)
 
@@ -71,5 +72,5 @@ def how_to_go_on(run: RunDirectory, command: str | None) -> str:
         return "the command of the sweep again"
     words = shlex.split(command)
     if not any(word.startswith("hydra.run.dir=") for word in words):
-        words.append(f"hydra.run.dir={run.root}")
+        words.append(override("hydra.run.dir", run.root))
     return shlex.join(words)

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo_kit import tracking
+from dpo_kit import toy, tracking
 from dpo_kit.arguments import (
     build_arguments,
     count_steps,
@@ -62,7 +62,7 @@ from dpo_kit.model import (
 from dpo_kit.online import JudgedReward, open_reward, with_fresh_answers
 from dpo_kit.origin import read_adapter
 from dpo_kit.prefix import LaidOut, shares_prefixes
-from dpo_kit.processes import is_writer
+from dpo_kit.processes import is_writer, launcher
 from dpo_kit.published import batch_fault
 from dpo_kit.quiet import phase, quiet_libraries
 from dpo_kit.reference import with_store
@@ -213,7 +213,7 @@ def typed_command() -> str | None:
     hydra = HydraConfig.get()
     own = own_folders(hydra.runtime.config_sources)
     words = [word for word in hydra.overrides.task if not word.startswith("beta-sweep=")]  # of this run only
-    return shlex.join(["python", "-m", "dpo_kit", *redact_argv([*own, *words])])
+    return shlex.join([*(launcher() or ["python"]), "-m", "dpo_kit", *redact_argv([*own, *words])])
 
 
 def start_tracking(settings: Settings, manifest: dict[str, Any], run: RunDirectory) -> tracking.Tracker:
@@ -384,6 +384,12 @@ def describe(settings: Settings, args: Any, data: Prepared) -> None:
         *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), every),
         *(len(probe_rows(data, settings)), len(data.select)),
     )
+    if Path(settings.model.path) == toy.MODEL and not str(settings.data.train).startswith(str(toy.MODEL.parent)):
+        log.warning(
+            "this tunes the embedded model, which knows its own small world only, on %s: your own is model=local "
+            "model.path=…",
+            settings.data.train,
+        )
     if fault := batch_fault(settings.experiment, trl, effective_batch(trl)):
         log.warning("not the published run of experiment=%s: %s", getattr(settings.experiment, "name", ""), fault)
     if settings.method.start == "instruct" and isinstance(data.select[0]["prompt"], str):

@@ -118,15 +118,34 @@ def command(*words: str, tool: str = "") -> str:
     return shlex.join(["python", "-m", f"dpo_kit.{tool}" if tool else "dpo_kit", *words])
 
 
+TRAINS = ("model", "method", "trl", "beta", "seed", "speed", "allow_beta", "allow_learning_rate")
+
+
+def training(words: Sequence[str], file: str | Path | None = None) -> str:
+    """The command that trains with what of `words`, those of a tool, concerns training; on the rows of `file` where one
+    is named.
+    """
+    keys = [word.lstrip("+~").partition("=")[0] for word in words]
+    rows = ("data.gold",) if "data.columns" in keys else ("data.gold", "data.eval")  # the file has our names
+    kept = [word for word, key in zip(words, keys, strict=True) if key.split(".")[0] in TRAINS]
+    if file is None:
+        return command(*kept, *(word for word, key in zip(words, keys, strict=True) if key.split(".")[0] == "data"))
+    kept += [word for word, key in zip(words, keys, strict=True) if key in rows]
+    return command(*kept, "data=jsonl", override("data.train", file))
+
+
 def again(typed: str | None, method: str | None, *flags: str, **changed: str) -> str:
     """The command `typed` (None where nothing was typed: that `method`) with the `changed` keys, and without those of
     Hydra. With `-m` among the `flags` what started several processes starts each job of the sweep.
     """
     head, words = _split(typed or command(f"method={method}"))
     if "-m" in flags and head[0] != "python":
-        listed = ",".join(quote(word) for word in head[:-2])
+        listed = ",".join(map(quote, head[:-2]))
         head, flags = ["python", "-m", "dpo_kit"], (*flags, f"hydra.launcher.command=[{listed}]")
-    kept = [word for word in words if word.partition("=")[0] not in changed and not word.startswith("hydra.")]
+    words = [word for word in words if word not in ("-m", "--multirun") and word.partition("=")[0] not in changed]
+    kept = [word for word in words if not word.lstrip("+").startswith(("hydra.run.", "hydra.sweep.", "hydra.job."))]
+    if "beta" in changed:
+        kept = [word for word in kept if not word.startswith("beta-sweep=")]
     return shlex.join([*head, *flags, *kept, *(f"{key}={value}" for key, value in changed.items())])
 
 

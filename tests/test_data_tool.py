@@ -121,7 +121,7 @@ def test_convert_writes_rows_that_train_and_the_rejects(tool, tmp_path):
         (["curate.min_agreement=7"], "curate.min_agreement: input should be less than or equal to 1, got 7"),
         (["curate.min_ratio=1.5"], "no zero that means none"),
         (["data=jsonl"], "data.train is missing"),
-        (["data=jsonl", "data.train=none.jsonl"], "no such file or folder: none.jsonl"),
+        (["data=jsonl", "data.train=none.jsonl"], "data.train=none.jsonl: no such file or folder"),
         (["convert.schema=hh"], "convert.schema: input should be"),
         (["method=dop"], "method must be one of apo_zero, bco"),
     ],

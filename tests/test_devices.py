@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -122,9 +123,18 @@ def test_accelerate_starts_two_processes_from_its_file(tmp_path):
 
 def test_a_sweep_inside_a_launcher_is_refused_with_the_right_command(command):
     done = command("-m", "beta=0.1,0.2", env={"WORLD_SIZE": "2", "RANK": "0"})
-    assert done.returncode == 2 and "without the launcher" in done.stderr
-    done = command("beta-sweep=standard", "method=ipo", env={"WORLD_SIZE": "2", "RANK": "1"})
-    assert done.returncode == 2 and "accelerate launch -m dpo_kit method=ipo`" in done.stderr
+    assert done.returncode == 2 and "sweep outside, and let each job be started by it" in done.stderr
+    said = done.stderr.partition("by it: ")[2].strip()
+    launched = "hydra.launcher.command=['torchrun','--nproc_per_node','2']"
+    assert shlex.split(said) == [
+        "python",
+        "-m",
+        "dpo_kit",
+        "-m",
+        launched,
+        "beta=0.1,0.2",
+        "hydra.launcher.devices_per_job=2",
+    ]
     refuse_sweep(["beta=0.1,0.2"])  # alone, a sweep is welcome
 
 

@@ -1,13 +1,16 @@
 """Runs and adapters that are looked at from another folder, or whose files have changed since."""
 
 import json
+import shlex
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from dpo_kit.config import check, compose
 from dpo_kit.errors import DataError, ModelError
 from dpo_kit.evaluate.candidate import of_path
+from dpo_kit.evaluate.evaluation import next_command
 from dpo_kit.evaluate.plan import plan
 from dpo_kit.held_out import refuse_other_rows
 from dpo_kit.identity import recall_config
@@ -84,3 +87,19 @@ def test_rows_that_are_not_the_run_s_are_refused():
     manifest = {"config": {"data": {"train": "p.jsonl"}}, "data": {"test": {"rows": 5, "sha256": "0"}}}
     with pytest.raises(DataError, match=r"data\.train=p\.jsonl gives other test rows .* \(1, then 5\)"):
         refuse_other_rows(manifest, "test", rows)
+
+
+def test_what_to_type_next_keeps_what_was_typed(tmp_path):
+    """The judge, data, gold and out of an evaluation; asked of the function alone, as of a done one."""
+    words = ("policy=my model", "reference=base", "data=jsonl", "data.eval=e f", "judge=llm", "out=o", "parts=[gate]")
+    options = SimpleNamespace(parts=["preferences"], review=0)
+    job = SimpleNamespace(words=words, options=options, run=None, folder=tmp_path, shared=tmp_path)
+    said = next_command(job, {})
+    assert shlex.split(said) == ["python", "-m", "dpo_kit.evaluate", *words[:-1], "parts=[win_rate]"]
+    options.parts = ["win_rate"]
+    won = {"status": "done", "judge": {"kind": "llm"}, "win_rate_verdict": "better"}
+    said = next_command(job, {"win_rate": won})
+    assert said.startswith(f"read {tmp_path / 'samples.md'}")
+    assert said.endswith("judge=llm out=o 'parts=[gate]' review=20")
+    options.review = 20
+    assert next_command(job, {"win_rate": won}) == f"read {tmp_path / 'samples.md'}"  # does not ask for it again

@@ -129,12 +129,6 @@ def test_a_cluster_s_launcher_without_its_package_is_refused_naming_it(option, p
         plan("beta=0.1,0.2", f"hydra/launcher={option}")
 
 
-def test_a_sweep_inside_torchrun_is_refused_with_the_right_command(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"hydra\.launcher\.devices_per_job=2 'hydra\.launcher\.command=\[accelerate"):
-        plan("beta=0.1,0.2")
-
-
 def test_under_another_sweeper_what_is_not_swept_is_checked_and_the_grid_still_names_the_directory():
     other = "hydra.sweeper._target_=hydra_plugins.x.OptunaSweeper"
     assert directory(other, "beta=interval(0.05,99)") != directory(other, "beta=interval(0.05,0.5)")

@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -10,9 +11,13 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from dpo_kit.cli import read_arguments
 from dpo_kit.config import check, compose, compose_unchecked, known_keys, unknown_key
+from dpo_kit.diagnosis import loss_flat
 from dpo_kit.errors import ConfigError
 from dpo_kit.finish import next_command
-from dpo_kit.words import MEANT, again, command, longer, override, readable
+from dpo_kit.processes import launcher
+from dpo_kit.resume import how_to_go_on
+from dpo_kit.run import RunDirectory
+from dpo_kit.words import MEANT, again, command, longer, override, readable, training
 
 TYPED = "python -m dpo_kit method=ipo 'data.train=my pairs.jsonl' beta=0.1 trl.num_train_epochs=3 hydra.run.dir=here"
 
@@ -139,3 +144,65 @@ def test_a_sweep_after_a_run_of_several_processes_starts_each_job_as_that_was():
     assert sweep[:4] == ["python", "-m", "dpo_kit", "-m"]
     launcher = compose_unchecked([word for word in sweep[4:] if "beta" not in word], with_hydra=True).hydra.launcher
     assert list(launcher.command) == ["torchrun", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("parent", "words"),
+    [
+        ("python3 /env/bin/torchrun --nproc_per_node 2 -m dpo_kit beta=1", "torchrun --nproc_per_node 2"),
+        (
+            "/env/python -m torch.distributed.run --nnodes 1 -m dpo_kit beta=1",
+            "python -m torch.distributed.run --nnodes 1",
+        ),
+        (
+            "/usr/bin/python /env/bin/accelerate launch --config_file a.yaml -m dpo_kit",
+            "accelerate launch --config_file a.yaml",
+        ),
+        ("timeout 9 python -m dpo_kit beta=1", ""),
+        ("bash", ""),
+    ],
+)
+def test_what_started_several_processes_is_named_as_it_was_typed(parent, words, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: parent.replace(" ", "\0"))
+    assert " ".join(launcher()) == words
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert " ".join(launcher()) == words or (not words and launcher() == ["torchrun", "--nproc_per_node", "2"])
+
+
+def test_the_way_to_go_on_is_quoted_for_shell_and_hydra(tmp_path):
+    run = RunDirectory(tmp_path / "it's beta=0.1 [x]")
+    (word,) = shlex.split(how_to_go_on(run, "torchrun -m dpo_kit seed=1"))[4:]
+    assert OverridesParser.create().parse_override(word).value() == str(run.root)
+
+
+def test_after_a_sweep_its_axes_and_launcher_are_kept_and_its_folder_is_not():
+    typed = "python -m dpo_kit -m data=jsonl method=a,b seed=0,1 hydra/launcher=slurm hydra.launcher.jobs=2"
+    typed += " hydra.sweep.dir=s ++hydra.job.env_set.WANDB_RUN_GROUP=s trl.max_steps=2"
+    kept = "data=jsonl method=a,b seed=0,1 hydra/launcher=slurm hydra.launcher.jobs=2 trl.max_steps=4"
+    assert again(typed, None, "-m", **{"trl.max_steps": "4"}) == f"python -m dpo_kit -m {kept}"
+    assert again("python -m dpo_kit beta-sweep=wide seed=1", None, beta="1") == "python -m dpo_kit seed=1 beta=1"
+
+
+def test_a_tool_s_next_command_trains_the_model_that_it_was_about():
+    words = [
+        "mode=build",
+        "model=local",
+        "model.path=my model",
+        "judge=llm",
+        "data.gold=g",
+        "data.eval=e",
+        "out=o",
+    ]
+    assert training(words, "o/p.jsonl") == (
+        "python -m dpo_kit model=local 'model.path=my model' data.gold=g data.eval=e data=jsonl data.train=o/p.jsonl"
+    )
+    assert "data.eval" not in training([*words, "data.columns={a: b}"], "o/p.jsonl")
+    assert training(["mode=check", "data=jsonl", "data.train=a b"]) == "python -m dpo_kit data=jsonl 'data.train=a b'"
+
+
+def test_where_nothing_was_learned_more_training_is_named_and_no_sweep():
+    settings = check(compose(["method=kto"]))
+    flat = [{"step": step, "loss": 0.5, "probe/auc": 0.5, "probe/auc_low": 0.4} for step in range(1, 20)]
+    assert loss_flat(flat, settings.method.model_dump())
+    said = next_command(settings, "python -m dpo_kit method=kto", flat)
+    assert said == "python -m dpo_kit method=kto trl.num_train_epochs=2"

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_kit.config import CONF, check, compose_unchecked, unknown_key
 from dpo_kit.data.options import Convert, Curate, Tool
 from dpo_kit.errors import ConfigError
-from dpo_kit.places import refuse_foreign
+from dpo_kit.help import keys_of
+from dpo_kit.places import refuse_foreign, refuse_missing
 from dpo_kit.settings import Settings
 from dpo_kit.tool import run_tool
 
@@ -34,9 +35,9 @@ usage: python -m dpo_kit.data [mode=check|curate|convert|build] [group=option | 
   mode=check                   data_report.json, data_report.png, dropped_rows.jsonl
   mode=curate                  curated.jsonl, rejects.jsonl, manifest.json, a report before and after
   mode=convert                 converted.jsonl, rejects.jsonl, manifest.json
-  mode=build                   pairs from prompts, models and a judge: keys under build and judge
+  mode=build                   pairs from prompts, models and a judge (build.limit=100 judge=llm judge.model=…)
 
-keys of the two in the middle, with their defaults (curate.min_agreement=0.8):
+keys with their defaults (curate.min_agreement=0.8):
 """
 OWN = ("mode", "out", "curate", "convert")
 ELSEWHERE = ("build", "judge")  # theirs to check
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     """USAGE with the tool's own keys as conf/ explains them."""
     text = (CONF / "tool" / "data.yaml").read_text(encoding="utf-8")
-    return USAGE + textwrap.indent(text[text.index("curate:") :], "  ")
+    own = textwrap.indent(text[text.index("curate:") :], "  ")
+    return USAGE + own + keys_of("build", "default") + keys_of("judge", "llm", "reward_model", "gold", "human")
 
 
 def work(arguments: Sequence[str]) -> None:
@@ -61,9 +63,10 @@ def work(arguments: Sequence[str]) -> None:
     if cfg.mode == "build":
         from dpo_kit.data.build import build_pairs, show_build
 
-        show_build(build_pairs(cfg))
+        show_build(build_pairs(cfg), arguments)
         return
     settings, tool = check_tool(cfg)
+    tool.words = tuple(arguments)
     from dpo_kit.data.modes import MODES
 
     gc.set_threshold(200_000)  # rows are plain data without cycles, and looking through 100,000 of them costs seconds
@@ -90,6 +93,7 @@ def check_tool(cfg: DictConfig) -> tuple[Settings, Tool]:
     """The config of the run and the tool's own options, both checked. Raises ConfigError."""
     theirs = [str(key) for key in cfg if key not in (*OWN, *ELSEWHERE)]
     settings = check(OmegaConf.masked_copy(cfg, theirs), trains=False)
+    refuse_missing(settings)
     try:
         return settings, Tool(**OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(OWN)), resolve=True))  # type: ignore[arg-type]
     except pydantic.ValidationError as error:

@@ -36,10 +36,13 @@ from dpo_kit.judges import (
     run_controls,
     summarize_verdicts,
 )
+from dpo_kit.places import data_faults, file_faults, is_local, judge_faults, model_faults
 from dpo_kit.run import hash_weights, read_json, write_json, write_jsonl
 from dpo_kit.secrets import redact
-from dpo_kit.settings import Build, Data, LLMJudge, LocalAnswers, Model, Strict
+from dpo_kit.server import refuse_silent
+from dpo_kit.settings import Build, Data, Endpoint, LLMJudge, LocalAnswers, Model, Strict
 from dpo_kit.settings import Judge as JudgeSettings
+from dpo_kit.words import training
 
 Given = list[list[Answer | None]]
 NO_PART_OF_IT = ("review", "answers")
@@ -77,9 +80,25 @@ def check_plan(cfg: DictConfig) -> Plan:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     try:
-        return Plan(seed=cfg.seed, out=cfg.out, **values)  # type: ignore[arg-type]
+        plan = Plan(seed=cfg.seed, out=cfg.out, **values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
+    refuse_unready(plan)
+    return plan
+
+
+def refuse_unready(plan: Plan) -> None:
+    """ConfigError for models and files that are not there."""
+    build = plan.build
+    faults = [*model_faults(plan.model), *judge_faults(plan.judge)]
+    faults += data_faults(plan.data) if build.prompts is None and build.votes is None else []
+    for source in build.answers:
+        if isinstance(source, LocalAnswers) and is_local(source.path) and not Path(source.path).expanduser().exists():
+            faults.append(f"build.answers: path={source.path} does not exist: name a folder with a model, or a hub id")
+    for name in ("prompts", "votes"):
+        faults += file_faults(f"build.{name}", named) if (named := getattr(build, name)) and is_local(named) else []
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 PARTS = ("model", "data", "judge", "build")
@@ -113,6 +132,10 @@ def _build_from_prompts(plan: Plan) -> dict[str, Any]:
     prompts = read_prompts(plan.build.prompts, plan.data, plan.build.limit)
     identity = _identity(plan, prompts)
     folder = Path(plan.out or f"outputs/build-{key_of(identity)[:8]}")
+    if not (folder / "answers.jsonl").exists():  # else all may have been answered
+        for key, asked in (("judge", plan.judge), *(("build.answers", source) for source in plan.build.answers)):
+            if isinstance(asked, Endpoint):
+                refuse_silent(key, asked)
     with Journal(folder / "answers.jsonl") as journal:
         claim(folder, identity)
         answers, spend = _draw(plan, prompts.prompts, journal)
@@ -258,7 +281,7 @@ def _build_from_votes(plan: Plan) -> dict[str, Any]:
 # --- what is shown -----------------------------------------------------------------------------------------------
 
 
-def show_build(report: dict[str, Any]) -> None:
+def show_build(report: dict[str, Any], words: Sequence[str] = ()) -> None:
     """The short table at the end and the next command. BuildError where something is missing that can still come."""
     from rich.console import Console
     from rich.markup import escape
@@ -282,7 +305,7 @@ def show_build(report: dict[str, Any]) -> None:
             markup=False,
         )
     elif report["pairs"]:
-        console.print(f"next: python -m dpo_kit data=jsonl data.train={pairs}", soft_wrap=True, markup=False)
+        console.print(f"next: {training(words, pairs)}", soft_wrap=True, markup=False)
     if report["status"] == "partial":
         raise BuildError(_what_is_missing(report))
 

@@ -29,6 +29,7 @@ from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.run import write_json, write_text
 from dpo_kit.settings import Settings
 from dpo_kit.toy import MODEL
+from dpo_kit.words import command, override, training
 
 
 def check_data(settings: Settings, tool: Tool, out: Path) -> None:
@@ -45,7 +46,9 @@ def check_data(settings: Settings, tool: Tool, out: Path) -> None:
     _write_rows(out / "dropped_rows.jsonl", map(vars, gathered.faults))
     title = f"{report['rows']['train']:,} {'pairs' if gathered.kind == 'pairs' else 'rows'} to train on"
     draw_data_report(out / "data_report.png", report, title=title)
-    _show(report, out, "next: python -m dpo_kit.data mode=curate …, or train: python -m dpo_kit …", title=title)
+    own = [word for word in tool.words if not word.startswith(("mode=", "out="))]
+    curate = command(*own, "mode=curate", tool="data")
+    _show(report, out, f"next: {curate}, or train: {training(tool.words)}", title=title)
     if data.on_bad_row == "fail":
         refuse_malformed(malformed)
 
@@ -74,8 +77,7 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
     write_json(out / "data_report.json", {"before": before, "after": after})
     title = f"{len(curated.kept):,} of {gathered.read:,} rows kept"
     draw_data_report(out / "data_report.png", after, title=title, before=before)
-    next_command = f"next: python -m dpo_kit data=jsonl data.train={out / 'curated.jsonl'} …"
-    _show(after, out, next_command, title=title, before=before)
+    _show(after, out, f"next: {training(tool.words, out / 'curated.jsonl')}", title=title, before=before)
 
 
 def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
@@ -99,7 +101,7 @@ def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
     }
     _write_manifest(out, settings, tool, files, _counts_of(converted))
     _say(f"{len(converted.rows):,} rows of {len(converted.used):,}", converted.faults, out)
-    _say_next(f"next: python -m dpo_kit.data data=jsonl data.train={out / 'converted.jsonl'}")
+    _say_next(f"next: {command('data=jsonl', override('data.train', out / 'converted.jsonl'), tool='data')}")
 
 
 MODES: dict[str, Callable[[Settings, Tool, Path], None]] = {

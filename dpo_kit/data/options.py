@@ -58,3 +58,4 @@ class Tool(Strict):
     out: str | None
     curate: Curate
     convert: Convert
+    words: tuple[str, ...] = ()  # that were typed, for the command to type next

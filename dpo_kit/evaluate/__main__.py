@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dpo_kit.config import CONF
 from dpo_kit.errors import ConfigError, DpoKitError, EvaluationError
 from dpo_kit.evaluate.evaluation import check_parts, evaluate, show, show_line
-from dpo_kit.evaluate.plan import Job, plan
+from dpo_kit.evaluate.plan import Job, plan, refuse_silent_servers
+from dpo_kit.help import keys_of
 from dpo_kit.quiet import quiet_imports
 from dpo_kit.tool import run_tool
 
@@ -24,9 +25,9 @@ usage: python -m dpo_kit.evaluate run=DIR | sweep=DIR | policy=… reference=…
   policy=DIR reference=DIR     models made by any tool; data, model and trl keys as for training
   against=DIR | FILE           instead of the reference: another run or model, or answers.jsonl
   judge=gold|reward_model|llm|human   who compares the answers (default: the data's gold function, where they have one)
-  judge=llm judge.base_url=http://localhost:8000/v1 judge.model=…   any OpenAI-compatible server; see conf/judge
+  judge=llm judge.base_url=http://localhost:8000/v1 judge.model=…   any OpenAI-compatible server
 
-keys, with their defaults (win_rate.limit=800):
+keys, with their defaults (win_rate.limit=256):
 """
 log = logging.getLogger("dpo_kit.evaluate")
 
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     """USAGE with the tool's own keys as conf/ explains them."""
     text = (CONF / "tool" / "evaluate.yaml").read_text(encoding="utf-8")
-    return USAGE + textwrap.indent(text[text.index("run: null") :], "  ")
+    own = textwrap.indent(text[text.index("run: null") :], "  ")
+    return USAGE + own + keys_of("judge", "llm", "reward_model", "gold", "human")
 
 
 def work(arguments: Sequence[str]) -> None:
@@ -50,6 +52,7 @@ def work(arguments: Sequence[str]) -> None:
     quiet_imports()
     jobs = plan(arguments)
     check_parts(jobs[0].options.parts)
+    refuse_silent_servers(jobs[0])
     with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
         import dpo_kit.held_out  # noqa: F401
     if jobs[0].options.sweep:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from dpo_kit.evaluate.plan import Job
 from dpo_kit.history import read_metrics
 from dpo_kit.page import refresh_page
 from dpo_kit.run import read_json, write_json
+from dpo_kit.words import command, override
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,28 +84,36 @@ def summarize(job: Job, parts: Found, skipped: dict[str, str]) -> dict[str, Any]
 
 def next_command(job: Job, parts: Found) -> str:
     """What to type next: the same again where something is missing, a judge where there was none, else the reading."""
-    asked = {"run": job.run.root if job.run else None, "policy": job.options.policy, "reference": job.options.reference,
-             "against": job.options.against}  # fmt: skip
-    words = [f"{key}={value}" for key, value in asked.items() if value is not None]
-    again = shlex.join(["python", "-m", "dpo_kit.evaluate", *words])
     won = parts.get("win_rate")
     if won is None and "win_rate" not in job.options.parts:
-        return again
+        return _again(job, parts="[win_rate]")
     if won is None:
-        return f"{again} judge=llm judge.base_url=http://localhost:8000/v1 judge.model=…"
+        judge = {"judge": "llm", "judge.base_url": "http://localhost:8000/v1", "judge.model": "…"}
+        return _again(job, **judge)
     if won["status"] == "waiting":
         return f"fill in the column better of {job.shared / 'review*.csv'} (1, 2 or tie), then the same command"
     if won["status"] == "partial":
         return "the same command, which asks for what is missing only"
     if won["win_rate_verdict"] == "not separated" and (needed := won["win_rate_needed_prompts"]):
         if won["questions"] == won["settings"]["limit"]:
-            return f"{again} win_rate.limit={needed}"
-        return f"{again} win_rate.draws=4, or win_rate.prompts=FILE with about {needed:,} prompts"
+            return _again(job, **{"win_rate.limit": str(needed)})
+        more = _again(job, **{"win_rate.draws": str(max(4, 2 * job.options.win_rate.draws))})
+        return f"{more}, or win_rate.prompts=FILE with about {needed:,} prompts"
     read = f"read {job.folder / 'samples.md'}"
     sweep = job.run.root.parent if job.run else None
     if sweep and (sweep / "best.json").exists():
-        return f"{read}, then python -m dpo_kit.sweep sweep={shlex.quote(str(sweep))}"
-    return read if won["judge"]["kind"] == "gold" else f"{read}, and let people check the judge: {again} review=20"
+        return f"{read}, then {command(override('sweep', sweep), tool='sweep')}"
+    if won["judge"]["kind"] in ("gold", "human") or job.options.review:
+        return read
+    return f"{read}, and let people check the judge: {_again(job, review='20')}"
+
+
+def _again(job: Job, **changed: str) -> str:
+    """The command of this evaluation with the `changed` keys, and with its run where that is one of a sweep."""
+    words = [word for word in job.words if word.partition("=")[0] not in (*changed, "sweep")]
+    if job.run and not any(word.startswith("run=") for word in words):
+        words.insert(0, override("run", job.run.root))
+    return command(*words, *(f"{key}={value}" for key, value in changed.items()), tool="evaluate")
 
 
 def _report(job: Job, result: dict[str, Any], parts: Found) -> None:

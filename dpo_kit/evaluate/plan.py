@@ -21,7 +21,19 @@ from dpo_kit.evaluate.options import Evaluate, Split, WinRate
 from dpo_kit.journal import key_of
 from dpo_kit.places import refuse_foreign, refuse_missing
 from dpo_kit.run import RunDirectory, read_json
-from dpo_kit.settings import GoldJudge, HumanJudge, LLMJudge, Method, Model, RewardModelJudge, Strict, Tracking
+from dpo_kit.secrets import redact_argv
+from dpo_kit.server import refuse_silent
+from dpo_kit.settings import (
+    Endpoint,
+    GoldJudge,
+    HumanJudge,
+    LLMJudge,
+    Method,
+    Model,
+    RewardModelJudge,
+    Strict,
+    Tracking,
+)
 from dpo_kit.sweep.runs import read_runs
 
 MODES = ("run", "sweep", "policy")
@@ -54,6 +66,7 @@ class Job:
     shared: Path
     run: RunDirectory | None
     tracking: Tracking
+    words: tuple[str, ...]  # that were typed
 
     @property
     def method(self) -> Method:
@@ -168,6 +181,7 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
         shared=sweep / "evaluation" if sweep else own,
         run=RunDirectory(folder),
         tracking=_tracking(cfg),
+        words=tuple(redact_argv(arguments)),
     )
 
 
@@ -196,6 +210,7 @@ def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
     return Job(
         policy, reference, opponent, config, settings.beta if told and settings.method.implicit_reward else None,
         options, options.split or ("all" if alone else "test"), folder, folder, None, settings.tracking,
+        tuple(redact_argv(arguments)),
     )  # fmt: skip
 
 
@@ -217,6 +232,17 @@ def share_template(policy: Candidate, reference: Candidate) -> tuple[Candidate, 
     if mine and not theirs:
         return policy, reference.with_template(mine)
     return (policy.with_template(theirs), reference) if theirs and not mine else (policy, reference)
+
+
+def refuse_silent_servers(job: Job) -> None:
+    """ConfigError for servers that do not answer, unless all may have been asked by an earlier start."""
+    wanted = job.options
+    if "win_rate" not in wanted.parts or (job.shared / "judgements.jsonl").exists():
+        return
+    asked = {"judge": wanted.judge, "win_rate.policy_server": wanted.win_rate.policy_server}
+    for key, server in (asked | {"win_rate.opponent_server": wanted.win_rate.opponent_server}).items():
+        if isinstance(server, Endpoint):
+            refuse_silent(key, server)
 
 
 def _opponent(against: str | None, reference: Candidate, model: Model) -> Candidate | Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,8 @@ def _export_model(values: Values) -> None:
     _say(f"{wanted.out}: {facts['dtype']}. {facts['how']}\nchecked: {facts['checked']}")
     if "push" in values:
         _say(f"on the hub: {push(wanted.out, values['push'], private=values['private'] == 'true')}")
-    _say(f"next: transformers chat {wanted.out}, or vllm serve {wanted.out}")
+    out = shlex.quote(str(wanted.out))
+    _say(f"next: transformers chat {out}, or vllm serve {out}")
 
 
 def _export_script(values: Values) -> None:
@@ -91,7 +93,7 @@ def _export_script(values: Values) -> None:
 
     run = RunDirectory(Path(values["run"]))
     script = write_reproduction(run, Path(values.get("out") or run.reproduction))
-    _say(f"{script.read_text(encoding='utf-8')}\nnext: python {script}")
+    _say(f"{script.read_text(encoding='utf-8')}\nnext: python {shlex.quote(str(script))}")
 
 
 @contextmanager

@@ -25,9 +25,10 @@ def next_command(runs: Sequence[RunRecord], choice: Choice, command: str | None)
     if len({run.start_model for run in finished}) > 1:
         return None
     if _short(finished) or all(verdict.gain and verdict.gain.low <= 0 for verdict in choice.verdicts):
-        return _again(
-            finished[0], beta=_listed(run.beta for run in finished), **longer(finished[0].config.get("trl") or {})
-        )
+        twice = longer(finished[0].config.get("trl") or {})
+        if command is not None:
+            return again(command, None, "-m", **twice)
+        return _again(finished[0], beta=_listed(run.beta for run in finished), **twice)
     if choice.recommended and len({run.seed for run in finished}) == 1:
         run = choice.recommended
         rivals = [v.run.beta for v in choice.verdicts if v.tied and v.run.method == run.method]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,7 +72,6 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
     Under a sweeper that draws its values while it runs (Optuna) only what is not swept can be checked.
     Raises ConfigError.
     """
-    refuse_inside_ranks(overrides)
     parsed = parse_overrides(overrides)
     fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     base = compose_unchecked([*search, *fixed], config_name, with_hydra=True)
@@ -124,7 +122,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise explain(error) from error
+        raise explain(error, overrides) from error
     if grids := [o.input_line for o in parsed if o.is_sweep_override() and o.key_or_group == OPTION]:
         raise ConfigError(f"beta-sweep takes one option, got {grids[0]}: list the values instead, beta=0.05,0.1,0.5")
     return parsed
@@ -134,8 +132,8 @@ def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of each job, as Hydra's own sweeper combines them: later words win over earlier ones."""
     try:
         batches = BasicSweeper.split_arguments(parse_overrides(overrides), None)
-    except HydraException as error:
-        raise explain(error) from error
+    except Exception as error:  # HydraException, and what its sweeps of numbers raise
+        raise explain(error, overrides) from error
     return [list(job) for batch in batches for job in batch]
 
 
@@ -157,18 +155,6 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     with open_dict(cfg):
         cfg.pop("hydra", None)
     return cfg
-
-
-def refuse_inside_ranks(overrides: Sequence[str]) -> None:
-    """ConfigError under torchrun or accelerate: each rank would sweep, and the second job finds no process group."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        prefix = f'hydra.launcher.command=[accelerate,launch,--num_processes,"{ranks}",--main_process_port,"0"]'
-        remedy = shlex.join(["python", "-m", "dpo_kit", "-m", *overrides, f"hydra.launcher.devices_per_job={ranks}"])
-        raise ConfigError(
-            "a sweep cannot run inside torchrun or accelerate: sweep outside, and let each job be started by it: "
-            f"{remedy} {shlex.quote(prefix)}"
-        )
 
 
 def refuse_missing_launcher(base: DictConfig) -> None:

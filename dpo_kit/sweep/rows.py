@@ -126,6 +126,7 @@ def _text(value: Any) -> str:
 
 
 SHORT = ("accuracy", "AUC", "KL reverse, nats", "gold reward", "win rate", "capability")
+SWEPT = 3  # axes beside method and beta that a terminal has room for
 
 
 def terminal_table(rows: Sequence[Row], recommended: str | None, title: str) -> Table:
@@ -133,9 +134,13 @@ def terminal_table(rows: Sequence[Row], recommended: str | None, title: str) -> 
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", caption="→ recommended" if recommended else None)
     shown = [c for c in COLUMNS if c[0] in SHORT and any(row[c[1]] is not None for row in rows)]
     leading = [key for key in _leading(rows) if key not in ("seed", "tuning") or len({row[key] for row in rows}) > 1]
+    swept = [key for key in leading if key not in (*FIRST, "status")]
+    leading = [key for key in leading if key not in swept[SWEPT:]]
+    captions = ["→ recommended"] if recommended else []
+    captions += [f"{len(swept) - SWEPT} more keys differ: summary.md has them"] if len(swept) > SWEPT else []
+    table = Table(title=escape(title), title_justify="left", caption="; ".join(captions) or None)
     table.add_column("")
     for key in leading:
         table.add_column(escape(key.removeprefix("trl.")), justify="left" if key in ("method", "status") else "right")

@@ -218,6 +218,7 @@ def read_runs(sweep_dir: str | Path) -> list[RunRecord]:
     jobs = {_relative(root, job["dir"]): job for job in read_jobs(root) if job.get("dir")}
     found = {path.parent.relative_to(root).as_posix() for path in root.glob("*/manifest.json")}
     runs = [read_run(root, path, jobs.get(path, {})) for path in sorted(found | jobs.keys())]
+    runs = [run for run in runs if run.config or run.job or run.fault]  # the data tool leaves a manifest.json too
     if not runs:
         inside = " (it is itself a run: give the folder above)" if RunDirectory(root).manifest.exists() else ""
         raise DataError(f"sweep={root} holds no run{inside}: a run is a subfolder with manifest.json")
