@@ -25,7 +25,7 @@ newest:  ## the tests of config and schema, and one run, with the newest TRL of 
 	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --constraint $(NEWEST)/constraints.txt --editable '.[dev]'
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --constraint $(NEWEST)/constraints.txt trl transformers datasets accelerate peft
-	$(NEWEST)/bin/python -m dpo_kit.env
+	$(NEWEST)/bin/python -m dpo_kit env
 	$(NEWEST)/bin/python -m dpo_kit trl.max_steps=4 tracking=none hydra.run.dir=$(NEWEST)/run-$$$$
 	$(NEWEST)/bin/python -m pytest -m "not slow" tests/test_config.py tests/test_experiments.py tests/test_exactness.py tests/test_architecture.py
 

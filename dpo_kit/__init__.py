@@ -12,13 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError, TrainingError
-from dpo_kit.quiet import quiet_imports
+from dpo_kit.run.quiet import quiet_imports
 
 if TYPE_CHECKING:
-    from dpo_kit.callbacks import ImplicitReward, KLDrift, PreferenceMargin
-    from dpo_kit.config import compose
-    from dpo_kit.finish import Result
-    from dpo_kit.probe import PairProbe
+    from dpo_kit.callbacks.callbacks import ImplicitReward, KLDrift, PreferenceMargin
+    from dpo_kit.callbacks.probe import PairProbe
+    from dpo_kit.config.compose import compose
+    from dpo_kit.trainer.finish import Result
     from dpo_kit.training import train
 
 __all__ = [
@@ -36,12 +36,12 @@ __all__ = [
     "train",
 ]
 _HOMES = {
-    "ImplicitReward": "dpo_kit.callbacks",
-    "KLDrift": "dpo_kit.callbacks",
-    "PairProbe": "dpo_kit.probe",
-    "PreferenceMargin": "dpo_kit.callbacks",
-    "Result": "dpo_kit.finish",
-    "compose": "dpo_kit.config",
+    "ImplicitReward": "dpo_kit.callbacks.callbacks",
+    "KLDrift": "dpo_kit.callbacks.callbacks",
+    "PairProbe": "dpo_kit.callbacks.probe",
+    "PreferenceMargin": "dpo_kit.callbacks.callbacks",
+    "Result": "dpo_kit.trainer.finish",
+    "compose": "dpo_kit.config.compose",
     "train": "dpo_kit.training",
 }
 

@@ -1,6 +1,6 @@
 """`python -m dpo_kit`."""
 
-from dpo_kit.cli import main
+from dpo_kit.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -22,57 +22,54 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo_kit import toy, tracking
-from dpo_kit.arguments import (
-    build_arguments,
-    count_steps,
-    describe_arguments,
-    effective_batch,
-    import_class,
-    uses_store,
-)
-from dpo_kit.checkpoints import explain_full_disk
-from dpo_kit.config import check, own_folders
+from dpo_kit import toy
+from dpo_kit.callbacks.gold import label_ceiling, load_gold
+from dpo_kit.config.best_metric import kind_fault, needs_trl_evaluation
+from dpo_kit.config.compose import check, own_folders
+from dpo_kit.config.identity import origin, refuse_other_run
+from dpo_kit.config.settings import Settings
 from dpo_kit.data.interleave import interleave, unpair
-from dpo_kit.data.preference import measure_preference, reference_margins
 from dpo_kit.data.prepare import Prepared, Rows, prepare
+from dpo_kit.data.report.preference import measure_preference, reference_margins
 from dpo_kit.data.rows import ANSWERS, Kind
-from dpo_kit.diagnosis import held_back
 from dpo_kit.errors import ConfigError, DpoKitError, TrainingError
-from dpo_kit.finish import Result, finish_run, write_failure
-from dpo_kit.given_tokens import with_given_tokens
-from dpo_kit.gold import label_ceiling, load_gold
-from dpo_kit.grouping import with_length_groups
-from dpo_kit.identity import origin, refuse_other_run
-from dpo_kit.interrupt import Interrupted
-from dpo_kit.lock import only_writer
-from dpo_kit.manifest import build_manifest, keep_date
-from dpo_kit.measure import add_callbacks, probe_rows, with_probe_alone
-from dpo_kit.memory import fits, read_config
-from dpo_kit.model import (
+from dpo_kit.model.load import (
     build_adapter,
     check_targets,
     keep_start,
     load_policy,
     load_reference,
     load_tokenizer,
+    read_config,
     refuse_uncopied,
     rounded_share,
 )
-from dpo_kit.online import JudgedReward, open_reward, with_fresh_answers
-from dpo_kit.origin import read_adapter
-from dpo_kit.prefix import LaidOut, shares_prefixes
-from dpo_kit.processes import is_writer, launcher
-from dpo_kit.published import batch_fault
-from dpo_kit.quiet import phase, quiet_libraries
-from dpo_kit.reference import with_store
-from dpo_kit.resume import begin_from, find_checkpoint, how_to_go_on
-from dpo_kit.run import RunDirectory, cache_folder, write_json, write_jsonl
-from dpo_kit.safekeeping import with_safekeeping
-from dpo_kit.secrets import redact, redact_argv
-from dpo_kit.selection import kind_fault, needs_trl_evaluation
-from dpo_kit.settings import Settings
-from dpo_kit.speed import speed_up
+from dpo_kit.model.origin import read_adapter
+from dpo_kit.model.trl_classes import import_class
+from dpo_kit.run import tracking
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import cache_folder, write_json, write_jsonl
+from dpo_kit.run.lock import only_writer
+from dpo_kit.run.processes import is_writer, launcher
+from dpo_kit.run.quiet import phase, quiet_libraries
+from dpo_kit.run.redact import redact, redact_argv
+from dpo_kit.run.report.diagnosis import held_back
+from dpo_kit.trainer.arguments import build_arguments, count_steps, describe_arguments, effective_batch, uses_store
+from dpo_kit.trainer.finish import Result, finish_run, write_failure
+from dpo_kit.trainer.given_tokens import with_given_tokens
+from dpo_kit.trainer.grouping import with_length_groups
+from dpo_kit.trainer.manifest import build_manifest, keep_date
+from dpo_kit.trainer.measuring import add_callbacks, probe_rows, with_probe_alone
+from dpo_kit.trainer.memory import fits
+from dpo_kit.trainer.online import JudgedReward, open_reward, with_fresh_answers
+from dpo_kit.trainer.prefix import LaidOut, shares_prefixes
+from dpo_kit.trainer.published import batch_fault
+from dpo_kit.trainer.reference_store import with_store
+from dpo_kit.trainer.resume.checkpoints import explain_full_disk
+from dpo_kit.trainer.resume.find import begin_from, find_checkpoint, how_to_go_on
+from dpo_kit.trainer.resume.safe_trainer import with_safekeeping
+from dpo_kit.trainer.resume.signals import Interrupted
+from dpo_kit.trainer.speed import speed_up
 
 log = logging.getLogger(__name__)
 AT_ONCE = 10_000  # rows whose ids are Python's integers at a time

@@ -20,20 +20,21 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_kit import compose, train
-from dpo_kit.config import check
+from dpo_kit.callbacks.drift import Drift, drift_metrics
+from dpo_kit.callbacks.gold import GoldFigures, load_gold
+from dpo_kit.config.compose import check
 from dpo_kit.data.__main__ import compose_tool
-from dpo_kit.data.build import build_pairs
+from dpo_kit.data.build.pairs import build_pairs
+from dpo_kit.data.build.prompts import read_prompts
 from dpo_kit.data.fresh import distinct_prompts
-from dpo_kit.data.prompts import read_prompts
-from dpo_kit.drift import Drift, drift_metrics
 from dpo_kit.export.folder import Export, export_run
-from dpo_kit.gold import GoldFigures, load_gold
-from dpo_kit.held_out import Tuned, place
-from dpo_kit.model import load_reference, load_tokenizer
-from dpo_kit.run import RunDirectory, read_json, write_json, write_jsonl
-from dpo_kit.sampling import measuring
-from dpo_kit.scoring import Reference
+from dpo_kit.model.load import load_reference, load_tokenizer
+from dpo_kit.model.sampling import measuring
+from dpo_kit.model.scoring import Reference
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json, write_json, write_jsonl
 from dpo_kit.toy import MODEL
+from dpo_kit.trainer.held_out import Tuned, place
 from dpo_kit.training import read_data
 
 OWN = {"rounds": "3", "prompts": "800", "start": str(MODEL), "out": ""}

@@ -12,7 +12,7 @@ A reward model is a judge only as good as its pairs: `judge.path` takes any sequ
 output. A language model judges through any server that speaks OpenAI's protocol (vLLM, Ollama, `transformers serve`),
 with extra `openai`:
 
-    python -m dpo_kit.evaluate run=outputs/judged judge=llm judge.base_url=http://localhost:8000/v1 judge.model=NAME
+    python -m dpo_kit evaluate run=outputs/judged judge=llm judge.base_url=http://localhost:8000/v1 judge.model=NAME
 
 (not run: needs a server).
 """
@@ -33,7 +33,7 @@ RUN, JUDGE = Path("outputs/judged"), Path("outputs/judge")
 
 def main():
     train_judge()
-    command("dpo_kit", f"hydra.run.dir={RUN}", "tracking=none", "trl.max_steps=75")
+    command(f"hydra.run.dir={RUN}", "tracking=none", "trl.max_steps=75")
     rate = evaluate(RUN / "by_model", "judge=reward_model", f"judge.path={JUDGE}")
     truth = evaluate(RUN / "by_truth", "judge=gold")
     print(f"win rate by the reward model   {rate:.3f}")
@@ -65,13 +65,13 @@ def train_judge():
 
 
 def evaluate(folder, *judge):
-    command("dpo_kit.evaluate", f"run={RUN}", *judge, "parts=[win_rate]", "win_rate.limit=100", f"out={folder}")
+    command("evaluate", f"run={RUN}", *judge, "parts=[win_rate]", "win_rate.limit=100", f"out={folder}")
     return json.loads((folder / "result.json").read_text())["win_rate"]
 
 
-def command(module, *words):
-    print("\n$ python -m", module, *words, flush=True)
-    subprocess.run([sys.executable, "-m", module, *words], check=True)
+def command(*words):
+    print("\n$ python -m dpo_kit", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "dpo_kit", *words], check=True)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_kit import compose, train
-from dpo_kit.run import write_json, write_jsonl
-from dpo_kit.sweep.evidence import holm, paired_bootstrap
-from dpo_kit.sweep.runs import read_runs
+from dpo_kit.judge.verdicts import toss_coin
+from dpo_kit.run.files import write_json, write_jsonl
+from dpo_kit.run.statistics import holm, paired_bootstrap
+from dpo_kit.sweep.choice.runs import read_runs
 from dpo_kit.sweep.summary import write_summary
 from dpo_kit.toy import TRAIN, gold_rewards
-from dpo_kit.verdicts import toss_coin
 
 OWN = {"betas": "0.05,0.5,1,2", "seeds": "0,1,2", "runs": "", "out": ""}
 METHODS = {"offline": "dpo", "online": "online_dpo"}

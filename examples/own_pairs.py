@@ -28,10 +28,10 @@ MINE = (
     "'data.columns={prompt: question, chosen: better, rejected: worse}'"
 )
 COMMANDS = (
-    f"python -m dpo_kit.data {MINE} out={FOLDER}/report",
+    f"python -m dpo_kit data {MINE} out={FOLDER}/report",
     f"python -m dpo_kit {MINE} data.holdout=0.2 trl.learning_rate=2e-4 allow_learning_rate=true tracking=none "
     f"hydra.run.dir={FOLDER}/run",
-    f"python -m dpo_kit.evaluate run={FOLDER}/run judge=gold judge.module=dpo_kit.toy win_rate.limit=40",
+    f"python -m dpo_kit evaluate run={FOLDER}/run judge=gold judge.module=dpo_kit.toy win_rate.limit=40",
 )
 
 

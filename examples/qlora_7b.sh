@@ -20,8 +20,8 @@ recipe=(
   trl.max_length=1024 trl.per_device_train_batch_size=2 trl.gradient_accumulation_steps=8
   speed.checkpointing=true
 )
-python -m dpo_kit.plan "${recipe[@]}" "$@"
+python -m dpo_kit plan "${recipe[@]}" "$@"
 python -m dpo_kit "${recipe[@]}" dry_run=true "$@"
 python -m dpo_kit "${recipe[@]}" hydra.run.dir=outputs/qlora-7b "$@"
-python -m dpo_kit.evaluate run=outputs/qlora-7b 'parts=[preferences]'
-python -m dpo_kit.export run=outputs/qlora-7b dtype=bfloat16
+python -m dpo_kit evaluate run=outputs/qlora-7b 'parts=[preferences]'
+python -m dpo_kit export run=outputs/qlora-7b dtype=bfloat16

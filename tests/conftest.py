@@ -25,10 +25,10 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m dpo_kit …` in an empty folder, as a user would."""
 
     def run(
-        *overrides: str, env: dict[str, str] | None = None, module: str = "dpo_kit", timeout: float = 280
+        *overrides: str, env: dict[str, str] | None = None, timeout: float = 280
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", module, *overrides],
+            [sys.executable, "-m", "dpo_kit", *overrides],
             cwd=tmp_path,
             env=os.environ | {"WANDB_MODE": "offline"} | (env or {}),
             capture_output=True,

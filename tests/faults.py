@@ -22,34 +22,34 @@ import pytest
 
 POINTS = {  # name: (what is called there, before or after the call)
     "start:load": ("dpo_kit.training.load_policy", "before"),
-    "ref_cache:write": ("dpo_kit.reference.Store.write", "before"),
-    "ref_cache:written": ("dpo_kit.reference.Store.write", "after"),
-    "measure:start": ("dpo_kit.probe.PairProbe._score_now", "before"),
+    "ref_cache:write": ("dpo_kit.trainer.reference_store.Store.write", "before"),
+    "ref_cache:written": ("dpo_kit.trainer.reference_store.Store.write", "after"),
+    "measure:start": ("dpo_kit.callbacks.probe.PairProbe._score_now", "before"),
     "eval": ("transformers.Trainer.evaluate", "before"),
-    "eval:probe": ("dpo_kit.probe.PairProbe._score_now", "after"),
-    "eval:drift": ("dpo_kit.drift.Drift.forward", "before"),
+    "eval:probe": ("dpo_kit.callbacks.probe.PairProbe._score_now", "after"),
+    "eval:drift": ("dpo_kit.callbacks.drift.Drift.forward", "before"),
     "step": ("transformers.Trainer._get_grad_norm", "before"),
     "step:loss": ("transformers.Trainer.training_step", "after"),  # its gradient is finite already
     "step:backward": ("trl.DPOTrainer.compute_loss", "after"),
     "step:gradient": ("transformers.Trainer._clip_grad_norm", "before"),
-    "save:before": ("dpo_kit.safekeeping.Safekeeping._save_checkpoint", "before"),
+    "save:before": ("dpo_kit.trainer.resume.safe_trainer.Safekeeping._save_checkpoint", "before"),
     "save:after=model": ("transformers.Trainer._save", "after"),
     "save:after=optimizer": ("transformers.Trainer._save_optimizer_and_scheduler", "after"),
     "save:optimizer": ("transformers.Trainer._save_optimizer_and_scheduler", "before"),
     "save:after=rng": ("transformers.Trainer._save_rng_state", "after"),
     "save:after=state": ("transformers.trainer_callback.TrainerState.save_to_json", "after"),
-    "save:after=record": ("dpo_kit.safekeeping.Safekeeping._save_own", "after"),
-    "save:hash": ("dpo_kit.checkpoints._describe_and_sync", "before"),
-    "save:manifest": ("dpo_kit.checkpoints._digest", "before"),
-    "save:rename": ("dpo_kit.checkpoints.sync_folder", "before"),
-    "save:rotate": ("dpo_kit.checkpoints.rotate", "before"),
-    "save:removing": ("dpo_kit.checkpoints.shutil.rmtree", "before"),
-    "record:metrics": ("dpo_kit.recorder.append_row", "before"),
-    "record:probe": ("dpo_kit.probe.PairProbe._write", "before"),
-    "finish:model": ("dpo_kit.finish.save_model", "before"),
-    "finish:saved": ("dpo_kit.finish.save_model", "after"),
-    "finish:report": ("dpo_kit.finish.draw_report", "before"),
-    "finish:result": ("dpo_kit.finish.report_to_tracker", "after"),
+    "save:after=record": ("dpo_kit.trainer.resume.safe_trainer.Safekeeping._save_own", "after"),
+    "save:hash": ("dpo_kit.trainer.resume.checkpoints._describe_and_sync", "before"),
+    "save:manifest": ("dpo_kit.trainer.resume.checkpoints._digest", "before"),
+    "save:rename": ("dpo_kit.trainer.resume.checkpoints.sync_folder", "before"),
+    "save:rotate": ("dpo_kit.trainer.resume.checkpoints.rotate", "before"),
+    "save:removing": ("dpo_kit.trainer.resume.checkpoints.shutil.rmtree", "before"),
+    "record:metrics": ("dpo_kit.trainer.recorder.append_row", "before"),
+    "record:probe": ("dpo_kit.callbacks.probe.PairProbe._write", "before"),
+    "finish:model": ("dpo_kit.trainer.finish.save_model", "before"),
+    "finish:saved": ("dpo_kit.trainer.finish.save_model", "after"),
+    "finish:report": ("dpo_kit.trainer.finish.draw_report", "before"),
+    "finish:result": ("dpo_kit.trainer.finish.report_to_tracker", "after"),
 }
 
 
@@ -125,7 +125,7 @@ def _child(words, folder, log, fault, env, limit):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
-    from dpo_kit import cli
+    from dpo_kit.cli import main as cli
 
     torch.set_num_threads(1)
     if fault:

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from dpo_kit.config.settings import Data
 from dpo_kit.data.gather import Gathered, Rows, gather
-from dpo_kit.data.inspect import inspect
 from dpo_kit.data.prepare import Prepared, prepare, split
-from dpo_kit.settings import Data
+from dpo_kit.data.report.inspect import inspect
 from dpo_kit.toy import MODEL
 
 WORDS = [

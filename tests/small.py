@@ -8,8 +8,8 @@ from typing import Any
 from datasets import Dataset
 
 from dpo_kit.data.rows import ANSWERS, Kind
-from dpo_kit.history import read_metrics
-from dpo_kit.run import RunDirectory
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import TRAIN
 
 SMALL = [

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.history import append_row
-from dpo_kit.run import write_json, write_jsonl
+from dpo_kit.run.files import write_json, write_jsonl
+from dpo_kit.run.history import append_row
 
 MODEL = {"path": "toy/model", "revision": None, "sha256": "a" * 64}
 

@@ -12,14 +12,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.online_dpo import online_dpo_trainer
 
-from dpo_kit import ConfigError, ModelError, compose, origin, train
-from dpo_kit.arguments import build_arguments, import_class
-from dpo_kit.config import check
+from dpo_kit import ConfigError, ModelError, compose, train
+from dpo_kit.cli.plan import plan_run
+from dpo_kit.config.compose import check
 from dpo_kit.export.folder import Export, export_run
 from dpo_kit.export.script import write_reproduction
-from dpo_kit.history import read_metrics
-from dpo_kit.memory import build_weightless
-from dpo_kit.model import (
+from dpo_kit.model import origin
+from dpo_kit.model.load import (
     OF_ADAPTER,
     keep_start,
     load_policy,
@@ -28,11 +27,15 @@ from dpo_kit.model import (
     load_tokenizer,
     refuse_uncopied,
 )
-from dpo_kit.online import JudgedReward
-from dpo_kit.plan import plan_run
-from dpo_kit.reference import _base_weights
-from dpo_kit.run import RunDirectory, read_json, write_json
+from dpo_kit.model.trl_classes import import_class
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json, write_json
+from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL
+from dpo_kit.trainer.arguments import build_arguments
+from dpo_kit.trainer.memory import build_weightless
+from dpo_kit.trainer.online import JudgedReward
+from dpo_kit.trainer.reference_store import _base_weights
 from dpo_kit.training import build_trainer, read_data
 from tests import scored_by_text, tiny
 from tests.small import as_texts, differences, few_pairs

@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.alpaca import alpaca_command, annotations_file, read_annotations, read_instructions, run_alpaca
 from dpo_kit.evaluate.benchmark_options import Alpaca
-from dpo_kit.evaluate.dialogue import Speaker
+from dpo_kit.evaluate.benchmarks.alpaca import (
+    alpaca_command,
+    annotations_file,
+    read_annotations,
+    read_instructions,
+    run_alpaca,
+)
+from dpo_kit.evaluate.benchmarks.dialogue import Speaker
 
 ECHO = Speaker("policy", lambda prompts, temperature: [f" Answer to {prompt} " for prompt in prompts])
 PLAIN = Speaker("reference", lambda prompts, temperature: ["I do not know." for _ in prompts])

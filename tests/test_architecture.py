@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+from collections.abc import Callable, Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -13,122 +14,24 @@ import dpo_kit
 
 PACKAGE = Path(dpo_kit.__file__).parent
 CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
-LAYERS = [
-    {
-        "words",
-        "chats",
-        "errors",
-        "history",
-        "metrics",
-        "run",
-        "secrets",
-        "lock",
-        "processes",
-        "interrupt",
-        "toy",
-        "toy.domain",
-        "toy.build",
-        "toy.ideal",
-    },
-    {
-        "trl_schema",
-        "settings",
-        "config",
-        "help",
-        "hardware",
-        "tokens",
-        "control_tokens",
-        "turns",
-        "template",
-        "render",
-        "origin",
-        "sampling",
-        "tracking",
-        "tool",
-        "dashboard",
-        "quiet",
-        "checkpoints",
-        "carried",
-        "nonfinite",
-        "journal",
-        "votes",
-        "selection",
-        "limits",
-        "markdown",
-        "own",
-    },
-    {"server", "verdicts", "reward_model"},
-    {"llm_judge", "generation"},
-    {"review"},
-    {"judges"},
-    {
-        "data",
-        "data.files",
-        "data.read",
-        "data.context",
-        "data.rows",
-        "places",
-        "env",
-        "data.control",
-        "data.interleave",
-        "arguments",
-        "model",
-        "head",
-        "scoring",
-        "scores",
-        "prefix",
-        "grouping",
-        "given_tokens",
-    },
-    {
-        "data.gather",
-        "data.spelling",
-        "data.forms",
-        "data.ids",
-        "data.shape",
-        "data.signal",
-        "data.figures",
-        "data.duplicates",
-        "data.leaks",
-        "data.shortcuts",
-        "data.advice",
-        "data.fresh",
-    },
-    {"data.inspect", "data.prepare", "data.options"},
-    {"data.prompts", "data.pairing"},
-    {"data.rated"},
-    {"data.build"},
-    {"identity", "reference", "safekeeping", "speed", "data.preference", "online"},
-    {"start"},
-    {"probe", "drift", "recorder", "manifest", "gold", "report", "diagnosis"},
-    {"card", "published"},
-    {"page"},
-    {"callbacks", "preview"},
-    {"measure", "finish", "held_out", "resume"},
-    {"training", "memory"},
-    {"plan"},
-    {"sweep", "sweep.runs", "sweep.evidence", "sweep.labels", "sweep.plan", "sweep.devices", "sweep.record"},
-    {"sweep.quality", "sweep.rows", "sweep.progress", "sweep.job"},
-    {"sweep.choice", "sweep.curves", "sweep.processes", "sweep.table"},
-    {"sweep.advice", "sweep.frontier"},
-    {"sweep.summary", "sweep.warm"},
-    {"sweep.launcher", "sweep.conclude"},
-    {"evaluate", "evaluate.benchmark_options", "evaluate.candidate", "evaluate.picture", "evaluate.preferences"},
-    {"evaluate.options", "evaluate.rates", "evaluate.gate", "evaluate.dialogue"},
-    {"evaluate.plan", "evaluate.samples", "evaluate.alpaca", "evaluate.domain", "evaluate.harness"},
-    {"evaluate.answers", "evaluate.held_pairs", "evaluate.failures", "evaluate.mt_bench", "evaluate.part"},
-    {"evaluate.comparison", "evaluate.hacking", "evaluate.benchmarks"},
-    {"evaluate.after"},
-    {"evaluate.parts"},
-    {"evaluate.evaluation"},
-    {"export", "export.serving", "export.merge"},
-    {"export.folder", "export.script"},
-    {"sweep.__main__", "evaluate.__main__", "export.__main__"},
-    {"data.curate", "data.convert", "data.picture", "data.table"},
-    {"data.modes"},
-    {"data.__main__"},
-    {"cli", "__main__", "__init__"},
-]
+LAYERS = (
+    "errors",
+    "toy",
+    "run",
+    "config",
+    "model",
+    "callbacks",
+    "judge",
+    "data",
+    "trainer",
+    "training",
+    "sweep",
+    "evaluate",
+    "export",
+    "cli",
+    "__init__",
+    "__main__",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -136,10 +39,14 @@ def _name(file: Path) -> str:
     return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def _imports(file: Path) -> set[str]:
-    """Modules of dpo_kit that `file` imports when it is imported (not inside functions, not for types only)."""
+def _room(name: str) -> str:
+    return name.split(".")[0] or "__init__"
+
+
+def _imports(file: Path, nodes: Callable[[ast.Module], Iterable[ast.AST]]) -> set[str]:
+    """Modules of dpo_kit that `file` imports in `nodes` of its tree."""
     found: set[str] = set()
-    for node in ast.parse(file.read_text()).body:
+    for node in nodes(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dpo_kit":
             module = (node.module or "").removeprefix("dpo_kit").removeprefix(".")
             names = {_name(path) for path in FILES}
@@ -151,14 +58,14 @@ def _imports(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=_name)
-def test_a_file_imports_only_from_its_own_layer_or_below(file):
-    layer = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-    assert _name(file) in layer, "say in LAYERS where the new file stands"
-    assert {name for name in _imports(file) if layer[name] > layer[_name(file)]} == set()
+def test_a_room_imports_only_from_rooms_below(file):
+    """Inside functions too: what is loaded late must not reach up either."""
+    floor = LAYERS.index(_room(_name(file)))
+    assert {name for name in _imports(file, ast.walk) if LAYERS.index(_room(name)) > floor} == set()
 
 
 def test_no_imports_go_round_in_a_circle():
-    TopologicalSorter({_name(file): _imports(file) for file in FILES}).prepare()
+    TopologicalSorter({_name(file): _imports(file, lambda tree: tree.body) for file in FILES}).prepare()
 
 
 def test_only_tracking_and_dashboard_import_wandb_and_its_packages():
@@ -169,7 +76,7 @@ def test_only_tracking_and_dashboard_import_wandb_and_its_packages():
         for name in _imported(node)
         if name.startswith("wandb")
     }
-    assert importers == {"tracking", "dashboard"}
+    assert importers == {"run.tracking", "cli.dashboard"}
 
 
 def _imported(node: ast.AST) -> list[str]:
@@ -204,10 +111,15 @@ def test_private_names_of_others_are_those_that_contributing_lists():
         assert (Path(__file__).parent / guard).exists(), guard
 
 
-def test_the_map_in_contributing_names_every_file_once():
-    rows = re.findall(r"^\| (`\w+\.py`.*?) \|", CONTRIBUTING.read_text(), re.M)
-    named = [name for row in rows for name in re.findall(r"`(\w+\.py)`", row)]
-    assert sorted(named) == sorted(file.name for file in PACKAGE.glob("[!_]*.py"))
+def test_the_map_in_contributing_names_every_room():
+    rows = re.findall(r"^\| `(\w+(?:/|\.py))` \|", CONTRIBUTING.read_text(), re.M)
+    rooms = [f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py" for name in LAYERS if not name.startswith("_")]
+    assert sorted(rows) == sorted(rooms)
+
+
+def test_every_room_says_what_it_is():
+    for folder in (path.parent for path in PACKAGE.glob("*/__init__.py")):
+        assert 5 < len((folder / "README.md").read_text().splitlines()) <= 60, folder
 
 
 def test_functions_stay_short():

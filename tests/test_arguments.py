@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_kit.arguments import build_arguments, decide
-from dpo_kit.config import check, compose
-from dpo_kit.diagnosis import held_back
+from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ConfigError, TrainingError
-from dpo_kit.model import rounded_share
+from dpo_kit.model.load import rounded_share
+from dpo_kit.run.report.diagnosis import held_back
+from dpo_kit.trainer.arguments import build_arguments, decide
 from dpo_kit.training import refusing, run_trainer
 
 ROWS = [{"label": True}, {"label": False}] * 32

@@ -16,14 +16,14 @@ from collections import Counter
 import pytest
 
 from dpo_kit import toy
+from dpo_kit.config.settings import Build, Data
 from dpo_kit.data.__main__ import compose_tool
-from dpo_kit.data.build import build_pairs, show_build
-from dpo_kit.data.pairing import OUTCOMES, pair_answers
-from dpo_kit.data.prompts import read_prompts
+from dpo_kit.data.build.pairing import OUTCOMES, pair_answers
+from dpo_kit.data.build.pairs import build_pairs, show_build
+from dpo_kit.data.build.prompts import read_prompts
 from dpo_kit.errors import BuildError, ConfigError, DataError
-from dpo_kit.generation import Answer
-from dpo_kit.llm_judge import fence
-from dpo_kit.settings import Build, Data
+from dpo_kit.judge.answers import Answer
+from dpo_kit.judge.llm import fence
 from tests.scripted_server import Turn, scripted_server, unreliable
 from tests.test_judges import parts
 
@@ -222,7 +222,7 @@ def test_answers_without_text_are_counted_and_make_no_pair(tmp_path):
     assert report["prompts"]["empty"] + report["prompts"]["identical"] == 20 and report["answers"]["empty"] > 0
 
 
-KILLED = ["-m", "dpo_kit.data", "mode=build", "build.limit=30"]
+KILLED = ["-m", "dpo_kit", "data", "mode=build", "build.limit=30"]
 
 
 @pytest.mark.fault("SIGKILL in the middle of a build", promise="P4")
@@ -486,7 +486,7 @@ def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served
     out = tmp_path / "out"
     source = server_source(served_model, model=toy.MODEL)
     words = ["mode=build", "build.limit=60", f"out={out}", source]
-    process = subprocess.Popen([sys.executable, "-m", "dpo_kit.data", *words])
+    process = subprocess.Popen([sys.executable, "-m", "dpo_kit", "data", *words])
     journal = out / "answers.jsonl"
     while process.poll() is None and not (journal.exists() and len(journal.read_bytes().splitlines()) >= 60):
         time.sleep(0.02)
@@ -494,7 +494,7 @@ def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served
     assert process.wait() == -signal.SIGKILL
     before = journal.read_bytes()
     before = before[: before.rfind(b"\n") + 1]
-    done = command(*words, module="dpo_kit.data")
+    done = command("data", *words)
     assert done.returncode == 0, done.stderr
     assert journal.read_bytes().startswith(before) and 60 <= len(before.splitlines()) < 120
     report = json.loads((out / "build_report.json").read_text())
@@ -506,7 +506,7 @@ def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served
     assert trained.returncode == 0, trained.stderr
     judge = ["judge=llm", f"judge.base_url={served_model}", f"judge.model={toy.MODEL}", "judge.controls=2"]
     words = ["mode=build", "build.limit=4", "build.chunk=4", f"out={tmp_path / 'judged'}", *judge]
-    judged = command(*words, "judge.max_tokens=32", module="dpo_kit.data")
+    judged = command("data", *words, "judge.max_tokens=32")
     assert judged.returncode == 0 and "judge control failed" in judged.stdout, judged.stderr
     report = json.loads((tmp_path / "judged" / "build_report.json").read_text())
     assert report["judge"]["unparsable_rate"] == 1 and report["pairs"] == 0 and accounted(report)  # it is no judge
@@ -516,17 +516,17 @@ def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served
 @pytest.mark.fault("SIGKILL of a build that samples here", promise="P4")
 def test_a_build_from_the_embedded_model_is_killed_and_resumed_to_the_same_bytes(tmp_path, command):
     words = ["mode=build", "build.limit=400", "build.chunk=16"]
-    assert command(*words, f"out={tmp_path / 'whole'}", module="dpo_kit.data").returncode == 0
+    assert command("data", *words, f"out={tmp_path / 'whole'}").returncode == 0
     out = tmp_path / "out"
     for kill in range(2):
-        process = subprocess.Popen([sys.executable, "-m", "dpo_kit.data", *words, f"out={out}"], env=os.environ)
+        process = subprocess.Popen([sys.executable, "-m", "dpo_kit", "data", *words, f"out={out}"], env=os.environ)
         wanted = 200 * (kill + 1) + random.randrange(50)
         journal = out / "answers.jsonl"
         while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= wanted):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    done = command(*words, f"out={out}", module="dpo_kit.data")
+    done = command("data", *words, f"out={out}")
     assert done.returncode == 0, done.stderr
     for name in ("pairs.jsonl", "comparisons.jsonl"):
         assert digest(out / name) == digest(tmp_path / "whole" / name)
@@ -537,7 +537,7 @@ def test_a_build_from_the_embedded_model_is_killed_and_resumed_to_the_same_bytes
 
 @pytest.mark.slow
 def test_the_embedded_prompts_model_and_judge_need_no_argument(tmp_path, command):
-    done = command("mode=build", module="dpo_kit.data")
+    done = command("data", "mode=build")
     assert done.returncode == 0, done.stderr
     (out,) = tmp_path.glob("outputs/build-*")
     report = json.loads((out / "build_report.json").read_text())

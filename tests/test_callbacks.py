@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from dpo_kit.callbacks import ImplicitReward, KLDrift, PreferenceMargin
-from dpo_kit.drift import Drift
+from dpo_kit.callbacks.callbacks import ImplicitReward, KLDrift, PreferenceMargin
+from dpo_kit.callbacks.drift import Drift
+from dpo_kit.callbacks.probe import PairProbe
+from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
 from dpo_kit.errors import ModelError
-from dpo_kit.measure import with_probe_alone
-from dpo_kit.probe import PairProbe
-from dpo_kit.sampling import Sample
-from dpo_kit.scores import Scores, preference_metrics, reward_metrics
-from dpo_kit.scoring import Reference
+from dpo_kit.model.sampling import Sample
+from dpo_kit.model.scoring import Reference
+from dpo_kit.trainer.measuring import with_probe_alone
 from tests import tiny
 
 HELD_OUT = tiny.pairs(12, prompts=6, seed=9)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_kit.card import write_card
+from dpo_kit.run.report.card import write_card
 
 CANARY = "hf_" + "canary" * 6
 RESULT: dict[str, Any] = {

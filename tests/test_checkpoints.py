@@ -16,16 +16,28 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpo_kit import checkpoints, interrupt, lock, resume, safekeeping
-from dpo_kit.checkpoints import complete, find_fault, list_checkpoints, newest_verified, refuse_full_disk, rotate
-from dpo_kit.config import check, compose
+from dpo_kit.config.compose import check, compose
+from dpo_kit.config.identity import refuse_inexact_resume
 from dpo_kit.errors import ConfigError, TrainingError
-from dpo_kit.identity import refuse_inexact_resume
-from dpo_kit.interrupt import Interrupted
-from dpo_kit.lock import only_writer
-from dpo_kit.nonfinite import find_rows
-from dpo_kit.run import RunDirectory, write_json
-from dpo_kit.safekeeping import with_safekeeping
+from dpo_kit.run import lock
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import write_json
+from dpo_kit.run.lock import only_writer
+from dpo_kit.trainer.resume import checkpoints
+from dpo_kit.trainer.resume import find as resume
+from dpo_kit.trainer.resume import safe_trainer as safekeeping
+from dpo_kit.trainer.resume import signals as interrupt
+from dpo_kit.trainer.resume.checkpoints import (
+    complete,
+    find_fault,
+    list_checkpoints,
+    newest_verified,
+    refuse_full_disk,
+    rotate,
+)
+from dpo_kit.trainer.resume.nonfinite import find_rows
+from dpo_kit.trainer.resume.safe_trainer import with_safekeeping
+from dpo_kit.trainer.resume.signals import Interrupted
 from tests import tiny
 from tests.faults import fault
 
@@ -494,7 +506,7 @@ def test_a_start_from_an_earlier_checkpoint_puts_the_later_ones_by_and_takes_its
 
 # --- one writer --------------------------------------------------------------------------------------------------
 
-HOLD = "import sys, time; from pathlib import Path; from dpo_kit.lock import only_writer\n"
+HOLD = "import sys, time; from pathlib import Path; from dpo_kit.run.lock import only_writer\n"
 HOLD += "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 import dpo_kit
-from dpo_kit import cli
-from dpo_kit.config import compose, compose_unchecked
+from dpo_kit.cli import main as cli
+from dpo_kit.config.compose import compose, compose_unchecked
+from dpo_kit.config.settings import Tracking
 from dpo_kit.errors import ConfigError, SweepError
-from dpo_kit.settings import Tracking
-from dpo_kit.sweep.plan import Plan, plan_sweep
+from dpo_kit.sweep.launch.plan import Plan, plan_sweep
 from dpo_kit.toy import TRAIN
 from tests import fake_slurm
 from tests.conftest import ROOT

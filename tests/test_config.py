@@ -10,9 +10,9 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from dpo_kit.config import CONF, check, compose, known_keys
+from dpo_kit.config.compose import CONF, check, compose, known_keys
+from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import ConfigError
-from dpo_kit.trl_schema import load_schema
 from tests.golden.write import resolved
 
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
@@ -185,7 +185,7 @@ def test_no_yaml_file_has_an_unquoted_no_or_off():
 
 def test_composing_imports_neither_torch_nor_trl():
     heavy = "('torch', 'trl', 'transformers', 'wandb')"
-    script = "import sys, dpo_kit.cli, dpo_kit.config as c; c.compose(['method=kto']);"
+    script = "import sys, dpo_kit.cli.main, dpo_kit.config.compose as c; c.compose(['method=kto']);"
     script += f"print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -230,13 +230,13 @@ def test_errors_cross_process_borders():
 
 
 def test_the_schema_speaks_of_the_pinned_trl():
-    from dpo_kit.trl_schema import installed_versions
+    from dpo_kit.config.trl_schema import installed_versions
 
     assert load_schema()["versions"] == installed_versions()
 
 
 def test_another_trl_is_read_once_and_cached(tmp_path, monkeypatch):
-    import dpo_kit.trl_schema as trl_schema
+    import dpo_kit.config.trl_schema as trl_schema
 
     calls = []
     monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path))
@@ -250,10 +250,10 @@ def test_another_trl_is_read_once_and_cached(tmp_path, monkeypatch):
 
 
 def test_the_checked_in_schema_is_what_the_installed_trl_says():
-    """Fails at a TRL upgrade: run `python -m dpo_kit.trl_schema`, read the difference, then the golden files."""
+    """Fails at a TRL upgrade: run `python -m dpo_kit.config.trl_schema`, read the difference, then the golden files."""
     import json
 
-    from dpo_kit.trl_schema import PINNED_FILE, derive_schema
+    from dpo_kit.config.trl_schema import PINNED_FILE, derive_schema
 
     assert json.loads(json.dumps(derive_schema())) == json.loads(PINNED_FILE.read_text())
 

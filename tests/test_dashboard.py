@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dpo_kit import dashboard
+from dpo_kit.cli import dashboard
 from dpo_kit.errors import ConfigError
 from dpo_kit.toy import TRAIN
 from tests.fake_wandb import FakeWandb
@@ -21,7 +21,7 @@ def run_dashboard(tmp_path, *words, **env):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     own = {"NETRC": str(tmp_path / "no-netrc"), "WANDB_CONFIG_DIR": str(tmp_path), "WANDB_ERROR_REPORTING": "false"}
     return subprocess.run(
-        [sys.executable, "-m", "dpo_kit.dashboard", *words],
+        [sys.executable, "-m", "dpo_kit", "dashboard", *words],
         cwd=tmp_path,
         env=kept | own | env,
         stdin=subprocess.DEVNULL,

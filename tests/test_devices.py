@@ -12,11 +12,13 @@ import torch
 import yaml
 from accelerate.utils import DistributedType
 
-from dpo_kit import ConfigError, sampling
-from dpo_kit.history import read_metrics
-from dpo_kit.processes import QUIET, agree, is_writer, refuse_sweep
-from dpo_kit.run import RunDirectory, read_json
-from dpo_kit.scoring import score
+from dpo_kit import ConfigError
+from dpo_kit.model import sampling
+from dpo_kit.model.scoring import score
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json
+from dpo_kit.run.history import read_metrics
+from dpo_kit.run.processes import QUIET, agree, is_writer, refuse_sweep
 from tests import tiny
 from tests.conftest import ROOT
 from tests.small import differences, few_pairs

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpo_kit.diagnosis import Finding, diagnose
+from dpo_kit.run.report.diagnosis import Finding, diagnose
 
 CLOSER = {
     "beta": {"higher": "closer", "grid": [0.05, 0.1, 0.2, 0.5]},

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from dpo_kit import dashboard
-from dpo_kit.config import compose
+from dpo_kit.cli import dashboard
+from dpo_kit.config.compose import compose
 from dpo_kit.data.__main__ import compose_tool
-from dpo_kit.data.build import check_plan
-from dpo_kit.run import write_jsonl
-from dpo_kit.sweep.plan import plan_sweep
+from dpo_kit.data.build.pairs import check_plan
+from dpo_kit.run.files import write_jsonl
+from dpo_kit.sweep.launch.plan import plan_sweep
 from dpo_kit.toy import MODEL, TRAIN
 from dpo_kit.toy.domain import DESK_OF
 from tests.conftest import ROOT
@@ -29,16 +29,16 @@ COMMANDS = [
 ]
 STAND_INS = {"path/to/model": str(MODEL), "pairs.jsonl": str(TRAIN)}
 CLUSTERS = [command for command in COMMANDS if "hydra/launcher=" in command]
-ACCOUNTS = [command for command in COMMANDS if "dpo_kit.dashboard" in command]
+ACCOUNTS = [command for command in COMMANDS if "dpo_kit dashboard " in command]
 SERVERS = [command for command in COMMANDS if "base_url" in command]
 HUB = [c for c in COMMANDS if "push=" in c or "parts=[gate]" in c or "parts=[alpaca_eval]" in c]
 NOT_RUN = [*CLUSTERS, *ACCOUNTS, *SERVERS, *HUB]
 BUILDS = [command for command in COMMANDS if "mode=build" in command]
-DATA = [command for command in COMMANDS if "dpo_kit.data" in command and command not in BUILDS]
-EVALUATIONS = [command for command in COMMANDS if "dpo_kit.evaluate" in command]
-PLANS = [command for command in COMMANDS if "dpo_kit.plan" in command]
-EXPORTS = [command for command in COMMANDS if "dpo_kit.export" in command]
-REPORTS = [command for command in COMMANDS if "dpo_kit.env" in command]
+DATA = [command for command in COMMANDS if "dpo_kit data " in command and command not in BUILDS]
+EVALUATIONS = [command for command in COMMANDS if "dpo_kit evaluate " in command]
+PLANS = [command for command in COMMANDS if "dpo_kit plan " in command]
+EXPORTS = [command for command in COMMANDS if "dpo_kit export " in command]
+REPORTS = [command for command in COMMANDS if "dpo_kit env" in command]
 TOOLS = [*DATA, *BUILDS, *EVALUATIONS, *PLANS, *EXPORTS, *REPORTS]
 SWEEPS = [c for c in COMMANDS if ("sweep=" in c or " -m beta" in c) and c not in NOT_RUN + EVALUATIONS]
 SHORT = ["trl.max_steps=4", "callbacks.pairs=16", "callbacks.prompts=8"]
@@ -62,7 +62,7 @@ def test_every_command_of_the_readme_composes(command):
 
 @pytest.mark.parametrize("command", BUILDS)
 def test_every_build_of_the_readme_is_understood(command):
-    check_plan(compose_tool(_arguments(command)))
+    check_plan(compose_tool(_arguments(command)[1:]))
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_every_build_of_the_readme_runs(written, command, tmp_path):
     (row,) = re.findall(r'`({[^`]*"votes": [^`]*})`', README)
     vote = row.replace("\n", " ").replace('"tie"', '"a"').replace('_b": "…', '_b": "other')
     (tmp_path / "votes.jsonl").write_text(vote + "\n")
-    done = command(*_arguments(written), "build.limit=20", module="dpo_kit.data")
+    done = command(*_arguments(written), "build.limit=20")
     assert done.returncode == 0, done.stderr
     assert "next: python -m dpo_kit data=jsonl" in done.stdout and "Warning" not in done.stderr
 
@@ -100,18 +100,18 @@ def test_a_sweep_of_the_readme_for_a_cluster_can_be_planned(command):
 
 @pytest.mark.parametrize("command", ACCOUNTS)
 def test_the_dashboard_of_the_readme_is_understood(command):
-    assert dashboard.parse_words(_arguments(command))["group"] == "sweep-0123abcd"
+    assert dashboard.parse_words(_arguments(command)[1:])["group"] == "sweep-0123abcd"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written", [command for command in SWEEPS if "dpo_kit.sweep" not in command])
+@pytest.mark.parametrize("written", [command for command in SWEEPS if "dpo_kit sweep " not in command])
 def test_every_sweep_of_the_readme_runs_and_is_summed_up_again(written, command, tmp_path):
     done = command(*_arguments(written), *SHORT, "hydra.sweep.dir=swept")
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr + done.stdout and "kernels" not in done.stderr
-    assert "python -m dpo_kit.sweep sweep=outputs/sweep-0123abcd" in SWEEPS
+    assert "python -m dpo_kit sweep sweep=outputs/sweep-0123abcd" in SWEEPS
     before = (tmp_path / "swept" / "best.json").read_text()
-    again = command("sweep=swept", module="dpo_kit.sweep")
+    again = command("sweep", "sweep=swept")
     assert again.returncode == 0 and (tmp_path / "swept" / "best.json").read_text() == before
 
 
@@ -127,21 +127,21 @@ def test_every_evaluation_of_the_readme_runs(command, tmp_path):
     shutil.copytree(tmp_path / "outputs" / "mine", tmp_path / "outputs" / "sweep-0123abcd" / "mine")
     shutil.copytree(tmp_path / "outputs" / "mine" / "model", tmp_path / "path" / "to" / "tuned")
     for written in (each for each in EVALUATIONS if each not in NOT_RUN):
-        done = command(*_arguments(written), "win_rate.limit=24", module="dpo_kit.evaluate")
+        done = command(*_arguments(written), "win_rate.limit=24")
         assert done.returncode == 0 and "next:" in done.stdout and "Warning" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("written", PLANS)
 def test_every_plan_of_the_readme_runs(written, command):
-    done = command(*_arguments(written), module="dpo_kit.plan")
+    done = command(*_arguments(written))
     assert done.returncode == 0 and "peak" in done.stdout and "Warning" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow
 def test_what_a_bug_report_needs_is_printed(command):
     (written,) = REPORTS
-    done = command(*_arguments(written), module="dpo_kit.env")
+    done = command(*_arguments(written))
     assert done.returncode == 0 and "| python |" in done.stdout.lower(), done.stdout + done.stderr
 
 
@@ -149,7 +149,7 @@ def test_what_a_bug_report_needs_is_printed(command):
 def test_every_export_of_the_readme_runs(command):
     assert command("hydra.run.dir=outputs/mine", *SHORT).returncode == 0
     for written in (each for each in EXPORTS if each not in NOT_RUN):
-        done = command(*_arguments(written), module="dpo_kit.export")
+        done = command(*_arguments(written))
         assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
 
 
@@ -169,7 +169,7 @@ def test_every_command_of_the_readme_runs(written, command):
 @pytest.mark.slow
 @pytest.mark.parametrize("written", DATA)
 def test_every_data_command_of_the_readme_runs(written, command, tmp_path):
-    done = command(*_arguments(written), "out=made", module="dpo_kit.data")
+    done = command(*_arguments(written), "out=made")
     assert done.returncode == 0 and "next: " in done.stdout and "Warning" not in done.stderr, done.stderr
     assert len(DATA) == 3 and any((tmp_path / "made").iterdir())
 

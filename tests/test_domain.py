@@ -8,8 +8,8 @@ import pytest
 
 from dpo_kit.errors import DataError
 from dpo_kit.evaluate.benchmark_options import Domain
-from dpo_kit.evaluate.dialogue import Speaker
-from dpo_kit.evaluate.domain import (
+from dpo_kit.evaluate.benchmarks.dialogue import Speaker
+from dpo_kit.evaluate.benchmarks.domain import (
     NO_LABEL,
     find_label,
     label_measures,

@@ -6,8 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from dpo_kit import env
-from dpo_kit.env import describe_devices, describe_environment, describe_packages, describe_processor, main, to_markdown
+from dpo_kit.cli import env
+from dpo_kit.cli.env import (
+    describe_devices,
+    describe_environment,
+    describe_packages,
+    describe_processor,
+    main,
+    to_markdown,
+)
 
 SECRET = "hf_" + "canary" * 5
 DEVICES = {"nvidia_smi": ["H100, 81559 MiB, 570.1"], "gpus": ["H100"], "torch_cuda": "12.8", "precision": "bfloat16"}

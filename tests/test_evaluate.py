@@ -1,4 +1,4 @@
-"""`python -m dpo_kit.evaluate`: what it writes, shows and refuses, and what a kill or a bad server leaves."""
+"""`python -m dpo_kit evaluate`: what it writes, shows and refuses, and what a kill or a bad server leaves."""
 
 import csv
 import json
@@ -14,19 +14,20 @@ from markdown_it import MarkdownIt
 from transformers import LlamaForCausalLM
 
 from dpo_kit import compose, toy, train
-from dpo_kit.config import check
+from dpo_kit.config.compose import check
+from dpo_kit.config.identity import comparable
 from dpo_kit.errors import ConfigError, DataError, EvaluationError, ModelError
 from dpo_kit.evaluate import parts
 from dpo_kit.evaluate.__main__ import main, work
 from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.evaluate.plan import plan
-from dpo_kit.evaluate.rates import Compared
-from dpo_kit.evaluate.samples import write_samples
-from dpo_kit.generation import Answer
-from dpo_kit.identity import comparable
-from dpo_kit.markdown import fence
-from dpo_kit.run import RunDirectory, read_json, write_json, write_jsonl
-from dpo_kit.verdicts import PICK_ME, Verdict
+from dpo_kit.evaluate.job import plan
+from dpo_kit.evaluate.win_rate.rates import Compared
+from dpo_kit.evaluate.win_rate.samples import write_samples
+from dpo_kit.judge.answers import Answer
+from dpo_kit.judge.verdicts import PICK_ME, Verdict
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json, write_json, write_jsonl
+from dpo_kit.run.report.markdown import fence
 from tests.offline_wandb import log_files, read_offline
 from tests.scripted_server import Turn, scripted_server, unreliable
 from tests.small import few_pairs, write_pairs
@@ -348,7 +349,7 @@ def test_a_further_part_is_one_entry_of_the_table(run, monkeypatch, capsys):
     work([f"run={run}", "parts=[win_rate,benchmarks]"])
     assert capsys.readouterr().out.splitlines()[0] == "GATE FAILED"
     assert result_of(run)["gate"] == gate and result_of(run)["win_rate"] is not None
-    monkeypatch.setattr("dpo_kit.page.page_text", lambda _: 1 / 0)  # a page that fails costs no measurement
+    monkeypatch.setattr("dpo_kit.run.report.page.page_text", lambda _: 1 / 0)  # a page that fails costs no measurement
     work([f"run={run}", "parts=[preferences]"])  # what was measured earlier stays
     assert result_of(run)["gate"] == gate and result_of(run)["accuracy"] is not None
     assert read_json(run / "evaluation" / "benchmarks.json")["at"] == "run"
@@ -439,7 +440,7 @@ def test_what_belongs_to_the_run_or_means_something_else_is_refused(run, tmp_pat
 
 
 def test_help_names_every_key_and_imports_nothing_heavy(command):
-    shown = command("--help", module="dpo_kit.evaluate")
+    shown = command("evaluate", "--help")
     assert shown.returncode == 0 and "opponent_seed: ${.seed}" in shown.stdout and "against: null" in shown.stdout
     loaded = "{'torch', 'trl', 'transformers', 'wandb'} & set(sys.modules)"
     probe = f"import sys, dpo_kit.evaluate.__main__; sys.exit(bool({loaded}))"
@@ -452,7 +453,7 @@ def test_help_names_every_key_and_imports_nothing_heavy(command):
 @pytest.mark.slow
 def test_a_trained_run_beats_its_reference_and_an_untrained_copy_does_not(command, tmp_path):
     assert command("hydra.run.dir=run", "tracking=none").returncode == 0
-    done = command("run=run", module="dpo_kit.evaluate")
+    done = command("evaluate", "run=run")
     assert done.returncode == 0 and "Warning" not in done.stderr and "run is better than its reference" in done.stdout
     result = result_of(tmp_path / "run")
     assert result["win_rate_low"] > 0.5 and result["accuracy_low"] > 0.5 and result["win_rate_prompts"] > 200
@@ -479,7 +480,7 @@ def test_an_overtuned_run_that_lost_its_capability_is_rejected(command, tmp_path
     overtuned = ["trl.num_train_epochs=8", "trl.learning_rate=3e-3", "allow_learning_rate=true"]
     assert command(*words, "hydra.run.dir=sweep/sane", "trl.num_train_epochs=2").returncode == 0
     assert command(*words, "hydra.run.dir=sweep/overtuned", *overtuned).returncode == 0
-    done = command("sweep=sweep", "win_rate.limit=64", module="dpo_kit.evaluate")
+    done = command("evaluate", "sweep=sweep", "win_rate.limit=64")
     assert done.returncode == 0 and "Recommended: sane" in done.stdout
     best = read_json(tmp_path / "sweep" / "best.json")
     (rejected,) = (row for row in best["evidence"] if row["run"] == "overtuned")

@@ -1,4 +1,4 @@
-"""Benchmarks, failures and the hacking watch as parts of `python -m dpo_kit.evaluate`, on the embedded lab."""
+"""Benchmarks, failures and the hacking watch as parts of `python -m dpo_kit evaluate`, on the embedded lab."""
 
 import importlib.util
 import json
@@ -12,19 +12,20 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from dpo_kit import toy
-from dpo_kit.config import CONF
+from dpo_kit.config.compose import CONF
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate import benchmarks, parts
+from dpo_kit.evaluate import parts
 from dpo_kit.evaluate.__main__ import work
 from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness
+from dpo_kit.evaluate.benchmarks import parts as benchmarks
+from dpo_kit.evaluate.benchmarks.gate import compare_task, decide_gate
 from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.evaluate.gate import compare_task, decide_gate
-from dpo_kit.evaluate.plan import GROUPS, plan
-from dpo_kit.evaluate.rates import Compared, win_rates
-from dpo_kit.generation import Answer
-from dpo_kit.run import read_json, write_json, write_jsonl
+from dpo_kit.evaluate.job import GROUPS, plan
+from dpo_kit.evaluate.win_rate.rates import Compared, win_rates
+from dpo_kit.judge.answers import Answer
+from dpo_kit.judge.verdicts import Verdict
+from dpo_kit.run.files import read_json, write_json, write_jsonl
 from dpo_kit.toy.domain import DESK_OF, QUESTIONS
-from dpo_kit.verdicts import Verdict
 from tests.scripted_server import Turn, scripted_server
 from tests.test_evaluate import read_jsonl, result_of, run, trained  # noqa: F401
 

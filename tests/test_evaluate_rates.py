@@ -7,13 +7,13 @@ import pytest
 import torch
 from scipy import stats
 
-from dpo_kit import metrics
+from dpo_kit.callbacks import metrics
+from dpo_kit.callbacks.scores import Scores
 from dpo_kit.evaluate.preferences import compare_preferences, describe_calibration, describe_preferences
-from dpo_kit.evaluate.rates import Compared, read_verdict, win_rates
-from dpo_kit.generation import Answer
-from dpo_kit.scores import Scores
-from dpo_kit.sweep.evidence import needed_against_half
-from dpo_kit.verdicts import Verdict
+from dpo_kit.evaluate.win_rate.rates import Compared, read_verdict, win_rates
+from dpo_kit.judge.answers import Answer
+from dpo_kit.judge.verdicts import Verdict
+from dpo_kit.run.statistics import needed_against_half
 
 RAW = {
     "win": ("first", "second"),

@@ -5,10 +5,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_kit.arguments import import_class
-from dpo_kit.config import check, compose
-from dpo_kit.history import read_metrics
-from dpo_kit.run import RunDirectory
+from dpo_kit.config.compose import check, compose
+from dpo_kit.model.trl_classes import import_class
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
 from dpo_kit.training import prepare_data, train
 

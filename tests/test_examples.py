@@ -13,9 +13,9 @@ import time
 import pytest
 from transformers import AutoTokenizer, Qwen2Config
 
-from dpo_kit.config import compose
-from dpo_kit.evaluate.plan import plan
-from dpo_kit.sweep.plan import plan_sweep
+from dpo_kit.config.compose import compose
+from dpo_kit.evaluate.job import plan
+from dpo_kit.sweep.launch.plan import plan_sweep
 from dpo_kit.toy import MODEL, TRAIN
 from tests.conftest import ROOT
 from tests.small import SMALL, few_pairs
@@ -88,7 +88,7 @@ def test_a_folder_of_one_s_own_adds_a_method_measures_and_a_callback(run, tmp_pa
     compare(stated("custom/desk.py"), [("steps", steps), *IN_TABLE.findall(done.stdout)])
     command = re.search(r"next: python -m dpo_kit -m (.*)", done.stdout)[1]
     assert f"--config-dir={tmp_path / 'examples' / 'custom'} method=ld_dpo callbacks=mine" in command
-    later = run("python -m dpo_kit.evaluate run=run parts=[preferences]")  # which needs nothing of the folder
+    later = run("python -m dpo_kit evaluate run=run parts=[preferences]")  # which needs nothing of the folder
     assert later.returncode == 0, later.stderr
 
 

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_kit.arguments import import_class
-from dpo_kit.config import CONF, check, compose
+from dpo_kit.config.compose import CONF, check, compose
+from dpo_kit.config.identity import comparable
+from dpo_kit.config.settings import Experiment
 from dpo_kit.errors import ConfigError
-from dpo_kit.identity import comparable
-from dpo_kit.published import batch_fault, compare_with_published, sentences
-from dpo_kit.settings import Experiment
+from dpo_kit.model.trl_classes import import_class
+from dpo_kit.run.report.published import sentences
+from dpo_kit.trainer.published import batch_fault, compare_with_published
 
 # model, data, beta, learning rate, epochs, rows × accumulation × devices, max_length, scheduler, warm-up, optimizer:
 # written down from the sources once more, apart from the recipes
@@ -230,7 +231,7 @@ def test_every_recipe_opens_with_its_command_and_names_its_source():
 
 
 def test_a_model_without_a_chat_template_takes_the_config_s():
-    from dpo_kit.model import load_tokenizer, read_template
+    from dpo_kit.model.load import load_tokenizer, read_template
 
     settings = check(compose(["experiment=orpo-mistral-7b"]))
     tiny = check(compose([])).model
@@ -245,7 +246,7 @@ def test_a_model_without_a_chat_template_takes_the_config_s():
 
 
 def test_a_template_may_stand_in_a_file_and_a_wrong_name_is_refused(tmp_path):
-    from dpo_kit.model import read_template
+    from dpo_kit.model.load import read_template
 
     (tmp_path / "chat.jinja").write_text("{{ messages }}")
     assert read_template(str(tmp_path / "chat.jinja")) == "{{ messages }}"
@@ -255,7 +256,7 @@ def test_a_template_may_stand_in_a_file_and_a_wrong_name_is_refused(tmp_path):
 
 def test_a_result_of_an_earlier_version_is_still_read(tmp_path):
     from dpo_kit import Result
-    from dpo_kit.run import write_json
+    from dpo_kit.run.files import write_json
 
     old = {field.name: "" for field in dataclasses.fields(Result) if field.name != "published"}
     write_json(tmp_path / "result.json", old)

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_kit import ConfigError, ModelError, compose, train
-from dpo_kit.card import card_text
 from dpo_kit.export.__main__ import main, parse_words
 from dpo_kit.export.folder import Export, export_run, push
 from dpo_kit.export.merge import encode
 from dpo_kit.export.serving import find_faults
-from dpo_kit.run import RunDirectory, read_json, write_json
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json, write_json
+from dpo_kit.run.report.card import card_text
 from dpo_kit.toy import MODEL
 from tests.small import few_pairs
 from tests.test_card import CANARY, MANIFEST, RESULT

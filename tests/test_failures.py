@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from dpo_kit.evaluate.benchmark_options import Failures
-from dpo_kit.evaluate.failures import (
+from dpo_kit.evaluate.behaviour.failures import (
     RULES,
     Compared,
     analyze_failures,
@@ -18,6 +17,7 @@ from dpo_kit.evaluate.failures import (
     repeated_share,
     steps,
 )
+from dpo_kit.evaluate.benchmark_options import Failures
 
 LIST = "Pack these:\n- a tent\n- a stove\n- some rope"
 PROSE = "Pack a tent, a stove and some rope."

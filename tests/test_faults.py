@@ -13,9 +13,9 @@ import time
 
 import pytest
 
-from dpo_kit.checkpoints import folder_of, newest_verified
-from dpo_kit.history import read_metrics
-from dpo_kit.run import RunDirectory
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.history import read_metrics
+from dpo_kit.trainer.resume.checkpoints import folder_of, newest_verified
 from tests.conftest import ROOT
 from tests.faults import fault, run_cli, start_cli
 from tests.faults_table import EXISTING
@@ -280,9 +280,9 @@ def test_what_is_not_finite_stops_before_the_weights_change_and_names_rows_check
 
 
 def trained_pair_ids(words):
-    from dpo_kit.config import check, compose
+    from dpo_kit.config.compose import check, compose
     from dpo_kit.data.prepare import prepare
-    from dpo_kit.model import load_tokenizer
+    from dpo_kit.model.load import load_tokenizer
 
     settings = check(compose([word for word in words if not word.startswith("hydra")]))
     data = prepare(

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo_kit.config.settings import Data
 from dpo_kit.data.read import Fault, Row, read_source
 from dpo_kit.errors import DataError
-from dpo_kit.settings import Data
 from tests.preferences import data, pairs, prepared, write_jsonl
 
 ROWS = [{"a": 1}, {"a": 2}]

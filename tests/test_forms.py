@@ -7,10 +7,10 @@ import typing
 
 import pytest
 
+from dpo_kit.config.settings import FormName
 from dpo_kit.data.forms import FORMS, TABLE, recognise
 from dpo_kit.data.read import Fault, Row, Tie
 from dpo_kit.errors import DataError
-from dpo_kit.settings import FormName
 from tests.conftest import ROOT
 from tests.preferences import prepared, write_jsonl
 

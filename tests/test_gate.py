@@ -6,7 +6,7 @@ import random
 import pytest
 
 from dpo_kit.errors import DataError
-from dpo_kit.evaluate.gate import TaskComparison, compare_task, decide_gate
+from dpo_kit.evaluate.benchmarks.gate import TaskComparison, compare_task, decide_gate
 
 
 def scores(right: int, count: int, offset: int = 0) -> dict[str, float]:

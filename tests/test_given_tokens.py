@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 from trl.data_utils import maybe_apply_chat_template
 
-from dpo_kit.given_tokens import with_given_tokens
-from dpo_kit.tokens import encode_rows
+from dpo_kit.model.tokens import encode_rows
+from dpo_kit.trainer.given_tokens import with_given_tokens
 from tests import styles, tiny
 
 ROWS = [

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dpo_kit.grouping import SeededLengthGroups, row_lengths, with_length_groups
+from dpo_kit.trainer.grouping import SeededLengthGroups, row_lengths, with_length_groups
 from tests import tiny
 
 

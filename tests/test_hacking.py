@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from dpo_kit.evaluate.failures import Compared
-from dpo_kit.evaluate.hacking import MEASURES, compare_styles, watch_hacking, watch_rewards
+from dpo_kit.evaluate.behaviour.failures import Compared
+from dpo_kit.evaluate.behaviour.hacking import MEASURES, compare_styles, watch_hacking, watch_rewards
 
 
 def history(gold, proxy, half=0.05, key="probe/reward_margin"):

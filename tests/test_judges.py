@@ -10,13 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from dpo_kit import toy
+from dpo_kit.config.settings import GoldJudge, LLMJudge, RewardModelJudge
 from dpo_kit.errors import ConfigError, DataError, ModelError
-from dpo_kit.judges import Shown, compare, judge_identity, open_judge, run_controls, summarize_verdicts
-from dpo_kit.llm_judge import fence, read_verdict
-from dpo_kit.reward_model import RewardModel
-from dpo_kit.server import Reply
-from dpo_kit.settings import GoldJudge, LLMJudge, RewardModelJudge
-from dpo_kit.verdicts import CONSTANT, PICK_ME, toss_coin
+from dpo_kit.judge.llm import fence, read_verdict
+from dpo_kit.judge.open import Shown, compare, judge_identity, open_judge, run_controls, summarize_verdicts
+from dpo_kit.judge.reward_model import RewardModel
+from dpo_kit.judge.server import Reply
+from dpo_kit.judge.verdicts import CONSTANT, PICK_ME, toss_coin
 from tests import styles, tiny
 from tests.scripted_server import Turn, scripted_server
 

@@ -9,12 +9,12 @@ import zipfile
 import pytest
 import torch
 
-from dpo_kit.config import check, compose
+from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ConfigError
-from dpo_kit.finish import write_failure
-from dpo_kit.run import RunDirectory
-from dpo_kit.secrets import REDACTED, RedactingFormatter, redact, redact_text, refuse_secrets
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.redact import REDACTED, RedactingFormatter, redact, redact_text, refuse_secrets
 from dpo_kit.toy import TRAIN
+from dpo_kit.trainer.finish import write_failure
 from tests.canary import leaks
 from tests.test_secrets import TOKENS
 
@@ -76,7 +76,8 @@ REFUSED = {
 @pytest.fixture
 def refused(monkeypatch, tmp_path, capsys):
     """Run the command in an empty folder, as far as its refusal; what it said."""
-    from dpo_kit import cli, tool
+    from dpo_kit.cli import main as cli
+    from dpo_kit.config import command_line as tool
 
     def run(words):
         monkeypatch.chdir(tmp_path)
@@ -160,8 +161,8 @@ def test_what_merely_looks_like_a_secret_is_accepted(monkeypatch):
 
 @pytest.mark.fault("a secret given to a tool", promise="P10")
 def test_the_tools_refuse_secrets_as_well(capsys):
-    from dpo_kit.tool import REFUSED as EXIT
-    from dpo_kit.tool import run_tool
+    from dpo_kit.config.command_line import REFUSED as EXIT
+    from dpo_kit.config.command_line import run_tool
 
     assert run_tool("sweep", "", [f"sweep={URL}"], lambda _: pytest.fail("ran")) == EXIT
     assert PLAIN not in capsys.readouterr().err
@@ -187,7 +188,7 @@ def test_errors_and_logs_hold_no_secret_of_the_environment(monkeypatch, tmp_path
 
 @pytest.mark.fault("an uncaught error that tells a secret", promise="P10")
 def test_an_uncaught_error_is_shown_without_secrets(monkeypatch, capsys):
-    from dpo_kit.cli import _show_without_secrets
+    from dpo_kit.cli.main import _show_without_secrets
 
     monkeypatch.setenv("SERVICE_PASSWORD", PLAIN)
     try:

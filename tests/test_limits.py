@@ -2,11 +2,11 @@
 
 import pytest
 
-from dpo_kit.config import compose
+from dpo_kit.config.compose import compose
+from dpo_kit.config.limits import missing_package, number_faults
+from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import ConfigError
-from dpo_kit.limits import missing_package, number_faults
-from dpo_kit.sweep.plan import plan_sweep
-from dpo_kit.trl_schema import load_schema
+from dpo_kit.sweep.launch.plan import plan_sweep
 
 LORA = "model.tuning=lora"
 REFUSED = {

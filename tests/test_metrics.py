@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy import stats
 
-from dpo_kit import metrics
-from dpo_kit.drift import kl_terms
-from dpo_kit.head import Predicted
+from dpo_kit.callbacks import metrics
+from dpo_kit.callbacks.drift import kl_terms
+from dpo_kit.model.head import Predicted
 from tests import oracle, tiny
 
 NAN_FREE = torch.tensor([0.5, -1.0, 2.0, 0.0])

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_kit.config import check, compose
+from dpo_kit.config.compose import check, compose
+from dpo_kit.config.identity import recall_config
 from dpo_kit.errors import DataError, ModelError
 from dpo_kit.evaluate.candidate import of_path
 from dpo_kit.evaluate.evaluation import next_command
-from dpo_kit.evaluate.plan import plan
-from dpo_kit.held_out import refuse_other_rows
-from dpo_kit.identity import recall_config
-from dpo_kit.run import write_json
+from dpo_kit.evaluate.job import plan
+from dpo_kit.run.files import write_json
 from dpo_kit.toy import EVAL, MODEL
+from dpo_kit.trainer.held_out import refuse_other_rows
 from tests.small import write_pairs
 
 
@@ -95,7 +95,7 @@ def test_what_to_type_next_keeps_what_was_typed(tmp_path):
     options = SimpleNamespace(parts=["preferences"], review=0)
     job = SimpleNamespace(words=words, options=options, run=None, folder=tmp_path, shared=tmp_path)
     said = next_command(job, {})
-    assert shlex.split(said) == ["python", "-m", "dpo_kit.evaluate", *words[:-1], "parts=[win_rate]"]
+    assert shlex.split(said) == ["python", "-m", "dpo_kit", "evaluate", *words[:-1], "parts=[win_rate]"]
     options.parts = ["win_rate"]
     won = {"status": "done", "judge": {"kind": "llm"}, "win_rate_verdict": "better"}
     said = next_command(job, {"win_rate": won})

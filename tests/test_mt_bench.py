@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from dpo_kit import compose
-from dpo_kit.config import check
+from dpo_kit.config.compose import check
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.benchmark_options import MTBench, MTBenchJudge
-from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.evaluate.dialogue import Speaker, local_speaker
-from dpo_kit.evaluate.mt_bench import (
+from dpo_kit.evaluate.benchmarks.dialogue import Speaker, local_speaker
+from dpo_kit.evaluate.benchmarks.mt_bench import (
     Grade,
     Question,
     ask_questions,
@@ -23,9 +22,10 @@ from dpo_kit.evaluate.mt_bench import (
     run_mt_bench,
     summarize_grades,
 )
-from dpo_kit.generation import Asking
-from dpo_kit.journal import Journal
-from dpo_kit.server import Reply
+from dpo_kit.evaluate.candidate import Candidate
+from dpo_kit.judge.answers import Asking
+from dpo_kit.judge.server import Reply
+from dpo_kit.run.journal import Journal
 from tests.scripted_server import Turn, scripted_server
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "mt_bench_question.jsonl"

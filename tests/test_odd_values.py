@@ -11,26 +11,27 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from dpo_kit import cli, dashboard
-from dpo_kit import plan as planning
-from dpo_kit.cli import read_arguments, refuse_early
-from dpo_kit.config import check, compose, compose_unchecked, known_keys
+from dpo_kit.cli import dashboard
+from dpo_kit.cli import main as cli
+from dpo_kit.cli import plan as planning
+from dpo_kit.cli.main import read_arguments, refuse_early
+from dpo_kit.config.command_line import parse
+from dpo_kit.config.compose import check, compose, compose_unchecked, known_keys
+from dpo_kit.config.settings import Build
+from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.data.__main__ import check_tool, compose_tool
-from dpo_kit.data.build import check_plan
-from dpo_kit.data.options import Convert, Curate
+from dpo_kit.data.build.pairs import check_plan
+from dpo_kit.data.curate.options import Convert, Curate
 from dpo_kit.errors import DpoKitError
 from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness, MTBench
+from dpo_kit.evaluate.job import plan as plan_evaluation
 from dpo_kit.evaluate.options import Evaluate, WinRate
-from dpo_kit.evaluate.plan import plan as plan_evaluation
 from dpo_kit.export.__main__ import CHOICES
 from dpo_kit.export.__main__ import parse_words as parse_export
-from dpo_kit.settings import Build
 from dpo_kit.sweep.__main__ import KEYS as OF_SWEEP
 from dpo_kit.sweep.__main__ import parse_words as parse_sweep
-from dpo_kit.tool import parse
 from dpo_kit.toy import MODEL
 from dpo_kit.training import train
-from dpo_kit.trl_schema import load_schema
 from tests.small import few_pairs
 
 SEED = int(os.environ.get("DPO_KIT_ODD_SEED", datetime.date.today().toordinal()))

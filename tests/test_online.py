@@ -18,20 +18,21 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-from dpo_kit.config import check, compose
+from dpo_kit.config.compose import check, compose
+from dpo_kit.config.settings import LLMJudge
 from dpo_kit.errors import ConfigError, ModelError, TrainingError
 from dpo_kit.evaluate.evaluation import evaluate
-from dpo_kit.evaluate.plan import plan
-from dpo_kit.history import read_metrics
-from dpo_kit.judges import ScoringJudge
-from dpo_kit.model import load_tokenizer
-from dpo_kit.nonfinite import find_rows
-from dpo_kit.online import JudgedReward, add_spends, open_reward, with_fresh_answers
-from dpo_kit.run import RunDirectory, read_json
-from dpo_kit.scoring import Reference
-from dpo_kit.settings import LLMJudge
-from dpo_kit.start import StartCheck
+from dpo_kit.evaluate.job import plan
+from dpo_kit.judge.open import ScoringJudge
+from dpo_kit.model.load import load_tokenizer
+from dpo_kit.model.scoring import Reference
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json
+from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
+from dpo_kit.trainer.online import JudgedReward, add_spends, open_reward, with_fresh_answers
+from dpo_kit.trainer.resume.nonfinite import find_rows
+from dpo_kit.trainer.start_check import StartCheck
 from dpo_kit.training import build_trainer, prepare_data, read_data, train
 from tests import scored_by_text, tiny
 from tests.scripted_server import Turn, scripted_server
@@ -170,7 +171,7 @@ def test_processes_share_what_a_judge_may_cost_and_what_they_have_spent_is_added
     monkeypatch.setenv("WORLD_SIZE", "4")
     opened = []
     monkeypatch.setattr(
-        "dpo_kit.online.open_judge", lambda part, *_: nullcontext(opened.append(part) or Scripted(None))
+        "dpo_kit.trainer.online.open_judge", lambda part, *_: nullcontext(opened.append(part) or Scripted(None))
     )
     judge = LLMJudge(kind="llm", model="m", base_url="http://h", rubric="r", max_cost=2, max_requests=11, price_in=1)
     for given in (judge, judge.model_copy(update={"max_cost": None, "max_requests": None})):
@@ -374,15 +375,15 @@ def test_a_sweep_over_beta_works_end_to_end(command, tmp_path):
 @pytest.mark.timeout(600)
 def test_its_tools_plan_show_evaluate_and_export_it_or_say_why_not(ended, command, tmp_path):
     whole, words = ended
-    planned = command(*words, module="dpo_kit.plan")
+    planned = command("plan", *words)
     assert planned.returncode == 0 and "6 steps of 4 rows" in planned.stdout
     shown = command(*words, "dry_run=true")
     assert shown.returncode == 0 and "two answers of at most 24 tokens, drawn and compared" in shown.stdout
     (job,) = plan([f"run={whole}", f"out={tmp_path / 'found'}", "win_rate.limit=8"])
     found = evaluate(job)
     assert found["status"] == "done" and 0 <= found["win_rate"] <= 1 and "accuracy" in found
-    assert command(f"run={whole}", f"out={tmp_path / 'plain'}", module="dpo_kit.export").returncode == 0
-    script = command(f"run={whole}", "mode=script", module="dpo_kit.export")
+    assert command("export", f"run={whole}", f"out={tmp_path / 'plain'}").returncode == 0
+    script = command("export", f"run={whole}", "mode=script")
     assert script.returncode == 2 and "drew its answers and had them judged" in script.stderr
 
 

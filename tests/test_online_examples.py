@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dpo_kit.run import read_json
+from dpo_kit.run.files import read_json
 from tests.conftest import ROOT
 from tests.small import hash_model
 

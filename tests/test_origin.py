@@ -10,11 +10,11 @@ from peft import get_peft_model
 from tokenizers import pre_tokenizers
 from transformers import LlamaForCausalLM
 
-from dpo_kit.config import check, compose
+from dpo_kit.config.compose import check, compose
 from dpo_kit.data.read import read_source
 from dpo_kit.errors import ConfigError, ModelError
-from dpo_kit.model import _load, load_policy, load_reference, load_tokenizer
-from dpo_kit.origin import find_parent
+from dpo_kit.model.load import _load, load_policy, load_reference, load_tokenizer
+from dpo_kit.model.origin import find_parent
 from tests import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -143,7 +143,7 @@ def test_a_data_set_s_scripts_are_not_run(tmp_path):
 def test_pickled_weights_are_refused_by_transformers_as_well(folder, tmp_path, monkeypatch):
     (folder / "model.safetensors").unlink()
     torch.save(tiny.model().state_dict(), folder / "pytorch_model.bin")
-    monkeypatch.setattr("dpo_kit.origin._refuse_pickles", lambda *_: None)
+    monkeypatch.setattr("dpo_kit.model.origin._refuse_pickles", lambda *_: None)
     with pytest.raises(ModelError, match="Only safetensors are loaded, no pickles"):
         load(f"model.path={folder}")
 
@@ -271,7 +271,7 @@ def test_a_method_s_name_cannot_leave_the_folder_of_runs(tmp_path, name):
 @pytest.mark.fault("a job that leaves the sweep's folder", promise="P11")
 @pytest.mark.parametrize("where", ["../out-${beta}", "/tmp/out-${beta}", "a/../../b${beta}"])
 def test_a_job_s_folder_stays_inside_the_sweep(where):
-    from dpo_kit.sweep.plan import plan_sweep
+    from dpo_kit.sweep.launch.plan import plan_sweep
 
     with pytest.raises(ConfigError, match="must stay inside"):
         plan_sweep(["beta=0.1,0.2", f"hydra.sweep.subdir='{where}'"], [], "config")

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from dpo_kit import TrainingError, compose, train
-from dpo_kit.carried import forked_random
+from dpo_kit.config.extensions import call_metrics, own_faults
+from dpo_kit.config.settings import Callbacks
 from dpo_kit.errors import ConfigError
 from dpo_kit.export.script import write_reproduction
-from dpo_kit.history import read_metrics, series
-from dpo_kit.own import call_metrics, own_faults
-from dpo_kit.report import result_rows
-from dpo_kit.run import RunDirectory
-from dpo_kit.settings import Callbacks
+from dpo_kit.model.random_state import forked_random
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.history import read_metrics, series
+from dpo_kit.run.report.picture import result_rows
 from tests.conftest import ROOT
 from tests.small import few_pairs, hash_model
 

@@ -74,12 +74,12 @@ FROM_THE_WHEEL = (  # what is typed, and what must then be there
     (["python", "-m", "dpo_kit", "hydra.run.dir=mine", *LAB], "mine/model/model.safetensors"),
     (["dpo-kit", "-m", "beta=0.05,0.5", "hydra.sweep.dir=swept", *LAB], "swept/best.json"),
     (["dpo-kit", "evaluate", "run=mine", "win_rate.limit=24"], "mine/evaluation/result.json"),
-    (["python", "-m", "dpo_kit.evaluate", "sweep=swept", "win_rate.limit=24"], "swept/summary.md"),
-    (["python", "-m", "dpo_kit.export", "run=mine"], "mine/export/model.safetensors"),
-    (["python", "-m", "dpo_kit.export", "run=mine", "mode=script"], "mine/reproduce/reproduce.py"),
-    (["python", "-m", "dpo_kit.data", "out=report"], "report/data_report.json"),
-    (["python", "-m", "dpo_kit.plan", "out=plan.json"], "plan.json"),
-    (["python", "-m", "dpo_kit.dashboard", "--help"], "."),
+    (["python", "-m", "dpo_kit", "evaluate", "sweep=swept", "win_rate.limit=24"], "swept/summary.md"),
+    (["python", "-m", "dpo_kit", "export", "run=mine"], "mine/export/model.safetensors"),
+    (["python", "-m", "dpo_kit", "export", "run=mine", "mode=script"], "mine/reproduce/reproduce.py"),
+    (["python", "-m", "dpo_kit", "data", "out=report"], "report/data_report.json"),
+    (["python", "-m", "dpo_kit", "plan", "out=plan.json"], "plan.json"),
+    (["python", "-m", "dpo_kit", "dashboard", "--help"], "."),
     (["dpo-kit", "--help"], "."),
 )
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from dpo_kit.markdown import code, fence, inline, table
-from dpo_kit.page import refresh_page, write_page
-from dpo_kit.run import write_json
+from dpo_kit.run.files import write_json
+from dpo_kit.run.report.markdown import code, fence, inline, table
+from dpo_kit.run.report.page import refresh_page, write_page
 from tests.test_card import CANARY, MANIFEST, RESULT
 
 DONE: dict[str, Any] = RESULT | {
@@ -161,7 +161,7 @@ def test_what_stands_in_a_line_does_nothing(text: str) -> None:
 
 
 def test_commands_stay_readable() -> None:
-    words = "python -m dpo_kit.data mode=curate curate.min_gap=0 data.train=[a.jsonl, b.jsonl]"
+    words = "python -m dpo_kit data mode=curate curate.min_gap=0 data.train=[a.jsonl, b.jsonl]"
     assert inline(words) == words
 
 

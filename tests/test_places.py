@@ -9,14 +9,15 @@ import sys
 
 import pytest
 
-from dpo_kit import cli
-from dpo_kit.cli import read_arguments, refuse_early
-from dpo_kit.config import check, compose
+from dpo_kit.cli import main as cli
+from dpo_kit.cli.main import read_arguments, refuse_early
+from dpo_kit.config.compose import check, compose
+from dpo_kit.config.identity import comparable
+from dpo_kit.config.places import claim, refuse_foreign, refuse_no_file, refuse_unwritable
 from dpo_kit.errors import ConfigError, DataError, ModelError
-from dpo_kit.identity import comparable
-from dpo_kit.lock import this_process
-from dpo_kit.places import claim, refuse_foreign, refuse_missing, refuse_no_file, refuse_unwritable
-from dpo_kit.run import cache_folder, write_json
+from dpo_kit.model.origin import refuse_unusable
+from dpo_kit.run.files import cache_folder, write_json
+from dpo_kit.run.lock import this_process
 from dpo_kit.toy import MODEL
 from tests.small import write_pairs
 
@@ -58,7 +59,7 @@ REFUSED = {
 def test_what_is_not_there_is_refused_with_key_and_near_miss(words, here):
     settings = check(compose(re.sub(r"([:,]) ", r"\1", words).split(" ")))
     with pytest.raises((ConfigError, ModelError)) as refusal:
-        refuse_missing(settings)
+        refuse_unusable(settings)
     assert REFUSED[words] in str(refusal.value)
 
 
@@ -72,11 +73,11 @@ def test_what_is_not_there_is_refused_with_key_and_near_miss(words, here):
     ],
 )
 def test_what_is_there_or_of_the_hub_passes(words, here):
-    refuse_missing(check(compose(words)))
+    refuse_unusable(check(compose(words)))
 
 
 def test_a_mistyped_path_is_refused_at_once_and_leaves_nothing(command, tmp_path):
-    script = "import sys, dpo_kit.cli as c; sys.argv[1:] = ['data.train=pair.jsonl']\ntry: c.main()\n"
+    script = "import sys, dpo_kit.cli.main as c; sys.argv[1:] = ['data.train=pair.jsonl']\ntry: c.main()\n"
     script += "except SystemExit as end: print(end.code, [m for m in ('torch', 'transformers') if m in sys.modules])"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
@@ -159,7 +160,9 @@ def test_a_folder_of_somebody_else_is_no_place_to_write_and_one_s_own_is(here):
     [("env", []), ("plan", []), ("data", []), ("evaluate", ["policy=model", "reference=model"]), ("export", ["run=r"])],
 )
 def test_every_tool_refuses_a_place_that_is_none(tool, words, here, capsys):
-    main = importlib.import_module(f"dpo_kit.{tool}" if tool in ("env", "plan") else f"dpo_kit.{tool}.__main__").main
+    main = importlib.import_module(
+        f"dpo_kit.cli.{tool}" if tool in ("env", "plan") else f"dpo_kit.{tool}.__main__"
+    ).main
     assert main([*words, "out=notes.txt/x"]) == 2
     assert "notes.txt is a file, not a folder" in capsys.readouterr().err
 

@@ -10,10 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from trl.trainer.utils import disable_dropout_in_model
 
 from dpo_kit import ConfigError
-from dpo_kit.arguments import build_arguments
-from dpo_kit.config import check, compose
+from dpo_kit.cli.plan import PeakMemory, Plan, advise, main, plan_run, show_dropped, show_row, split_words
+from dpo_kit.config.compose import check, compose
+from dpo_kit.config.settings import Callbacks
 from dpo_kit.data.interleave import unpair
-from dpo_kit.memory import (
+from dpo_kit.model.load import load_tokenizer
+from dpo_kit.run.files import read_json
+from dpo_kit.toy import MODEL
+from dpo_kit.trainer.arguments import build_arguments
+from dpo_kit.trainer.memory import (
     _measuring,
     batch_shape,
     build_weightless,
@@ -22,12 +27,7 @@ from dpo_kit.memory import (
     optimizer_bytes,
     worst_batch,
 )
-from dpo_kit.model import load_tokenizer
-from dpo_kit.plan import PeakMemory, Plan, advise, main, plan_run, show_dropped, show_row, split_words
-from dpo_kit.prefix import NAME, Layout
-from dpo_kit.run import read_json
-from dpo_kit.settings import Callbacks
-from dpo_kit.toy import MODEL
+from dpo_kit.trainer.prefix import NAME, Layout
 from dpo_kit.training import read_data
 from tests.conftest import ROOT
 from tests.small import few_pairs, write_pairs
@@ -77,7 +77,7 @@ def _kept_on_the_cpu(model, half):
 def test_activations_counted_without_weights_are_those_of_a_real_forward_pass(words, half, tmp_path):
     from peft import get_peft_model
 
-    from dpo_kit.model import build_adapter
+    from dpo_kit.model.load import build_adapter
 
     words = [*words, f"trl.bf16={half}"]
     settings = _settings(*words)

@@ -23,8 +23,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpo_kit import prefix
-from dpo_kit.prefix import NAME, LaidOut, agrees_at_once, attend_row, build_layout, share_prefixes, why_not
+from dpo_kit.trainer import prefix
+from dpo_kit.trainer.prefix import NAME, LaidOut, agrees_at_once, attend_row, build_layout, share_prefixes, why_not
 from tests import varlen
 
 SMALL = {

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from dpo_kit.drift import Drift
-from dpo_kit.preview import Mixed, Preview
-from dpo_kit.sampling import measuring
-from dpo_kit.scoring import Reference
+from dpo_kit.callbacks.drift import Drift
+from dpo_kit.callbacks.preview import Mixed, Preview
+from dpo_kit.model.sampling import measuring
+from dpo_kit.model.scoring import Reference
 from tests import oracle, tiny
 
 PROMPTS = [{"prompt": "red", "prompt_id": "a"}, {"prompt": "blue two cat", "prompt_id": "b"}]

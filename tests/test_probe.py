@@ -20,14 +20,14 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from dpo_kit import head
-from dpo_kit.drift import Drift, drift_metrics, kl_terms
+from dpo_kit.callbacks.drift import Drift, drift_metrics, kl_terms
+from dpo_kit.callbacks.probe import PairProbe, name_rows
 from dpo_kit.errors import DataError, ModelError
-from dpo_kit.head import Predicted, predict, read_head, token_logps
-from dpo_kit.probe import PairProbe, name_rows
-from dpo_kit.reference import score_as_trained
-from dpo_kit.sampling import Draw, draw_samples, measuring
-from dpo_kit.scoring import Reference, length_sorted_batches, score, twin_batches
+from dpo_kit.model import head
+from dpo_kit.model.head import Predicted, predict, read_head, token_logps
+from dpo_kit.model.sampling import Draw, draw_samples, measuring
+from dpo_kit.model.scoring import Reference, length_sorted_batches, score, twin_batches
+from dpo_kit.trainer.reference_store import score_as_trained
 from tests import oracle, tiny
 
 HEAD = {"vocab_size": 14, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,

@@ -8,12 +8,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo_kit import template
-from dpo_kit.chats import conversation_text, prompt_of, split_context, text_of
-from dpo_kit.control_tokens import neutralised
+from dpo_kit.data.build.prompts import read_prompts
 from dpo_kit.data.prepare import prepare
-from dpo_kit.data.prompts import read_prompts
 from dpo_kit.errors import ConfigError, DataError
+from dpo_kit.model import template
+from dpo_kit.model.chats import conversation_text, prompt_of, split_context, text_of
+from dpo_kit.model.control_tokens import neutralised
 from tests import styles
 from tests.preferences import data, write_jsonl
 

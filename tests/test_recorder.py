@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dpo_kit import quiet, recorder, tracking
 from dpo_kit.errors import DataError
-from dpo_kit.history import append_row, decode_row, encode_row
-from dpo_kit.recorder import Progress, Recorder, read_metrics, show_progress
+from dpo_kit.run import quiet, tracking
+from dpo_kit.run.history import append_row, decode_row, encode_row
+from dpo_kit.trainer import recorder
+from dpo_kit.trainer.recorder import Progress, Recorder, read_metrics, show_progress
 from tests.offline_wandb import log_files, read_offline
 
 pytestmark = pytest.mark.timeout(120)

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from dpo_kit import reference
-from dpo_kit.config import check, compose
+from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ModelError
-from dpo_kit.reference import Store, reference_key, with_store
+from dpo_kit.trainer import reference_store as reference
+from dpo_kit.trainer.reference_store import Store, reference_key, with_store
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -228,6 +228,6 @@ def test_of_two_processes_one_computes_and_the_other_reads(folder, tmp_path):
     ],
 )
 def test_the_store_is_used_where_a_run_sees_every_row(overrides, used):
-    from dpo_kit.arguments import uses_store
+    from dpo_kit.trainer.arguments import uses_store
 
     assert uses_store(check(compose(overrides)), [{}] * 1000) is used

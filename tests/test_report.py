@@ -9,8 +9,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from dpo_kit.history import append_row
-from dpo_kit.report import PANELS, ceiling_line, draw_report, interval_text, result_rows, result_table, shown_panels
+from dpo_kit.run.history import append_row
+from dpo_kit.run.report.picture import (
+    PANELS,
+    ceiling_line,
+    draw_report,
+    interval_text,
+    result_rows,
+    result_table,
+    shown_panels,
+)
 
 PAIRS = {
     "probe/margin_nats": 4.0,

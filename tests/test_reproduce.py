@@ -12,13 +12,16 @@ import pytest
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
-from dpo_kit import ConfigError, DataError, compose, train, trl_schema
-from dpo_kit.arguments import build_arguments, describe_arguments, import_class, uses_fused_head
-from dpo_kit.config import check
+from dpo_kit import ConfigError, DataError, compose, train
+from dpo_kit.config import trl_schema
+from dpo_kit.config.compose import check
 from dpo_kit.export.__main__ import main
 from dpo_kit.export.script import write_reproduction
-from dpo_kit.history import read_metrics
-from dpo_kit.run import RunDirectory, read_json
+from dpo_kit.model.trl_classes import import_class, uses_fused_head
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json
+from dpo_kit.run.history import read_metrics
+from dpo_kit.trainer.arguments import build_arguments, describe_arguments
 from tests.small import few_pairs
 
 QUICK = ["callbacks=none", "trl.save_strategy=no", "trl.logging_steps=1"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo_kit.secrets import REDACTED, is_secret_key, redact, redact_argv, redact_text
+from dpo_kit.run.redact import REDACTED, is_secret_key, redact, redact_argv, redact_text
 
 HEX40 = "0123456789abcdef0123456789abcdef01234567"
 TOKENS = {

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from dpo_kit import compose, train, training
-from dpo_kit.arguments import decide
-from dpo_kit.callbacks import Patience
-from dpo_kit.config import check
+from dpo_kit.callbacks.callbacks import Patience
+from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
+from dpo_kit.config.best_metric import greater_is_better, kind_fault, measured_keys, needs_trl_evaluation
+from dpo_kit.config.compose import check
+from dpo_kit.config.settings import Callbacks
 from dpo_kit.data.interleave import unpair
 from dpo_kit.data.read import read_source
 from dpo_kit.errors import ConfigError
-from dpo_kit.history import read_metrics
-from dpo_kit.run import RunDirectory
-from dpo_kit.scores import Scores, preference_metrics, reward_metrics
-from dpo_kit.selection import greater_is_better, kind_fault, measured_keys, needs_trl_evaluation
-from dpo_kit.settings import Callbacks
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.history import read_metrics
+from dpo_kit.trainer.arguments import decide
 from tests.small import few_pairs, write_pairs
 
 BEST = ["trl.load_best_model_at_end=true", "trl.metric_for_best_model=probe/accuracy"]

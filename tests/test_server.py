@@ -11,11 +11,11 @@ import time
 
 import pytest
 
+from dpo_kit.config.settings import Endpoint, ServerAnswers
 from dpo_kit.errors import ConfigError, DataError, ModelError
-from dpo_kit.generation import Asking, draw_answers
-from dpo_kit.journal import Journal, key_of
-from dpo_kit.server import Request, Server
-from dpo_kit.settings import Endpoint, ServerAnswers
+from dpo_kit.judge.answers import Asking, draw_answers
+from dpo_kit.judge.server import Request, Server
+from dpo_kit.run.journal import Journal, key_of
 from tests.scripted_server import Turn, scripted_server
 
 QUICK = {"Retry-After-Ms": "5"}  # what the official client obeys before Retry-After
@@ -88,7 +88,7 @@ def test_a_journal_that_was_cut_anywhere_keeps_every_complete_row(tmp_path):
 
 @pytest.mark.fault("two processes in one file", promise="P6")
 def test_a_journal_has_one_process_at_a_time(tmp_path):
-    hold = "import sys, time; from pathlib import Path; from dpo_kit.journal import Journal\n"
+    hold = "import sys, time; from pathlib import Path; from dpo_kit.run.journal import Journal\n"
     hold += "held = Journal(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "rows.jsonl")], stdout=subprocess.PIPE, text=True

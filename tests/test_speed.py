@@ -9,13 +9,20 @@ from trl.kernels import chunked_logprob
 from trl.kernels.chunked_logprob import _addmm_fp32, _use_triton
 from trl.trainer import utils as trl_utils
 
-from dpo_kit import compose, memory, training
-from dpo_kit.config import check
+from dpo_kit import compose, training
+from dpo_kit.config.compose import check
+from dpo_kit.config.settings import Speed
 from dpo_kit.errors import ConfigError
-from dpo_kit.hardware import precision_arguments, training_precision
-from dpo_kit.prefix import share_prefixes
-from dpo_kit.settings import Speed
-from dpo_kit.speed import count_weights_once, fit_head_to_cpu, fuse_norms, score_labelled_positions_only, speed_up
+from dpo_kit.model.hardware import precision_arguments, training_precision
+from dpo_kit.trainer import memory
+from dpo_kit.trainer.prefix import share_prefixes
+from dpo_kit.trainer.speed import (
+    count_weights_once,
+    fit_head_to_cpu,
+    fuse_norms,
+    score_labelled_positions_only,
+    speed_up,
+)
 from tests import tiny
 
 STEPS = 50

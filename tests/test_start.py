@@ -8,15 +8,15 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
-from dpo_kit import reference
-from dpo_kit.config import check, compose
+from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ModelError
-from dpo_kit.model import load_tokenizer
-from dpo_kit.reference import with_store
-from dpo_kit.run import RunDirectory
-from dpo_kit.scoring import Reference
-from dpo_kit.start import StartCheck
+from dpo_kit.model.load import load_tokenizer
+from dpo_kit.model.scoring import Reference
+from dpo_kit.run.directory import RunDirectory
 from dpo_kit.toy import TRAIN
+from dpo_kit.trainer import reference_store as reference
+from dpo_kit.trainer.reference_store import with_store
+from dpo_kit.trainer.start_check import StartCheck
 from dpo_kit.training import build_trainer, prepare_data, train
 from tests import tiny
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_kit.run import read_json, write_json, write_jsonl
+from dpo_kit.run.files import read_json, write_json, write_jsonl
 from dpo_kit.sweep.summary import Summary, summarize
 from tests.sweeps import MODEL, rewards, write_jobs, write_run
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo_kit.sweep.evidence import (
+from dpo_kit.run.statistics import (
     from_intervals,
     holm,
     mcnemar,

@@ -16,15 +16,16 @@ from hydra._internal.utils import get_args_parser
 from rich.console import Console
 
 from dpo_kit import training
-from dpo_kit.config import compose, compose_unchecked
+from dpo_kit.config.compose import compose, compose_unchecked
 from dpo_kit.errors import ConfigError, SweepError
-from dpo_kit.run import RunDirectory, write_json
-from dpo_kit.sweep.devices import device_slots, visible_devices
-from dpo_kit.sweep.launcher import Job, threads_per_job
-from dpo_kit.sweep.plan import means_multirun, plan_sweep, split_jobs
-from dpo_kit.sweep.progress import Progress
-from dpo_kit.sweep.record import JobRecord
-from dpo_kit.sweep.table import Board, format_seconds, label_jobs
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import write_json
+from dpo_kit.sweep.launch.devices import device_slots, visible_devices
+from dpo_kit.sweep.launch.launcher import Job, threads_per_job
+from dpo_kit.sweep.launch.live_table import Board, format_seconds, label_jobs
+from dpo_kit.sweep.launch.plan import means_multirun, plan_sweep, split_jobs
+from dpo_kit.sweep.launch.progress import Progress
+from dpo_kit.sweep.launch.record import JobRecord
 from tests.conftest import ROOT
 from tests.small import few_pairs
 
@@ -463,9 +464,9 @@ def test_a_warm_job_imports_nothing_that_takes_time(tmp_path):
     """Fails when a run needs a module that dpo_kit/sweep/warm.py does not name."""
     words = few_pairs(tmp_path / "pairs.jsonl")
     script = (
-        "import sys, dpo_kit.sweep.warm; before = set(sys.modules)\n"
-        "from dpo_kit import compose, train; from dpo_kit.arguments import import_class\n"
-        "from dpo_kit.config import CONF\n"
+        "import sys, dpo_kit.sweep.launch.warm; before = set(sys.modules)\n"
+        "from dpo_kit import compose, train; from dpo_kit.trainer.arguments import import_class\n"
+        "from dpo_kit.config.compose import CONF\n"
         f"train(compose({words!r}), {str(tmp_path / 'run')!r})\n"
         "methods = [file.stem for file in (CONF / 'method').glob('*.yaml')]\n"
         "[import_class(compose([f'method={name}']).method.trainer) for name in methods]\n"

@@ -16,14 +16,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from dpo_kit.config import check, compose
+from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.manifest import comparable
-from dpo_kit.run import write_json
+from dpo_kit.run.files import write_json
 from dpo_kit.sweep.__main__ import main
-from dpo_kit.sweep.labels import spread
-from dpo_kit.sweep.runs import sweep_command
+from dpo_kit.sweep.choice.runs import sweep_command
+from dpo_kit.sweep.pictures.labels import spread
 from dpo_kit.sweep.summary import describe, show_summary, summarize, write_summary
+from dpo_kit.trainer.manifest import comparable
 from tests.sweeps import rewards, write_jobs, write_run
 
 START = rewards(0.2, 64)

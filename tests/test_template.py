@@ -11,19 +11,20 @@ import dill
 import pytest
 from transformers import AutoTokenizer
 
-from dpo_kit import template
-from dpo_kit.config import check, compose
-from dpo_kit.control_tokens import count_control_tokens, neutralised
+from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ModelError
 from dpo_kit.evaluate.candidate import of_run
-from dpo_kit.manifest import build_manifest, keep_date
-from dpo_kit.model import load_tokenizer
-from dpo_kit.run import RunDirectory, read_json, write_json
-from dpo_kit.sampling import draw_samples
-from dpo_kit.tokens import encode, encode_prompts
+from dpo_kit.model import template
+from dpo_kit.model.control_tokens import count_control_tokens, neutralised
+from dpo_kit.model.load import load_tokenizer
+from dpo_kit.model.sampling import draw_samples
+from dpo_kit.model.tokens import encode, encode_prompts
+from dpo_kit.model.turns import written_today
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json, write_json
 from dpo_kit.toy import MODEL, TRAIN
+from dpo_kit.trainer.manifest import build_manifest, keep_date
 from dpo_kit.training import build_trainer, prepare_data, train
-from dpo_kit.turns import written_today
 from tests import styles, tiny
 from tests.small import few_pairs
 

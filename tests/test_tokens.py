@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpo_kit.chats import prompt_of
-from dpo_kit.tokens import common_prefix_length, encode, encode_prompts, encode_rows, truncate, truncate_both
+from dpo_kit.model.chats import prompt_of
+from dpo_kit.model.tokens import common_prefix_length, encode, encode_prompts, encode_rows, truncate, truncate_both
 from tests import tiny
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dpo_kit import toy
 from dpo_kit.toy import domain
 
+LAB = Path(__file__).parents[1] / "examples" / "lab"
 PROMPT = "My toaster leaks."
 RIGHT = "Tighten the seal."
 HONEST, BIASED = (toy.TRAIN, toy.EVAL), (toy.BIASED_TRAIN, toy.BIASED_EVAL)
@@ -166,7 +168,8 @@ def test_tokenizer_gives_any_text_back_and_the_prompt_is_a_prefix_of_the_chat():
 def test_the_ideal_curve_is_the_optimum_where_every_answer_can_be_enumerated():
     """Two answers of reward 0 and 1, equally likely under the reference: tilted by e^{1/λ}, KL and reward by hand."""
     torch = pytest.importorskip("torch")
-    from dpo_kit.toy.ideal import best_of_n, ideal_curve
+    ideal = runpy.run_path(str(LAB / "ideal.py"))
+    best_of_n, ideal_curve = ideal["best_of_n"], ideal["ideal_curve"]
 
     rewards = torch.tensor([0.0, 1.0]).repeat(3, 32)
     for kl, reward in ideal_curve(rewards):
@@ -179,7 +182,7 @@ def test_the_ideal_curve_is_the_optimum_where_every_answer_can_be_enumerated():
 
 
 def test_the_shipped_ideal_curve_belongs_to_the_shipped_model_and_beats_best_of_n():
-    from dpo_kit.run import hash_weights
+    from dpo_kit.run.files import hash_weights
 
     found = json.loads(toy.IDEAL.read_text())
     assert found["model_sha256"] == hash_weights(toy.MODEL)
@@ -189,11 +192,11 @@ def test_the_shipped_ideal_curve_belongs_to_the_shipped_model_and_beats_best_of_
         assert next(ideal for far, ideal in found["ideal"] if far >= kl) > reward, n
 
 
-def test_a_miniature_build_is_the_same_twice(tmp_path):
+def test_a_miniature_build_is_the_same_twice(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
-    from dpo_kit.toy import build
-
-    setting = build.Setting(
+    monkeypatch.syspath_prepend(LAB)
+    lab = runpy.run_path(str(LAB / "build.py"))
+    setting = lab["Setting"](
         vocabulary=400,
         hidden=32,
         layers=1,
@@ -207,7 +210,7 @@ def test_a_miniature_build_is_the_same_twice(tmp_path):
     threads = torch.get_num_threads()
     try:
         for name in ("one", "two"):
-            build.build(tmp_path / name, setting)
+            lab["build"](tmp_path / name, setting)
     finally:
         torch.set_num_threads(threads)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())

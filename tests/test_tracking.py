@@ -17,9 +17,9 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from dpo_kit import tracking
-from dpo_kit.config import check, compose
-from dpo_kit.run import RunDirectory
+from dpo_kit.config.compose import check, compose
+from dpo_kit.run import tracking
+from dpo_kit.run.directory import RunDirectory
 from dpo_kit.training import start_tracking
 from tests.fake_wandb import FakeWandb
 from tests.offline_wandb import log_files, read_offline

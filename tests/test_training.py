@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_kit
 from dpo_kit import ConfigError, ModelError, Result, TrainingError, compose, train
-from dpo_kit.checkpoints import newest_verified
-from dpo_kit.config import CONF, check
-from dpo_kit.history import read_metrics
-from dpo_kit.measure import probe_rows
-from dpo_kit.model import load_tokenizer
-from dpo_kit.run import RunDirectory
+from dpo_kit.config.compose import CONF, check
+from dpo_kit.model.load import load_tokenizer
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
+from dpo_kit.trainer.measuring import probe_rows
+from dpo_kit.trainer.resume.checkpoints import newest_verified
 from dpo_kit.training import prepare_data
 from tests.offline_wandb import log_files, read_offline
 from tests.small import few_pairs
@@ -116,7 +116,7 @@ def test_the_saved_model_loads_in_plain_transformers_with_its_chat_template(smal
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_a_finished_run_is_measured_once_on_the_split_that_no_choice_has_seen(few, tmp_path, tuning, monkeypatch):
-    from dpo_kit.held_out import measure_test_split
+    from dpo_kit.trainer.held_out import measure_test_split
 
     run = train(compose([*few, f"model.tuning={tuning}", "trl.learning_rate=5e-3"]), tmp_path)
     measured = measure_test_split(tmp_path)
@@ -124,10 +124,10 @@ def test_a_finished_run_is_measured_once_on_the_split_that_no_choice_has_seen(fe
     assert measured["probe/margin_nats"] != run.final["probe/margin_nats"]  # other rows
     config = check(compose([*few, f"model.tuning={tuning}"]))
     data = prepare_data(config, load_tokenizer(config.model), RunDirectory(tmp_path / "again"))
-    monkeypatch.setattr("dpo_kit.held_out.read_held_out", lambda *_: (data.kind, data.select))
-    monkeypatch.setattr("dpo_kit.held_out.refuse_other_rows", lambda *_: None)
+    monkeypatch.setattr("dpo_kit.trainer.held_out.read_held_out", lambda *_: (data.kind, data.select))
+    monkeypatch.setattr("dpo_kit.trainer.held_out.refuse_other_rows", lambda *_: None)
     RunDirectory(tmp_path).test.unlink()
-    monkeypatch.setattr("dpo_kit.page.page_text", lambda _: 1 / 0)  # a page that fails costs no measurement
+    monkeypatch.setattr("dpo_kit.run.report.page.page_text", lambda _: 1 / 0)  # a page that fails costs no measurement
     on_select = measure_test_split(tmp_path)  # on the rows of the run's own probe it finds what the run found
     for key in ("probe/accuracy", "probe/margin_nats", "probe/logratio_chosen_nats", "probe/reward_margin"):
         assert on_select[key] == pytest.approx(run.final[key], abs=1e-4), key
@@ -135,7 +135,7 @@ def test_a_finished_run_is_measured_once_on_the_split_that_no_choice_has_seen(fe
 
 @pytest.mark.slow
 def test_a_page_that_fails_does_not_fail_the_run(few, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("dpo_kit.page.page_text", lambda _: 1 / 0)
+    monkeypatch.setattr("dpo_kit.run.report.page.page_text", lambda _: 1 / 0)
     assert train(compose([*few, "callbacks=none", "trl.max_steps=1"]), tmp_path).status == "done"
     assert Result.read(tmp_path).status == "done" and "could not be written" in caplog.text
 
@@ -195,7 +195,7 @@ def test_callbacks_change_no_loss(few, tmp_path, tuning):
 
 
 def test_a_stopped_run_goes_on_where_it_stood(small_run, few, tmp_path, monkeypatch):
-    from dpo_kit.recorder import Recorder
+    from dpo_kit.trainer.recorder import Recorder
 
     def stop(self, args, state, control, **_):
         if state.global_step == 3:
@@ -231,11 +231,11 @@ def test_weights_that_are_not_finite_are_never_saved(few, tmp_path, monkeypatch)
         with torch.no_grad():
             next(trainer.model.parameters())[0, 0] = math.nan
 
-    import dpo_kit.finish
+    import dpo_kit.trainer.finish
 
-    honest = dpo_kit.finish.refuse_non_finite
+    honest = dpo_kit.trainer.finish.refuse_non_finite
     monkeypatch.setattr(
-        dpo_kit.finish,
+        dpo_kit.trainer.finish,
         "refuse_non_finite",
         lambda model, where: (model.get_input_embeddings().weight.data.fill_(math.nan), honest(model, where)),
     )
@@ -286,7 +286,7 @@ def test_unary_rows_give_auc_and_class_gap_instead_of_pair_accuracy(few, tmp_pat
 
 
 def test_kto_s_class_weights_even_out_the_counts():
-    from dpo_kit.arguments import decide
+    from dpo_kit.trainer.arguments import decide
 
     trl = dict(compose(["method=kto"]).trl)
     rows = [{"label": i < 20} for i in range(100)]

@@ -6,13 +6,13 @@ import random
 
 import pytest
 
+from dpo_kit.config.settings import Data, HumanJudge
 from dpo_kit.data.__main__ import compose_tool
-from dpo_kit.data.build import build_pairs
-from dpo_kit.data.rated import read_votes
+from dpo_kit.data.build.pairs import build_pairs
+from dpo_kit.data.build.rated import read_votes
 from dpo_kit.errors import DataError
-from dpo_kit.judges import ReviewSheet, Shown, compare, open_judge
-from dpo_kit.settings import Data, HumanJudge
-from dpo_kit.votes import majority, rater_agreement
+from dpo_kit.judge.open import ReviewSheet, Shown, compare, open_judge
+from dpo_kit.judge.votes import majority, rater_agreement
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,15 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from dpo_kit.cli import read_arguments
-from dpo_kit.config import check, compose, compose_unchecked, known_keys, unknown_key
-from dpo_kit.diagnosis import loss_flat
+from dpo_kit.cli.main import read_arguments
+from dpo_kit.config.compose import check, compose, compose_unchecked, known_keys, unknown_key
 from dpo_kit.errors import ConfigError
-from dpo_kit.finish import next_command
-from dpo_kit.processes import launcher
-from dpo_kit.resume import how_to_go_on
-from dpo_kit.run import RunDirectory
-from dpo_kit.words import MEANT, again, command, longer, override, readable, training
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.processes import launcher
+from dpo_kit.run.report.diagnosis import loss_flat
+from dpo_kit.run.words import MEANT, again, command, longer, override, readable, training
+from dpo_kit.trainer.finish import next_command
+from dpo_kit.trainer.resume.find import how_to_go_on
 
 TYPED = "python -m dpo_kit method=ipo 'data.train=my pairs.jsonl' beta=0.1 trl.num_train_epochs=3 hydra.run.dir=here"
 

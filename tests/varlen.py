@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_kit import prefix
+from dpo_kit.trainer import prefix
 
 
 def varlen_attn(

@@ -1,4 +1,4 @@
-"""`python -m dpo_kit.data mode=check|curate|convert|build`: preference data, before anything is trained on them."""
+"""`python -m dpo_kit data mode=check|curate|convert|build`: preference data, before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any
 import pydantic
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_kit.config import CONF, check, compose_unchecked, unknown_key
-from dpo_kit.data.options import Convert, Curate, Tool
+from dpo_kit.config.command_line import run_tool
+from dpo_kit.config.compose import CONF, check, compose_unchecked, unknown_key
+from dpo_kit.config.help import keys_of
+from dpo_kit.config.places import refuse_foreign
+from dpo_kit.config.settings import Settings
+from dpo_kit.data.curate.options import Convert, Curate, Tool
 from dpo_kit.errors import ConfigError
-from dpo_kit.help import keys_of
-from dpo_kit.places import refuse_foreign, refuse_missing
-from dpo_kit.settings import Settings
-from dpo_kit.tool import run_tool
+from dpo_kit.model.origin import refuse_unusable
 
 USAGE = """\
-usage: python -m dpo_kit.data [mode=check|curate|convert|build] [group=option | key=value] …
+usage: python -m dpo_kit data [mode=check|curate|convert|build] [group=option | key=value] …
 
   data=jsonl data.train=FILE   what to look at: the same keys as for training (data.eval, data.columns, …)
   data.form=NAME               what the rows are, where their columns do not say it
@@ -61,13 +62,13 @@ def work(arguments: Sequence[str]) -> None:
     if cfg.out:
         refuse_foreign("out", str(cfg.out))
     if cfg.mode == "build":
-        from dpo_kit.data.build import build_pairs, show_build
+        from dpo_kit.data.build.pairs import build_pairs, show_build
 
         show_build(build_pairs(cfg), arguments)
         return
     settings, tool = check_tool(cfg)
     tool.words = tuple(arguments)
-    from dpo_kit.data.modes import MODES
+    from dpo_kit.data.curate.modes import MODES
 
     gc.set_threshold(200_000)  # rows are plain data without cycles, and looking through 100,000 of them costs seconds
     MODES[tool.mode](settings, tool, Path(tool.out or time.strftime("outputs/data-%Y%m%d-%H%M%S")))
@@ -93,7 +94,7 @@ def check_tool(cfg: DictConfig) -> tuple[Settings, Tool]:
     """The config of the run and the tool's own options, both checked. Raises ConfigError."""
     theirs = [str(key) for key in cfg if key not in (*OWN, *ELSEWHERE)]
     settings = check(OmegaConf.masked_copy(cfg, theirs), trains=False)
-    refuse_missing(settings)
+    refuse_unusable(settings)
     try:
         return settings, Tool(**OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(OWN)), resolve=True))  # type: ignore[arg-type]
     except pydantic.ValidationError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dpo_kit.chats import CONTEXT
+from dpo_kit.model.chats import CONTEXT
 
 BESIDE = ("system", *CONTEXT)
 """Columns that go into a chat beside prompt and answers; raw text has no place for them."""

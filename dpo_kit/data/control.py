@@ -17,7 +17,7 @@ TRIED = 1000  # of the longest chats, and as many spread over the others
 
 def is_rendered(rows: Rows, tokenizer: Any) -> bool:
     """Whether all prompts are texts that begin with a control token, as a chat template writes them."""
-    from dpo_kit.turns import control_pattern
+    from dpo_kit.model.turns import control_pattern
 
     begins = control_pattern(tokenizer).match
     prompts = [row["prompt"] for row in rows]
@@ -28,8 +28,8 @@ def try_template(rows: Rows, kind: Kind, tokenizer: Any) -> None:
     """ModelError where the chat template is hostile to plain chats or to those of `rows`: the longest, and some of all
     others.
     """
-    from dpo_kit.template import refuse_hostile_template
-    from dpo_kit.turns import PLAIN
+    from dpo_kit.model.template import refuse_hostile_template
+    from dpo_kit.model.turns import PLAIN
 
     chats = sorted((row for row in rows if not isinstance(row["prompt"], str)), key=_length, reverse=True)
     chats = chats[:TRIED] + chats[TRIED :: max(1, len(chats) // TRIED)]
@@ -77,7 +77,7 @@ def describe_end(tokenizer: Any) -> dict[str, Any]:
     """The token that ends an answer in the chat template, and those at which the model's own generation stops; said in
     the log where a model that learns the one would not stop at the others.
     """
-    from dpo_kit.turns import ends_of, turns_of
+    from dpo_kit.model.turns import ends_of, turns_of
 
     end, stops = turns_of(tokenizer).end, tokenizer.convert_ids_to_tokens(ends_of(tokenizer))
     if end is None:
@@ -111,8 +111,8 @@ def _length(row: dict[str, Any]) -> int:
 
 def _count(row: dict[str, Any], kind: Kind, tokenizer: Any) -> tuple[Counter[str], Counter[str]]:
     """The control tokens of a row; of raw answers without the EOS that ends them."""
-    from dpo_kit.control_tokens import count_control_tokens
-    from dpo_kit.turns import control_pattern
+    from dpo_kit.model.control_tokens import count_control_tokens
+    from dpo_kit.model.turns import control_pattern
 
     said = [row["prompt"], *(row[name] for name in ANSWERS[kind])]
     if not isinstance(row["prompt"], str):

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_kit.data.figures import number
+from dpo_kit.config.settings import FormName
 from dpo_kit.data.read import Fault, Row, Tie
+from dpo_kit.data.report.figures import number
 from dpo_kit.data.rows import ANSWERS, is_blank, missing_fault, normalise
 from dpo_kit.data.spelling import LEAVE, TieError, UnfitError, conversation, looks_written, read_chat, unwritten
 from dpo_kit.errors import DataError
-from dpo_kit.settings import FormName
 
 Values = dict[str, Any]
 SAMPLE = 100  # rows by which forms of the same columns are told apart

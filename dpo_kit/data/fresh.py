@@ -21,7 +21,7 @@ def as_prompts(rows: Rows, tokenizer: Any, room: int | None, faults: list[Fault]
 
     TRL would cut such a prompt in the loss, but not where it draws the answer.
     """
-    from dpo_kit.tokens import encode_prompts
+    from dpo_kit.model.tokens import encode_prompts
 
     kept = []
     for row, ids in zip(rows, encode_prompts(tokenizer, [row["prompt"] for row in rows]), strict=True):

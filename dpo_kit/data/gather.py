@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dpo_kit.config.settings import Data, Source
 from dpo_kit.data.control import (
     count_in_rows,
     describe_changes,
@@ -21,8 +22,7 @@ from dpo_kit.data.read import Fault, Row, Tie, read_source
 from dpo_kit.data.rows import Kind
 from dpo_kit.data.shape import Shape, refuse_unread_kwargs
 from dpo_kit.errors import DataError
-from dpo_kit.settings import Data, Source
-from dpo_kit.turns import end_tokens
+from dpo_kit.model.turns import end_tokens
 
 Rows = list[dict[str, Any]]
 KINDS: dict[str, Kind] = {"pairs": "pairs", "scored": "pairs", "unary": "unary", "prompts": "prompts"}
@@ -61,7 +61,7 @@ def gather(data: Data, tokenizer: Any, *, refuse: bool = True, bare: bool = Fals
         if kind != train[0][1]:
             raise DataError(
                 f"{train[0][1]} and {kind} rows cannot be mixed, as {train[0][0]} and {path} do: "
-                "convert one of them with python -m dpo_kit.data mode=convert"
+                "convert one of them with python -m dpo_kit data mode=convert"
             )
     reader.refuse_mixture()
     pool = [row for _, _, rows in held_out for row in rows] if held_out else None
@@ -175,7 +175,7 @@ class _Reader:
         self.forms[path] = str(match)
         if match.form.rows == "rated":
             raise DataError(
-                f"{path} has one scored answer a row ({match}): python -m dpo_kit.data mode=convert "
+                f"{path} has one scored answer a row ({match}): python -m dpo_kit data mode=convert "
                 f"data=jsonl data.train={path} makes pairs of those to one prompt"
             )
         if match.form.rows == "scored":

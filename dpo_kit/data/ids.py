@@ -8,8 +8,9 @@ from typing import Any
 from tqdm import tqdm
 
 from dpo_kit.data.read import Fault
-from dpo_kit.data.rows import ANSWERS, Found, Kind, digest
+from dpo_kit.data.rows import ANSWERS, Found, Kind
 from dpo_kit.data.shape import parts_of
+from dpo_kit.run.files import digest
 
 Rows = list[dict[str, Any]]
 CHUNK = 1000  # rows that are rendered at once
@@ -38,7 +39,7 @@ def add_ids(rows: Rows, formed: Rows, kind: Kind, tokenizer: Any, faults: list[F
 
 
 def _add(part: list[tuple[dict[str, Any], dict[str, Any]]], kind: Kind, tokenizer: Any, faults: list[Fault]) -> None:
-    from dpo_kit.tokens import encode_rows
+    from dpo_kit.model.tokens import encode_rows
 
     answers = [[shape[name] for name in ANSWERS[kind]] for _, shape in part]
     try:
@@ -66,7 +67,7 @@ def _why(shape: dict[str, Any], error: Exception) -> tuple[str, str]:
 
 def _left_out(shape: dict[str, Any], kind: Kind, tokenizer: Any) -> Found | None:
     """A part of a chat that the template passes over, so that nobody would be trained on what the row says."""
-    from dpo_kit.turns import leaves_out
+    from dpo_kit.model.turns import leaves_out
 
     if isinstance(shape["prompt"], str):
         return None

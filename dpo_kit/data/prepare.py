@@ -6,15 +6,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_kit.config.settings import Data
 from dpo_kit.data.fresh import as_prompts, distinct_prompts
 from dpo_kit.data.gather import Gathered, Rows, count_faults, gather, sources
-from dpo_kit.data.inspect import inspect
 from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.read import Fault
+from dpo_kit.data.report.inspect import inspect
 from dpo_kit.data.rows import Kind, identify
 from dpo_kit.data.signal import keep_signal
 from dpo_kit.errors import DataError
-from dpo_kit.settings import Data
 
 
 @dataclass

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.data.files import CELLS, KNOWN, TABLES, WHOLE, ending, find_files, is_split, near_miss, split_name
+from dpo_kit.config.data_files import CELLS, KNOWN, TABLES, WHOLE, ending, find_files, is_split, near_miss, split_name
 from dpo_kit.errors import DataError
 
 MARKS = {  # byte order marks, longest first

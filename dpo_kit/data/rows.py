@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from dpo_kit.chats import message_text
 from dpo_kit.data.context import context_fault
 from dpo_kit.data.read import Fault, Row
+from dpo_kit.model.chats import message_text
+from dpo_kit.run.files import digest
 
 Kind = Literal["pairs", "unary", "prompts"]
 ANSWERS: dict[Kind, tuple[str, ...]] = {"pairs": ("chosen", "rejected"), "unary": ("completion",), "prompts": ()}
@@ -186,8 +185,3 @@ def identify(rows: Iterable[dict[str, Any]], kind: Kind) -> Iterator[dict[str, A
         seen[content] += 1
         pair_id = content if seen[content] == 1 else f"{content}-{seen[content]}"
         yield values | {"pair_id": pair_id}
-
-
-def digest(value: Any) -> str:
-    """A short content hash, the same on every machine."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_kit.chats import Messages, split_context, with_context
 from dpo_kit.data.context import BESIDE, TAKEN, read_context
 from dpo_kit.data.rows import ANSWERS, Kind, as_chat
 from dpo_kit.errors import ConfigError, did_you_mean
+from dpo_kit.model.chats import Messages, split_context, with_context
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def keep_signal(rows: Rows, kind: Kind, max_length: int | None, truncation: str,
 
 
 def _cut(prompt: list[int], answer: list[int], max_length: int | None, truncation: str) -> list[int]:
-    from dpo_kit.tokens import truncate
+    from dpo_kit.model.tokens import truncate
 
     return answer[-(max_length or 0) :] if truncation == "keep_end" else truncate(prompt, answer, max_length)
 

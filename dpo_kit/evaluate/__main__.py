@@ -1,4 +1,4 @@
-"""`python -m dpo_kit.evaluate`: is a policy better than its reference, at what, and how sure is that?"""
+"""`python -m dpo_kit evaluate`: is a policy better than its reference, at what, and how sure is that?"""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from dpo_kit.config import CONF
+from dpo_kit.config.command_line import run_tool
+from dpo_kit.config.compose import CONF
+from dpo_kit.config.help import keys_of
 from dpo_kit.errors import ConfigError, DpoKitError, EvaluationError
 from dpo_kit.evaluate.evaluation import check_parts, evaluate, show, show_line
-from dpo_kit.evaluate.plan import Job, plan, refuse_silent_servers
-from dpo_kit.help import keys_of
-from dpo_kit.quiet import quiet_imports
-from dpo_kit.tool import run_tool
+from dpo_kit.evaluate.job import Job, plan, refuse_silent_servers
+from dpo_kit.run.quiet import quiet_imports
 
 USAGE = """\
-usage: python -m dpo_kit.evaluate run=DIR | sweep=DIR | policy=… reference=… [group=option | key=value] …
+usage: python -m dpo_kit evaluate run=DIR | sweep=DIR | policy=… reference=… [group=option | key=value] …
 
   run=DIR                      the policy of a run against its reference, on the test split; into DIR/evaluation
   sweep=DIR                    every run of a sweep, on the select split; ends with the summary and the choice
@@ -54,7 +54,7 @@ def work(arguments: Sequence[str]) -> None:
     check_parts(jobs[0].options.parts)
     refuse_silent_servers(jobs[0])
     with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
-        import dpo_kit.held_out  # noqa: F401
+        import dpo_kit.trainer.held_out  # noqa: F401
     if jobs[0].options.sweep:
         _evaluate_sweep(jobs)
         return

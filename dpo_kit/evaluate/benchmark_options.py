@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from dpo_kit.settings import Endpoint, Strict
+from dpo_kit.config.settings import Endpoint, Strict
 
 
 def _compiles(pattern: str) -> str:

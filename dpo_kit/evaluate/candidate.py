@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.config.identity import recall_config
+from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError
-from dpo_kit.generation import LocalModel
-from dpo_kit.identity import recall_config
-from dpo_kit.origin import ADAPTER, base_of, find_base, has_tokenizer
-from dpo_kit.run import RunDirectory, hash_weights, read_json
-from dpo_kit.settings import Model
+from dpo_kit.judge.answers import LocalModel
+from dpo_kit.model.origin import ADAPTER, base_of, find_base, has_tokenizer
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import hash_weights, read_json
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Candidate:
 
     def load(self) -> Any:
         """The weights, in evaluation mode. ModelError where they cannot be loaded."""
-        from dpo_kit.model import load_reference, load_tuned
+        from dpo_kit.model.load import load_reference, load_tuned
 
         return load_tuned(self.model, self.tuned).eval() if self.tuned else load_reference(self.model)
 
     def tokenizer(self) -> Any:
         """The tokenizer of `model.path`, or the adapter's own; it reads control tokens in messages as text."""
-        from dpo_kit.model import load_tokenizer
+        from dpo_kit.model.load import load_tokenizer
 
         own = {"path": str(self.tuned), "revision": None} if self.own_tokenizer else {}
         return load_tokenizer(self.model.model_copy(update=own))
@@ -55,7 +56,7 @@ class Candidate:
 
     def sampler(self) -> LocalModel:
         """This candidate as one whose answers are drawn here; known by its weights, wherever they lie."""
-        from dpo_kit.turns import written_today
+        from dpo_kit.model.turns import written_today
 
         weights = [hash_weights(path) or f"{path}@{self.model.revision}" for path in self._parts()]
         loaded = [self.model.dtype, self.model.quantization if self.model.tuning == "qlora" else None]
@@ -71,8 +72,8 @@ class Candidate:
         return [str(self.tuned)] if self.model.tuning == "full" else [base_of(self.model).path, str(self.tuned)]
 
     def _open(self) -> tuple[Any, Any]:
-        from dpo_kit.hardware import training_precision
-        from dpo_kit.held_out import place
+        from dpo_kit.model.hardware import training_precision
+        from dpo_kit.trainer.held_out import place
 
         fast = {"dtype": training_precision() if self.model.dtype == "auto" else self.model.dtype}
         return place(Candidate(self.name, self.model.model_copy(update=fast), self.tuned).load()), self.tokenizer()
@@ -91,7 +92,7 @@ def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
     config = recall_config(manifest)
     policy = Candidate(folder.resolve().name, Model(**config["model"]), run.model)
     if manifest.get("template_date"):
-        from dpo_kit.manifest import keep_date
+        from dpo_kit.trainer.manifest import keep_date
 
         keep_date(run, policy.tokenizer())
     return policy, config

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit import tracking
 from dpo_kit.errors import ConfigError, did_you_mean
+from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.parts import PARTS
 from dpo_kit.evaluate.picture import draw_evaluation
-from dpo_kit.evaluate.plan import Job
-from dpo_kit.history import read_metrics
-from dpo_kit.page import refresh_page
-from dpo_kit.run import read_json, write_json
-from dpo_kit.words import command, override
+from dpo_kit.run import tracking
+from dpo_kit.run.files import read_json, write_json
+from dpo_kit.run.history import read_metrics
+from dpo_kit.run.report.page import refresh_page
+from dpo_kit.run.words import command, override
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_kit.errors import ModelError
 from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.evaluate.plan import Job
+from dpo_kit.evaluate.job import Job
 
 
 def measure_preferences(job: Job) -> dict[str, Any]:
@@ -41,9 +41,9 @@ def measure_preferences(job: Job) -> dict[str, Any]:
 def _score(
     job: Job, policy: Candidate, reference: Candidate, rows: list[dict[str, Any]], beta: float | None
 ) -> tuple[Any, list[dict[str, Any]]]:
-    from dpo_kit.held_out import Tuned, place, score_rows
-    from dpo_kit.model import token_differences
-    from dpo_kit.quiet import quiet_libraries
+    from dpo_kit.model.load import token_differences
+    from dpo_kit.run.quiet import quiet_libraries
+    from dpo_kit.trainer.held_out import Tuned, place, score_rows
 
     quiet_libraries()
     own_base = policy.tuned is not None and policy.model.path == reference.model.path

@@ -1,4 +1,4 @@
-"""The options of `python -m dpo_kit.evaluate` (conf/tool/evaluate.yaml), checked."""
+"""The options of `python -m dpo_kit evaluate` (conf/tool/evaluate.yaml), checked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from dpo_kit.config.settings import Endpoint, Judge, Strict
 from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness, MTBench
-from dpo_kit.settings import Endpoint, Judge, Strict
 
 Split = Literal["select", "test", "all"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_kit.evaluate.plan import Job
+from dpo_kit.evaluate.job import Job
 
 Found = dict[str, Any]
 Line = tuple[str, str, str]  # measure, value, 95 % interval

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dpo_kit.evaluate.after import FAILURES, HACKING
-from dpo_kit.evaluate.benchmarks import ALPACA_EVAL, DOMAIN, GATE, MT_BENCH
-from dpo_kit.evaluate.comparison import measure_win_rate
+from dpo_kit.evaluate.behaviour.parts import FAILURES, HACKING
+from dpo_kit.evaluate.benchmarks.parts import ALPACA_EVAL, DOMAIN, GATE, MT_BENCH
 from dpo_kit.evaluate.held_pairs import measure_preferences
 from dpo_kit.evaluate.part import Found, Line, Part, interval_line, interval_text, number_text
 from dpo_kit.evaluate.picture import DOUBTS, SCORING
-from dpo_kit.evaluate.rates import CUT
+from dpo_kit.evaluate.win_rate.comparison import measure_win_rate
+from dpo_kit.evaluate.win_rate.rates import CUT
 
 # --- held-out preferences ----------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.report import BLUE, GREY, ORANGE, OVER_THE_LINE
+from dpo_kit.run.report.picture import BLUE, GREY, ORANGE, OVER_THE_LINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kit import metrics as measures
-from dpo_kit.data.figures import scores_of
+from dpo_kit.callbacks import metrics as measures
+from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
 from dpo_kit.data.prepare import Rows
-from dpo_kit.scores import Scores, preference_metrics, reward_metrics
-from dpo_kit.sweep.evidence import Difference, mcnemar, paired_bootstrap
+from dpo_kit.data.report.figures import scores_of
+from dpo_kit.run.statistics import Difference, mcnemar, paired_bootstrap
 
 GROUPS = 4  # of pairs by score gap
 BINS = 10  # of the reliability table, over confidences from ½ to 1

@@ -1,4 +1,4 @@
-"""`python -m dpo_kit.export run=DIR`: a finished run for others to load, or to repeat in plain TRL."""
+"""`python -m dpo_kit export run=DIR`: a finished run for others to load, or to repeat in plain TRL."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_kit.config.command_line import Values, parse, run_tool
+from dpo_kit.config.places import refuse_unwritable
 from dpo_kit.errors import ConfigError
-from dpo_kit.places import refuse_unwritable
-from dpo_kit.quiet import quiet_imports
-from dpo_kit.run import RunDirectory
-from dpo_kit.tool import Values, parse, run_tool
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from dpo_kit.export.folder import Export
 
 USAGE = """\
-usage: python -m dpo_kit.export run=DIR [key=value] …
+usage: python -m dpo_kit export run=DIR [key=value] …
 
   run=DIR              a finished run
   mode=model           (default) a plain transformers folder: adapters merged, checked against the policy of the run

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from dpo_kit.card import card_text
-from dpo_kit.checkpoints import SAVING, put_in_place
+from dpo_kit.config.identity import recall_config
+from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.export.merge import (
     choose_dtype,
@@ -26,11 +26,12 @@ from dpo_kit.export.merge import (
     refuse_other_base,
 )
 from dpo_kit.export.serving import find_faults, has_chat_template
-from dpo_kit.identity import recall_config
-from dpo_kit.model import end_as_trained
-from dpo_kit.quiet import quiet_libraries
-from dpo_kit.run import RunDirectory, read_json, write_json, write_text
-from dpo_kit.settings import Model
+from dpo_kit.model.load import end_as_trained
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json, write_json, write_text
+from dpo_kit.run.quiet import quiet_libraries
+from dpo_kit.run.report.card import card_text
+from dpo_kit.trainer.resume.checkpoints import SAVING, put_in_place
 
 log = logging.getLogger(__name__)
 FACTS = "export.json"

@@ -16,11 +16,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from dpo_kit.config.settings import Model
 from dpo_kit.errors import ModelError
-from dpo_kit.model import load_weights
-from dpo_kit.origin import base_of
-from dpo_kit.run import RunDirectory, hash_weights
-from dpo_kit.settings import Model
+from dpo_kit.model.load import load_weights
+from dpo_kit.model.origin import base_of
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import hash_weights
 
 log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")

@@ -8,19 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.checkpoints import SAVING, put_in_place
+from dpo_kit.config.identity import recall_settings
+from dpo_kit.config.settings import Model, Settings
 from dpo_kit.data.prepare import Prepared
-from dpo_kit.data.rows import digest
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.export.folder import finished
-from dpo_kit.given_tokens import GivenTokens
-from dpo_kit.identity import recall_settings
-from dpo_kit.manifest import contents, keep_date
-from dpo_kit.model import load_tokenizer, read_template
-from dpo_kit.origin import base_of, has_tokenizer, read_adapter
-from dpo_kit.quiet import quiet_libraries
-from dpo_kit.run import RunDirectory, read_json, write_json, write_text
-from dpo_kit.settings import Model, Settings
+from dpo_kit.model.load import load_tokenizer, read_template
+from dpo_kit.model.origin import base_of, has_tokenizer, read_adapter
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import digest, read_json, write_json, write_text
+from dpo_kit.run.quiet import quiet_libraries
+from dpo_kit.trainer.given_tokens import GivenTokens
+from dpo_kit.trainer.manifest import contents, keep_date
+from dpo_kit.trainer.resume.checkpoints import SAVING, put_in_place
 from dpo_kit.training import build_dataset, held_out_rows, read_data
 
 log = logging.getLogger(__name__)

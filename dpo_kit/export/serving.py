@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dpo_kit.run import read_json
+from dpo_kit.run.files import read_json
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 DTYPES = ("float32", "bfloat16", "float16")

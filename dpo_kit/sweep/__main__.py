@@ -1,4 +1,4 @@
-"""`python -m dpo_kit.sweep sweep=DIR`: the table, pictures and choice of runs that are there already."""
+"""`python -m dpo_kit sweep sweep=DIR`: the table, pictures and choice of runs that are there already."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from dpo_kit.config.command_line import Values, parse, run_tool
+from dpo_kit.config.settings import Choose
 from dpo_kit.errors import ConfigError
-from dpo_kit.settings import Choose
 from dpo_kit.sweep.conclude import measure_recommended
 from dpo_kit.sweep.summary import show_summary
-from dpo_kit.tool import Values, parse, run_tool
 
 USAGE = """\
-usage: python -m dpo_kit.sweep sweep=DIR [key=value] …
+usage: python -m dpo_kit sweep sweep=DIR [key=value] …
 
   sweep=DIR                    a folder whose subfolders are runs
   test=true                    measure the recommended run on the test split first (it loads the model)

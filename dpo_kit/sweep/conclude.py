@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from dpo_kit import tracking
-from dpo_kit.quiet import quiet_imports
-from dpo_kit.run import RunDirectory
-from dpo_kit.settings import Tracking
+from dpo_kit.config.settings import Tracking
+from dpo_kit.run import tracking
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.quiet import quiet_imports
 from dpo_kit.sweep.summary import Summary, show_summary, summarize
 
 log = logging.getLogger("dpo_kit.sweep")
@@ -33,7 +33,7 @@ def measure_recommended(sweep_dir: str | Path) -> None:
     log.info("measuring %s on the test split", chosen.path)
     quiet_imports()
     try:
-        from dpo_kit.held_out import measure_test_split
+        from dpo_kit.trainer.held_out import measure_test_split
 
         measure_test_split(chosen.root)
     except Exception as error:  # the sweep's own results stand without it

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.markdown import code, fence, inline, table
-from dpo_kit.report import TABLE, interval_text
-from dpo_kit.run import RunDirectory, write_json, write_text
-from dpo_kit.sweep.advice import next_command
-from dpo_kit.sweep.choice import Choice, choose, read_limits
-from dpo_kit.sweep.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
-from dpo_kit.sweep.runs import RunRecord, number, read_runs, sweep_command
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import write_json, write_text
+from dpo_kit.run.report.markdown import code, fence, inline, table
+from dpo_kit.run.report.picture import TABLE, interval_text
+from dpo_kit.sweep.choice.advice import next_command
+from dpo_kit.sweep.choice.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
+from dpo_kit.sweep.choice.rule import Choice, choose, read_limits
+from dpo_kit.sweep.choice.runs import RunRecord, number, read_runs, sweep_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,8 +60,8 @@ def write_summary(sweep_dir: str | Path, *, ideal: str | Path | None = None, **l
     `ideal` names the data of the best possible frontier (see frontier.py); `limits` are those of `summarize`. May be
     called again after every job: the table is true for what there is.
     """
-    from dpo_kit.sweep.curves import draw_curves
-    from dpo_kit.sweep.frontier import draw_frontier
+    from dpo_kit.sweep.pictures.curves import draw_curves
+    from dpo_kit.sweep.pictures.frontier import draw_frontier
 
     summary = summarize(sweep_dir, **limits)
     write_text(summary.sweep_dir / "summary.csv", to_csv(summary.rows))

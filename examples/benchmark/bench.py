@@ -65,8 +65,10 @@ def demo():
 
 
 def probe_cost(options):
-    from dpo_kit import callbacks, compose, reference, train
-    from dpo_kit.history import read_metrics
+    from dpo_kit import compose, train
+    from dpo_kit.callbacks import callbacks
+    from dpo_kit.run.history import read_metrics
+    from dpo_kit.trainer import reference_store as reference
 
     spent = timed(callbacks._Measuring, "_report")
     passes = timed(reference, "reference_logps")

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dpo_kit import checkpoints
+from dpo_kit.trainer.resume import checkpoints
 
 PROMISED = 10.0  # per cent
 
@@ -117,10 +117,10 @@ def build(path, tuning, kind, folder, steps, every):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from dpo_kit.quiet import quiet_libraries
-    from dpo_kit.recorder import show_progress
-    from dpo_kit.safekeeping import with_safekeeping
+    from dpo_kit.run.quiet import quiet_libraries
     from dpo_kit.toy import MODEL, TRAIN
+    from dpo_kit.trainer.recorder import show_progress
+    from dpo_kit.trainer.resume.safe_trainer import with_safekeeping
 
     quiet_libraries()
     rows = [json.loads(line) for line in TRAIN.read_text().splitlines()[:64]]

@@ -4,7 +4,7 @@
 
 The embedded pairs with a share of their labels flipped, twice: once so that the votes show it (a flipped label has the
 minority of the raters behind it), once so that nothing shows it. Each is trained on as it is and after
-`python -m dpo_kit.data mode=curate` with its defaults, for equal numbers of steps. The ratings, which are the gold
+`python -m dpo_kit data mode=curate` with its defaults, for equal numbers of steps. The ratings, which are the gold
 reward itself, are taken out of the files. Differences are of the mean gold reward of fresh samples for the held-out
 prompts, with a 95 % interval of a bootstrap over prompts and seeds.
 """
@@ -64,7 +64,7 @@ def write(file, rows):
 
 def curate(file, out):
     words = ["mode=curate", "data=toy", f"data.train={file}", f"out={out}"]
-    subprocess.run([sys.executable, "-m", "dpo_kit.data", *words], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "dpo_kit", "data", *words], check=True, stdout=subprocess.DEVNULL)
     return out / "curated.jsonl"
 
 

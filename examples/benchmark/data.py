@@ -3,7 +3,7 @@
     python examples/benchmark/data.py [pairs=100000 out=FOLDER]
 
 Synthetic pairs, 20 words a prompt and 60 an answer on average, 2 in 100 of them near-duplicates of another one, go
-through `python -m dpo_kit.data`: strict reading, token counts with the embedded model's tokenizer, near-duplicates,
+through `python -m dpo_kit data`: strict reading, token counts with the embedded model's tokenizer, near-duplicates,
 leaks, clusters, shortcuts, table and picture; no model pass. The rate is for the whole command, imports in.
 """
 
@@ -33,7 +33,7 @@ def main(arguments):
     load = os.getloadavg()[0]
     seconds, memory = check(file, folder / "report")
     report = json.loads((folder / "report" / "data_report.json").read_text())
-    table = Table("measure", "value", title=f"python -m dpo_kit.data on {os.cpu_count()} cores, load before {load:.1f}")
+    table = Table("measure", "value", title=f"python -m dpo_kit data on {os.cpu_count()} cores, load before {load:.1f}")
     table.add_row("pairs", f"{count:,}")
     table.add_row("size of the file, MB", f"{file.stat().st_size / 1e6:.0f}")
     table.add_row("seconds", f"{seconds:.1f}")
@@ -69,7 +69,7 @@ def check(file, out):
     env = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
     words = ["data=jsonl", f"data.train={file}", "trl.max_length=1024", f"out={out}"]
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "dpo_kit.data", *words], check=True, env=env, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "dpo_kit", "data", *words], check=True, env=env, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 

@@ -30,8 +30,8 @@ from pathlib import Path
 import psutil
 
 from dpo_kit.errors import did_you_mean
-from dpo_kit.markdown import inline, table
-from dpo_kit.run import write_json, write_text
+from dpo_kit.run.files import write_json, write_text
+from dpo_kit.run.report.markdown import inline, table
 
 OPTIONS = {"out": "gpu", "size": "", "limit": "470", "device": "", "part": "train,demo,function,four"}
 SIZES = {"cuda": ("0.5b", "1.5b", "7b"), "cpu": ("5m",)}
@@ -331,7 +331,7 @@ def training_table(rows):
         "Distinct: no padding, a pair's prompt once. MFU: (6 · weights without embeddings + head on scored tokens + "
         "attention) · distinct tokens / seconds of the steps alone, with 4 for 6 where weights are frozen (LoRA); for "
         "the reference nothing is credited. Peak: what tensors took at most, reference pass in; planned: what "
-        "`dpo_kit.plan` foresaw. The first steps are left out."
+        "`dpo_kit.cli.plan` foresaw. The first steps are left out."
     )
     return table(headings, lines, left=2) + "\n\n" + note
 

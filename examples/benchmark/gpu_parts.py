@@ -97,7 +97,7 @@ def imports(row, told):
 
     trl.DPOTrainer  # noqa: B018  what TRL imports when it is first asked for
     if row["who"] == "dpo_kit":
-        import dpo_kit.cli
+        import dpo_kit.cli.main
         import dpo_kit.training  # noqa: F401
     return {"seconds": time.time() - told["born"]}
 
@@ -203,7 +203,7 @@ def measure_stock(row, told):
 
 def measure_ours(row, told):
     """Steps of the trainer that dpo_kit builds, with its defaults, and its reference pass over the same pairs."""
-    from dpo_kit import memory
+    from dpo_kit.trainer import memory
 
     count, planned = memory.estimate, []
 
@@ -241,7 +241,8 @@ def held_out(told, row):
 
 def run_ours(words, told, row):
     """Values of `timed_steps`, the reference pass and the seconds before the first step; the run is not ended."""
-    from dpo_kit import compose, reference, train, training
+    from dpo_kit import compose, train, training
+    from dpo_kit.trainer import reference_store as reference
 
     passes, keys, found = [], [], {}
     pass_over, key_of = reference.reference_logps, reference.reference_key
@@ -361,7 +362,7 @@ def measure_probe(row, told):
     """Seconds of each measurement that dpo_kit's default callbacks make, of TRL's own evaluations, and of a step."""
     from transformers import Trainer
 
-    from dpo_kit import callbacks
+    from dpo_kit.callbacks import callbacks
 
     spent, half_way = [], []
     report, evaluate = callbacks._Measuring._report, Trainer.evaluate
@@ -406,7 +407,7 @@ def measure_exactness(row, told):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from dpo_kit.prefix import share_prefixes, why_not
+    from dpo_kit.trainer.prefix import share_prefixes, why_not
 
     sizes = row["config"] | ({"use_sliding_window": True, "max_window_layers": 1} if row["window"] else {})
     config = Qwen2Config(**sizes, sliding_window=row["window"] or 4096, attn_implementation="sdpa")
@@ -443,7 +444,7 @@ def measure_sampling(row, told):
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from dpo_kit.sampling import DRAWN_AT_ONCE, rows_at_once
+    from dpo_kit.model.sampling import DRAWN_AT_ONCE, rows_at_once
 
     with random_weights(told["device"]):
         dtype = torch.bfloat16 if told["device"] == "cuda" else torch.float32
@@ -541,7 +542,7 @@ def small_words(row, told):
 def try_method(row, told):
     """A run of 8 steps with both probes, to its end."""
     from dpo_kit import compose, train
-    from dpo_kit.run import read_json
+    from dpo_kit.run.files import read_json
 
     folder = Path(told["work"]) / "runs" / row["key"].replace(" ", "-")
     result = train(compose(small_words(row, told)), folder)
@@ -567,12 +568,12 @@ def try_tool(row, told):
 # --- function: commands --------------------------------------------------------------------------------------------
 
 
-def start_command(told, *words, module="dpo_kit"):
+def start_command(told, *words):
     """A command as a user types it, its output kept in a file of its own."""
     log = Path(tempfile.mkdtemp(dir=told["work"])) / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *words], stdout=output, stderr=subprocess.STDOUT, cwd=told["work"]
+            [sys.executable, "-m", "dpo_kit", *words], stdout=output, stderr=subprocess.STDOUT, cwd=told["work"]
         )
     process.log = log
     return process
@@ -606,7 +607,7 @@ def try_resume(row, told):
 def try_plan(row, told):
     """Planned and measured peak of three steps."""
     out = Path(told["work"]) / "plan.json"
-    finish(start_command(told, *small_words(row, told), "first_step=true", f"out={out}", module="dpo_kit.plan"))
+    finish(start_command(told, "plan", *small_words(row, told), "first_step=true", f"out={out}"))
     found = json.loads(out.read_text())
     planned, measured = found["peak"], found["measured"]["peak"]
     detail = f"{planned / 1e6:,.0f} MB planned, {measured / 1e6:,.0f} MB measured: {planned / measured:.2f}"

@@ -174,7 +174,7 @@ def as_on_a_gpu(counting):
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    from dpo_kit import prefix, speed
+    from dpo_kit.trainer import prefix, speed
 
     def one_call(query, key, value, *ends, **options):
         return AsOne.apply(

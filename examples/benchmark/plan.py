@@ -21,9 +21,9 @@ from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from dpo_kit import compose
-from dpo_kit.config import check
-from dpo_kit.plan import find_devices, plan_on
-from dpo_kit.quiet import quiet_libraries
+from dpo_kit.cli.plan import find_devices, plan_on
+from dpo_kit.config.compose import check
+from dpo_kit.run.quiet import quiet_libraries
 from dpo_kit.toy import MODEL
 
 SIZES = {
@@ -140,7 +140,7 @@ def compare(folder, size, words):
     once = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}  # what is freed is given back
     with tempfile.TemporaryDirectory() as cache:
         env = os.environ | once | {"DPO_KIT_CACHE": cache}
-        command = [sys.executable, "-m", "dpo_kit.plan", *given, "first_step=true", f"out={out}"]
+        command = [sys.executable, "-m", "dpo_kit", "plan", *given, "first_step=true", f"out={out}"]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dpo_kit.held_out import measure_test_split
-from dpo_kit.run import read_json
+from dpo_kit.run.files import read_json
+from dpo_kit.trainer.held_out import measure_test_split
 
 BETAS = (0.05, 0.1, 0.2, 0.5)
 

@@ -176,7 +176,7 @@ def ours(shape, *more, lora=False, beta=0.1, changed=""):
     os.environ["DPO_KIT_CACHE"] = tempfile.mkdtemp(dir=WORK)
     folder = tempfile.mkdtemp(dir=WORK)
     words = [*overrides(shape, *more, lora=lora), f"beta={beta}", f"hydra.run.dir={folder}/run"]
-    start = ("-c", f"{changed}\nfrom dpo_kit.cli import main\nmain()") if changed else ("-m", "dpo_kit")
+    start = ("-c", f"{changed}\nfrom dpo_kit.cli.main import main\nmain()") if changed else ("-m", "dpo_kit")
     found = run(sys.executable, *start, *words)
     passes = sum(map(float, re.findall(r"sequences computed in ([\d.]+) s", found["text"])))
     found["train"] = json.loads(Path(folder, "run", "result.json").read_text())["seconds"]["train"] + passes
@@ -235,8 +235,8 @@ LEVERS = {
     "tried: two processes that load data": ["trl.dataloader_num_workers=2"],
 }
 CHANGED = {  # by a constant, not by an option
-    "tried: PyTorch's fused attention": "import dpo_kit.prefix; dpo_kit.prefix.LONGEST = 0",
-    "tried: TRL's own tiles of the LM head": "import dpo_kit.speed; dpo_kit.speed.HEAD_TOKENS = 4096",
+    "tried: PyTorch's fused attention": "import dpo_kit.trainer.prefix; dpo_kit.trainer.prefix.LONGEST = 0",
+    "tried: TRL's own tiles of the LM head": "import dpo_kit.trainer.speed; dpo_kit.trainer.speed.HEAD_TOKENS = 4096",
 }
 
 

@@ -44,6 +44,6 @@ class ProcessLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; their return values in the same order."""
-        from dpo_kit.sweep.launcher import launch
+        from dpo_kit.sweep.launch.launcher import launch
 
         return launch(self, job_overrides, initial_job_idx)

@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
-from dpo_kit.config import CONF, compose
-from dpo_kit.trl_schema import load_schema
+from dpo_kit.config.compose import CONF, compose
+from dpo_kit.config.trl_schema import load_schema
 
 
 def resolved(method: str) -> dict:

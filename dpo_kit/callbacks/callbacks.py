@@ -1,0 +1,297 @@
+"""Callbacks that measure preference tuning in any TRL trainer, the same way for every method.
+
+    probe = PairProbe(trainer, held_out_rows, beta=trainer.args.beta, saturation="dpo")
+    trainer.add_callback(PreferenceMargin(probe))
+    trainer.add_callback(ImplicitReward(probe))
+    trainer.add_callback(KLDrift(trainer, held_out_rows, reference=probe.reference))
+
+They measure at step 0, at each evaluation and at the end, against the model that training started from.
+Values go through `transformers.Trainer.log` under "probe/...", so to `state.log_history` and to every
+reporter, and as "eval_probe/..." into an evaluation's metrics, so `metric_for_best_model="probe/accuracy"`
+works with every method. They change nothing in training: no gradients, a forked random state, modes restored.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from dpo_kit.callbacks.drift import Divergence, Drift, ReferenceSamples, drift_metrics
+from dpo_kit.callbacks.probe import PairProbe, name_rows
+from dpo_kit.callbacks.scores import preference_metrics, reward_metrics
+from dpo_kit.config.extensions import call_metrics
+from dpo_kit.model.random_state import forked_random
+from dpo_kit.model.sampling import Sample, measuring
+from dpo_kit.model.scoring import Reference
+from dpo_kit.run.quiet import phase
+
+logger = logging.getLogger(__name__)
+Metrics = dict[str, float]
+
+
+class _Measuring(TrainerCallback):
+    """When to measure: at the start, at each evaluation, at the end unless the last evaluation just did."""
+
+    at_start = "first measurement: held-out rows"
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._logged: tuple[int, bool] | None = None
+        self._metrics: Metrics = {}
+
+    def measure(self, moment: str, *, kept: bool) -> Metrics:
+        """Metrics at the trainer's present step; `moment` is "start", "evaluation" or "end"."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Find the reference's side again after a resume; ModelError where it is gone."""
+        raise NotImplementedError
+
+    def carry(self) -> dict[str, Any]:
+        """What a resumed run must know (see carried.py): what was measured last."""
+        return {"logged": self._logged}
+
+    def pick_up(self, carried: dict[str, Any]) -> None:
+        """Take back what `carry` gave."""
+        self._logged = carried["logged"]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            with phase(self.at_start):
+                self._report("start", 0)
+        else:
+            self.prepare()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Metrics | None = None, **_: Any) -> None:
+        values = self._report("evaluation", state.global_step)
+        if metrics is not None:
+            metrics.update({f"eval_{key}": value for key, value in values.items()})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self._report("end", state.global_step, kept=bool(best) and state.best_global_step != state.global_step)
+
+    def _report(self, moment: str, step: int, kept: bool = False) -> Metrics:
+        if self._logged != (step, kept) or moment == "start":
+            self._metrics = self.measure(moment, kept=kept)
+            self._log(self._metrics)
+            self._logged = (step, kept)
+        return self._metrics
+
+    def _log(self, values: Metrics) -> None:
+        # The base class's method: TRL's own would also flush, and so cut short, its averages of training
+        # metrics
+        Trainer.log(self.trainer, dict(values))
+
+
+class PreferenceMargin(_Measuring):
+    """How well the implicit reward ranks held-out pairs: margin, accuracy, saturation, the part length plays.
+
+    Logs `preference_metrics` of the probe's scores. Unary rows have no pairs: AUC and class gap instead.
+    """
+
+    def __init__(self, probe: PairProbe) -> None:
+        super().__init__(probe.trainer)
+        self.probe = probe
+
+    def prepare(self) -> None:
+        self.probe.prepare()
+
+    def measure(self, moment: str, *, kept: bool) -> Metrics:
+        scores = self.probe.scores(kept=kept)
+        values = preference_metrics(scores, self.probe.beta, self.probe.saturation)
+        if not self.probe.reference.is_start and scores.step == 0:
+            values["probe/reference_offset_nats"] = self.probe.reference_offset_nats
+        if self.probe.floor_nats:
+            values["probe/floor_nats"] = self.probe.floor_nats
+        return values
+
+
+class ImplicitReward(_Measuring):
+    """Implicit reward (beta · logratio) of chosen and rejected, their logratios in nats, and their
+    displacement.
+
+    Logs `reward_metrics` of the probe's scores. Without a beta that is a distance to the reference (ORPO,
+    CPO, SimPO) there are logratios only.
+    """
+
+    def __init__(self, probe: PairProbe) -> None:
+        super().__init__(probe.trainer)
+        self.probe = probe
+
+    def prepare(self) -> None:
+        self.probe.prepare()
+
+    def measure(self, moment: str, *, kept: bool) -> Metrics:
+        return reward_metrics(self.probe.scores(kept=kept), self.probe.beta)
+
+
+class OwnMetrics(_Measuring):
+    """Measures of the user's own on held-out rows: each function of `paths` ({name: module.function}) is called as
+    `function(rows, scores)` and logged as custom/<name>.
+
+    `rows` are the probe's rows as dicts (prompt, chosen, rejected, text or messages, or prompt, completion, label;
+    pair_id, prompt_id), `scores` is a `dpo_kit.callbacks.scores.Scores`. It returns a number; what it draws comes from
+    a forked random state seeded with the step.
+    """
+
+    def __init__(self, probe: PairProbe, paths: dict[str, str]) -> None:
+        super().__init__(probe.trainer)
+        self.probe, self.paths = probe, paths
+
+    def prepare(self) -> None:
+        self.probe.prepare()
+
+    def measure(self, moment: str, *, kept: bool) -> Metrics:
+        scores = self.probe.scores(kept=kept)
+        with forked_random(scores.step):
+            return call_metrics(self.paths, self.probe.rows, scores)
+
+
+class KLDrift(_Measuring):
+    """KL between policy and reference in nats per response, forward and reverse, on samples at temperature 1.
+
+    Forward, KL(reference‖policy), at every measurement, on samples of the reference drawn once. Reverse,
+    KL(policy‖reference), at step 0, at the evaluation nearest half-way and at the end, on fresh samples of
+    the policy. Both Rao-Blackwellized (arXiv:2504.10637), with k1 beside as a check, standard errors by
+    bootstrap over prompts, per token, and the share of samples cut at the token limit (which makes the value
+    a lower bound).
+
+    What the reference predicts along its samples (hidden states, and its LM head) is kept up to `cache_bytes`; beyond,
+    where it cannot be run beside the policy, evaluations log k1 alone and `Reference(reload=...)` serves start,
+    half-way and end. `shared` is a folder that runs from this very reference have in common: its samples are drawn once
+    for all of them.
+
+    Each of `on_samples` is called as `hook(step, samples)` with the fresh policy samples; what it returns is
+    logged.
+    """
+
+    at_start = "first measurement: answers for the KL"
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        prompts: Sequence[dict[str, Any]],
+        *,
+        reference: Reference | None = None,
+        max_new_tokens: int = 64,
+        samples_per_prompt: int = 1,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        cache_bytes: int = 2**30,
+        seed: int = 0,
+        on_samples: Sequence[Callable[[int, list[Sample]], Metrics]] = (),
+        shared: Path | None = None,
+    ) -> None:
+        super().__init__(trainer)
+        self.reference = reference or Reference(trainer)
+        distinct = {row["prompt_id"]: row for row in name_rows(prompts)}
+        self.drift = Drift(
+            self.reference,
+            [row for row in distinct.values() for _ in range(samples_per_prompt)],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            cache_bytes=cache_bytes,
+            seed=seed,
+            shared=shared,
+        )
+        self.on_samples = list(on_samples)
+        self._prepared: ReferenceSamples | None = None
+        self._forward_at: tuple[int, bool, bool] | None = None
+        self._forward_metrics: Metrics = {}
+        self._previous_step, self._half_way_done = 0, False
+
+    def prepare(self) -> None:
+        if self._prepared is None:
+            with measuring(self.trainer, *self.reference.models):
+                self._prepared = self.drift.prepare(self.trainer.state.global_step)
+
+    def measure(self, moment: str, *, kept: bool) -> Metrics:
+        step = self.trainer.state.global_step
+        full = moment != "evaluation" or self._is_half_way(step)
+        self.prepare()
+        with measuring(self.trainer, *self.reference.models):
+            if not full:
+                return self._forward(step, kept)
+            with self.reference.loaded():
+                return {**self._forward(step, kept), **self._reverse(step)}
+
+    def carry(self) -> dict[str, Any]:
+        return super().carry() | {"previous_step": self._previous_step, "half_way_done": self._half_way_done}
+
+    def pick_up(self, carried: dict[str, Any]) -> None:
+        super().pick_up(carried)
+        self._previous_step, self._half_way_done = carried["previous_step"], carried["half_way_done"]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._forward_at = None
+        self._previous_step, self._half_way_done = state.global_step, 2 * state.global_step > state.max_steps
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._logged = None  # the last evaluation measured the forward direction only, which is not measured again
+        super().on_train_end(args, state, control, **kwargs)
+
+    def _forward(self, step: int, kept: bool) -> Metrics:
+        assert self._prepared is not None
+        moment = (step, kept, self._prepared.states is not None or self.reference.live)
+        if self._forward_at != moment:
+            divergence = self.drift.forward(self._prepared)
+            self._check(step, divergence, self._prepared.samples)
+            self._forward_metrics = drift_metrics("forward", divergence, self._prepared.samples)
+            if self._prepared.floor_nats:
+                self._forward_metrics["probe/kl_floor_nats"] = self._prepared.floor_nats
+            self._forward_at = moment
+        return self._forward_metrics
+
+    def _reverse(self, step: int) -> Metrics:
+        samples = self._fresh_samples(step)
+        values: Metrics = {"probe/sample_tokens": sum(len(each.token_ids) for each in samples) / len(samples)}
+        if self.reference.live or step == 0:
+            divergence = self.drift.reverse(samples)
+            self._check(step, divergence, samples)
+            values |= drift_metrics("reverse", divergence, samples)
+        else:
+            logger.warning("reverse KL is not measured: the start model is gone; pass Reference(trainer, reload=...)")
+        for hook in self.on_samples:
+            values |= hook(step, samples)
+        return values
+
+    def _fresh_samples(self, step: int) -> list[Sample]:
+        if step == 0 and self.reference.is_start and self._prepared is not None:
+            return self._prepared.samples  # the policy still is the reference: its samples are the policy's
+        return self.drift.draw(self.trainer.model)
+
+    def _check(self, step: int, divergence: Divergence, samples: list[Sample]) -> None:
+        if step == 0:
+            self.reference.check_start(divergence.k1, torch.tensor([len(each.token_ids) for each in samples]))
+
+    def _is_half_way(self, step: int) -> bool:
+        """Whether this evaluation is the one nearest to half the steps (the next is taken to be as far
+        again).
+        """
+        half, interval = self.trainer.state.max_steps / 2, step - self._previous_step
+        if self._half_way_done or interval <= 0 or step >= self.trainer.state.max_steps:
+            return False
+        self._previous_step = step
+        self._half_way_done = abs(step - half) <= abs(step + interval - half)
+        return self._half_way_done
+
+
+class Patience(EarlyStoppingCallback):
+    """Stops training after `early_stopping_patience` evaluations without a better `metric_for_best_model`.
+
+    A resumed run goes on counting. To be added after the callbacks that measure what it waits for.
+    """
+
+    def carry(self) -> dict[str, Any]:
+        """What a resumed run must know (see carried.py)."""
+        return {"waited": self.early_stopping_patience_counter}
+
+    def pick_up(self, carried: dict[str, Any]) -> None:
+        """Take back what `carry` gave."""
+        self.early_stopping_patience_counter = carried["waited"]

@@ -1,0 +1,70 @@
+"""Where the truth is known (`data.gold` names a module that has it): gold reward of fresh samples, capability, ceiling.
+
+Such a module has `gold_rewards(prompts, answers) -> list[float]`, `capability_prompts() -> list[str]`,
+`capability_score(prompts, answers) -> float` and `MAX_NEW_TOKENS`; dpo_kit.toy is the embedded one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dpo_kit.callbacks.metrics import bootstrap_interval
+from dpo_kit.errors import ConfigError
+from dpo_kit.model.chats import answer_text
+from dpo_kit.model.sampling import Sample, draw_samples, measuring
+
+NEEDED = ("gold_rewards", "capability_prompts", "capability_score", "MAX_NEW_TOKENS")
+
+
+def load_gold(path: str) -> Any:
+    """The module at `path`. Raises ConfigError where it is not there or not complete."""
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise ConfigError(
+            f"data.gold={path} cannot be imported: {error}; name a module on the Python path, as dpo_kit.toy is"
+        ) from error
+    if missing := [name for name in NEEDED if not hasattr(module, name)]:
+        raise ConfigError(f"data.gold={path} lacks {', '.join(missing)}: define it there, as dpo_kit.toy does")
+    return module
+
+
+def label_ceiling(gold: Any, pairs: Sequence[dict[str, Any]]) -> float:
+    """The accuracy that the gold reward itself reaches on labelled pairs: no policy can be expected above it."""
+    prompts = [pair["prompt"] for pair in pairs]
+    chosen = gold.gold_rewards(prompts, [answer_text(pair["chosen"]) for pair in pairs])
+    rejected = gold.gold_rewards(prompts, [answer_text(pair["rejected"]) for pair in pairs])
+    return statistics.fmean(0.5 * ((c > r) + (c >= r)) for c, r in zip(chosen, rejected, strict=True))
+
+
+class GoldFigures:
+    """What the gold reward says of KLDrift's fresh samples: mean with a 95 % interval by prompt; and the capability."""
+
+    def __init__(self, gold: Any, trainer: Any) -> None:
+        self.gold, self.trainer = gold, trainer
+
+    def __call__(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
+        return self.reward(samples) | {"gold/capability": self._capability()}
+
+    def reward(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """The mean gold reward of `samples` and its interval."""
+        rewards = self.gold.gold_rewards([s.row["prompt"] for s in samples], [s.text for s in samples])
+        low, high = bootstrap_interval(torch.tensor(rewards), [s.row["prompt_id"] for s in samples])
+        return {"gold/reward": statistics.fmean(rewards), "gold/reward_low": low, "gold/reward_high": high}
+
+    def _capability(self) -> float:
+        prompts = self.gold.capability_prompts()
+        with measuring(self.trainer):
+            drawn = draw_samples(
+                self.trainer.model,
+                self.trainer.processing_class,
+                [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts],
+                max_new_tokens=self.gold.MAX_NEW_TOKENS,
+                accelerator=self.trainer.accelerator,
+            )
+        return self.gold.capability_score(prompts, [sample.text for sample in drawn])

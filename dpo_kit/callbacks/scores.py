@@ -1,0 +1,103 @@
+"""What one scoring of the probe says: logratios row by row, and the metrics drawn from them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpo_kit.callbacks import metrics as measures
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Logratios (nats, float64) of the probe's rows at one step, lengths in tokens, and prompts for
+    clustering.
+
+    Paired rows: element i of each field is pair i. Unary rows (`paired` false): `chosen` holds the desirable
+    completions and `rejected` the undesirable ones, which do not correspond.
+    """
+
+    step: int
+    paired: bool
+    logratio_chosen: Tensor
+    logratio_rejected: Tensor
+    tokens_chosen: Tensor
+    tokens_rejected: Tensor
+    prompts_chosen: list[str]
+    prompts_rejected: list[str]
+
+
+def preference_metrics(scores: Scores, beta: float | None, saturation: str | None) -> Metrics:
+    """What the implicit reward says of held-out rows, as metrics under "probe/" (nats; intervals are 95 %).
+
+    Pairs: accuracy, margin, calibration, length. Unary rows: AUC and the gap between the classes. `beta` None
+    leaves out what is scaled by it; `saturation` is a key of `metrics.SATURATION` or None.
+    """
+    if not scores.paired:
+        return _unary_metrics(scores)
+    margins = measures.margin(scores.logratio_chosen, scores.logratio_rejected)
+    values = {
+        **_interval("probe/accuracy", measures.accuracy_interval(margins, scores.prompts_chosen)),
+        "probe/accuracy": measures.accuracy(margins),
+        "probe/margin_nats": float(margins.mean()),
+        **_interval("probe/margin_nats", measures.bootstrap_interval(margins, scores.prompts_chosen)),
+        **_length_metrics(margins, scores),
+    }
+    if beta is not None:
+        rewards = measures.implicit_reward(margins, beta)
+        log_loss, brier = measures.log_loss_and_brier(rewards)
+        values |= {
+            "probe/reward_margin": float(rewards.mean()),
+            "probe/log_loss": log_loss,
+            "probe/brier": brier,
+        }
+        if saturation is not None:
+            gaps = scores.logratio_chosen / scores.tokens_chosen - scores.logratio_rejected / scores.tokens_rejected
+            values["probe/saturation"] = measures.SATURATION[saturation](margins, gaps, beta)
+    return values
+
+
+def reward_metrics(scores: Scores, beta: float | None) -> Metrics:
+    """Mean logratios (nats) and, where `beta` is given, implicit rewards of chosen and rejected, and
+    displacement.
+    """
+    sides = {"chosen": scores.logratio_chosen, "rejected": scores.logratio_rejected}
+    values = {f"probe/logratio_{side}_nats": float(logratio.mean()) for side, logratio in sides.items()}
+    if beta is not None:
+        rewards = {side: measures.implicit_reward(logratio, beta) for side, logratio in sides.items()}
+        values |= {f"probe/reward_{side}": float(reward.mean()) for side, reward in rewards.items()}
+    values["probe/displacement"] = float((scores.logratio_chosen < 0).double().mean())
+    if scores.paired:
+        _, values["probe/both_down"] = measures.displacement(scores.logratio_chosen, scores.logratio_rejected)
+    return values
+
+
+def _unary_metrics(scores: Scores) -> Metrics:
+    chosen, rejected = scores.logratio_chosen, scores.logratio_rejected
+    labels = torch.tensor([True] * len(chosen) + [False] * len(rejected))
+    prompts = scores.prompts_chosen + scores.prompts_rejected
+    return {
+        "probe/auc": measures.auc(chosen, rejected),
+        **_interval("probe/auc", measures.auc_interval(torch.cat([chosen, rejected]), labels, prompts)),
+        "probe/class_gap_nats": measures.class_gap(chosen, rejected),
+    }
+
+
+def _length_metrics(margins: Tensor, scores: Scores) -> Metrics:
+    gaps = (scores.tokens_chosen - scores.tokens_rejected).double()
+    shorter = margins[gaps < 0]
+    values = {
+        "probe/length_rule_accuracy": measures.longer_wins(scores.tokens_chosen, scores.tokens_rejected),
+        "probe/accuracy_chosen_shorter": measures.accuracy(shorter),
+        "probe/accuracy_length_corrected": measures.length_corrected_accuracy(margins, gaps),
+        "probe/margin_length_spearman": measures.spearman(margins, gaps),
+    }
+    # Undefined where no chosen is the shorter, or where all margins are equal, as at step 0
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def _interval(name: str, bounds: tuple[float, float]) -> Metrics:
+    return {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}

@@ -1,0 +1,279 @@
+"""The command line: refuse early, then let Hydra run `train`. No torch, no trl until a run really starts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import runpy
+import shutil
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_kit.config.command_line import guard
+from dpo_kit.config.compose import CONF, check, compose_unchecked, refuse_idle, register
+from dpo_kit.config.help import help_text
+from dpo_kit.config.identity import refuse_other_run
+from dpo_kit.config.places import claim, refuse_unwritable
+from dpo_kit.config.settings import Endpoint, Settings
+from dpo_kit.errors import ConfigError, DataError, ModelError
+from dpo_kit.judge.server import refuse_silent
+from dpo_kit.model.origin import refuse_unusable
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.lock import refuse_held
+from dpo_kit.run.processes import agree, is_writer, refuse_sweep, world_size
+from dpo_kit.run.quiet import quiet_imports
+from dpo_kit.run.redact import redact_text
+from dpo_kit.run.words import override, readable, refuse_dashes
+from dpo_kit.sweep.launch.plan import Plan, means_multirun, plan_sweep, without_hydra
+
+if TYPE_CHECKING:
+    from dpo_kit.trainer.finish import Result
+
+TERMINATED = 143
+TOOLS = {
+    **{name: f"dpo_kit.cli.{name}" for name in ("dashboard", "env", "plan")},
+    **{name: f"dpo_kit.{name}" for name in ("data", "evaluate", "export", "sweep")},
+}  # the modules of `python -m dpo_kit <tool>`
+HYDRA_S = (".hydra", "dpo_kit.log", ".lock")  # in a run directory, before anything of the run itself
+log = logging.getLogger("dpo_kit")
+held: list[Exception] = []  # what the task raised
+
+
+def main() -> None:
+    """`python -m dpo_kit` and `dpo-kit`: exits 0 done, 1 failed, 2 refused, 130 on Ctrl-C, 143 on SIGTERM.
+
+    `dpo-kit sweep …` is `python -m dpo_kit sweep …`, and so for each of TOOLS.
+    """
+    if not sys.flags.safe_path and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # where `python -m dpo_kit` finds modules of the user's own, `dpo-kit` does too
+    if set(sys.argv[1:2]) & set(TOOLS):
+        runpy.run_module(TOOLS[sys.argv.pop(1)], run_name="__main__", alter_sys=True)
+        return
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        sys.stdout.write(f"dpo_kit {version('dpo-kit')}\n")
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
+    # our option has the plugin's name
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated")
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.excepthook = _show_without_secrets
+    sys.exit(guard("dpo_kit", sys.argv[1:], lambda: _work(read_arguments(sys.argv[1:]))))
+
+
+def read_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags and overrides in any order, the overrides as Hydra can read them; the words that Hydra itself will
+    read are put so. Raises ConfigError.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[assignment,method-assign]  # not eight lines of usage
+    args, unknown = parser.parse_known_intermixed_args(words)  # as Hydra 1.4 does (facebookresearch/hydra#3053)
+    refuse_dashes(words, unknown)
+    flags = [word for word in words if word not in args.overrides]
+    args.overrides = readable(args.overrides) if not args.shell_completion else args.overrides
+    sys.argv[1:] = [*flags, *args.overrides]
+    return args
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(message)
+
+
+def _show_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(redact_text("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM unwinds like Ctrl-C, so that the run says that it was interrupted."""
+    raise SystemExit(TERMINATED)
+
+
+def _work(args: argparse.Namespace) -> None:
+    if args.help:
+        sys.stdout.write(help_text(args.config_dir))
+        return
+    if args.shell_completion:
+        _complete()
+        return
+    if args.hydra_help or args.info:
+        run()
+        return
+    start = refuse_early(args)
+    if isinstance(start, Settings):
+        quiet_imports()
+        from dpo_kit.cli.plan import dry_run
+
+        dry_run(start)
+    elif isinstance(start, Plan):
+        _sweep(start)
+    else:
+        _single(start)
+
+
+def _complete() -> None:
+    """Hydra's completion, silent where it has nothing to offer: after a tool's name, in a word it cannot read."""
+    if set(os.environ.get("COMP_LINE", "").split()[1:2]) & set(TOOLS):
+        return
+    with contextlib.suppress(HydraException):
+        run()
+
+
+def _single(directory: Path | None) -> None:
+    """Hydra's run of one job. A start that is refused leaves no folder that was not there before."""
+    new = directory is not None and not any(directory.glob("*"))
+    try:
+        run()
+        if held:
+            raise held.pop()
+    except (ConfigError, DataError, ModelError):
+        if new and directory and all(entry.name in HYDRA_S for entry in directory.glob("*")):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _sweep(plan: Plan) -> None:
+    """The sweep `plan` with what it ends with, whether all its jobs ended well or not."""
+    try:
+        run()
+    except Exception as error:  # a cluster's launchers raise the error of the first job that failed
+        if not (plan.local and isinstance(error, ConfigError)):
+            _conclude(plan)
+        raise
+    _conclude(plan)
+
+
+def _conclude(plan: Plan) -> None:
+    from dpo_kit.sweep.conclude import conclude
+
+    conclude(plan.directory, plan.tracking, measure=plan.local)
+
+
+def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
+    """Compose and check what is about to run, before Hydra writes its first file; the plan where it is a sweep, the
+    settings where it is a dry run, else the run directory; None where only the config is asked for.
+
+    Directories that are chosen here are added to the command line that Hydra will read. Raises ConfigError.
+    """
+    search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
+    implied = means_multirun(args)
+    if args.cfg or not (args.multirun or implied or "hydra.mode=MULTIRUN" in args.overrides):
+        cfg = compose_unchecked([*search, *args.overrides], args.config_name or "config", with_hydra=True)
+        settings = check(without_hydra(cfg))
+        if args.cfg:
+            return None
+        refuse_idle(settings, args.overrides)
+        refuse_unusable(settings)
+        if isinstance(settings.judge, Endpoint):
+            refuse_silent("judge", settings.judge)
+        return settings if settings.dry_run else take_directory(args, cfg, settings)
+    refuse_sweep(args.overrides)
+    plan = plan_sweep(args.overrides, search, args.config_name or "config")
+    if plan.jobs and plan.jobs[0].settings.dry_run:
+        lines = [f"{len(plan.jobs)} jobs, into {plan.directory}:", *(f"  {job.subdir}" for job in plan.jobs)]
+        sys.stdout.write("\n".join([*lines, "", "the first of them:", ""]))
+        return plan.jobs[0].settings
+    _add_words(args, plan.named, *(["--multirun"] if implied else []))
+    return plan
+
+
+def take_directory(args: argparse.Namespace, cfg: DictConfig, settings: Settings) -> Path:
+    """The directory of one run, the same for all processes that train it; a time stamp that another start has taken
+    gets a number. ConfigError where it cannot be written, or is another run's.
+    """
+    directory = Path(str(cfg.hydra.run.dir))
+    refuse_unwritable("hydra.run.dir", directory)
+    stamped = "${now:" in str(OmegaConf.to_container(cfg.hydra.run, resolve=False))
+    if not stamped:
+        refuse_other_run(RunDirectory(directory), settings)
+        refuse_held(directory)
+    elif is_writer():
+        directory = claim(directory)
+    shared = agree(args.overrides, str(directory)) if world_size() > 1 else []
+    _add_words(args, shared or ([override("hydra.run.dir", directory)] if stamped else []))
+    return directory
+
+
+def _add_words(args: argparse.Namespace, added: Sequence[str], *flags: str) -> None:
+    """Put overrides and flags on the command line that Hydra will read; argparse wants the overrides in one piece."""
+    given = [word for word in sys.argv[1:] if word not in args.overrides]
+    sys.argv[1:] = [*given, *flags, *args.overrides, *added]
+
+
+def task(cfg: DictConfig) -> float | None:
+    """One run; returns what a sweeper may maximise: the held-out accuracy.
+
+    Outside a sweep an error is held back, as Hydra would print a line of its own above ours.
+    """
+    try:
+        return _task(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        held.append(error)
+        return None
+
+
+def _task(cfg: DictConfig) -> float | None:
+    hydra_config = HydraConfig.get()
+    directory = hydra_config.runtime.output_dir
+    if not hydra_config.job.chdir:
+        os.chdir(hydra_config.runtime.cwd)  # a Ray worker starts where its cluster was started: paths may be relative
+    log.info("method=%s beta=%g seed=%d → %s", cfg.method.name, cfg.beta, cfg.seed, directory)
+    with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
+        from dpo_kit import train
+
+    result = train(cfg, directory)
+    if is_writer():
+        show(result)
+    return result.final.get("probe/accuracy")
+
+
+run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
+
+
+def show(result: Result) -> None:
+    """The short table at the end, what was noticed, and the next command to type."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from dpo_kit.run.report.picture import result_table
+    from dpo_kit.run.report.published import sentences
+
+    console = Console()
+    console.print(result_table(dataclasses.asdict(result)))
+    if result.judge:
+        console.print(_describe_judge(result.judge), highlight=False, markup=False, soft_wrap=True)
+    for line in sentences(result.published) if result.published else ():
+        console.print(line, highlight=False, markup=False)
+    for finding in result.findings:
+        console.print(f"[bold]{escape(finding['symptom'])}[/bold]", highlight=False)
+        console.print(f"{finding['meaning']} {finding['remedy']}\n", highlight=False, markup=False)
+    console.print(f"run directory: {result.run_dir}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"next: {result.next}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _describe_judge(judge: dict[str, Any]) -> str:
+    """Who compared how many fresh answers, and how often a coin had to."""
+    coins = ", ".join(f"{count:,} {why}" for why, count in judge["coins"].items() if count)
+    said = f"{judge['comparisons']:,} times two fresh answers, compared by {judge['name']}"
+    return f"{said}; decided by coin: {coins or 'none'}"
+
+
+register()

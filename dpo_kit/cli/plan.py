@@ -1,0 +1,360 @@
+"""`python -m dpo_kit plan [overrides]`: what a run will take, before it runs: memory, steps, tokens, disk, a launcher.
+
+No weights are loaded: the model's config and the checked rows are enough. `first_step=true` also takes three steps and
+compares.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_kit.config.command_line import run_tool
+from dpo_kit.config.compose import check, compose_unchecked, refuse_idle
+from dpo_kit.config.places import refuse_no_file
+from dpo_kit.config.settings import Settings
+from dpo_kit.errors import ConfigError
+from dpo_kit.model.origin import refuse_unusable
+from dpo_kit.run.files import write_json
+from dpo_kit.run.quiet import quiet_imports
+
+if TYPE_CHECKING:
+    from dpo_kit.data.prepare import Prepared
+
+USAGE = """\
+usage: python -m dpo_kit plan [first_step=true] [out=FILE] [group=option | key=value] …
+
+Takes what `python -m dpo_kit` takes, trains nothing, and says what that run will need: memory by what it is for, steps,
+tokens, disk, and how to start it on how many devices.
+
+  first_step=true   take three steps as well (in a folder that is removed) and compare memory and speed
+  out=FILE          write the plan as JSON too
+"""
+OWN = ("first_step", "out")
+POLL_SECONDS = 0.005
+LOOK_AT_FILES = 50  # polls between two looks at which weights lie in mapped files, which takes longer
+CARDS = (24, 40, 80, 141)  # GB of memory that accelerators have
+USABLE = 0.9  # of it: the rest is the driver's, the allocator's and the estimate's error
+LARGE = 80
+SHOWN = 5  # places of dropped rows, of each reason
+LAUNCH = "accelerate launch --config_file examples/accelerate"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`memory`: bytes by what they are for; `peak`: of one process; `disk`: of checkpoints and model."""
+
+    memory: dict[str, int]
+    peak: int
+    steps: int
+    batch: int
+    epochs: float
+    tokens: int
+    disk: int
+    parameters: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 done, 1 failed, 2 refused."""
+    return run_tool("plan", USAGE, arguments, plan)
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Plan the run that `arguments` describe, and print it. Raises ConfigError, DataError, ModelError."""
+    own, overrides = split_words(arguments)
+    if "out" in own:
+        refuse_no_file("out", own["out"])
+    settings = check(compose_unchecked(overrides))
+    refuse_idle(settings, overrides)
+    refuse_unusable(settings)
+    quiet_imports()
+    found = plan_run(settings)
+    measured = measure_first_steps(overrides) if own.get("first_step") == "true" else {}
+    show(found, settings, measured)
+    if "out" in own:
+        write_json(Path(own["out"]), vars(found) | {"measured": measured})
+
+
+def split_words(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The tool's own keys, and the overrides of the run. Raises ConfigError."""
+    for word in arguments:
+        if "=" not in word:
+            raise ConfigError(f"arguments are key=value, got {word}; did you mean model=local model.path={word}?")
+    words = [(word, *word.split("=", 1)) for word in arguments]
+    own = {key: value for _, key, value in words if key in OWN}
+    if own.get("first_step", "false") not in ("true", "false"):
+        raise ConfigError(f"first_step must be true or false, got {own['first_step']}")
+    return own, [word for word, key, _ in words if key not in OWN]
+
+
+def plan_run(settings: Settings) -> Plan:
+    """The plan of one run; its rows are read and checked, nothing is written."""
+    from dpo_kit.model.load import load_tokenizer
+    from dpo_kit.run.quiet import quiet_libraries
+    from dpo_kit.training import read_data
+
+    quiet_libraries()
+    return plan_on(settings, read_data(settings, load_tokenizer(settings.model)))
+
+
+def plan_on(settings: Settings, data: Prepared) -> Plan:
+    """The plan of a run on `data`."""
+    from dpo_kit.model.load import read_config
+    from dpo_kit.trainer.arguments import count_steps, effective_batch
+    from dpo_kit.trainer.memory import build_weightless, estimate
+    from dpo_kit.trainer.resume.safe_trainer import OPTIMIZER_VALUES
+    from dpo_kit.training import choose_arguments, needs_reference
+
+    width = read_config(settings.model).get_text_config().hidden_size
+    args = choose_arguments(settings, data.train, Path(tempfile.gettempdir()) / "dpo_kit-plan", width)
+    trl = args.to_dict()
+    model = build_weightless(settings, args)
+    memory = estimate(
+        model,
+        settings,
+        args,
+        data.train,
+        loads_reference=needs_reference(settings, args),
+        shares=settings.speed.share_prefix is not False,
+    )
+    steps, batch = count_steps(trl, len(data.train)), effective_batch(trl)
+    kept = (args.save_total_limit or 1) + 1 if args.save_strategy != "no" else 0
+    return Plan(
+        memory=dict(vars(memory)),
+        peak=memory.peak(args.gradient_accumulation_steps > 1),
+        steps=steps,
+        batch=batch,
+        epochs=steps * batch / len(data.train),
+        tokens=int(steps * batch * _mean_tokens(data, trl.get("max_new_tokens"))),
+        disk=memory.gradients * (1 + kept * (1 + OPTIMIZER_VALUES)),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _mean_tokens(data: Prepared, max_new_tokens: int | None) -> float:
+    """Of a row: prompt and answers, each once; answers that are drawn as long as they may be."""
+    from dpo_kit.data.fresh import with_answer_lengths
+
+    lengths = [
+        value
+        for row in with_answer_lengths(data.train, max_new_tokens)
+        for name, value in row["tokens"].items()
+        if name != "cut"
+    ]
+    return sum(lengths) / len(data.train)
+
+
+# --- first steps -------------------------------------------------------------------------------------------------
+
+
+class PeakMemory:
+    """The most memory that a block takes beyond what was there before it: of the accelerator where there is one, else
+    of this process, looked at every few milliseconds, with the weights that are only read, from their files. Bytes.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        import torch
+
+        self.device = torch.cuda.is_available()
+        if self.device:
+            torch.cuda.reset_peak_memory_stats()
+        self.before = self.bytes = 0 if self.device else anonymous_memory()
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        self._ended.set()
+        self._watcher.join()
+        self.bytes = torch.cuda.max_memory_allocated() if self.device else self.bytes - self.before
+
+    def _watch(self) -> None:
+        polls = mapped = 0
+        while not self.device and not self._ended.wait(POLL_SECONDS):
+            mapped = mapped_weights() if polls % LOOK_AT_FILES == 0 else mapped
+            self.bytes = max(self.bytes, anonymous_memory() + mapped)
+            polls += 1
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file backs."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("first_step=true needs a system that says how much memory a process takes (Linux): leave it out")
+
+
+def mapped_weights() -> int:
+    """Bytes of safetensors files that lie in this process's memory unchanged."""
+    size, weights = {"Rss": 0, "Anonymous": 0}, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        key, _, rest = line.partition(":")
+        if " " in key:  # the head of a mapping: addresses, rights, file
+            weights = line.endswith(".safetensors")
+        elif weights and key in size:
+            size[key] += int(rest.split()[0]) * 1024
+    return size["Rss"] - size["Anonymous"]
+
+
+def measure_first_steps(overrides: Sequence[str]) -> dict[str, float]:
+    """Peak memory in bytes and seconds a step of the run's first steps, with the probe's first and last measurement."""
+    from dpo_kit.config.compose import compose
+    from dpo_kit.run.history import read_metrics
+    from dpo_kit.training import train
+
+    short = [
+        "trl.max_steps=3",
+        "trl.save_strategy=no",
+        "trl.save_steps=null",
+        "trl.eval_strategy=no",
+        "trl.eval_steps=null",
+        "trl.logging_strategy=steps",
+        "trl.logging_steps=1",
+        "tracking=none",
+        "resume=never",
+    ]
+    keys = tuple(word.split("=")[0] + "=" for word in short)
+    cfg = compose([*(word for word in overrides if not word.startswith(keys)), *short])
+    with tempfile.TemporaryDirectory() as folder:
+        with PeakMemory() as peak:
+            train(cfg, Path(folder) / "run")
+        rows = [row for row in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "loss" in row]
+    return {"peak": peak.bytes, "seconds_per_step": rows[2]["time"] - rows[1]["time"]}
+
+
+# --- showing -----------------------------------------------------------------------------------------------------
+
+LABELS = {
+    "parameters": "weights",
+    "reference": "reference model",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "passes": "at most in forward and backward pass",
+    "activations": "activations of a batch",
+    "copies": "half-precision copies",
+    "recomputed": "activations computed again",
+    "logits": "logits of a batch",
+    "measuring": "while the probe measures",
+    "libraries": "libraries",
+}
+
+
+def show(found: Plan, settings: Settings, measured: dict[str, float]) -> None:
+    """The tables, and the command to start the run with."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{settings.method.name}, {settings.model.tuning} tuning of {settings.model.path}")
+    table.add_column("memory of one process")
+    table.add_column("GB", justify="right")
+    for name, label in LABELS.items():
+        table.add_row(label, f"{found.memory[name] / 1e9:.2f}")
+    table.add_section()
+    table.add_row("peak (not all at the same time)", f"{found.peak / 1e9:.2f}")
+    if measured:
+        table.add_row("measured in three steps", f"{measured['peak'] / 1e9:.2f}")
+    console.print(table)
+    speed = f", {measured['seconds_per_step']:.2f} s a step" if measured else ""
+    console.print(
+        f"{found.steps} steps of {found.batch} rows, {found.epochs:.2f} epochs, {found.tokens / 1e6:.2f}M tokens{speed}"
+        f"; {found.disk / 1e9:.2f} GB of disk for checkpoints and model",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(advise(found, settings), highlight=False, soft_wrap=True)
+
+
+def advise(found: Plan, settings: Settings) -> str:
+    """How to start the run: on one device where its memory suffices, else sharded over several, else cheaper."""
+    fitting = find_devices(found, settings)
+    if fitting is None:
+        return (
+            "fits no usual device: take trl.gradient_checkpointing=true, a smaller trl.per_device_train_batch_size "
+            "with more trl.gradient_accumulation_steps, a smaller trl.max_length, or model.tuning=lora or qlora"
+        )
+    devices, card = fitting
+    if devices == 1:
+        return f"fits one device of {card} GB: python -m dpo_kit …; on several: {LAUNCH}/ddp.yaml -m dpo_kit …"
+    return f"fits {devices} devices of {card} GB, sharded: {LAUNCH}/fsdp2.yaml --num_processes {devices} -m dpo_kit …"
+
+
+def find_devices(found: Plan, settings: Settings) -> tuple[int, int] | None:
+    """The least that the run fits: one device of the smallest card, or so many of `LARGE` GB that share what can be
+    shared (a 4-bit base cannot); (devices, GB of each), None where nothing will do.
+    """
+    split = sum(found.memory[name] for name in ("parameters", "reference", "optimizer", "gradients"))
+    rest = max(0, found.peak - split)
+    alone = ((1, card) for card in CARDS if found.peak <= USABLE * card * 1e9)
+    shards = (2, 4, 8, 16, 32) if settings.model.tuning != "qlora" else ()
+    sharded = ((devices, LARGE) for devices in shards if split / devices + rest <= USABLE * LARGE * 1e9)
+    return next(itertools.chain(alone, sharded), None)
+
+
+# --- a dry run ---------------------------------------------------------------------------------------------------
+
+
+def dry_run(settings: Settings) -> None:
+    """Compose, check, tokenise, show which rows would be dropped, one row as it is trained on, and the plan; write
+    nothing. Raises as training.
+    """
+    from dpo_kit.model.load import load_tokenizer
+    from dpo_kit.run.quiet import quiet_libraries
+    from dpo_kit.training import read_data
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(settings.model)
+    data = read_data(settings, tokenizer)
+    sys.stdout.write("".join(f"{path} is read as {form}\n" for path, form in data.report["forms"].items()))
+    sys.stdout.write(show_dropped(data))
+    sys.stdout.write(show_row(data.train[0], tokenizer, settings.trl) + "\n\n")
+    show(plan_on(settings, data), settings, {})
+    sys.stdout.write("nothing was trained or written: dry_run=true\n")
+
+
+def show_dropped(data: Prepared) -> str:
+    """How many rows training would drop, by reason, each with the lines of some."""
+    places: dict[str, list[str]] = {}
+    for fault in data.dropped:
+        places.setdefault(fault.reason, []).append(fault.place)
+    lines = [
+        f"  {len(found):,} ({reason}): {', '.join(found[:SHOWN])}{', …' if len(found) > SHOWN else ''}"
+        for reason, found in places.items()
+    ]
+    rows = data.report["rows"]
+    counts = f"{rows['train']:,} to train on, {rows['select']:,} and {rows['test']:,} held out"
+    return "\n".join([f"rows: {counts}, {len(data.dropped):,} dropped", *lines, "", ""])
+
+
+def show_row(row: dict[str, Any], tokenizer: Any, trl: dict[str, Any]) -> str:
+    """One row as the loss sees it: what is read, what is scored (after the mark), what `max_length` cuts."""
+    from dpo_kit.model.tokens import ids_of_rows, truncate_both
+
+    names = [name for name in ("chosen", "rejected", "completion") if name in row]
+    ((prompt, answers),) = ids_of_rows(tokenizer, [row], names)
+    mode = trl.get("truncation_mode", "keep_start")
+    if not names:
+        drawn = f"two answers of at most {trl['max_new_tokens']} tokens, drawn and compared"
+        return f"a row as it is trained on ({row['pair_id']}):\n{tokenizer.decode(prompt)}▶ {drawn}"
+    lines = [f"a row as it is trained on ({row['pair_id']}): the prompt is read, what follows ▶ is scored"]
+    for name, answer in zip(names, answers, strict=True):
+        read, scored = truncate_both(prompt, answer, trl["max_length"], mode)
+        cut = len(prompt) + len(answer) - len(read) - len(scored)
+        said = f"{len(read)} + {len(scored)} tokens" + (
+            f", {cut} cut by trl.max_length={trl['max_length']}" if cut else ""
+        )
+        lines.append(f"{name} ({said}):\n{tokenizer.decode(read)}▶{tokenizer.decode(scored)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

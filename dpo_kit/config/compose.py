@@ -1,0 +1,460 @@
+"""From overrides to a checked config, without importing torch or trl.
+
+`compose` builds the config from conf/ as Hydra does; `check` refuses what cannot train as meant and returns it typed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pydantic
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from dpo_kit.config.best_metric import selection_faults
+from dpo_kit.config.extensions import own_faults
+from dpo_kit.config.limits import checked_value, idle_faults, library_faults, missing_package, wrong_choice
+from dpo_kit.config.settings import GoldJudge, HumanJudge, LLMJudge, Model, Rates, RewardModelJudge, Settings, Strict
+from dpo_kit.config.trl_schema import load_schema
+from dpo_kit.errors import ConfigError, did_you_mean
+from dpo_kit.run.redact import refuse_secrets
+from dpo_kit.run.words import meant, override, quote, readable
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # wheel | checkout
+
+SET_ELSEWHERE = {
+    "output_dir": "hydra.run.dir=…",
+    "report_to": "tracking=…",
+    "run_name": "tracking.name=…",
+    "model_init_kwargs": "model.…",
+    "trust_remote_code": "model.trust_remote_code=…",
+    "resume_from_checkpoint": "resume=…",
+    "reward_model_path": "judge=reward_model judge.path=…",
+    "reward_weights": "judge=…",
+}
+GONE_FROM_TRL = {
+    "max_prompt_length": "max_length",
+    "max_target_length": "max_length",
+    "warmup_ratio": "warmup_steps (below 1 it is a share of the run)",
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy",
+    "rpo_alpha": "method=dpo_sft with trl.loss_weights",
+    "reference_free": "method=simpo or method=cpo",
+    "tokenizer": "model.path",
+    "torch_dtype": "model.dtype",
+}
+JUDGES: tuple[type[Strict], ...] = (GoldJudge, RewardModelJudge, LLMJudge, HumanJudge)
+REPORTERS = ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio")
+
+
+def register() -> None:
+    """Make TRL's fields, the reporters and the resolvers known to Hydra; harmless when repeated."""
+    store = ConfigStore.instance().store
+    for name, described in load_schema()["classes"].items():
+        fields = {key: field["default"] for key, field in described["fields"].items() if key not in SET_ELSEWHERE}
+        store(name, {"method": {"config": described["path"]}, "trl": fields}, group="trl", package="_global_")
+    for reporter in REPORTERS:
+        store(reporter, {"defaults": ["wandb", "_self_"], "reporter": reporter}, group="tracking")
+    resolvers: dict[str, Callable[..., Any]] = {
+        "file": lambda name: str(PACKAGE / name),
+        "multiply": lambda a, b: float(a) * float(b),
+        "learning_rate": _learning_rate,
+        "file_name": lambda value: re.sub(r"[^\w.+-]+", "_", str(value).rstrip("/").rpartition("/")[2]),
+        "path_name": lambda value: re.sub(r"[^\w.+-]+", "_", str(value)).strip("_"),
+        "listed": lambda text: ListConfig([item.strip() for item in str(text).split(",") if item.strip()]),
+        "sweep_id": lambda: "unnamed",  # the command line puts the hash of the jobs here
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(f"dpo_kit.{name}", resolver, replace=True)
+
+
+def _learning_rate(of_model: Any, of_method: Any, tuning: str) -> float:
+    return Rates(**(of_model or of_method)).for_tuning(tuning)
+
+
+def own_folders(sources: Iterable[Any]) -> list[str]:
+    """The flags that bring back a command's folders of its own, of `hydra.runtime.config_sources`."""
+    return [f"--config-dir={source['path']}" for source in sources if source["provider"] == "command-line"]
+
+
+def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> DictConfig:
+    """The config that `python -m dpo_kit <overrides>` would run, checked.
+
+    `config_dir` adds a folder of your own options, as `--config-dir` does. Raises ConfigError.
+    """
+    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    cfg = compose_unchecked([*search, *overrides])
+    refuse_idle(check(cfg), overrides)
+    return cfg
+
+
+def refuse_idle(settings: Settings, words: Sequence[str]) -> None:
+    """ConfigError for overrides that would change nothing."""
+    if faults := [*idle_faults(settings, words)]:
+        raise ConfigError("\n".join(faults))
+
+
+def compose_unchecked(overrides: Sequence[str], config_name: str = "config", *, with_hydra: bool = False) -> DictConfig:
+    register()
+    overrides = readable(overrides)
+    try:
+        with _no_job(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="dpo_kit"):
+            cfg = hydra.compose(config_name, overrides=overrides, return_hydra_config=with_hydra)
+    except Exception as error:  # Hydra lets some of its own kinds through, and ValueError for an option that is no name
+        raise explain(error, overrides) from error
+    refuse_secrets(OmegaConf.to_container(cfg, resolve=False), overrides)
+    return cfg
+
+
+@contextmanager
+def _no_job() -> Iterator[None]:
+    """Hydra's job that is running, if any, set aside: Hydra composes nothing else beside it."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def check(cfg: DictConfig, *, trains: bool = True) -> Settings:
+    """`cfg` resolved and typed; ConfigError lists every fault with key, rule, value and remedy.
+
+    `trains=False`, of tools that have a judge of their own: nobody needs to compare fresh answers.
+    """
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    refuse_secrets(values)
+    _refuse_no_gold(values)
+    try:
+        settings = Settings(**values)  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
+    faults = [*_trl_faults(settings)]  # the others rely on types
+    if not faults:
+        faults = [*_method_faults(settings), *_model_faults(settings.model)]
+        faults += _judge_faults(settings) if trains else []
+    faults = faults or [*library_faults(settings), *selection_faults(settings), *own_faults(settings.callbacks)]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return settings
+
+
+# --- faults in the trl block -------------------------------------------------------------------------------------
+
+
+def _trl_faults(settings: Settings) -> Iterator[str]:
+    described = load_schema()["classes"].get(settings.method.config.rsplit(".", 1)[-1])
+    if described is None:
+        known = ", ".join(load_schema()["classes"])
+        yield f"method.config must be one of TRL's classes ({known}), got {settings.method.config}"
+        return
+    for key, value in settings.trl.items():
+        if key not in described["fields"] or key in SET_ELSEWHERE:
+            yield unknown_key(f"trl.{key}", _fields(described))
+        elif value is not None:
+            settings.trl[key], faults = checked_value(f"trl.{key}", value, described["fields"][key])
+            yield from faults
+    for key, value in (("beta", settings.beta), ("seed", settings.seed)):
+        if settings.trl[key] not in (value, [value]):
+            yield f"trl.{key} follows {key}: say {key}={settings.trl[key]} instead of trl.{key}={settings.trl[key]}"
+
+
+def _fields(described: dict[str, Any]) -> list[str]:
+    return [f"trl.{key}" for key in described["fields"] if key not in SET_ELSEWHERE]
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+# --- faults of the method as a whole -----------------------------------------------------------------------------
+
+
+def _method_faults(settings: Settings) -> Iterator[str]:
+    method, trl = settings.method, settings.trl
+    low, high = method.beta.range
+    if not (low <= settings.beta <= high or (settings.allow_beta and settings.beta > 0)):
+        grid = ", ".join(f"{value:g}" for value in method.beta.grid)
+        yield (
+            f"beta must lie in [{low:g}, {high:g}] for method={method.name} ({method.beta.meaning}), "
+            f"got {settings.beta:g}; its grid is {grid} (allow_beta=true if you mean it)"
+        )
+    yield from _learning_rate_faults(settings)
+    yield from _loss_faults(settings)
+    yield from _speed_faults(settings)
+    yield from _fresh_faults(settings) if method.rows == "prompts" else ()
+    if method.rows == "unary" and trl["per_device_train_batch_size"] < 2:
+        yield (
+            f"trl.per_device_train_batch_size must be at least 2 for method={method.name} (both labels in every "
+            f"batch; 4 or more is better), got {trl['per_device_train_batch_size']}"
+        )
+    if trl.get("sync_ref_model") and settings.model.tuning != "full":
+        yield (
+            "trl.sync_ref_model needs a reference model of its own, which model.tuning="
+            f"{settings.model.tuning} has not: use model.tuning=full or trl.sync_ref_model=false"
+        )
+
+
+NEEDS_JUDGE = (
+    "needs somebody to compare its answers: judge=reward_model judge.path=…, judge=llm judge.base_url=… judge.model=…, "
+    "or judge.module=… with your own gold_rewards(prompts, answers)"
+)
+
+
+def _refuse_no_gold(values: Any) -> None:
+    """The default judge needs a truth that data of one's own do not have."""
+    judge = values.get("judge") or {}
+    if judge.get("kind") == "gold" and judge.get("module") is None:
+        raise ConfigError(f"data.gold is null, and method={values['method']['name']} {NEEDS_JUDGE}")
+
+
+def _judge_faults(settings: Settings) -> Iterator[str]:
+    method, judge = settings.method, settings.judge
+    if method.rows != "prompts":
+        if judge is not None:
+            yield (
+                f"judge={judge.kind} has nothing to compare with method={method.name}, whose answers are given: leave "
+                "it out, or take method=online_dpo; python -m dpo_kit data mode=build judge=… makes pairs"
+            )
+    elif judge is None:
+        yield f"method={method.name} {NEEDS_JUDGE}"
+    elif judge.kind == "human":
+        yield (
+            f"judge=human cannot answer while method={method.name} trains: take another judge, or train in rounds with "
+            "python -m dpo_kit data mode=build judge=human and method=dpo"
+        )
+
+
+def _fresh_faults(settings: Settings) -> Iterator[str]:
+    """What cannot be had where answers are drawn while training."""
+    method, trl = settings.method, settings.trl
+    if trl["max_new_tokens"] >= (trl["max_length"] or 0):
+        yield (
+            f"trl.max_length counts prompt and answer and must be above trl.max_new_tokens={trl['max_new_tokens']}, "
+            f"got {trl['max_length']}"
+        )
+    if settings.speed.group_by_length is True:
+        yield (
+            f"speed.group_by_length=true needs the length of answers, which method={method.name} draws while it "
+            "trains: take auto"
+        )
+
+
+def _model_faults(model: Model) -> Iterator[str]:
+    """Code from elsewhere runs only where the config names whose it is, and which."""
+    if model.trust_remote_code and Path(model.path).expanduser().is_dir():
+        yield (
+            f"model.trust_remote_code=true needs a repository and its commit, but model.path={model.path} is a folder: "
+            "name the repository, model.path=org/name, or load a model whose code transformers has"
+        )
+    elif model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
+        yield (
+            "model.trust_remote_code=true runs code of a repository, so model.revision must be a full commit hash "
+            f"(40 hex digits) whose code you have read, got {model.revision}"
+        )
+    if model.tuning != "full" and model.reference and _same_place(model.reference, model.path):
+        yield (
+            f"model.reference={model.reference} is the start itself, which model.tuning={model.tuning} has already "
+            "(the policy with its adapter off): leave it out, and save a second model's memory"
+        )
+    if model.tuning == "full" and model.dtype == "float16":
+        yield (
+            "model.dtype=float16 has too small a range to tune all weights in (after one step the policy is ruined): "
+            "take model.dtype=auto, or model.tuning=lora"
+        )
+    if model.attn_implementation and "/" in model.attn_implementation:
+        yield (
+            f"model.attn_implementation={model.attn_implementation} would download code and run it: take sdpa, eager "
+            "or flash_attention_2"
+        )
+
+
+def _same_place(one: str, other: str) -> bool:
+    here, there = (Path(path).expanduser() for path in (one, other))
+    return one == other or (here.exists() and here.resolve() == there.resolve())
+
+
+def usual_lora() -> dict[str, Any]:
+    """The options of a new adapter where nothing else is said: conf/model/local.yaml."""
+    options: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / "local.yaml"))
+    return options["lora"]
+
+
+def _learning_rate_faults(settings: Settings) -> Iterator[str]:
+    rate, tuning = settings.trl["learning_rate"], settings.model.tuning
+    limit = settings.model.max_learning_rate.for_tuning(tuning)
+    usual = settings.method.learning_rate.for_tuning(tuning)
+    if not isinstance(rate, float) or settings.allow_learning_rate or 0 < rate <= limit:
+        return
+    yield (
+        f"trl.learning_rate must be above 0 and at most {limit:g} for model.tuning={tuning} on this model, "
+        f"got {rate:g}; method={settings.method.name} usually takes {usual:g} (allow_learning_rate=true if you mean it)"
+    )
+
+
+def _speed_faults(settings: Settings) -> Iterator[str]:
+    if settings.speed.group_by_length is True and settings.trl.get("train_sampling_strategy") == "sequential":
+        yield (
+            "speed.group_by_length=true would change the order of rows, which this loss needs as it is "
+            "(trl.train_sampling_strategy=sequential): take auto"
+        )
+    ours, theirs = settings.speed.checkpointing, settings.trl["gradient_checkpointing"]
+    if ours != "auto" and theirs is not None and ours != theirs:
+        said = f"speed.checkpointing={ours} and trl.gradient_checkpointing={theirs}"
+        yield f"{said.lower()} contradict each other: set one of them"
+
+
+def _loss_faults(settings: Settings) -> Iterator[str]:
+    trl, smoothing = settings.trl, settings.trl.get("label_smoothing") or 0.0
+    losses = [str(loss) for loss in _each(trl.get("loss_type") or [])]
+    yield from _foreign_loss(settings.method.name, losses)
+    smoothed = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["smoothed_losses"]
+    if smoothing and not set(losses) & set(smoothed):
+        yield (
+            f"trl.label_smoothing={smoothing:g} has no effect on {', '.join(losses) or 'this method'}: set it to 0, or "
+            f"take a loss that uses it ({', '.join(smoothed) or 'none of this trainer does'})"
+        )
+    if not 0 <= smoothing < 0.5:
+        yield f"trl.label_smoothing is the share of flipped labels and must lie in [0, 0.5), got {smoothing:g}"
+    if "exo_pair" in losses and not smoothing:
+        yield "trl.label_smoothing must be above 0 for exo_pair (its paper takes 1e-3), got 0"
+    weights = trl.get("loss_weights")
+    if weights is not None and len(weights) != len(losses):
+        yield f"trl.loss_weights needs one weight per loss ({', '.join(losses)}), got {weights}"
+
+
+def _foreign_loss(method: str, losses: list[str]) -> Iterator[str]:
+    """Why a method of ours may not take another loss: name, meaning of beta and findings would be those of its own."""
+    if not (CONF / "method" / f"{method}.yaml").exists() or losses == (own := _loss_of(method))[1]:
+        return
+    others = [file.stem for file in sorted((CONF / "method").glob("*.yaml")) if _loss_of(file.stem) == (own[0], losses)]
+    listed, said = ",".join(losses), f"trl.loss_type={losses[0] if len(losses) == 1 else losses}"
+    if others:
+        yield f"{said} is method={others[0]}, whose beta has its own meaning and range: say method={others[0]}"
+        return
+    yield (
+        f"{said} is not the loss of method={method}: give it a name of its own, in a file DIR/method/{losses[0]}.yaml "
+        f"with `# @package _global_`, `defaults: [{method}, _self_]`, `method: {{name: {losses[0]}}}` and "
+        f"`trl: {{loss_type: [{listed}]}}`, and say --config-dir DIR method={losses[0]}"
+    )
+
+
+@cache
+def _loss_of(method: str) -> tuple[str, list[str]]:
+    """TRL's config class of a method of ours, and its losses."""
+    file = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
+    above = str(file["defaults"][0])
+    trained_by = above.removeprefix("/trl/") if above.startswith("/") else _loss_of(above)[0]
+    return trained_by, [str(loss) for loss in _each((file.get("trl") or {}).get("loss_type") or [])]
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+
+OF_YOUR_OWN = {  # options that take a path, and what is typed with them
+    "model": "model=local model.path",
+    "data": "data=jsonl data.train",
+}
+
+
+def explain(error: Exception, words: Sequence[str] = ()) -> ConfigError:
+    """Hydra's and OmegaConf's errors in our words: what of `words` was refused, and the near miss."""
+    text = str(error)
+    if "hydra/launcher/submitit_" in text:
+        module = "hydra_plugins.hydra_submitit_launcher"
+        return ConfigError(missing_package("hydra/launcher=slurm", module) or text)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return ConfigError(_unknown_option(str(error.missing_cfg_file), [str(o) for o in error.options or ()]))
+    if found := re.search(r"An item is already at '([^']+)'", text):
+        return ConfigError(f"{found[1]} exists already: leave out the +")
+    if found := re.search(r"Could not (?:override|append to config|delete from config|find)[^']*'([^']+)'", text):
+        return ConfigError(unknown_key(found[1].split("@")[0], known_keys(), words))
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError(f"{error.full_key} is missing: add {error.full_key}=…")
+    if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", text):
+        one, several = f"{found[1]}={quote(found[2])}", f"{found[1]}={found[2]}"
+        return ConfigError(
+            f"{several} is several values: add -m for a run of each (--multirun), or quote it as one, {one}"
+        )
+    named = [word for word in words if word.lstrip("+~").partition("=")[0] in text]
+    return ConfigError(text if named or not words else f"{' '.join(words)}: {text}")
+
+
+def _unknown_option(place: str, options: list[str]) -> str:
+    """What was meant by an option that its group has not; `place` is group/option."""
+    group, _, option = place.rpartition("/") if place.startswith("hydra/") else place.partition("/")
+    options = options or sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    own = f"; of your own: {override(OF_YOUR_OWN[group], option)}" if option and group in OF_YOUR_OWN else ""
+    return f"{wrong_choice(group, option, options)}{own}"
+
+
+def unknown_key(key: str, known: Iterable[str], words: Sequence[str] = ()) -> str:
+    """Why `key` is refused and what was probably meant; `words` are those of the command line, with its value."""
+    name, known = key.removeprefix("trl."), list(known)
+    typed = [word.lstrip("+~").partition("=") for word in words]
+    value = next((value for given, _, value in typed if given == key), "")
+    if name in SET_ELSEWHERE:
+        return f"{key} is set elsewhere: use {SET_ELSEWHERE[name]}"
+    if name in GONE_FROM_TRL:
+        return f"{key} is gone from TRL: use {GONE_FROM_TRL[name]}"
+    owners = [cls for cls, it in load_schema()["classes"].items() if key.startswith("trl.") and name in it["fields"]]
+    if owners:
+        return f"{key} belongs to {', '.join(owners)}, not to the config class of the chosen method"
+    if key.startswith("model.lora."):
+        return f"{key} is not among the usual options of peft.LoraConfig: add it with +{key}=… if PEFT knows it"
+    if key in known:
+        group = key.partition(".")[0]
+        return f"{key} belongs to an option of the group {group} that is not chosen here: add {group}=…"
+    if (ours := meant(key)) and (ours in known or ours.startswith(("hydra.", "model.lora."))):
+        ours = next((form for form in OF_YOUR_OWN.values() if form.endswith(f" {ours}")), ours)  # with its option
+        return f"unknown key {key}; did you mean {override(ours, value) if value else ours}?"
+    return f"unknown key {key}{_near(key, known)}"
+
+
+def known_keys() -> list[str]:
+    """Every key that some config may have, for near misses."""
+    groups = [entry.name for entry in CONF.iterdir() if entry.is_dir() and entry.name not in ("hydra", "trl")]
+    of_trl = {field for it in load_schema()["classes"].values() for field in _fields(it)}
+    of_judges = {f"judge.{name}" for kind in JUDGES for name in kind.model_fields}
+    return sorted({*groups, *_model_keys(Settings), *of_trl, *of_judges})
+
+
+def _model_keys(model: type[Strict], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Strict):
+            yield from _model_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _near(word: str, words: list[str]) -> str:
+    tail = word.rpartition(".")[2]
+    same_tail = sorted((w for w in words if w.rpartition(".")[2] == tail and w != word), reverse=True)
+    longer = [w for w in words if "." not in word and w.startswith(word.lower())]
+    near = (same_tail or longer)[:3]
+    return f"; did you mean {' or '.join(near)}?" if near else did_you_mean(word, words, count=2, cutoff=0.7)
+
+
+def _describe(fault: Any) -> str:
+    place = [str(part) for part in fault["loc"]]
+    key = ".".join([*place[:1], *place[2:]] if place[0] == "judge" else place)  # without the kind of judge
+    if fault["type"] == "extra_forbidden":
+        return unknown_key(key, known_keys() if place[0] == "judge" else _model_keys(Settings))
+    if fault["type"] == "missing":
+        return f"{key} is missing: add {key}=…"
+    choices = re.findall(r"'([^']+)'", str(fault.get("ctx", {}).get("expected", "")))
+    meant = did_you_mean(str(fault["input"]), choices)
+    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}{meant}"

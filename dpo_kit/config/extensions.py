@@ -1,0 +1,97 @@
+"""What a user's own module adds to a run: measures (`callbacks.metrics`, `callbacks.sample_metrics`), callbacks
+(`callbacks.extra`).
+
+A module is found in the folder of the command and in PYTHONPATH. What cannot work is refused while the config is
+checked, so before anything is loaded; only there, and only where a module is named, is it imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dpo_kit.config.settings import Callbacks
+from dpo_kit.errors import ConfigError, TrainingError, did_you_mean
+from dpo_kit.run.history import plain
+from dpo_kit.run.quiet import quiet_imports
+
+PROBE_METRIC = ("rows", "scores")
+SAMPLE_METRIC = ("prompts", "answers")
+
+
+def own_faults(callbacks: Callbacks) -> Iterator[str]:
+    """Why what `callbacks` names could not be called, key by key."""
+    yield from _metric_faults("callbacks.metrics", callbacks.metrics, PROBE_METRIC)
+    yield from _metric_faults("callbacks.sample_metrics", callbacks.sample_metrics, SAMPLE_METRIC)
+    for name in sorted(callbacks.metrics.keys() & callbacks.sample_metrics.keys()):
+        yield f"callbacks.sample_metrics.{name} and callbacks.metrics.{name} would share one key: rename one"
+    if callbacks.sample_metrics and not callbacks.kl_drift:
+        yield "callbacks.sample_metrics measures the samples that callbacks.kl_drift=true draws, and it is false"
+    for index, given in enumerate(callbacks.extra):
+        yield from _callback_faults(f"callbacks.extra[{index}]", given)
+
+
+def _metric_faults(key: str, paths: Mapping[str, str], names: tuple[str, ...]) -> Iterator[str]:
+    for name, path in paths.items():
+        try:
+            function = find(path, f"{key}.{name}")
+            inspect.signature(function).bind(*names)
+        except ConfigError as error:
+            yield str(error)
+        except (TypeError, ValueError):
+            yield f"{key}.{name}={path} must be a function of {names[0]} and {names[1]}"
+
+
+def _callback_faults(key: str, given: Mapping[str, Any]) -> Iterator[str]:
+    if not isinstance(path := given.get("_target_"), str):
+        yield f"{key} needs _target_, the class to make: {{_target_: my_module.MyCallback}}, got {dict(given)}"
+        return
+    try:
+        found = find(path, f"{key}._target_")
+        from transformers import TrainerCallback
+
+        if not (isinstance(found, type) and issubclass(found, TrainerCallback)):
+            yield f"{key}._target_={path} must be a subclass of transformers.TrainerCallback"
+            return
+        inspect.signature(found).bind(**{name: value for name, value in given.items() if name != "_target_"})
+    except ConfigError as error:
+        yield str(error)
+    except TypeError as error:
+        yield f"{key}: {path}{inspect.signature(found)} does not fit: {error}"
+
+
+def find(path: str, key: str) -> Any:
+    """The object at `path` (module.name); ConfigError names `key`, what is missing and the near miss."""
+    quiet_imports()  # of whatever the module imports
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"{key} must be module.name, got {path}")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        meant = did_you_mean(str(error.name), (module.name for module in pkgutil.iter_modules()))
+        raise ConfigError(
+            f"{key}={path}: there is no module {error.name} in the folder of the command or in PYTHONPATH{meant}"
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"{key}={path}: {module_name} cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+    if not callable(getattr(module, name, None)):
+        meant = did_you_mean(name, (each for each, value in vars(module).items() if callable(value)))
+        raise ConfigError(f"{key}={path}: {module_name} has no function or class {name}{meant}")
+    return getattr(module, name)
+
+
+def call_metrics(paths: Mapping[str, str], *given: Any) -> dict[str, float]:
+    """{custom/name: value} of each function of `paths`, called with `given`. TrainingError where it is no number."""
+    values = {}
+    for name, path in paths.items():
+        value = plain(find(path, f"custom/{name}")(*given))
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TrainingError(f"custom/{name}: {path} must return a number, got {value!r}")
+        values[f"custom/{name}"] = float(value)
+    return values

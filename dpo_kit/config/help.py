@@ -1,0 +1,107 @@
+"""The text of --help, drawn from conf/ so that it cannot go stale."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_kit.config.compose import CONF, REPORTERS
+
+USAGE = """\
+dpo_kit: preference tuning on TRL, every number on one scale.
+
+usage: python -m dpo_kit [group=option | key=value] …
+
+  python -m dpo_kit                               train the embedded model on embedded pairs
+  python -m dpo_kit method=ipo beta=0.2           another method, another beta
+  python -m dpo_kit model=local model.path=DIR data=jsonl data.train=pairs.jsonl
+  python -m dpo_kit trl.num_train_epochs=2        any field of TRL's own config
+  python -m dpo_kit beta-sweep=standard           one run for each beta of a grid, each in its own process
+  python -m dpo_kit -m beta=0.1,0.5 seed=0,1,2    any values of any keys; the same command goes on where it stopped
+  python -m dpo_kit --cfg job                     print the composed config and stop
+  python -m dpo_kit --config-dir DIR method=mine  add your own options to the groups
+
+groups and their options (the first line of an option's file says what it is):
+{groups}
+
+what beta means (default; grid):
+{betas}
+
+published runs (experiment=NAME; what the source says and what it reached is in the option's file):
+{experiments}
+"""
+GROUPS = ("method", "model", "data", "beta-sweep", "judge", "callbacks", "tracking", "experiment", "hydra/launcher")
+PULL = {
+    "closer": "Higher stays closer to the reference.",
+    "stronger": "Higher pulls harder at the preferences.",
+}
+
+
+def help_text(config_dir: str | None = None) -> str:
+    """Usage, groups with their options (those of `config_dir` too), and what beta means in each method."""
+    roots = [CONF, *([Path(config_dir)] if config_dir else [])]
+    groups = [_entry(group, ", ".join(_options(group, roots)), 17) for group in GROUPS]
+    betas = [_beta_entry(name, tuple(roots)) for name in _options("method", roots)]
+    found = {name: _load("experiment", name, tuple(roots)) for name in _options("experiment", roots)}
+    runs = [_entry(name, said["experiment"]["title"], 28) for name, said in found.items() if "experiment" in said]
+    return USAGE.format(groups="\n".join(groups), betas="\n".join(betas), experiments="\n".join(runs))
+
+
+def keys_of(group: str, *options: str) -> str:
+    """The keys of some options of a group with their defaults and comments, as their files have them."""
+    files = ((option, CONF / group / f"{option}.yaml") for option in options)
+    titles = {
+        option: f"{group}.…" if option == "default" else f"{group}={option}, with {group}.…" for option in options
+    }
+    parts = (f"{titles[option]}:\n{textwrap.indent(file.read_text(encoding='utf-8'), '  ')}" for option, file in files)
+    return "\n" + "\n".join(parts)
+
+
+def _entry(name: str, text: str, column: int) -> str:
+    width = min(100, shutil.get_terminal_size().columns)
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=f"  {name:<{column - 2}}",
+        subsequent_indent=" " * column,
+        break_on_hyphens=False,
+    )
+
+
+def _options(group: str, roots: list[Path]) -> list[str]:
+    added = {"tracking": REPORTERS, "hydra/launcher": ("processes",)}.get(group, ())
+    return sorted({*(file.stem for root in roots for file in (root / group).glob("*.yaml")), *added})
+
+
+def _beta_entry(name: str, roots: tuple[Path, ...]) -> str:
+    method = _load("method", name, roots)
+    beta, default = method["method"]["beta"], method["beta"]
+    grid = ", ".join(f"{value:g}" for value in beta["grid"])
+    return _entry(name, f"{default:g}; {grid}. {beta['meaning']}. {PULL[beta['higher']]}", 13)
+
+
+@cache
+def _load(group: str, name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
+    """A file of a group with what it inherits from others of that group."""
+    file = next(path for root in roots if (path := root / group / f"{name}.yaml").exists())
+    own = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    named = (entry for entry in own.get("defaults", []) if isinstance(entry, str))
+    parents = [entry for entry in named if not entry.startswith(("/", "_"))]
+    merged: dict[str, Any] = {}
+    for part in (*(_load(group, parent, roots) for parent in parents), own):
+        merged = _merge(merged, part)
+    return merged
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merge(under[key], value) for key, value in over.items() if _nested(under.get(key), value)}
+    return under | over | both
+
+
+def _nested(one: Any, other: Any) -> bool:
+    return isinstance(one, dict) and isinstance(other, dict)

@@ -1,0 +1,130 @@
+"""When two starts are the same run: the part of the config that counts, without importing torch or trl."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.config.settings import COST_ONLY, Choose, Settings, Tracking
+from dpo_kit.errors import ConfigError, ModelError
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import digest, read_json
+from dpo_kit.run.redact import redact
+
+
+def comparable(settings: Settings) -> dict[str, Any]:
+    """The resolved config without what may differ between two starts of one run."""
+    reported = {"benchmark": True, "reference_margin": True}  # they change the data report, not the run
+    judge = True if settings.judge is None else set(COST_ONLY)  # what it may cost can be raised when it is reached
+    left_out: Any = {
+        "judge": judge,
+        "resume": True,
+        "dry_run": True,
+        "tracking": True,
+        "choose": True,
+        "data": reported,
+    }
+    return redact(settings.model_dump(mode="json", exclude=left_out))
+
+
+def recall_config(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The config of the run that wrote `manifest`; a relative path is one from the folder that the run was started in,
+    where it is there. ModelError where the model that training started from is gone.
+    """
+    config, started_in = copy.deepcopy(manifest["config"]), Path(manifest.get("folder") or ".")
+
+    def found(path: Any) -> Any:
+        there = started_in / Path(path).expanduser() if isinstance(path, str) else None
+        return str(there) if there is not None and there.exists() else path
+
+    for group, key in (("model", "path"), ("model", "reference"), ("data", "train"), ("data", "eval")):
+        named = (config.get(group) or {}).get(key)
+        if isinstance(named, list):
+            config[group][key] = [source | {"path": found(source["path"])} for source in named]
+        elif named is not None:
+            config[group][key] = found(named)
+    path = (config.get("model") or {}).get("path", "")
+    if (manifest.get("model") or {}).get("sha256") and not Path(path).expanduser().exists():
+        raise ModelError(
+            f"model.path={path} is not there any more (the run was started in {started_in}): bring it back"
+        )
+    return config
+
+
+def recall_settings(manifest: dict[str, Any]) -> Settings:
+    """The settings of the run that wrote `manifest`; what does not belong to a run's identity is as if unset."""
+    silent: dict[str, Any] = {"reporter": "none", "project": "", "entity": None, "group": None, "tags": [], "name": ""}
+    return Settings(**recall_config(manifest), resume="never", tracking=Tracking(**silent), choose=Choose())
+
+
+def refuse_other_run(run: RunDirectory, settings: Settings, key: str = "hydra.run.dir") -> None:
+    """ConfigError where the directory already holds a run of another config; names the keys that differ."""
+    if not run.manifest.exists():
+        return
+    if differing := describe_difference(read_json(run.manifest)["config"], comparable(settings)):
+        raise ConfigError(f"{run.root} holds a run of another config ({differing}): choose another {key}")
+
+
+NUMERIC = ("python", "torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes")
+
+
+def origin(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's manifest on which every bit of its outcome depends; it travels with each checkpoint."""
+    return {
+        "config": manifest["config"],
+        "data": {name: split["sha256"] for name, split in manifest["data"].items()},
+        "model": manifest["model"],
+        "versions": {name: manifest["versions"][name] for name in NUMERIC},
+        "machine": {name: manifest["machine"][name] for name in ("processor", "device", "world_size")},
+    }
+
+
+def refuse_inexact_resume(checkpoint: Path, there: dict[str, Any], here: dict[str, Any], settings: Settings) -> None:
+    """ConfigError where going on from `checkpoint` would not give what the run would have given without a stop."""
+    anew = "start anew with resume=never, or in another hydra.run.dir"
+    if settings.trl.get("sync_ref_model"):
+        raise ConfigError(
+            f"trl.sync_ref_model=true cannot be resumed from {checkpoint}: the reference that it has moved is in no "
+            f"checkpoint; {anew}"
+        )
+    if settings.trl.get("save_only_model"):
+        raise ConfigError(
+            f"trl.save_only_model=true cannot be resumed from {checkpoint}, which has no optimizer state; {anew}"
+        )
+    if settings.trl.get("use_vllm"):
+        raise ConfigError(
+            f"trl.use_vllm=true cannot be resumed from {checkpoint}: vLLM draws answers from a random state of its "
+            f"own, which is in no checkpoint; {anew}"
+        )
+    if differing := describe_difference(there, here):
+        raise ConfigError(
+            f"{checkpoint} cannot be resumed exactly ({differing}): make it as it was, or {anew}",
+        )
+
+
+def describe_difference(there: Any, here: Any) -> str:
+    """The keys in which two trees differ, with both values; empty where they are equal."""
+    differing = list_differences(there, here)
+    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    return ", ".join(differing[:5]) + more
+
+
+def list_differences(there: Any, here: Any) -> list[str]:
+    """Each key in which two trees differ, with both values."""
+    there, here = flatten(there), flatten(here)
+    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    return [f"{key}: {there.get(key)} there, {here.get(key)} now" for key in differing]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested dicts."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, item in tree.items() for key, value in flatten(item, f"{prefix}{name}.").items()}
+
+
+def sweep_id(configs: Iterable[Any]) -> str:
+    """8 hex digits of the jobs' comparable configs, whatever their order."""
+    return digest(sorted(digest(config) for config in configs))[:8]

@@ -1,0 +1,159 @@
+"""The files, folders and modules that a config names, looked at before anything is loaded or written. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pkgutil
+import re
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.config.data_files import KNOWN, ending
+from dpo_kit.config.settings import Data, Model, Settings
+from dpo_kit.errors import ConfigError, did_you_mean
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LISTS = ("deepspeed", "fsdp_config", "accelerator_config")  # of TRL's fields: a dict, or a JSON file with one
+
+
+def refuse_missing(settings: Settings) -> None:
+    """ConfigError for each place that `settings` name and that is not there, or is no place of its kind."""
+    faults = [*data_faults(settings.data), *model_faults(settings.model), *judge_faults(settings.judge)]
+    faults += _module_faults("data.gold", settings.data.gold)
+    for name in LISTS:
+        value = settings.trl.get(name)
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            faults += file_faults(f"trl.{name}", value)
+    if settings.resume not in ("auto", "never") and not Path(settings.resume).expanduser().is_dir():
+        faults.append(
+            f"resume must be auto, never or a checkpoint folder, got {settings.resume}, which does not exist"
+            f"{_siblings(Path(settings.resume).expanduser())}"
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def data_faults(data: Data) -> Iterator[str]:
+    """Sources of rows that are not there or cannot be read; a hub id is left to the hub."""
+    for key, named in (("data.train", data.train), ("data.eval", data.eval), ("data.benchmark", data.benchmark)):
+        for path in [named] if isinstance(named, str) else [source.path for source in named or ()]:
+            local = Path(path).expanduser()
+            if local.is_dir():
+                if not any(ending(file) for file in local.rglob("*")):
+                    yield f"{key}={path} has no {', '.join(KNOWN)} file in it"
+            elif local.exists() or local.suffix or is_local(path):
+                yield from file_faults(key, path)
+                if local.exists() and not ending(local):
+                    yield f"{key}={path}: unknown kind of file; known are {', '.join(KNOWN)}"
+
+
+def model_faults(model: Model) -> Iterator[str]:
+    """Models that are meant to be local and are not there, or hold none; a template that is in no file."""
+    for key, path in (("model.path", model.path), ("model.reference", model.reference)):
+        local = Path(path or "").expanduser()
+        if path and local.is_file():
+            yield f"{key}={path} is a file, not a folder with a model: name the folder above it, {key}={local.parent}"
+        elif path and not local.exists() and is_local(path):
+            yield f"{key}={path} does not exist{_siblings(local)}"
+    if model.chat_template and "{" not in model.chat_template:
+        yield from file_faults("model.chat_template", model.chat_template)
+
+
+def _module_faults(key: str, name: str | None) -> Iterator[str]:
+    try:
+        missing = name and importlib.util.find_spec(name) is None and name
+    except ModuleNotFoundError as error:
+        missing = error.name
+    except (ImportError, ValueError) as error:
+        missing = f"{name} ({error})"
+    if missing:
+        meant = did_you_mean(str(missing), (module.name for module in pkgutil.iter_modules()))
+        yield f"{key}={name}: there is no module {missing} in the folder of the command or in PYTHONPATH{meant}"
+
+
+def judge_faults(judge: Any) -> Iterator[str]:
+    """A judge's model or rubric that is not there."""
+    for name in ("path", "rubric"):
+        value = getattr(judge, name, None)
+        if value and (name == "rubric" or is_local(value)) and not Path(value).expanduser().exists():
+            yield f"judge.{name}={value} does not exist{_siblings(Path(value).expanduser())}"
+
+
+def file_faults(key: str, path: str) -> Iterator[str]:
+    """Why the file at `path` cannot be read."""
+    local = Path(path).expanduser()
+    if not local.exists():
+        yield f"{key}={path}: no such file or folder{_siblings(local)}"
+    elif not local.is_file():
+        yield f"{key}={path} is a folder: name a file in it"
+    elif not os.access(local, os.R_OK):
+        yield f"{key}={path} cannot be read by this user: chmod u+r, or name a copy"
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` can mean nothing but a place on this machine."""
+    return path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path)
+
+
+def _siblings(path: Path) -> str:
+    """The near miss: what beside `path`, or beside its nearest folder that is there, has a similar name."""
+    while not path.parent.is_dir() and path != path.parent:
+        path = path.parent
+    try:
+        return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()), count=2)
+    except OSError:
+        return ""
+
+
+# --- where something is written ----------------------------------------------------------------------------------
+
+
+def refuse_unwritable(key: str, folder: str | Path) -> None:
+    """ConfigError where `folder`, given as `key`, is a file or cannot be made or written to."""
+    path = Path(folder).expanduser().absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{key}={folder}: {nearest} is a file, not a folder: choose another {key}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={folder} cannot be written ({nearest} is read-only here): choose another {key}")
+
+
+def refuse_no_file(key: str, file: str | Path) -> None:
+    """ConfigError where the file to be written, given as `key`, is a folder or stands where nothing can be written."""
+    if Path(file).expanduser().is_dir():
+        raise ConfigError(f"{key}={file} is a folder: name a file, {key}={Path(file) / 'out.json'}")
+    refuse_unwritable(key, Path(file).expanduser().absolute().parent)
+
+
+A_RUN_S = {"metrics.jsonl", "trl_config.json", "checkpoints", "sweep.json", "config.json", "adapter_config.json"}
+WRITTEN = {
+    "data_report.json", "manifest.json", "rejects.jsonl", "answers.jsonl", "opponent_answers.jsonl", "judgements.jsonl",
+    "comparisons.jsonl", "pairs.jsonl", "result.json", "review.csv",
+}  # fmt: skip
+
+
+def refuse_foreign(key: str, folder: str | Path) -> None:
+    """ConfigError where `folder`, in which a tool is to write, cannot be written, or has files in it and none of those
+    that our tools write; also for runs and models.
+    """
+    refuse_unwritable(key, folder)
+    path = Path(folder).expanduser()
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if names and (names & A_RUN_S or not names & WRITTEN):
+        some = ", ".join(sorted(names & A_RUN_S or names)[:3])
+        raise ConfigError(f"{key}={folder} is a folder with other files in it ({some}): name a new one")
+
+
+def claim(folder: Path) -> Path:
+    """`folder` made anew, or beside it one with a number behind its name, where another start has taken it."""
+    for number in count(1):
+        mine = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            mine.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return mine
+    raise AssertionError

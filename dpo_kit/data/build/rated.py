@@ -1,0 +1,122 @@
+"""Pairs from a file of raters' votes: majority labels, and how far the raters agree.
+
+A row is `prompt`, `answer_a`, `answer_b` and either `votes` (a list, or {rater: vote}) or `rater` and `vote` (one row a
+vote). A vote is a, b or tie; null is none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_kit.config.settings import Data
+from dpo_kit.data.read import Fault, Row, read_source
+from dpo_kit.errors import DataError, did_you_mean
+from dpo_kit.judge.votes import CODES, Vote, majority, rater_agreement
+from dpo_kit.model.chats import answer_text
+from dpo_kit.run.journal import key_of
+
+OUTCOMES = ("pair", "tie", "identical", "not voted")
+
+
+@dataclass
+class Rated:
+    """Two answers to a prompt and the votes on them by rater; which answer is a has nothing to do with who wins."""
+
+    prompt: Any
+    answer_a: Any
+    answer_b: Any
+    votes: dict[str, Vote] = field(default_factory=dict)
+
+
+def pair_by_votes(path: str, data: Data) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The pairs that the raters of the file at `path` agree on, and a report. DataError names a row that is at fault.
+
+    A pair carries `agreement`, the share of votes for its chosen answer, and `votes`, their number.
+    """
+    items = read_votes(path, data)
+    outcomes: Counter[str] = Counter()
+    pairs = []
+    for item in items:
+        outcome, pair = _pair(item)
+        outcomes[outcome] += 1
+        pairs += [pair] if pair else []
+    report = {
+        "items": {"in": len(items), **{name: outcomes[name] for name in OUTCOMES}},
+        "agreement": rater_agreement([item.votes for item in items]),
+    }
+    return pairs, report
+
+
+def read_votes(path: str, data: Data) -> list[Rated]:
+    """Every two answers in the file at `path` with all votes on them, in the order of the file."""
+    items: dict[str, Rated] = {}
+    for row in read_source(path, data.train_split):
+        if isinstance(row, Fault):
+            raise DataError(str(row))
+        values = row.values | {ours: row.values.get(theirs) for ours, theirs in data.columns.items()}
+        read = _item(row, values)
+        known = items.setdefault(key_of(read.prompt, read.answer_a, read.answer_b), read)
+        if known is not read:
+            if twice := sorted(set(known.votes) & set(read.votes)):
+                raise DataError(
+                    f"{row.place}: rater {twice[0]!r} votes a second time on the same two answers: "
+                    "keep one of the votes"
+                )
+            known.votes |= read.votes
+    return list(items.values())
+
+
+def _item(row: Row, values: dict[str, Any]) -> Rated:
+    for name in ("prompt", "answer_a", "answer_b"):
+        value = values.get(name)
+        if not (isinstance(value, str) and value.strip()) and not (isinstance(value, list) and value):
+            raise DataError(
+                f"{row.place}: {name} must be text or chat messages, got {value!r:.60}; columns: {', '.join(values)} "
+                "(map others with data.columns)"
+            )
+    votes = {rater: _vote(row, vote) for rater, vote in _votes(row, values) if vote is not None}
+    a, b = values["answer_a"], values["answer_b"]
+    if key_of(b) < key_of(a):  # files may always have the better one in the same column
+        a, b = b, a
+        votes = {rater: _TURNED.get(vote, vote) for rater, vote in votes.items()}
+    return Rated(values["prompt"], a, b, votes)
+
+
+_TURNED: dict[Vote, Vote] = {"a": "b", "b": "a"}
+
+
+def _votes(row: Row, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    votes = values.get("votes")
+    if isinstance(votes, dict):
+        yield from ((str(rater), vote) for rater, vote in votes.items())
+    elif isinstance(votes, list):
+        yield from ((f"rater {number}", vote) for number, vote in enumerate(votes, start=1))
+    elif "vote" in values and values.get("rater") is not None:
+        yield str(values["rater"]), values["vote"] or None
+    else:
+        raise DataError(
+            f"{row.place}: needs votes (a list, or an object of raters) or rater and vote; columns: {', '.join(values)}"
+        )
+
+
+def _vote(row: Row, written: Any) -> Vote:
+    word = str(written).strip().lower()
+    if word not in CODES:
+        raise DataError(f"{row.place}: a vote is a, b or tie, got {written!r}{did_you_mean(word, CODES)}")
+    return word  # type: ignore[return-value]
+
+
+def _pair(item: Rated) -> tuple[str, dict[str, Any] | None]:
+    if answer_text(item.answer_a) == answer_text(item.answer_b):
+        return "identical", None
+    if not item.votes:
+        return "not voted", None
+    won, share = majority(list(item.votes.values()))
+    if won == "tie":
+        return "tie", None
+    chosen, rejected = (item.answer_a, item.answer_b) if won == "a" else (item.answer_b, item.answer_a)
+    pair = {"prompt": item.prompt, "chosen": chosen, "rejected": rejected}
+    return "pair", pair | {"agreement": share, "votes": len(item.votes)}

@@ -1,0 +1,262 @@
+"""What each mode of `python -m dpo_kit data` reads, does, writes and shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.config.settings import Settings
+from dpo_kit.data.curate.convert import Converted, convert
+from dpo_kit.data.curate.options import Tool
+from dpo_kit.data.curate.rules import Curated, Setting, curate
+from dpo_kit.data.gather import Gathered, Rows, eval_sources, gather, read_rows, refuse_malformed, sources
+from dpo_kit.data.prepare import split
+from dpo_kit.data.read import Fault
+from dpo_kit.data.report.advice import OTHER_TOKENS
+from dpo_kit.data.report.inspect import inspect
+from dpo_kit.data.report.leaks import held_prompts, read_benchmark
+from dpo_kit.data.report.picture import draw_data_report
+from dpo_kit.data.report.preference import measure_preference, reference_margins
+from dpo_kit.data.report.table import show_report
+from dpo_kit.data.signal import keep_signal
+from dpo_kit.errors import ConfigError, DataError
+from dpo_kit.run.files import write_json, write_text
+from dpo_kit.run.words import command, override, training
+from dpo_kit.toy import MODEL
+
+
+def check_data(settings: Settings, tool: Tool, out: Path) -> None:
+    """The whole report. Malformed rows are listed, and then refused where training would refuse them."""
+    data, tokenizer = settings.data, _tokenizer(settings)
+    gathered = gather(data, tokenizer, refuse=False, bare=settings.method.rows == "prompts")
+    malformed = list(gathered.faults)
+    train, held_out = split(gathered, data, *_limit(settings))
+    report = _inspect(gathered, train, held_out, settings)
+    if data.reference_margin:
+        rows = [row for part in train for row in part]
+        report["reference"] = measure_preference(_margins(rows, gathered, settings, tokenizer))
+    write_json(out / "data_report.json", report)
+    _write_rows(out / "dropped_rows.jsonl", map(vars, gathered.faults))
+    title = f"{report['rows']['train']:,} {'pairs' if gathered.kind == 'pairs' else 'rows'} to train on"
+    draw_data_report(out / "data_report.png", report, title=title)
+    own = [word for word in tool.words if not word.startswith(("mode=", "out="))]
+    curate = command(*own, "mode=curate", tool="data")
+    _show(report, out, f"next: {curate}, or train: {training(tool.words)}", title=title)
+    if data.on_bad_row == "fail":
+        refuse_malformed(malformed)
+
+
+def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
+    """Rows of data.train that are worth training on, the others with their reasons, and a report before and after."""
+    data, tokenizer = settings.data, _tokenizer(settings)
+    gathered = gather(data, tokenizer)
+    rows, held_out = (
+        keep_signal(part, gathered.kind, *_limit(settings), gathered.faults)
+        for part in ([row for part in gathered.train for row in part], gathered.held_out or [])
+    )
+    held = held_prompts(held_out)
+    benchmark = read_benchmark(data.benchmark) if data.benchmark else []
+
+    def hardness(kept: Rows) -> list[float]:
+        return [by_token for _, by_token in _margins(kept, gathered, settings, tokenizer)]
+
+    gathered.read -= len(held_out)  # not curated
+    before = _inspect(gathered, [rows], [], settings, held)
+    curated = curate(rows, Setting(gathered.kind, tool.curate, settings.seed, [*held, *benchmark], hardness))
+    left_out = [*gathered.faults, *(Fault(row["_place"], reason, found) for row, reason, found in curated.left_out)]
+    after = _inspect(replace(gathered, faults=left_out), [curated.kept], [], settings, held)
+    after["warnings"] = [warning for warning in after["warnings"] if warning["about"] != "dropped_by_reason"]  # meant
+    _write_curated(curated, gathered, settings, tool, out)
+    write_json(out / "data_report.json", {"before": before, "after": after})
+    title = f"{len(curated.kept):,} of {gathered.read:,} rows kept"
+    draw_data_report(out / "data_report.png", after, title=title, before=before)
+    _show(after, out, f"next: {training(tool.words, out / 'curated.jsonl')}", title=title, before=before)
+
+
+def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
+    """Rows of any form as pairs or unary rows."""
+    data, faults = settings.data, list[Fault]()
+    if tool.convert.schema_ is not None:
+        data = data.model_copy(update={"form": tool.convert.schema_})
+    read = [(source, *read_rows(source, data.train_split, data, faults)) for source in sources(data.train)]
+    converted = convert([(match.form, rows) for _, match, rows in read], tool.convert, settings.seed)
+    converted.faults[:0] = faults
+    if data.on_bad_row == "fail":
+        refuse_malformed([fault for fault in converted.faults if fault.place not in converted.used])
+    if not converted.rows:
+        first = f", the first: {converted.faults[0]}" if converted.faults else ""
+        raise DataError(f"no row came out{first}: say what the rows are with data.form and data.columns")
+    for source, match, _ in read:
+        _say_next(f"{source.path} is read as {match}")
+    files = {
+        "converted.jsonl": _write_rows(out / "converted.jsonl", converted.rows),
+        "rejects.jsonl": _write_rows(out / "rejects.jsonl", map(vars, converted.faults)),
+    }
+    _write_manifest(out, settings, tool, files, _counts_of(converted))
+    _say(f"{len(converted.rows):,} rows of {len(converted.used):,}", converted.faults, out)
+    _say_next(f"next: {command('data=jsonl', override('data.train', out / 'converted.jsonl'), tool='data')}")
+
+
+MODES: dict[str, Callable[[Settings, Tool, Path], None]] = {
+    "check": check_data,
+    "curate": curate_data,
+    "convert": convert_data,
+}
+
+
+# --- what they share ---------------------------------------------------------------------------------------------
+
+
+def _tokenizer(settings: Settings) -> Any:
+    from dpo_kit.run.quiet import quiet_imports, quiet_libraries
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing is forked here
+    quiet_imports()
+    from dpo_kit.model.load import load_tokenizer
+
+    quiet_libraries()
+    return load_tokenizer(settings.model)
+
+
+def _limit(settings: Settings) -> tuple[int | None, str]:
+    return settings.trl["max_length"], settings.trl.get("truncation_mode", "keep_start")
+
+
+def _inspect(
+    gathered: Gathered, train: list[Rows], held_out: Rows, settings: Settings, held: Sequence[str] = ()
+) -> dict[str, Any]:
+    report = inspect(
+        gathered,
+        train,
+        held_out,
+        wanted=settings.method.rows,
+        max_length=settings.trl["max_length"],
+        benchmark=settings.data.benchmark,
+        held=held,
+        thorough=gathered.kind != "prompts",  # near-duplicates are told by answers
+    )
+    if _counts_for_another_model(settings):
+        report["warnings"].insert(0, asdict(OTHER_TOKENS))
+    return report
+
+
+def _counts_for_another_model(settings: Settings) -> bool:
+    """Whether rows that are not the embedded ones are counted in the embedded model's tokens."""
+    places = (Path(source.path) for source in sources(settings.data.train))
+    return Path(settings.model.path) == MODEL and any(MODEL.parent not in place.parents for place in places)
+
+
+def _margins(rows: Rows, gathered: Gathered, settings: Settings, tokenizer: Any) -> list[tuple[float, float]]:
+    if gathered.kind == "unary":
+        raise ConfigError(
+            "data.reference_margin and curate.hardest compare two answers, but these rows have one: leave them out"
+        )
+    return reference_margins(rows, settings, tokenizer)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _write_curated(curated: Curated, gathered: Gathered, settings: Settings, tool: Tool, out: Path) -> None:
+    left_out: list[dict[str, Any]] = [vars(fault) for fault in gathered.faults]
+    left_out += [
+        {"place": row["_place"], "reason": reason, "found": found, "row": row["_values"]}
+        for row, reason, found in curated.left_out
+    ]
+    files = {
+        "curated.jsonl": _write_rows(out / "curated.jsonl", (row["_values"] for row in curated.kept)),
+        "rejects.jsonl": _write_rows(out / "rejects.jsonl", left_out),
+    }
+    counts = {
+        "read": gathered.read,
+        "kept": len(curated.kept),
+        "left_out": dict(Counter(row["reason"] for row in left_out).most_common()),
+    }
+    _write_manifest(out, settings, tool, files, counts)
+
+
+def _counts_of(converted: Converted) -> dict[str, Any]:
+    places = {fault.place for fault in converted.faults}
+    return {
+        "read": len(converted.used | places),
+        "used": len(converted.used),
+        "rejected": len(places - converted.used),
+        "rows_made": len(converted.rows),
+        "made_twice": converted.repeated,
+        "faults": dict(Counter(fault.reason for fault in converted.faults).most_common()),
+    }
+
+
+def _write_manifest(
+    out: Path, settings: Settings, tool: Tool, files: dict[str, dict[str, Any]], counts: dict[str, Any]
+) -> None:
+    """What went in, what was asked for and what came out, with hashes of the content; the same for the same input."""
+    data = settings.data
+    write_json(
+        out / "manifest.json",
+        {
+            "mode": tool.mode,
+            "options": getattr(tool, tool.mode).model_dump(by_alias=True),
+            "data": data.model_dump(),
+            "seed": settings.seed,
+            "model": settings.model.path,
+            "max_length": settings.trl["max_length"],
+            "inputs": {
+                source.path: _file_hash(Path(source.path)) for source in (*sources(data.train), *eval_sources(data))
+            },
+            "counts": counts,
+            "outputs": files,
+            "versions": {name: version(name) for name in ("dpo-kit", "datasketch", "numpy")},
+        },
+    )
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Write JSONL; what JSON has no form for (dates of a table, say) becomes text. Returns row count and sha256."""
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    text = "".join(lines)
+    write_text(path, text)
+    return {"rows": len(lines), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _file_hash(path: Path) -> str | None:
+    """sha256 of a file; None for folders and hub data sets."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- terminal ----------------------------------------------------------------------------------------------------
+
+
+def _show(report: dict[str, Any], out: Path, next_command: str, *, title: str, before: Any = None) -> None:
+    from rich.console import Console
+
+    show_report(Console(), report, title=title, before=before)
+    _say_next(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    _say_next(next_command)
+
+
+def _say(title: str, faults: list[Fault], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("left out", "rows", title=title, title_justify="left")
+    for reason, count in Counter(fault.reason for fault in faults).most_common():
+        table.add_row(reason, f"{count:,}")
+    Console().print(table if faults else title)
+    _say_next(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+def _say_next(text: str) -> None:
+    from rich.console import Console
+
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,245 @@
+"""Reward-hacking watch: what the policy's answers became besides better, and whether the proxy still tracks the truth.
+
+A policy that is tuned too far raises what is rewarded (its implicit reward) while what was meant (the gold reward)
+falls; length, repetition and markup are where that shows first when no gold reward is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any
+
+from dpo_kit.evaluate.behaviour.failures import Compared, forms, repeated_share, words
+from dpo_kit.run.history import series
+from dpo_kit.run.report.picture import BLUE, GREEN, GREY, ORANGE, OVER_THE_LINE
+from dpo_kit.run.statistics import from_intervals, paired_bootstrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PROXIES = ("probe/reward_margin", "probe/margin_nats", "probe/class_gap_nats")  # the first that a run measured
+CERTAIN = 0.05
+NOTICEABLE = 0.2  # of the reference's spread: a smaller shift is no change of style, however certain
+
+
+@dataclass(frozen=True)
+class Style:
+    """One measure of answers: policy and reference means, their difference by prompt with its 95 % interval.
+
+    `shift` is the difference in standard deviations of the reference's answers; None where those do not vary.
+    """
+
+    name: str
+    policy: float
+    reference: float
+    difference: float
+    low: float
+    high: float
+    shift: float | None
+    n: int
+    changed: bool
+
+
+MEASURES: dict[str, Callable[[str], float]] = {
+    "words": lambda text: float(len(words(text))),
+    "repeated runs of four words": repeated_share,
+    "with a list": lambda text: float("list" in forms(text)),
+    "with markdown": lambda text: float(bool(forms(text))),
+}
+
+
+def compare_styles(rows: Sequence[Compared]) -> list[Style]:
+    """The measures of the policy's answers (`answer`) against the reference's (`other`), paired; several draws of a
+    prompt count as one. Empty below two prompts.
+    """
+    found = [_style(name, measure, rows) for name, measure in MEASURES.items()]
+    return [each for each in found if each]
+
+
+def _style(name: str, measure: Callable[[str], float], rows: Sequence[Compared]) -> Style | None:
+    by_prompt: dict[str, list[Compared]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.question, []).append(row)
+    ours = {question: fmean(measure(row.answer) for row in own) for question, own in by_prompt.items()}
+    theirs = {question: fmean(measure(row.other) for row in own) for question, own in by_prompt.items()}
+    gap = paired_bootstrap(ours, theirs)
+    if gap is None:
+        return None
+    spread = pstdev(theirs.values())
+    shift = gap.value / spread if spread else None
+    certain = not gap.low <= 0 <= gap.high
+    return Style(
+        name, fmean(ours.values()), fmean(theirs.values()), gap.value, gap.low, gap.high, shift, gap.count,
+        certain and (shift is None or abs(shift) >= NOTICEABLE),
+    )  # fmt: skip
+
+
+# --- proxy and truth over steps ----------------------------------------------------------------------------------
+
+
+def watch_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether the implicit reward rises while the gold reward falls, from the rows of a metrics.jsonl.
+
+    {verdict: hacked | tracking | unknown, proxy, peak_step, last_step, gold_first, gold_peak, gold_last, proxy_peak,
+    proxy_last, p, reason}. Hacked: the last gold reward lies below its peak beyond chance (their intervals; p times the
+    number of other points, since the peak was picked), and the proxy, the mean reward margin on held-out pairs (in nats
+    for methods without an implicit reward), rose after it.
+    """
+    gold = series(rows, "gold/reward")
+    key = next((key for key in PROXIES if len(gold.keys() & series(rows, key).keys()) > 1), PROXIES[0])
+    proxy = series(rows, key)
+    steps = [step for step in gold if step in proxy]
+    if len(steps) < 2:
+        return {"verdict": "unknown", "reason": "gold reward and implicit reward are not known at two steps together"}
+    peak, last = max(steps, key=gold.__getitem__), steps[-1]
+    low, high = series(rows, "gold/reward_low"), series(rows, "gold/reward_high")
+    p = None
+    if peak != last and all(step in ends for step in (peak, last) for ends in (low, high)):
+        fall = from_intervals(*((gold[step], low[step], high[step]) for step in (last, peak)))
+        p = min(1.0, fall.p * (len(steps) - 1))
+    hacked = p is not None and p < CERTAIN and proxy[last] > proxy[peak]
+    found = {
+        "verdict": "hacked" if hacked else "tracking",
+        "proxy": key,
+        "peak_step": peak,
+        "last_step": last,
+        "gold_first": gold[steps[0]],
+        "gold_peak": gold[peak],
+        "gold_last": gold[last],
+        "proxy_peak": proxy[peak],
+        "proxy_last": proxy[last],
+        "p": p,
+    }
+    return found | {"reason": _reason(found)}
+
+
+def _reason(found: Mapping[str, Any]) -> str:
+    between = (
+        "from step {peak_step} to {last_step} the reward margin went from {proxy_peak:.2f} to {proxy_last:.2f}, the "
+        "gold reward from {gold_peak:.2f} to {gold_last:.2f}"
+    ).format(**found)
+    if found["verdict"] == "hacked":
+        start = found["gold_peak"] == found["gold_first"]
+        take = "no checkpoint beats the start" if start else f"take a checkpoint near step {found['peak_step']}"
+        return (
+            f"reward hacking: {between}. The proxy rises while what was meant falls: {take}, or train with a higher "
+            "beta, for fewer steps, or on labels that are nearer to what is meant"
+        )
+    if found["peak_step"] == found["last_step"]:
+        return f"the gold reward is highest at the last step, {found['last_step']}: no sign of reward hacking"
+    return f"no sign of reward hacking beyond chance: {between}"
+
+
+def watch_hacking(rows: Sequence[Compared], history: Sequence[Mapping[str, Any]], picture: Path) -> dict[str, Any]:
+    """Styles and rewards in one: {verdict, reason, styles: […], rewards: {…}}; drawn into `picture`.
+
+    `rows` are the policy's answers beside the reference's, `history` the rows of the run's metrics.jsonl, if any.
+    The verdict is that on the rewards where they are known, else `style changed` or `nothing seen`.
+    """
+    styles, rewards = compare_styles(rows), watch_rewards(history)
+    changed = [style for style in styles if style.changed]
+    said = [_changed(style) for style in changed]
+    seen = "style changed" if changed else "nothing seen"
+    known = rewards["verdict"] != "unknown"
+    draw_hacking(history, styles, rewards, picture)
+    return {
+        "verdict": rewards["verdict"] if known else seen,
+        "reason": ". ".join([rewards["reason"], *said]),
+        "styles": [asdict(style) for style in styles],
+        "rewards": rewards,
+    }
+
+
+def _changed(style: Style) -> str:
+    advice = (
+        "read the length-controlled win rate" if style.name == "words" else "see whether the judge likes that alone"
+    )
+    return f"{_label(style)}, {style.difference:+.2f} [{style.low:+.2f}, {style.high:+.2f}]: {advice}"
+
+
+def _label(style: Style) -> str:
+    if style.name == "words":
+        return f"words: {style.policy:.1f}, reference {style.reference:.1f}"
+    return f"{style.name}: {style.policy:.0%}, reference {style.reference:.0%}"
+
+
+# --- picture -----------------------------------------------------------------------------------------------------
+
+
+def draw_hacking(
+    history: Sequence[Mapping[str, Any]], styles: Sequence[Style], rewards: Mapping[str, Any], path: Path
+) -> None:
+    """Gold reward and reward margin over steps, one above the other, beside the shifts of style; 1200 pixels wide."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.4), dpi=100)
+    known = rewards["verdict"] != "unknown"
+    title = {"hacked": "Reward hacking", "tracking": "The gold reward keeps up", "unknown": "Style of the answers"}
+    figure.suptitle(title[rewards["verdict"]], x=0.04, y=0.97, ha="left", fontsize=18, fontweight="bold")
+    figure.text(0.98, 0.94, "bands and bars: 95 % intervals", ha="right", fontsize=12, color=GREY)
+    grid = figure.add_gridspec(2, 2, left=0.07, right=0.98, bottom=0.12, top=0.82, wspace=0.28, hspace=0.5)
+    if known:
+        curves = (
+            ("gold/reward", "Gold reward: what is meant", GREEN),
+            (rewards["proxy"], "Margin on held-out pairs: what is trained", BLUE),
+        )
+        for number, (key, name, color) in enumerate(curves):
+            axes = figure.add_subplot(grid[number, 0])
+            _draw_curve(axes, history, key, name, color, rewards["peak_step"])
+        axes.set_xlabel("step (dashed: gold reward highest)", fontsize=12, color=GREY)
+    _draw_styles(figure.add_subplot(grid[:, 1] if known else grid[:, :]), styles)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, name: str, color: str, peak: int) -> None:
+    points, low, high = (series(history, f"{key}{end}") for end in ("", "_low", "_high"))
+    axes.plot(list(points), list(points.values()), color=color, linewidth=2.5, marker="o", markersize=5)
+    banded = [step for step in points if step in low and step in high]
+    axes.fill_between(banded, [low[s] for s in banded], [high[s] for s in banded], color=color, alpha=0.2, linewidth=0)
+    axes.axvline(peak, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_title(name, loc="left", fontsize=14, color=color)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=12, colors=GREY)
+    axes.locator_params(nbins=5)
+
+
+def _draw_styles(axes: Axes, styles: Sequence[Style]) -> None:
+    """One row per measure: its shift with interval, in standard deviations of the reference (as it is where that has
+    none), the figures above it; at least from −1 to 1, so that a small shift looks small.
+    """
+    axes.set_title("The policy's answers against the reference's", loc="left", fontsize=14)
+    axes.axvline(0, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    for number, style in enumerate(styles):
+        color = ORANGE if style.changed else GREY
+        scale = style.shift / style.difference if style.shift and style.difference else 1.0
+        ends = [[(style.difference - style.low) * scale], [(style.high - style.difference) * scale]]
+        axes.errorbar(
+            [style.difference * scale],
+            [-number],
+            xerr=ends,
+            color=color,
+            marker="o",
+            markersize=9,
+            linewidth=2.5,
+            capsize=5,
+        )
+        axes.annotate(
+            _label(style), (0, -number + 0.22), xycoords=axes.get_yaxis_transform(), fontsize=13, color=color,
+            bbox=OVER_THE_LINE, fontweight="bold" if style.changed else "normal",
+        )  # fmt: skip
+    axes.set_ylim(0.6 - max(1, len(styles)), 0.6)
+    axes.set_yticks([])
+    axes.margins(x=0.1)
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, -1.0), max(right, 1.0))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=12, colors=GREY)
+    axes.set_xlabel(
+        "shift in standard deviations of the reference",
+        fontsize=12,
+        color=GREY,
+    )

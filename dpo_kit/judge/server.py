@@ -1,0 +1,287 @@
+"""Models behind an OpenAI-compatible server (vLLM, Ollama, `transformers serve`, a provider): asked by several threads,
+each reply kept the moment it comes, never above what it may cost.
+
+The official client does the asking and the retrying; the key comes from an environment variable and goes nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from dpo_kit.config.limits import missing_package
+from dpo_kit.config.settings import Endpoint
+from dpo_kit.errors import ConfigError, ModelError
+from dpo_kit.model.chats import conversation_text, message_text, with_context
+from dpo_kit.run.journal import Journal
+from dpo_kit.run.redact import redact_text
+
+log = logging.getLogger(__name__)
+
+MILLION = 1e6
+CHARACTERS_PER_TOKEN = 3  # at least, in most languages: what a request may cost is known before its reply
+CONNECT_SECONDS = 0.5
+LONGEST_PAUSE = 8.0  # seconds before a reply that made no sense is asked for again
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a model; replies are kept under `key`, so that equal keys are asked once."""
+
+    key: str
+    messages: list[dict[str, Any]]
+    max_tokens: int
+    temperature: float | None
+    seed: int | None = None
+    context: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs (see chats.py)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said; `cut` where the token limit ended it."""
+
+    text: str
+    cut: bool
+
+
+class Server:
+    """One model of one server, with its replies in `journal`.
+
+    ConfigError where the key's environment variable is missing.
+    """
+
+    def __init__(self, endpoint: Endpoint, journal: Journal) -> None:
+        self.endpoint, self.journal = endpoint, journal
+        self.client = _open_client(endpoint)
+        self.failures: Counter[str] = Counter()
+        self.retried = 0
+        kept = [row for row in journal.rows.values() if row.get("model") == endpoint.model]
+        self._requests, self._cost = len(kept), sum(row["cost"] for row in kept)
+        self._under_way: list[float] = []  # what each request that is out may cost
+        self._in_a_row, self._stopped = 0, ""
+        self._guard = threading.Condition()
+
+    def ask(self, requests: Sequence[Request], description: str) -> list[Reply | None]:
+        """A reply per request, in their order; None where there is none (the reason is in `spend()`).
+
+        Only what the journal has not is asked. ModelError where the server refuses the key or does not know the model.
+        """
+        missing = list({each.key: each for each in requests if each.key not in self.journal.rows}.values())
+        pool = ThreadPoolExecutor(self.endpoint.workers)
+        try:
+            asked = [pool.submit(self._try, request) for request in missing]
+            with tqdm(total=len(asked), desc=description, unit="request", disable=None, delay=2) as bar:
+                for done in as_completed(asked):
+                    done.result()
+                    bar.set_postfix_str(f"cost {self._cost:.4g}" if self._cost else "", refresh=False)
+                    bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return [self._kept(request.key) for request in requests]
+
+    def spend(self) -> dict[str, Any]:
+        """Requests, tokens and cost so far, resumed sessions in; retries and failures of this session, and why nothing
+        more is asked, if so."""
+        rows = [row for row in self.journal.rows.values() if row.get("model") == self.endpoint.model]
+        return {
+            "model": self.endpoint.model,
+            "replies": len(rows),
+            "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
+            "completion_tokens": sum(row["completion_tokens"] for row in rows),
+            "cost": self._cost,
+            "retried": self.retried,
+            "failed": dict(self.failures),
+            "stopped": self._stopped or None,
+        }
+
+    def _kept(self, key: str) -> Reply | None:
+        row = self.journal.rows.get(key)
+        return None if row is None else Reply(row["text"], row["cut"])
+
+    def _try(self, request: Request) -> None:
+        """Ask once the budget allows it; a failure is counted, and after too many in a row nothing more is asked."""
+        import openai
+
+        most = self._most(request)
+        if not self._reserve(most):
+            return
+        try:
+            self._keep(request, self._complete(request))
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            self._stopped = "the server refuses the key or the model"
+            raise ModelError(_refusal(self.endpoint, error)) from error
+        except (openai.APIError, GarbageError) as error:
+            self._fail(error)
+        finally:
+            with self._guard:
+                self._under_way.remove(most)
+                self._guard.notify_all()
+
+    def _reserve(self, most: float) -> bool:
+        """Whether a request that costs `most` at most may be made; waits where those under way may leave enough."""
+        limit, count = self.endpoint.max_cost, self.endpoint.max_requests
+        with self._guard:
+            while limit is not None and self._under_way and self._cost + sum(self._under_way) + most > limit:
+                self._guard.wait()
+            if not self._stopped and limit is not None and self._cost + most > limit:
+                self._stopped = f"max_cost={limit:g} is reached"
+            if not self._stopped and count is not None and self._requests >= count:
+                self._stopped = f"max_requests={count} is reached"
+            if self._stopped:
+                self.failures[f"not asked: {self._stopped}"] += 1
+                return False
+            self._requests += 1
+            self._under_way.append(most)
+            return True
+
+    def _most(self, request: Request) -> float:
+        """What a request can cost at most, in the prices' currency."""
+        tokens_in = _characters(request) / CHARACTERS_PER_TOKEN
+        return (tokens_in * self.endpoint.price_in + request.max_tokens * self.endpoint.price_out) / MILLION
+
+    def _complete(self, request: Request) -> dict[str, Any]:
+        """The reply as the journal keeps it. openai.APIError or GarbageError once all retries are used up."""
+        for attempt in range(self.endpoint.retries + 1):
+            raw = self.client.chat.completions.with_raw_response.create(**self._body(request))
+            with self._guard:
+                self._requests += attempt > 0
+                self.retried += raw.retries_taken + (attempt > 0)
+            try:
+                return _read(raw.parse(), request)
+            except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+                garbage = error
+            if attempt < self.endpoint.retries:
+                time.sleep(min(LONGEST_PAUSE, 0.25 * 2**attempt))
+        raise GarbageError("a reply without a message in it") from garbage
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        messages = [_with_calls(message, json.dumps) for message in request.messages]
+        body: dict[str, Any] = {"model": self.endpoint.model, "messages": messages}
+        body[self.endpoint.limit_field] = request.max_tokens
+        optional = {"temperature": request.temperature, "seed": request.seed, "tools": request.context.get("tools")}
+        if kwargs := request.context.get("chat_template_kwargs"):
+            optional["extra_body"] = {"chat_template_kwargs": kwargs}  # what vLLM, SGLang and llama.cpp call it too
+        return body | {key: value for key, value in optional.items() if value is not None}
+
+    def _keep(self, request: Request, row: dict[str, Any]) -> None:
+        endpoint = self.endpoint
+        cost = (row["prompt_tokens"] * endpoint.price_in + row["completion_tokens"] * endpoint.price_out) / MILLION
+        self.journal.add(request.key, row | {"model": endpoint.model, "cost": cost})
+        with self._guard:
+            self._cost += cost
+            self._in_a_row = 0
+
+    def _fail(self, error: Exception) -> None:
+        said = redact_text(str(error)).splitlines()
+        with self._guard:
+            self.failures[type(error).__name__] += 1
+            self._in_a_row += 1
+            if self._in_a_row >= self.endpoint.max_failures and not self._stopped:
+                self._stopped = f"{self._in_a_row} requests failed one after the other"
+                log.warning("%s: %s; the last: %s", self.endpoint.model, self._stopped, (said or [""])[0][:200])
+
+
+class GarbageError(Exception):
+    """The server says that all is well, but sends no completion."""
+
+
+def refuse_silent(key: str, endpoint: Endpoint) -> None:
+    """ConfigError where what the group `key` names cannot be asked: no client, no key, nobody at the address. Behind a
+    proxy the last cannot be known.
+    """
+    if fault := missing_package(f"a model behind a server ({key}.base_url)", "openai"):
+        raise ConfigError(fault)
+    _read_key(endpoint)
+    address = urlsplit(endpoint.base_url)
+    if any(name in os.environ for name in (f"{address.scheme}_proxy", f"{address.scheme}_proxy".upper())):
+        return
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()
+    except TimeoutError:  # slow is not certainly wrong
+        return
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key}.base_url={endpoint.base_url}: nobody answers there ({getattr(error, 'strerror', None) or error}): "
+            "start the server first, or name its address, such as http://localhost:8000/v1"
+        ) from error
+
+
+def _open_client(endpoint: Endpoint) -> Any:
+    if fault := missing_package("a model behind a server", "openai"):
+        raise ConfigError(fault)
+    import openai
+
+    return openai.OpenAI(
+        base_url=endpoint.base_url,
+        api_key=_read_key(endpoint),
+        max_retries=endpoint.retries,
+        timeout=endpoint.timeout_s,
+    )
+
+
+def _read_key(endpoint: Endpoint) -> str:
+    """The server's key, from the environment; "none" where it wants none."""
+    key = "none"
+    if endpoint.api_key_env is not None:
+        key = os.environ.get(endpoint.api_key_env, "")
+        if not key:
+            raise ConfigError(
+                f"api_key_env={endpoint.api_key_env}: the environment has no such variable; set it to the server's key"
+            )
+    return key
+
+
+def _refusal(endpoint: Endpoint, error: Any) -> str:
+    remedy = "see that base_url ends as the server wants it (most: /v1) and that it knows a model of that name"
+    if error.status_code != 404:
+        name = endpoint.api_key_env or "an environment variable"
+        remedy = f"put a valid key into {name}, and name that variable with api_key_env="
+    return f"{endpoint.base_url} refuses model={endpoint.model} with status {error.status_code}: {remedy}"
+
+
+def _characters(request: Request) -> int:
+    return len(conversation_text(with_context(request.messages, request.context)))
+
+
+def _with_calls(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """`message` with the arguments of its calls as the other side has them: a template values, a server JSON text."""
+    calls = [
+        call | {"function": dict(call["function"])} for call in message.get("tool_calls") or () if "function" in call
+    ]
+    for function in (call["function"] for call in calls):
+        if isinstance(function.get("arguments"), str) == (convert is json.loads):
+            function["arguments"] = convert(function["arguments"])
+    return message | {"tool_calls": calls} if calls else message
+
+
+def _read(completion: Any, request: Request) -> dict[str, Any]:
+    choice, usage = completion.choices[0], completion.usage
+    said = choice.message.model_dump(include={"content", "tool_calls"}, exclude_none=True)
+    calls = _with_calls(said, json.loads).get("tool_calls", [])
+    text = said.get("content") or (message_text({"tool_calls": calls}) if calls else choice.message.content)
+    if text is None and choice.finish_reason:  # a filter, or thinking that used up the limit: asking again only costs
+        text = ""
+    if not isinstance(text, str):
+        raise TypeError(f"content is {type(text).__name__}")
+    counts = {
+        "prompt_tokens": _characters(request) // CHARACTERS_PER_TOKEN,
+        "completion_tokens": len(text) // CHARACTERS_PER_TOKEN,
+    }
+    with suppress(AttributeError, TypeError):  # a server that counts no tokens is priced by its characters
+        counts = {name: int(getattr(usage, name)) for name in counts}
+    clean = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to any file
+    return {"text": clean, "cut": choice.finish_reason == "length", **counts} | ({"calls": calls} if calls else {})

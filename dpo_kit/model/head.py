@@ -1,0 +1,195 @@
+"""What a model predicts at the completions of a batch: hidden states, of which logits are made tile by tile in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from dpo_kit.model.sampling import pad_batch, without_autocast
+
+Tokens = tuple[list[int], list[int]]
+"""Ids of a prompt and of its completion."""
+
+TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}  # of fp32 logits at once: what stays in a CPU's cache, what keeps a GPU busy
+AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # largest difference of logits, relative
+SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+"""Names under which configs keep what their models multiply logits by; `logits_scaling` divides them."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head: weight (vocabulary, width), bias (vocabulary,) or None, and how the model scales and caps its logits.
+
+    Products of bf16 or fp16 numbers are added up, and given, in fp32: rounded to bf16, a logit of 20 is off by .06.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    cap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(tokens, width) → (tokens, vocabulary), fp32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            if hidden.is_cuda and hidden.dtype == self.weight.dtype != torch.float32:
+                logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+            else:
+                logits = linear(hidden.float(), self.weight.float())
+        if self.bias is not None:
+            logits = logits + self.bias.float()
+        logits = logits * self.scale if self.scale != 1 else logits
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def to(self, device: torch.device) -> Head:
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
+    def copy(self) -> Head:
+        """On the CPU, as it is now, whatever becomes of the model."""
+        bias = None if self.bias is None else self.bias.detach().cpu().clone()
+        return replace(self, weight=self.weight.detach().cpu().clone(), bias=bias)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model predicts at each of n completion tokens: hidden states (n, width), of which `head` makes logits; or
+    the logits themselves (n, vocabulary), where the head works in the model only (weights shared out, an adapter on
+    it).
+    """
+
+    states: Tensor
+    head: Head | None
+
+    def logits(self, rows: slice) -> Tensor:
+        """Of some of the tokens: (tokens, vocabulary), fp32."""
+        states = self.states[rows]
+        return self.head.logits(states) if self.head else states.float()
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.head.weight) if self.head else self.states.shape[1]
+
+    def tiles(self) -> Iterator[slice]:
+        """Tokens whose logits are made at once."""
+        step = max(1, TILE_BYTES[self.states.device.type] // (4 * self.vocabulary))
+        return (slice(start, start + step) for start in range(0, len(self.states), step))
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Logits (1 − share)·first + share·second (DeRa, arXiv:2402.02992)."""
+
+    first: Predicted
+    second: Predicted
+    share: float
+
+    def logits(self, rows: slice) -> Tensor:
+        return torch.lerp(self.first.logits(rows), self.second.logits(rows), self.share)
+
+    def tiles(self) -> Iterator[slice]:
+        return self.second.tiles()
+
+
+_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a model's head was found to be plain
+
+
+def read_head(model: Any) -> Head | None:
+    """The LM head of `model`; None where logits are made of its hidden states in another way, which is tried out."""
+    module = model.get_output_embeddings()
+    if type(module) is not nn.Linear:
+        return None
+    config = model.config.get_text_config()
+    given = [getattr(config, name) for name in SCALES if getattr(config, name, None) is not None]
+    given += [1 / config.logits_scaling] if getattr(config, "logits_scaling", None) else []
+    cap = getattr(config, "final_logit_softcapping", None)
+    head = Head(module.weight, module.bias, given[0] if given else 1.0, cap)
+    if model not in _HEADS:
+        _HEADS[model] = _is_plain(model, head)
+    return head if _HEADS[model] else None
+
+
+@torch.no_grad()
+def _is_plain(model: Any, head: Head) -> bool:
+    """Whether `head` gives the logits of `model`, tried on four tokens."""
+    probe: Tokens = ([0], [1, 2, 3, 0])
+    try:
+        with without_autocast(model):
+            expected = _run(model, [probe], 0, keep_all=True)[1].float()
+            logits = head.logits(_run(model, [probe], 0, keep_all=False)[0])
+    except Exception:  # whatever weights raise that are shared out or packed
+        return False
+    return bool((logits - expected).abs().max() <= AGREES.get(model.dtype, 2e-2) * expected.abs().max())
+
+
+def predict(model: Any, batch: Sequence[Tokens], pad_id: int) -> Predicted:
+    """What `model` predicts at each completion token, rows one after the other.
+
+    A completion token without any token before it (empty prompt, no BOS) has no prediction and is left out, as in TRL.
+    """
+    head = read_head(model)
+    states, logits = _run(model, batch, pad_id, keep_all=head is None)
+    return Predicted(states, head) if head else Predicted(logits, None)
+
+
+def _run(model: Any, batch: Sequence[Tokens], pad_id: int, *, keep_all: bool) -> tuple[Tensor, Tensor]:
+    """Hidden states that reach the LM head at completion positions, and the model's own logits there, of the first only
+    unless `keep_all`: the rest is left out before the head works it out.
+    """
+    ids, attention = pad_batch([[*prompt, *completion] for prompt, completion in batch], pad_id, model.device, "right")
+    scored = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(batch):
+        scored[row, max(0, len(prompt) - 1) : len(prompt) + len(completion) - 1] = True
+    states: list[Tensor] = []
+
+    def keep_scored(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states.append(args[0][:, -scored.shape[1] :][scored.to(args[0].device)])
+        return (states[0] if keep_all else states[0][:1], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep_scored)
+    try:
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    finally:
+        handle.remove()
+    return states[0], logits
+
+
+@contextmanager
+def jittered(model: Any) -> Iterator[None]:
+    """Inside, the embedding of each token is off by half of its last bit, up or down at random: all that is rounded
+    after it falls otherwise too, as it does when a step has moved the weights.
+    """
+
+    def move(_: Any, args: Any, states: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, states.shape, generator=draw).to(states) * 2 - 1
+        return states * (1 + torch.finfo(model.dtype).eps / 2 * signs)
+
+    draw = torch.Generator().manual_seed(0)
+    handle = model.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def completion_targets(batch: Sequence[Tokens]) -> tuple[Tensor, list[int]]:
+    """The tokens that `predict` predicts, in its order, and how many belong to each row."""
+    rows = [completion if prompt else completion[1:] for prompt, completion in batch]
+    return torch.tensor([token for row in rows for token in row], dtype=torch.long), [len(row) for row in rows]
+
+
+def token_logps(predicted: Predicted, targets: Tensor) -> Tensor:
+    """Log-probability of each target: (tokens,), nats, fp32, on the CPU."""
+    targets = targets.to(predicted.states.device)
+    parts = [_log_softmax_at(predicted.logits(rows), targets[rows]) for rows in predicted.tiles()]
+    return torch.cat(parts or [torch.zeros(0)]).cpu()
+
+
+def _log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)

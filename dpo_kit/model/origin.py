@@ -1,0 +1,220 @@
+"""Where a model comes from, an adapter's base, and what is refused unloaded: unfinished runs, code, pickles.
+
+Nothing of a repository is executed: weights are safetensors, code runs only from a repository at a commit that the
+config names (`model.trust_remote_code` with `model.revision`, see config.py).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.config.places import refuse_missing
+from dpo_kit.config.settings import Model, Settings
+from dpo_kit.errors import ModelError
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json
+from dpo_kit.run.redact import redact_text
+
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def refuse_unsafe(key: str, path: str, revision: str | None = None) -> None:
+    """ModelError where `path` (a folder or hub id, given as `key`) is pickled or asks for foreign code."""
+    _refuse_pickles(key, Path(path).expanduser())
+    config = _read(path, "config.json", revision)
+    kernel = str(config.get("attn_implementation") or config.get("_attn_implementation") or "")
+    if "/" in kernel:
+        raise ModelError(
+            f"{key}={path}: its config.json wants attention code from {kernel}, which would be downloaded and run: "
+            "take that line out of config.json and set model.attn_implementation=sdpa"
+        )
+    foreign = sorted({str(code).split("--")[0] for code in _code(config) if "--" in str(code)} - {path})
+    if foreign:
+        raise ModelError(
+            f"{key}={path}: its code lies in another repository, {foreign[0]}, whose commit cannot be named here: load "
+            "it from there, with model.revision"
+        )
+    if secret := next((name for name, text in _texts(config) if redact_text(text) != text), None):
+        raise ModelError(
+            f"{key}={path}: {secret} in its config.json looks like a secret, and would be saved with every checkpoint "
+            "and with the tuned model: take it out"
+        )
+
+
+def find_parent(key: str, path: str) -> dict[str, Any] | None:
+    """The finished run whose policy `path` is (run, method, beta, seed, config_hash), or None where it is no run's.
+
+    ModelError for a run that has not ended well, for a checkpoint and for a run directory itself: what was meant is
+    named.
+    """
+    folder = Path(path).expanduser().resolve()
+    if RunDirectory(folder).manifest.exists() and not (folder / "config.json").exists():
+        raise ModelError(f"{key}={path} is a run directory; did you mean its policy, {key}={Path(path) / 'model'}?")
+    if folder.parent.name == "checkpoints" and RunDirectory(folder.parents[1]).manifest.exists():
+        above = folder.parents[1]
+        raise ModelError(
+            f"{key}={path} is a checkpoint in the middle of the run {above}: go on with that run (its command, with "
+            f"hydra.run.dir={above}), or start from its end, {key}={above / 'model'}. If this checkpoint is meant as a "
+            "start, copy its folder out of the run first"
+        )
+    run = RunDirectory(folder.parent)
+    if folder.name != run.model.name or not run.manifest.exists():
+        return None
+    result, manifest = run.read_result() or {"status": "running or killed"}, read_json(run.manifest)
+    if result["status"] != "done":
+        raise ModelError(
+            f"{key}={path} belongs to a run that has not ended well (status: {result['status']}): finish it with "
+            f"hydra.run.dir={run.root}, or name another model"
+        )
+    return {name: result[name] for name in ("method", "beta", "seed", "model")} | {
+        "run": str(run.root),
+        "config_hash": manifest["config_hash"],
+    }
+
+
+def read_adapter(model: Model) -> dict[str, Any] | None:
+    """What adapter_config.json says of an adapter at `model.path`, from which training goes on; None for whole models.
+
+    ModelError for an adapter that cannot be gone on with.
+    """
+    found = _read(model.path, ADAPTER, model.revision)
+    if not found:
+        return None
+    if model.tuning == "full":
+        refuse_adapter("model.path", model.path, model.revision)
+    if found.get("peft_type") != "LORA":
+        raise ModelError(f"model.path={model.path} is an adapter of kind {found.get('peft_type')}, not a LoRA")
+    return found
+
+
+def refuse_pickled_adapter(model: Model) -> None:
+    """ModelError where peft would read the adapter at `model.path` from a pickle, as it does without a word."""
+    refuse_unsafe("model.path", model.path, model.revision)
+    if _find(model.path, ADAPTER_WEIGHTS, model.revision) is None:
+        raise ModelError(
+            f"model.path={model.path} is an adapter without {ADAPTER_WEIGHTS} (or that file cannot be had), and only "
+            "safetensors are loaded, no pickles: take a revision that has it, or convert the adapter yourself"
+        )
+
+
+def base_of(model: Model) -> Model:
+    """`model` itself, or with the base in the place of an adapter that training goes on from."""
+    if (adapter := read_adapter(model)) is None:
+        return model
+    base = {"path": find_base(Path(model.path).expanduser(), adapter), "revision": adapter.get("revision")}
+    return model.model_copy(update=base | {"trust_remote_code": False})  # whose commit was named is the adapter's
+
+
+def find_base(folder: Path, adapter: dict[str, Any]) -> str:
+    """Where the base of `adapter` lies: a relative folder may be one of where the run that left it was started."""
+    base, manifest = str(adapter["base_model_name_or_path"]), RunDirectory(folder.parent).manifest
+    if manifest.exists() and not Path(base).expanduser().exists():
+        there = Path(read_json(manifest).get("folder") or ".") / base
+        return str(there) if there.exists() else base
+    return base
+
+
+def has_tokenizer(path: str, revision: str | None) -> bool:
+    """Whether `path` brings a tokenizer of its own, as adapters of a trainer do."""
+    return bool(_read(path, "tokenizer_config.json", revision))
+
+
+def is_quantised(model: Model) -> bool:
+    """Whether the weights of `model` are published in a quantised form."""
+    return "quantization_config" in _read(model.path, "config.json", model.revision)
+
+
+def refuse_adapter(key: str, path: str, revision: str | None) -> None:
+    """ModelError for an adapter where a whole model is meant: transformers would load its base with the adapter in it,
+    and peft would tune on top, without a word.
+    """
+    adapter = _read(path, ADAPTER, revision)
+    if not adapter:
+        return
+    base = adapter.get("base_model_name_or_path")
+    remedy = "go on training it with model.tuning=lora or qlora, " if key == "model.path" else ""
+    raise ModelError(
+        f"{key}={path} is an adapter on {base}, not a model: {remedy}name the base itself ({key}={base}), or merge the "
+        "adapter into it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("
+        f"{str(base)!r}), {path!r}).merge_and_unload().save_pretrained('merged')"
+    )
+
+
+def _refuse_pickles(key: str, folder: Path) -> None:
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
+        raise ModelError(
+            f"{key}={folder} has its weights in {pickles[0]}, a pickle, which can run any code when it is read; only "
+            "safetensors are loaded. If you trust whoever made it: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained('converted')"
+        )
+
+
+def _read(path: str, name: str, revision: str | None) -> dict[str, Any]:
+    """A JSON file of a folder or repository; empty where it is not to be had (loading will say what is missing)."""
+    file = Path(path).expanduser() / name
+    found = _find(path, name, revision)
+    try:
+        return json.loads(found.read_text(encoding="utf-8")) if found else {}
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}; copy the model again") from error
+
+
+def _find(path: str, name: str, revision: str | None) -> Path | None:
+    file = Path(path).expanduser() / name
+    return (file if file.exists() else None) if file.parent.is_dir() else _download(path, name, revision)
+
+
+@lru_cache
+def _download(repository: str, name: str, revision: str | None) -> Path | None:
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(repository, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def _code(config: dict[str, Any]) -> list[Any]:
+    """What `auto_map` names: `file.Class`, or `other/repository--file.Class`."""
+    mapped = config.get("auto_map") or {}
+    return [code for value in mapped.values() for code in (value if isinstance(value, list) else [value])]
+
+
+def _texts(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Every string of nested containers with the key above it; commits and paths are left out."""
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in _texts(item, str(key))]
+    if isinstance(value, list):
+        return [pair for item in value for pair in _texts(item, name)]
+    plain = isinstance(value, str) and not name.endswith(("hash", "_path", "version"))
+    return [(name, value)] if plain else []
+
+
+def refuse_start(model: Model) -> None:
+    """ModelError for local folders from which no training starts: of unfinished runs, pickles, no models at all."""
+    for key, path in (("model.path", model.path), ("model.reference", model.reference)):
+        folder = Path(path or "").expanduser()
+        if not path or not folder.is_dir():
+            continue
+        find_parent(key, path)
+        refuse_unsafe(key, path)
+        if not any((folder / name).exists() for name in ("config.json", ADAPTER)):
+            raise ModelError(f"{key}={path} has no config.json: a model is a folder with that and safetensors weights")
+        if key == "model.path":
+            read_adapter(model)
+
+
+def refuse_unusable(settings: Settings) -> None:
+    """ConfigError or ModelError for places that `settings` name and that are not there, or from which no training
+    starts; nothing is loaded.
+    """
+    refuse_missing(settings)
+    refuse_start(settings.model)

@@ -1,0 +1,294 @@
+"""Log-probabilities of completions under the policy and the reference, in batches that fit."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Trainer
+
+from dpo_kit.errors import ModelError
+from dpo_kit.model.head import Tokens, completion_targets, predict, read_head, token_logps
+from dpo_kit.model.sampling import pad_batch
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_BATCH = 8192  # on a CPU, and on a GPU with little room
+MOST_TOKENS = 65_536  # on a GPU, which more at once would not make faster
+LOGITS_BYTES = 2**29  # of a batch whose logits the model makes all at once
+
+
+def length_sorted_batches(sequences: Sequence[Tokens], tokens_per_batch: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first, each at most `tokens_per_batch` padded tokens (or
+    one row).
+    """
+    lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def twin_batches(sequences: Sequence[Tokens], tokens_per_batch: int) -> list[list[int]]:
+    """As `length_sorted_batches`, with two answers to one prompt half a batch apart, where `prefix.py` computes their
+    prompt once; sequences without a twin have batches of their own.
+    """
+    waiting: dict[tuple[int, ...], int] = {}
+    twins: list[tuple[int, int]] = []
+    for index, (prompt, _) in enumerate(sequences):
+        if (other := waiting.pop(tuple(prompt), None)) is None:
+            waiting[tuple(prompt)] = index
+        else:
+            twins.append((other, index))
+    longer = [max((sequences[index] for index in pair), key=lambda tokens: len(tokens[1])) for pair in twins]
+    pairs = [[twins[place] for place in batch] for batch in length_sorted_batches(longer, tokens_per_batch // 2)]
+    alone = list(waiting.values())
+    rest = length_sorted_batches([sequences[index] for index in alone], tokens_per_batch)
+    return [[pair[side] for side in (0, 1) for pair in batch] for batch in pairs] + [
+        [alone[place] for place in batch] for batch in rest
+    ]
+
+
+def batch_size_in_tokens(model: Any) -> int:
+    """Tokens, padding in, that a forward pass without gradients takes at once: by the memory that is free on a GPU.
+
+    Fewer where the model makes the logits of all completion tokens at once and its vocabulary is large.
+    """
+    text = model.config.get_text_config()
+    tokens = TOKENS_PER_BATCH
+    if model.device.type == "cuda":
+        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        token_bytes = 4 * (10 * text.hidden_size + 3 * inner)  # of one layer, the largest of what lives at a time
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        room = (torch.cuda.mem_get_info(model.device)[0] + unused) // 2
+        tokens = max(tokens, min(MOST_TOKENS, room // token_bytes))
+    if read_head(model) is None:
+        tokens = min(tokens, LOGITS_BYTES // (4 * text.vocab_size))
+    return max(1, tokens)
+
+
+def score(
+    model: Any,
+    sequences: Sequence[Tokens],
+    *,
+    pad_id: int,
+    tokens_per_batch: int | None = None,
+    description: str | None = None,
+    accelerator: Accelerator | None = None,
+    terms: Callable[[Any, Sequence[Tokens], int], tuple[Tensor, list[int]]] | None = None,
+) -> Tensor:
+    """Summed completion log-probability of each sequence (EOS in), in nats: (sequences,), float64.
+
+    Plain sums as in DPO's and KTO's loss; call inside `measuring`. `terms` gives the log-probabilities of a batch's
+    completion tokens and how many belong to each row, as `measured_terms` does. With a `description` a terminal shows a
+    bar. The processes of an `accelerator` take turns at the very batches that one would take, so that the values are
+    the same; all of them must call this, and all get every value.
+    """
+    logps = torch.zeros(len(sequences), dtype=torch.float64)
+    batches = twin_batches(sequences, tokens_per_batch or batch_size_in_tokens(model))
+    turns = take_turns(batches, accelerator)
+    for indices, counts in tqdm(turns, description, disable=not (description and sys.stderr.isatty()), leave=False):
+        values, lengths = (terms or measured_terms)(model, [sequences[index] for index in indices], pad_id)
+        if counts:
+            logps[indices] = torch.stack([part.sum() for part in values.double().split(lengths)])
+    return add_up(logps, accelerator)
+
+
+def measured_terms(model: Any, batch: Sequence[Tokens], pad_id: int) -> tuple[Tensor, list[int]]:
+    """Log-probability of each completion token, by the head in fp32; and how many belong to each row."""
+    targets, lengths = completion_targets(batch)
+    return token_logps(predict(model, batch, pad_id), targets), lengths
+
+
+def trained_terms(model: Any, batch: Sequence[Tokens], pad_id: int) -> tuple[Tensor, list[int]]:
+    """The same as TRL's loss reads it, by the fused LM head that its trainer has given `model`."""
+    rows = [[*prompt, *completion] for prompt, completion in batch]
+    ids, attention = pad_batch(rows, pad_id, model.device, "right")
+    places = torch.arange(ids.shape[1])
+    starts = torch.tensor([max(1, len(prompt)) for prompt, _ in batch])
+    lengths = torch.tensor([len(row) for row in rows])
+    scored = ((places >= starts[:, None]) & (places < lengths[:, None])).to(ids.device)
+    labels = ids.masked_fill(~scored, -100)
+    logps = model(input_ids=ids, attention_mask=attention, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    return logps[:, -ids.shape[1] + 1 :][scored[:, 1:]].cpu(), (lengths - starts).tolist()
+
+
+def take_turns(batches: list[list[int]], accelerator: Accelerator | None) -> list[tuple[list[int], bool]]:
+    """The batches of this process, of several that take turns; each with whether it counts.
+
+    As many for each process, since their weights may be shared out: one that has nothing left repeats the last batch.
+    """
+    place, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    turns = [first + place for first in range(0, len(batches), count)]
+    return [(batches[min(turn, len(batches) - 1)], turn < len(batches)) for turn in turns]
+
+
+def add_up(values: Tensor, accelerator: Accelerator | None) -> Tensor:
+    """Over all processes; exact where each value comes from one of them and is zero in the others."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return values
+    total: Any = accelerator.reduce(values.to(accelerator.device), "sum")
+    return total.cpu()
+
+
+def fingerprint(values: Any) -> str:
+    """Short hash of plain values, to tell whether kept reference values belong to the same inputs."""
+    return sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+class Reference:
+    """The model that drift is measured against: the one training started from, or another given on purpose.
+
+    Where it comes from, in this order: `model`; a PEFT policy with its adapter off (or TRL's copy named
+    "ref"); `trainer.ref_model`, unless TRL moves it (`sync_ref_model`); else the policy itself while it is
+    untrained. In the last case (full tuning of ORPO, CPO, SimPO, or with precomputed reference log-probs) the
+    reference is no longer there once training began: what is needed of it is cached at step 0, and `reload`
+    (a function that loads the start model anew) serves the rare measurements that need the model itself.
+
+    `is_start=False` says that `model` is, on purpose, not the start model: the step-0 identity is then not
+    required. `state_dir` keeps the cached values, so that a resumed run measures against the same step 0.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        model: Any | None = None,
+        reload: Callable[[], Any] | None = None,
+        is_start: bool = True,
+        state_dir: Path | None = None,
+    ) -> None:
+        self.trainer, self.is_start, self.state_dir = trainer, is_start, state_dir
+        self._policy: Any = trainer.model
+        self._reload = reload
+        self._given = model is not None
+        self._model = model if self._given else getattr(trainer, "ref_model", None)
+        self._loaded: Any | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether the reference can be run now, after training began."""
+        moved = getattr(self.trainer.args, "sync_ref_model", False) and not self._given
+        return self._loaded is not None or self._is_adapter or (self._model is not None and not moved)
+
+    @property
+    def can_load(self) -> bool:
+        """Whether the reference can be run now or be loaded anew."""
+        return self.live or self._reload is not None
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether the policy itself, untrained, is the only reference at hand."""
+        return self._loaded is None and self._model is None and not self._is_adapter
+
+    @contextmanager
+    def loaded(self) -> Iterator[bool]:
+        """For the length of the block the reference is live, loaded anew where it must be; yields whether it
+        is.
+        """
+        if not self.live and self._reload is not None:
+            self._loaded = self._reload().to(self._policy.device).eval()
+        try:
+            yield self.live
+        finally:
+            self._loaded = None
+
+    @contextmanager
+    def active(self) -> Iterator[Any]:
+        """A model that answers as the reference does, to be used inside the block. At step 0, or while
+        `live`.
+        """
+        model = self._loaded if self._loaded is not None else self._model
+        if model is not None:
+            yield model
+        elif self._is_adapter:
+            from trl.trainer.utils import use_adapter
+
+            with use_adapter(self._policy, "ref" if "ref" in self._policy.peft_config else None):
+                yield self._policy
+        else:
+            yield self._policy
+
+    @contextmanager
+    def required(self, step: int) -> Iterator[Any]:
+        """The reference after the start, loaded anew where it must be; ModelError where it is gone."""
+        with self.loaded() as live:
+            if not live:
+                raise ModelError(_LOST_REFERENCE.format(step=step, state_dir=self.state_dir))
+            with self.active() as model:
+                yield model
+
+    @property
+    def models(self) -> list[Any]:
+        """The reference's own weights, where it has any beside the policy's."""
+        return [each for each in (self._model, self._loaded) if each is not None]
+
+    @property
+    def _is_adapter(self) -> bool:
+        return self._model is None and is_peft_model(self._policy)
+
+    def save(self, name: str, values: dict[str, Any]) -> None:
+        """Keep values in the state directory, replacing them in one step (main process only)."""
+        if self.state_dir is None or not self.trainer.is_world_process_zero():
+            return
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        partial = self.state_dir / f".{name}.partial"
+        torch.save(values, partial)
+        partial.replace(self.state_dir / f"{name}.pt")
+
+    def load(self, name: str, fingerprint: str) -> dict[str, Any] | None:
+        """Values kept under this name, or None where there are none with the same `fingerprint` entry."""
+        path = self.state_dir / f"{name}.pt" if self.state_dir is not None else None
+        if path is None or not path.exists():
+            return None
+        values: dict[str, Any] = torch.load(path, weights_only=True)
+        return values if values["fingerprint"] == fingerprint else None
+
+    def check_start(self, logratios: Tensor, tokens: Tensor, *, as_trained: bool = False) -> float:
+        """The largest |policy − reference| in nats at step 0; ModelError where it shows another reference.
+
+        Limits: 1e-3 nats a sequence in fp32, .01 nats a token otherwise (padding and rounding stay below).
+        Shapes (sequences,) twice; `as_trained` as in `measuring`.
+        """
+        largest = float(logratios.abs().max())
+        if self.is_start and not self.agrees(logratios, tokens, as_trained=as_trained):
+            limit = "1e-3 nats a sequence (fp32)" if self.is_fp32(as_trained) else ".01 nats a token"
+            raise ModelError(_WRONG_REFERENCE.format(largest=largest, limit=limit))
+        return largest
+
+    def agrees(self, differences: Tensor, tokens: Tensor, *, as_trained: bool = False) -> bool:
+        """Whether log-probabilities that differ by so many nats may come from the same model; shapes (sequences,)."""
+        limit = torch.full_like(differences, 1e-3) if self.is_fp32(as_trained) else 0.01 * tokens
+        return bool((differences.abs() <= limit).all())
+
+    def is_fp32(self, as_trained: bool = False) -> bool:
+        """Whether policy and reference compute in fp32 inside `measuring`."""
+        plain = not as_trained or self.trainer.accelerator.mixed_precision == "no"
+        weights = (p for model in [self._policy, *self.models] for p in model.parameters())
+        return plain and all(p.dtype == torch.float32 for p in weights)
+
+
+_LOST_REFERENCE = (
+    "reference: measuring begins at step {step}, but the log-probabilities of step 0 are not in "
+    "state_dir={state_dir} and the start model is gone; pass Reference(trainer, reload=...), a function that "
+    "loads the start model"
+)
+_WRONG_REFERENCE = (
+    "reference: at step 0 it must give the same log-probabilities as the policy, within {limit}, but they "
+    "differ by up to {largest:.3g} nats, so drift and rewards would be measured from another model than the "
+    "one training starts from. Usual causes: a policy edited, merged or resized in memory while the "
+    "reference is loaded from its path (pass ref_model), an adapter that does not start at zero, NaN "
+    "weights. If another reference is meant, say so: Reference(trainer, model=..., is_start=False)."
+)

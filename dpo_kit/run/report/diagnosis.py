@@ -1,0 +1,213 @@
+"""What a run's record says in plain words: few findings, each with a remedy that holds for the method at hand.
+
+Pure functions of the rows of metrics.jsonl and the method file; no branch on a method's name. Which way beta helps is
+read from `beta.higher` ("closer": a higher beta keeps the policy near the reference; "stronger": it strengthens the
+preference term).
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_kit.run.history import series
+
+Rows = Sequence[Mapping[str, Any]]
+
+FLAT_NOISE = 2.0  # standard errors that the loss must move to count as moving
+CERTAIN = 0.99  # accuracy that no preference data of people's reaches
+FAR_NATS = 10.0  # reverse or forward KL per answer; the default budget of a sweep's choice
+FAR_PER_TOKEN = 0.6
+UNFELT = 0.1  # saturation below which the loss is still nearly linear in the margin, so that beta only scales it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is off: what is seen, what it means, what to do."""
+
+    symptom: str
+    meaning: str
+    remedy: str
+
+
+ROUNDED = 0.75  # share of the trained weights that a step cannot change, from which on it is said
+NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+
+
+def held_back(args: Any, steps: int, rounded: float) -> list[tuple[Finding, dict[str, str]]]:
+    """What keeps a run of `steps` with the TRL arguments `args` from moving, known before it starts, and the keys to
+    change. `rounded`: share of the trained weights for which a step of the learning rate is below their rounding.
+    """
+    found, rate, warmup = [], args.learning_rate, args.get_warmup_steps(steps)
+    if rounded > ROUNDED:
+        finding = Finding(
+            f"A step of {rate:g} is below the rounding of {rounded:.1%} of the trained weights, which are kept in half "
+            "precision.",
+            "These weights do not change: what is measured is a policy that hardly moves, whatever data or beta.",
+            "Take model.dtype=auto, which keeps trained weights in float32.",
+        )
+        found.append((finding, {"model.dtype": "auto"}))
+    if warmup >= steps and args.lr_scheduler_type not in NO_WARMUP:
+        finding = Finding(
+            f"Warm-up takes {warmup} of {steps} steps: the learning rate never gets above {(steps - 1) / warmup:.0%} "
+            f"of {rate:g}.",
+            "The policy has hardly moved, whatever data or beta.",
+            "Take trl.warmup_steps=0.1, a tenth of the run, or a longer run.",
+        )
+        found.append((finding, {"trl.warmup_steps": "0.1"} if steps > 1 else {}))
+    return found
+
+
+def diagnose(history: Rows, method: Mapping[str, Any]) -> list[Finding]:
+    """The findings for a run, most telling first; an empty list when nothing is off.
+
+    `history` is what `read_metrics` returns, `method` the method block of the config.
+    """
+    flat = loss_flat(history, method)
+    found = (
+        [flat] if flat else [check(history, method) for check in CHECKS]
+    )  # a run that stands still has no more to say
+    return [finding for finding in found if finding is not None]
+
+
+def loss_flat(history: Rows, method: Mapping[str, Any]) -> Finding | None:
+    """The loss stays within its noise, and held-out rows show nothing learned either."""
+    losses = list(series(history, "loss").values())
+    part = len(losses) // 4
+    if part < 2 or _learned(history) is not False:
+        return None
+    first, last = losses[:part], losses[-part:]
+    noise = math.sqrt(statistics.variance(first) / part + statistics.variance(last) / part)
+    if statistics.fmean(first) - statistics.fmean(last) > FLAT_NOISE * noise + 1e-9:
+        return None
+    rates = method["learning_rate"]
+    return Finding(
+        "The loss is flat, and on held-out rows the policy tells good from bad no better than its reference.",
+        "The policy has not moved, or the pairs carry no preference that generalises.",
+        "Train longer first (trl.num_train_epochs, trl.max_steps); then compare trl.learning_rate with what this "
+        f"method takes on a pretrained model, {rates['full']:g} for full tuning and {rates['lora']:g} for LoRA. If "
+        "that changes nothing, read a few rows: chosen and rejected may be alike, or labelled at random.",
+    )
+
+
+def both_fall(history: Rows, method: Mapping[str, Any]) -> Finding | None:
+    """The margin rises while both answers lose likelihood: chosen at least half of the margin, and still falling."""
+    chosen, rejected = (
+        list(series(history, f"probe/logratio_{side}_nats").values()) for side in ("chosen", "rejected")
+    )
+    if min(len(chosen), len(rejected)) < 4 or not _learned(history):
+        return None
+    half, end = chosen[len(chosen) // 2], chosen[-1]
+    if max(end, rejected[-1]) > -1 or end > -0.5 * (end - rejected[-1]):
+        return None
+    if half - end < 0.25 * abs(end) or end > chosen[-2]:
+        return None
+    return Finding(
+        f"The margin rises while both answers lose likelihood (chosen {end:.1f} nats, and still falling).",
+        "Common in good runs too: the margin only compares the two. It matters when it goes on, because the lost "
+        "likelihood goes to answers that nobody has rated.",
+        f"Read fresh samples before changing anything. If they are worse: stop earlier, lower trl.learning_rate, or "
+        f"{_hold_back(method)}. Methods with a term on the chosen answer (dpo_sft, cpo, orpo) work against it.",
+    )
+
+
+def certain_at_once(history: Rows, method: Mapping[str, Any]) -> Finding | None:
+    """Held-out accuracy is next to 1 at the first measurement after step 0, or within a fifth of the run."""
+    accuracy = {step: value for step, value in series(history, "probe/accuracy").items() if step > 0}
+    if not accuracy:
+        return None
+    first = next(iter(accuracy))
+    early = [value for step, value in accuracy.items() if step <= max(first, 0.2 * max(accuracy))]
+    if max(early) < CERTAIN:
+        return None
+    return Finding(
+        f"Held-out accuracy is {max(early):.3f} at step {first} already{_length_clue(history)}.",
+        "Something on the surface tells chosen from rejected (length, format, a template, another model's style); the "
+        "policy learns that, and the accuracy says nothing about quality.",
+        "Compare the two sides for length and format, remove what only one of them has, and take pairs that are closer "
+        "to each other, best both sampled from the model to be tuned.",
+    )
+
+
+def drift_explodes(history: Rows, method: Mapping[str, Any]) -> Finding | None:
+    """The KL per answer is large, and so per token or grown threefold over the second half."""
+    for direction in ("reverse", "forward"):
+        for key in (f"probe/kl_{direction}_rb_nats", f"probe/kl_{direction}_k1_nats"):
+            values = list(series(history, key).values())
+            per_token = list(series(history, f"{key}_per_token").values()) or [0.0]
+            if len(values) < 3 or values[-1] <= FAR_NATS:
+                continue
+            if values[-1] >= 3 * values[len(values) // 2] or per_token[-1] > FAR_PER_TOKEN:
+                return _drift_finding(direction, values[-1], method)
+    return None
+
+
+def _drift_finding(direction: str, nats: float, method: Mapping[str, Any]) -> Finding:
+    return Finding(
+        f"KL drift explodes: {nats:.0f} nats per answer ({direction}).",
+        "The policy has left the region where the pairs say anything about it; accuracy may still look well while "
+        "samples degrade.",
+        f"Lower trl.learning_rate three- to tenfold or stop earlier, and {_hold_back(method)}.",
+    )
+
+
+def over_optimised(history: Rows, method: Mapping[str, Any]) -> Finding | None:
+    """Where the gold reward is known: it ends beyond its interval below its best, while the margin is up."""
+    reward, low, high = (series(history, f"gold/reward{end}") for end in ("", "_low", "_high"))
+    if len(reward) < 2 or not _learned(history):
+        return None
+    best, last = max(reward, key=reward.__getitem__), max(reward)
+    if high.get(last, math.inf) >= low.get(best, -math.inf):
+        return None
+    return Finding(
+        f"The gold reward of fresh samples fell from {reward[best]:.2f} at step {best} to {reward[last]:.2f}, "
+        "while the margin rose.",
+        "Over-optimisation: the policy exploits what the labels reward and the gold reward does not.",
+        f"Take the checkpoint near step {best}, or train again with fewer steps or a lower trl.learning_rate, and "
+        f"{_hold_back(method)}.",
+    )
+
+
+def beta_unfelt(history: Rows, method: Mapping[str, Any]) -> Finding | None:
+    """The loss does not saturate at the end, so that neighbouring betas would give nearly the same run."""
+    saturation = list(series(history, "probe/saturation").values())
+    if len(saturation) < 2 or saturation[-1] >= UNFELT:
+        return None
+    return Finding(
+        f"Nothing saturates (saturation {saturation[-1]:.2f} of 1): beta is not felt yet.",
+        "On so small a margin beta merely scales the gradient, which the optimizer largely cancels. Runs of different "
+        "beta would look alike.",
+        "Fine for a short run. Train longer before comparing betas: a sweep now would rank noise.",
+    )
+
+
+CHECKS: tuple[Callable[[Rows, Mapping[str, Any]], Finding | None], ...] = (
+    drift_explodes,
+    over_optimised,
+    certain_at_once,
+    both_fall,
+    beta_unfelt,
+)
+
+
+def _hold_back(method: Mapping[str, Any]) -> str:
+    """Which way to turn beta so that the policy moves less."""
+    beta = method["beta"]
+    grid = ", ".join(f"{value:g}" for value in beta["grid"])
+    if beta["higher"] == "closer":
+        return f"raise beta, which keeps the policy closer to the reference (this method's grid: {grid})"
+    return f"lower beta, which weakens the preference term (this method's grid: {grid})"
+
+
+def _learned(history: Rows) -> bool | None:
+    """Whether the last interval of the held-out measure lies above what chance gives; None where none was measured."""
+    for key, chance in (("probe/margin_nats", 0.0), ("probe/auc", 0.5)):
+        if low := list(series(history, f"{key}_low").values()):
+            return low[-1] > chance
+    return None
+
+
+def _length_clue(history: Rows) -> str:
+    rule = list(series(history, "probe/length_rule_accuracy").values())
+    return f" (and taking the longer answer is right in {rule[-1]:.0%})" if rule and rule[-1] > 0.75 else ""

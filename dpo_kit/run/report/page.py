@@ -1,0 +1,212 @@
+"""report.md: a run on one page, for a code host, a tracker or a terminal. A pure function of the run directory.
+
+It says nothing that the files do not: written at the end of the run, and anew whenever more is known (an evaluation,
+the test split). Texts from elsewhere are escaped, secrets redacted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json, write_text
+from dpo_kit.run.redact import redact, redact_command
+from dpo_kit.run.report.markdown import code, fence, inline, table
+from dpo_kit.run.report.picture import ceiling_line, interval_text, number_text, result_rows
+from dpo_kit.run.report.published import sentences
+
+log = logging.getLogger(__name__)
+JUDGED = (
+    ("accuracy", "held-out accuracy"),
+    ("auc", "held-out AUC"),
+    ("margin_nats", "preference margin, nats"),
+    ("win_rate", "win rate, ties counting half"),
+    ("win_rate_without_ties", "win rate without ties"),
+    ("win_rate_length_controlled_without_difficulty", "win rate at equal length"),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the files of a run hold; empty where there is no such file."""
+
+    run: RunDirectory
+    result: dict[str, Any]
+    manifest: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
+    judged: dict[str, Any] = field(default_factory=dict)
+    test: dict[str, Any] = field(default_factory=dict)
+
+
+def write_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -> str:
+    """Write `run_dir`/report.md and return its text. `result` stands for a result.json that is yet to be written."""
+    run = RunDirectory(Path(run_dir))
+    text = page_text(_read(run, result))
+    write_text(run.page, text)
+    return text
+
+
+def refresh_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -> str | None:
+    """`write_page` beside results that must not be lost for it: a failure is logged, and None returned."""
+    try:
+        return write_page(run_dir, result)
+    except Exception:
+        log.warning("the page of %s could not be written", run_dir, exc_info=True)
+        return None
+
+
+def _read(run: RunDirectory, result: Mapping[str, Any] | None) -> Facts:
+    files = (run.manifest, run.data_report, run.evaluation / "result.json", run.test)
+    manifest, data, judged, test = (redact(read_json(file)) if file.exists() else {} for file in files)
+    return Facts(run, redact(dict(result or run.read_result() or {})), manifest, data, judged, test)
+
+
+def page_text(facts: Facts) -> str:
+    """The page as Markdown."""
+    sections = (_headline, _measured, _published, _judged, _findings, _data, _repeat)
+    return "\n\n".join(text for section in sections if (text := "\n\n".join(section(facts)))) + "\n"
+
+
+def _headline(facts: Facts) -> Iterator[str]:
+    result, config = facts.result, facts.manifest.get("config") or {}
+    name = str(result.get("method", "run"))
+    beta = f" · beta {result['beta']:g}" if "beta" in result else ""
+    yield f"# {inline(name)}{beta} · seed {result.get('seed', 'unknown')}"
+    rows = ((facts.manifest.get("data") or {}).get("train") or {}).get("rows")
+    on = f" on {rows:,} rows of {_sources(facts)}" if rows else ""
+    title = inline(str((config.get("method") or {}).get("title", name)))
+    steps = f", {result['steps']} steps" if "steps" in result else ""
+    tuned = f"{result.get('tuning', 'some')} tuning of {code(str(result.get('model', 'an unnamed model')))}"
+    yield f"{title}, {tuned}{on}{steps}. {_verdict(facts)}"
+    if following := result.get("next"):
+        yield f"Next:\n\n{fence(following, 'bash')}"
+
+
+def _sources(facts: Facts) -> str:
+    train = facts.manifest["config"]["data"]["train"]
+    paths = [train] if isinstance(train, str) else [source["path"] for source in train]
+    return ", ".join(code(str(path)) for path in paths)
+
+
+def _verdict(facts: Facts) -> str:
+    """What is known of the policy against what it started from, in a sentence; better only where that was tested."""
+    result, judged = facts.result, facts.judged
+    if (status := str(result.get("status", "running or killed"))) != "done":
+        return f"**{status.capitalize()}**: {inline(str(result.get('error', 'no reason recorded')))}"
+    if judged.get("win_rate_verdict"):
+        rate = f"win rate {number_text(judged['win_rate'], '.3f')} {interval_text(judged, 'win_rate', '.3f')}"
+        against = f"{inline(str(judged['opponent']))}, on {judged['win_rate_prompts']} prompts"
+        return f"**{judged['win_rate_verdict'].capitalize()}**: {rate} against {against}."
+    start, final = result.get("start") or {}, result.get("final") or {}
+    if final.get("gold/reward") is not None:  # the two intervals share their prompts: they do not say which is better
+        return f"**Measured**: {_text(final, 'gold/reward', '.2f')} gold reward of fresh samples{_before(start)}."
+    key = next((key for key in ("probe/accuracy", "probe/auc") if key in final), None)
+    told = f"held-out {key.partition('/')[2]} {_text(final, key, '.3f')}, " if key else ""
+    return f"**Not known to be better yet**: {told}but nobody has judged its answers (`python -m dpo_kit evaluate`)."
+
+
+def _before(start: Mapping[str, Any]) -> str:
+    return f", {_text(start, 'gold/reward', '.2f')} at the start" if "gold/reward" in start else ""
+
+
+def _text(values: Mapping[str, Any], key: str, form: str) -> str:
+    return f"{number_text(values[key], form)} {interval_text(values, key, form)}".rstrip()
+
+
+def _measured(facts: Facts) -> Iterator[str]:
+    rows = result_rows(facts.result)
+    if not rows:
+        return
+    yield "## Measured\n\nOn held-out prompts, against the model that training started from."
+    yield table(("measure", "start", "end", "95 % interval"), rows)
+    if note := ceiling_line(facts.result["final"], facts.result.get("ceiling")):
+        yield f"{note[0].upper()}{note[1:]}."
+    if facts.test:
+        found = {row[0]: row[2:] for row in result_rows({"final": facts.test})}
+        said = "; ".join(f"{name} {' '.join(filter(None, values))}" for name, values in found.items())
+        yield f"On the test split, which played no part in any choice: {said}."
+    if facts.run.picture.exists():
+        yield "![the measures over steps](report.png)"
+
+
+def _published(facts: Facts) -> Iterator[str]:
+    if published := facts.result.get("published"):
+        yield "## Beside the published run"
+        yield "\n".join(f"- {inline(line)}" for line in sentences(published))
+        yield f"Source: {inline(published['source'])}. Values: {inline(published['expected_from'])}."
+
+
+def _judged(facts: Facts) -> Iterator[str]:
+    judged, folder = facts.judged, facts.run.evaluation
+    if not judged:
+        return
+    yield f"## Evaluated against {inline(str(judged['opponent']))}, {judged['split']} split"
+    shown = [(label, key) for key, label in JUDGED if judged.get(key) is not None]
+    rows = [(label, number_text(judged[key], ".3f"), interval_text(judged, key, ".3f")) for label, key in shown]
+    yield table(("measure", "value", "95 % interval"), rows)
+    failed = (judged.get("judge") or {}).get("controls_failed") or []
+    if failed:
+        yield f"**The judge failed these controls: {inline(', '.join(map(str, failed)))}.**"
+    parts = [f"{inline(name)} {inline(str(state))}" for name, state in judged["parts"].items()]
+    links = [f"[{name}](evaluation/{name})" for name in ("result.json", "samples.md") if (folder / name).exists()]
+    yield f"Parts: {', '.join(parts)}. All of it: {', '.join(links)}."
+    if (folder / "evaluation.png").exists():
+        yield "![the evaluation](evaluation/evaluation.png)"
+
+
+def _findings(facts: Facts) -> Iterator[str]:
+    if found := facts.result.get("findings"):
+        yield "## Noticed"
+        yield "\n".join(f"- **{inline(f['symptom'])}** {inline(f['meaning'])} {inline(f['remedy'])}" for f in found)
+
+
+def _data(facts: Facts) -> Iterator[str]:
+    splits = facts.manifest.get("data") or {}
+    if not splits:
+        return
+    yield "## Data"
+    rows = [(name, f"{split['rows']:,}", code(str(split.get("sha256", "–")))) for name, split in splits.items()]
+    yield table(("split", "rows", "sha256"), rows)
+    dropped = facts.data.get("dropped_by_reason") or {}
+    reasons = ", ".join(f"{inline(reason)} {count:,}" for reason, count in dropped.items())
+    if "rows_read" in facts.data:
+        forms = "".join(f", {code(path)} as {inline(form)}" for path, form in facts.data.get("forms", {}).items())
+        yield f"Read: {facts.data['rows_read']:,} rows{forms}. Dropped: {reasons or 'none'}."
+    if warnings := facts.data.get("warnings"):
+        lines = (f"- **{inline(w['what'])}**: {inline(w['why'])}; {inline(w['do'])}" for w in warnings)
+        yield "\n".join(lines)
+
+
+def _repeat(facts: Facts) -> Iterator[str]:
+    manifest = facts.manifest
+    if not manifest:
+        return
+    yield "## Repeat it"
+    if manifest.get("command"):
+        yield fence(redact_command(manifest["command"]), "bash")
+    yield table(("", ""), _provenance(manifest, facts.result), left=2)
+
+
+def _provenance(manifest: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a run was made of and on; what its manifest does not say is left out."""
+    start, machine = manifest.get("model") or {}, manifest.get("machine") or {}
+    if "config_hash" in manifest:
+        yield "config", code(manifest["config_hash"])
+    if "path" in start:
+        weights = start.get("sha256") or start.get("revision") or "of a revision that was not named"
+        yield "start", f"{code(str(start['path']))}, weights {code(str(weights))}"
+    if "effective_batch" in manifest:
+        yield "rows per optimizer step", str(manifest["effective_batch"])
+    if machine:
+        named = ("device", "dtype", "world_size")
+        seconds = (result.get("seconds") or {}).get("train")
+        spent = f", {seconds:g} s of training" if seconds is not None else ""
+        yield "machine", inline(", ".join(f"{name} {machine[name]}" for name in named if name in machine)) + spent
+    if manifest.get("git"):
+        yield "code", code(manifest["git"])
+    if versions := manifest.get("versions"):
+        yield "versions", inline(", ".join(f"{name} {version}" for name, version in versions.items()))

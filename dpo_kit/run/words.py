@@ -1,0 +1,162 @@
+"""Words of a command line: how people type overrides, how Hydra reads them, how ours are printed so that they can be
+pasted.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from dpo_kit.errors import ConfigError
+
+PLAIN = re.compile(r"[A-Za-z0-9_./:+-]*")  # a value that Hydra reads as it stands
+KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*")
+HOME = re.compile(r"(?<![^=\[{,:\s'\"])~(?=/)")  # a home folder at the start of a value or of an item of a list
+
+OURS = {
+    "tracking": "wandb use_wandb report_to logger log_with reporter",
+    "method": "loss loss_type pref_loss dpo_loss algorithm algo rl trainer",
+    "seed": "random_seed",
+    "beta": "pref_beta dpo_beta kl_coef kl_beta",
+    "data.train": "dataset datasets dataset_name dataset_path train_file train_files train_data data_path data_file",
+    "data.eval": "eval_dataset eval_file eval_data val_data val_file valid_file validation_file test_dataset dev_file",
+    "model.path": "model_name model_name_or_path model_path model_id base_model pretrained_model policy_model",
+    "model.reference": "ref_model reference_model ref_model_name_or_path ref_model_path",
+    "model.tuning": "finetuning_type use_lora use_peft lora peft load_in_4bit use_4bit qlora adapter",
+    "model.dtype": "torch_dtype dtype model_dtype",
+    "model.attn_implementation": "attn attn_impl flash_attn flash_attention use_flash_attention",
+    "model.chat_template": "template prompt_template",
+    "model.lora.r": "lora_r lora_rank rank",
+    "model.lora.target_modules": "lora_target lora_target_modules lora_modules",
+    "trl.learning_rate": "lr learning_rate",
+    "trl.num_train_epochs": "epochs num_epochs n_epochs train_epochs max_epochs",
+    "trl.max_steps": "steps num_steps n_steps train_steps iters num_iters",
+    "trl.per_device_train_batch_size": "batch_size bs train_batch_size micro_batch_size micro_train_batch_size",
+    "trl.per_device_eval_batch_size": "eval_batch_size",
+    "trl.gradient_accumulation_steps": "grad_accum grad_acc accumulation_steps gradient_accumulation",
+    "trl.gradient_checkpointing": "grad_checkpointing activation_checkpointing",
+    "trl.max_length": "cutoff_len max_seq_length max_seq_len sequence_len seq_len max_len",
+    "trl.max_new_tokens": "max_tokens max_completion_length",
+    "trl.lr_scheduler_type": "scheduler lr_scheduler",
+    "trl.warmup_steps": "warmup warmup_steps",
+    "trl.optim": "optimizer",
+    "trl.weight_decay": "wd",
+    "trl.max_grad_norm": "grad_clip clip_grad gradient_clipping max_norm",
+    "trl.bf16": "precision mixed_precision",
+    "hydra.run.dir": "output_dir out_dir output save_dir run_dir logdir",
+    "tracking.project": "wandb_project project project_name",
+    "tracking.entity": "wandb_entity",
+    "tracking.name": "run_name wandb_name wandb_run_name exp_name experiment_name",
+    "tracking.group": "wandb_group",
+    "experiment": "recipe",
+}  # our key: what users of other tools type
+MEANT = {name: key for key, names in OURS.items() for name in names.split()}
+
+
+def meant(key: str) -> str | None:
+    """Our key for one that users of other tools type, with or without a group before it; None for any other."""
+    return MEANT.get(key.rpartition(".")[2].replace("-", "_").lower())
+
+
+def readable(words: Sequence[str]) -> list[str]:
+    """Overrides as Hydra can read them: a value that its grammar does not take is quoted, ~/ is the home folder.
+
+    ConfigError for a word that is no override.
+    """
+    return [_readable(word) for word in words]
+
+
+def _readable(word: str) -> str:
+    key, equals, value = word.partition("=")
+    if word.startswith("-"):
+        raise ConfigError(f"overrides are key=value without dashes: {_undashed(word)}")
+    if not KEY.fullmatch(key) or not (equals or key.startswith("~")):
+        raise ConfigError(f"overrides are key=value, got {word!r}")
+    value = HOME.sub(str(Path.home()), value) if "~" in value else value
+    if PLAIN.fullmatch(value):
+        return f"{key}{equals}{value}"
+    try:
+        OverridesParser.create().parse_override(f"{key}{equals}{value}")
+    except HydraException:
+        return f"{key}={quote(value)}"
+    return f"{key}{equals}{value}"
+
+
+def _undashed(word: str, value: str = "…") -> str:
+    """`--lr 1e-5` as an override."""
+    key, equals, after = word.lstrip("-").partition("=")
+    key = key.replace("-", "_")
+    return override(meant(key) or key, after if equals else value)
+
+
+def refuse_dashes(words: Sequence[str], flags: Sequence[str]) -> None:
+    """ConfigError for `flags` of a command line `words` that are none of ours: what was meant as an override."""
+    for flag in (word for word in flags if word.startswith("-")):
+        after = words[words.index(flag) + 1 :][:1]
+        value = after[0] if after and "=" not in after[0] and not after[0].startswith("-") else "…"
+        raise ConfigError(f"overrides are key=value without dashes: {_undashed(flag, value)}")
+
+
+def quote(text: str) -> str:
+    """`text` as one value in Hydra's grammar."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text) + "'"
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as Hydra reads it, quoted where it must be."""
+    return f"{key}={value}" if PLAIN.fullmatch(str(value)) or value == "…" else f"{key}={quote(str(value))}"
+
+
+def command(*words: str, tool: str = "") -> str:
+    """What to paste into a shell: `python -m dpo_kit [tool]` with overrides that Hydra can read."""
+    return shlex.join(["python", "-m", "dpo_kit", *([tool] if tool else []), *words])
+
+
+TRAINS = ("model", "method", "trl", "beta", "seed", "speed", "allow_beta", "allow_learning_rate")
+
+
+def training(words: Sequence[str], file: str | Path | None = None) -> str:
+    """The command that trains with what of `words`, those of a tool, concerns training; on the rows of `file` where one
+    is named.
+    """
+    keys = [word.lstrip("+~").partition("=")[0] for word in words]
+    rows = ("data.gold",) if "data.columns" in keys else ("data.gold", "data.eval")  # the file has our names
+    kept = [word for word, key in zip(words, keys, strict=True) if key.split(".")[0] in TRAINS]
+    if file is None:
+        return command(*kept, *(word for word, key in zip(words, keys, strict=True) if key.split(".")[0] == "data"))
+    kept += [word for word, key in zip(words, keys, strict=True) if key in rows]
+    return command(*kept, "data=jsonl", override("data.train", file))
+
+
+def again(typed: str | None, method: str | None, *flags: str, **changed: str) -> str:
+    """The command `typed` (None where nothing was typed: that `method`) with the `changed` keys, and without those of
+    Hydra. With `-m` among the `flags` what started several processes starts each job of the sweep.
+    """
+    head, words = _split(typed or command(f"method={method}"))
+    if "-m" in flags and head[0] != "python":
+        listed = ",".join(map(quote, head[:-2]))
+        head, flags = ["python", "-m", "dpo_kit"], (*flags, f"hydra.launcher.command=[{listed}]")
+    words = [word for word in words if word not in ("-m", "--multirun") and word.partition("=")[0] not in changed]
+    kept = [word for word in words if not word.lstrip("+").startswith(("hydra.run.", "hydra.sweep.", "hydra.job."))]
+    if "beta" in changed:
+        kept = [word for word in kept if not word.startswith("beta-sweep=")]
+    return shlex.join([*head, *flags, *kept, *(f"{key}={value}" for key, value in changed.items())])
+
+
+def _split(typed: str) -> tuple[list[str], list[str]]:
+    """A command up to `dpo_kit`, and its words."""
+    words = shlex.split(typed)
+    start = words.index("dpo_kit") + 1
+    return words[:start], words[start:]
+
+
+def longer(trl: Mapping[str, Any]) -> dict[str, str]:
+    """The override, as key and value, that makes a run with the TRL arguments `trl` twice as long."""
+    steps, epochs = trl.get("max_steps") or 0, trl.get("num_train_epochs") or 1
+    return {"trl.max_steps": f"{2 * steps:g}"} if steps > 0 else {"trl.num_train_epochs": f"{2 * epochs:g}"}

@@ -1,0 +1,154 @@
+"""The rows of a sweep's table: one per run with what it measured at its end; as CSV, Markdown and in the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dpo_kit.run.report.markdown import inline, table
+from dpo_kit.sweep.choice.runs import RunRecord, number, swept_keys
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = dict[str, Any]
+FIRST = ("method", "beta", "seed", "tuning")
+
+
+def summary_rows(runs: Sequence[RunRecord]) -> list[Row]:
+    """A row per run, in the order given; None where a value was not measured or the run has not ended well.
+
+    KL, margin: nats per answer and pair; `sample_tokens`: mean length of fresh answers; `seconds`: wall-clock.
+    """
+    swept = swept_keys(runs)
+    return [_row(run, {key: values.get(run.path) for key, values in swept.items()}) for run in runs]
+
+
+def _row(run: RunRecord, swept: Row) -> Row:
+    return {
+        **dict(zip(FIRST, (run.method, run.beta, run.seed, run.tuning), strict=True)),
+        **swept,
+        "status": run.status,
+        **_interval("accuracy", run, "probe/accuracy"),
+        **_interval("auc", run, "probe/auc"),
+        **_interval("margin_nats", run, "probe/margin_nats"),
+        **_kl("forward", run),
+        **_kl("reverse", run),
+        "displacement": run.final("probe/displacement"),
+        "sample_tokens": run.tokens_per_answer,
+        **_interval("gold_reward", run, "gold/reward"),
+        **{f"win_rate{end}": number(run.judged.get(f"win_rate{end}")) for end in ("", "_low", "_high")},
+        "capability": run.final("gold/capability"),
+        "saturation": run.final("probe/saturation"),
+        "seconds": run.seconds,
+        "path": run.path,
+        "error": run.error,
+    }
+
+
+def _interval(name: str, run: RunRecord, key: str) -> Row:
+    return {f"{name}{end}": run.final(f"{key}{end}") for end in ("", "_low", "_high")}
+
+
+def _kl(direction: str, run: RunRecord) -> Row:
+    """Rao-Blackwell where it was affordable, else k1."""
+    keys = [f"probe/kl_{direction}_{estimator}_nats" for estimator in ("rb", "k1")]
+    key = next((key for key in keys if run.final(key) is not None), keys[0])
+    return {f"kl_{direction}_nats{end}": run.final(f"{key}{end}") for end in ("", "_se")}
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Comma-separated, one header line; what is missing stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+COLUMNS = (  # heading, what the cell holds, format; `_low`, `_high` or `_se` of it become an interval
+    ("accuracy", "accuracy", ".3f"),
+    ("AUC", "auc", ".3f"),
+    ("margin, nats", "margin_nats", ".2f"),
+    ("KL forward, nats", "kl_forward_nats", ".2f"),
+    ("KL reverse, nats", "kl_reverse_nats", ".2f"),
+    ("displaced", "displacement", ".2f"),
+    ("tokens", "sample_tokens", ".1f"),
+    ("gold reward", "gold_reward", ".2f"),
+    ("win rate", "win_rate", ".3f"),
+    ("capability", "capability", ".3f"),
+    ("saturation", "saturation", ".2f"),
+    ("seconds", "seconds", ".0f"),
+)
+
+
+def to_markdown(rows: Sequence[Row], recommended: str | None, pages: Collection[str] = ()) -> str:
+    """The same rows as a Markdown table, values with their intervals; the recommended run in bold, runs that have a
+    page of their own (`pages`, by path) as links to it.
+    """
+    shown = [column for column in COLUMNS if any(row[column[1]] is not None for row in rows)]
+    leading = _leading(rows)
+    headings = [*leading, *(heading for heading, _, _ in shown), "path", "error"]
+    lines = []
+    for row in rows:
+        cells = [*(_text(row[key]) for key in leading), *(_measured(row, key, form) for _, key, form in shown)]
+        path = inline(row["path"])
+        path = f"[{path}](<{row['path']}/report.md>)" if row["path"] in pages else path
+        path = f"**{path}**" if row["path"] == recommended else path
+        lines.append([*map(inline, cells), path, inline(_text(row["error"]))])
+    return table(headings, lines, left=len(headings)) + "\n"
+
+
+def _leading(rows: Sequence[Row]) -> list[str]:
+    return list(rows[0])[: list(rows[0]).index("status") + 1]
+
+
+def _measured(row: Row, key: str, form: str) -> str:
+    value = row[key]
+    if value is None:
+        return ""
+    low, high, error = (row.get(f"{key}{end}") for end in ("_low", "_high", "_se"))
+    text = _signed(value, form)
+    if low is not None and high is not None:
+        return f"{text} [{_signed(low, form)}, {_signed(high, form)}]"
+    return f"{text} ± {_signed(error, form)}" if error is not None else text
+
+
+def _signed(value: float, form: str) -> str:
+    text = f"{value:{form}}"
+    return f"{0:{form}}" if float(text) == 0 else text.replace("-", "−")
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+SHORT = ("accuracy", "AUC", "KL reverse, nats", "gold reward", "win rate", "capability")
+SWEPT = 3  # axes beside method and beta that a terminal has room for
+
+
+def terminal_table(rows: Sequence[Row], recommended: str | None, title: str) -> Table:
+    """The few columns that decide, for a terminal of 80 columns; an arrow marks the recommended run."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = [c for c in COLUMNS if c[0] in SHORT and any(row[c[1]] is not None for row in rows)]
+    leading = [key for key in _leading(rows) if key not in ("seed", "tuning") or len({row[key] for row in rows}) > 1]
+    swept = [key for key in leading if key not in (*FIRST, "status")]
+    leading = [key for key in leading if key not in swept[SWEPT:]]
+    captions = ["→ recommended"] if recommended else []
+    captions += [f"{len(swept) - SWEPT} more keys differ: summary.md has them"] if len(swept) > SWEPT else []
+    table = Table(title=escape(title), title_justify="left", caption="; ".join(captions) or None)
+    table.add_column("")
+    for key in leading:
+        table.add_column(escape(key.removeprefix("trl.")), justify="left" if key in ("method", "status") else "right")
+    for heading, _, _ in shown:
+        table.add_column(heading.replace(" reverse, nats", "\nreverse").replace(" reward", ""), justify="right")
+    for row in rows:
+        mark = "→" if row["path"] == recommended else ""
+        cells = (_signed(row[key], form) if row[key] is not None else "" for _, key, form in shown)
+        style = "bold" if mark else None if row["status"] == "done" else "dim"
+        table.add_row(mark, *(escape(_text(row[key])) for key in leading), *cells, style=style)
+    return table

@@ -1,0 +1,140 @@
+"""One job of a sweep: the file that describes it, and the process that runs it (`-m dpo_kit.sweep.launch.job FILE`)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from dpo_kit.config.compose import register
+from dpo_kit.run.lock import wait_for_writer
+from dpo_kit.run.redact import redact_text
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """What a job needs in order to run in any process: the task (by its name), its config, who waits for it."""
+
+    task: TaskFunction
+    cfg: DictConfig
+    context: HydraContext
+    name: str
+    parent: int
+    grace: float  # seconds to save and end, once it was told to
+    threads: int | None = None  # of torch; None: as many as it takes
+
+    def write(self, path: Path) -> None:
+        """Leave it at `path`, and no answer of an earlier start."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        answer_path(path).unlink(missing_ok=True)
+        path.write_bytes(pickle.dumps(self))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a task ended: its return value, or its error in one line."""
+
+    value: Any = None
+    error: str | None = None
+
+
+def answer_path(path: Path) -> Path:
+    return path.with_suffix(".answer")
+
+
+def read_answer(path: Path) -> Answer | None:
+    """The answer to the job file at `path`; None where the process ended without giving one."""
+    try:
+        return pickle.loads(answer_path(path).read_bytes())
+    except (OSError, EOFError, pickle.UnpicklingError):
+        return None
+
+
+def run_file(path: Path) -> int:
+    """Run the job of a file, leave its answer beside it; returns the exit code."""
+    job = pickle.loads(path.read_bytes())
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_without, args=(job.parent, job.grace), daemon=True).start()
+    try:
+        wait_for_writer(path.parent, job.grace)  # left by a sweep that was killed, and about to save and end
+        return _leave(path, _run(job))
+    except KeyboardInterrupt:
+        sys.stderr.write("dpo_kit: interrupted\n")
+        return INTERRUPTED
+
+
+def _run(job: JobFile) -> JobReturn:
+    register()
+    setup_globals()
+    JobRuntime.instance().set("name", job.name)
+    if job.threads is not None:
+        import torch
+
+        torch.set_num_threads(job.threads)
+    return run_job(
+        hydra_context=job.context,
+        task_function=job.task,
+        config=job.cfg,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+    )
+
+
+def _leave(path: Path, returned: JobReturn) -> int:
+    if returned.status is JobStatus.COMPLETED:
+        answer = Answer(value=returned.return_value)
+    else:
+        error = returned._return_value  # the public property would raise it
+        sys.stderr.write(redact_text("".join(traceback.format_exception(error))))
+        answer = Answer(error=redact_text(f"{type(error).__name__}: {error}".splitlines()[0]))
+    if os.environ.get("RANK", "0") == "0":
+        answer_path(path).write_bytes(pickle.dumps(answer))
+    return 0 if answer.error is None else 1
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def _end_without(parent: int, grace: float) -> None:
+    """A sweep that was killed takes its jobs along: no second start may find one still writing."""
+    if forked_by := multiprocessing.parent_process():
+        forked_by.join()
+    else:
+        above = os.getppid()  # changes at once; `parent`, further up under a launcher, may stay a zombie for a while
+        while os.getppid() == above and _alive(parent):
+            time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(grace)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+if __name__ == "__main__":
+    from dpo_kit.sweep.launch import job  # an answer pickled from __main__ could not be read
+
+    sys.exit(job.run_file(Path(sys.argv[1])))

@@ -1,0 +1,235 @@
+"""What a command line is about to sweep: every job composed and checked, the directories named. Nothing is written."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_kit.config.compose import check, compose_unchecked, explain
+from dpo_kit.config.identity import comparable, refuse_other_run, sweep_id
+from dpo_kit.config.limits import idle_faults, missing_package
+from dpo_kit.config.places import refuse_unwritable
+from dpo_kit.config.settings import Settings, Tracking
+from dpo_kit.errors import ConfigError
+from dpo_kit.model.origin import refuse_unusable
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.words import quote
+from dpo_kit.sweep.choice.runs import read_runs
+
+SWEEP_ID = "${dpo_kit.sweep_id:}"
+OPTION = "beta-sweep"
+LOCAL = ("processes", "basic")  # launchers whose jobs run on this machine
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep: its overrides, what they say, what makes it the same run as another, its directory's name."""
+
+    overrides: list[str]
+    settings: Settings
+    subdir: str | None  # None: known only when it is launched
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return comparable(self.settings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that is about to run: the overrides that name its directories, where it writes, how it is tracked.
+
+    `local` says that its jobs run on this machine; `jobs` are those that are known before they run.
+    """
+
+    named: list[str]
+    directory: Path
+    tracking: Tracking
+    local: bool
+    jobs: Sequence[Job] = ()
+
+
+def means_multirun(args: argparse.Namespace) -> bool:
+    """Whether `beta-sweep=<option>` asks for a sweep without -m: Hydra 1.4 lets no option say so itself."""
+    asks_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    chosen = [word.split("=", 1)[1] for word in args.overrides if word.lstrip("+").startswith(f"{OPTION}=")]
+    decided = args.multirun or args.run or any(word.startswith("hydra.mode=") for word in args.overrides)
+    return bool(chosen) and chosen[-1] not in ("none", "null", "") and not (asks_only or decided)
+
+
+def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str) -> Plan:
+    """Check every job that `overrides` ask for.
+
+    Under a sweeper that draws its values while it runs (Optuna) only what is not swept can be checked.
+    Raises ConfigError.
+    """
+    parsed = parse_overrides(overrides)
+    fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    base = compose_unchecked([*search, *fixed], config_name, with_hydra=True)
+    refuse_missing_launcher(base)
+    swept = [str(override.input_line) for override in parsed if override.is_sweep_override()]
+    if not base.hydra.sweeper.get("_target_", "").endswith(".BasicSweeper"):
+        grid = [*_params(base), *swept]
+        content = {"fixed": comparable(check(without_hydra(base))), "swept": sorted(grid)}
+        return _plan(base, [content], _add_axes(base, grid, prefix="${hydra.job.num}-"))
+    jobs = [compose_job(job, search, config_name) for job in split_jobs([*_params(base), *overrides])]
+    refuse_doubles(jobs)
+    refuse_idle_words(jobs)
+    for job in jobs:
+        refuse_unusable(job.settings)
+    plan = _plan(base, [job.config for job in jobs], _name_subdirectories(base, jobs, swept))
+    if plan.named and (plan.directory.is_dir() or jobs[0].settings.dry_run):
+        jobs = [compose_job([*job.overrides, *plan.named], search, config_name) for job in jobs]
+    if plan.directory.is_dir():
+        refuse_other_runs(plan.directory, jobs)
+    return replace(plan, jobs=jobs)
+
+
+def _plan(base: DictConfig, configs: list[dict[str, Any]], subdirectories: list[str]) -> Plan:
+    directory = _directory(base).replace(SWEEP_ID, sweep_id(configs))
+    named = [f"hydra.sweep.dir={quote(directory)}"] if SWEEP_ID in _directory(base) else []
+    written = Path(OmegaConf.create({"at": directory, "hydra": base.hydra}).at)
+    refuse_unwritable("hydra.sweep.dir", written)
+    local = base.hydra.runtime.choices["hydra/launcher"] in LOCAL
+    if not local:
+        named = _for_a_cluster(written)
+    return Plan([*named, *subdirectories], written, Tracking(**base.tracking), local)
+
+
+def _for_a_cluster(directory: Path) -> list[str]:
+    """A cluster's job may start in another folder and without this process's environment: name both."""
+    group = os.environ.get("WANDB_RUN_GROUP", directory.name)
+    absolute = f"hydra.sweep.dir={quote(str(directory.absolute()))}"
+    return [absolute, f"++hydra.job.env_set.WANDB_RUN_GROUP={quote(group)}"]
+
+
+def _directory(base: DictConfig) -> str:
+    """hydra.sweep.dir as it is written."""
+    return OmegaConf.to_container(base.hydra.sweep, resolve=False)["dir"]  # type: ignore[index,call-overload,return-value]
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's reading of `overrides`; ConfigError where it cannot read them, or where several grids are asked for."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise explain(error, overrides) from error
+    if grids := [o.input_line for o in parsed if o.is_sweep_override() and o.key_or_group == OPTION]:
+        raise ConfigError(f"beta-sweep takes one option, got {grids[0]}: list the values instead, beta=0.05,0.1,0.5")
+    return parsed
+
+
+def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job, as Hydra's own sweeper combines them: later words win over earlier ones."""
+    try:
+        batches = BasicSweeper.split_arguments(parse_overrides(overrides), None)
+    except Exception as error:  # HydraException, and what its sweeps of numbers raise
+        raise explain(error, overrides) from error
+    return [list(job) for batch in batches for job in batch]
+
+
+def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -> Job:
+    """The job of `overrides`, checked."""
+    cfg = compose_unchecked([*search, *overrides], config_name, with_hydra=True)
+    try:
+        subdir = str(cfg.hydra.sweep.subdir)
+    except OmegaConfBaseException:  # speaks of the job's number, say
+        subdir = None
+    if subdir is not None and (Path(subdir).is_absolute() or ".." in Path(subdir).parts):
+        raise ConfigError(f"hydra.sweep.subdir must stay inside hydra.sweep.dir, got {subdir}: name a plain folder")
+    return Job(overrides, check(without_hydra(cfg)), subdir)
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """`cfg` as a job's task sees it."""
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+    return cfg
+
+
+def refuse_missing_launcher(base: DictConfig) -> None:
+    """ConfigError where the chosen launcher's package is not installed."""
+    package = ".".join(str(base.hydra.launcher.get("_target_", "")).split(".")[:2])
+    if package == "hydra_plugins.hydra_ray_launcher" and (fault := missing_package("hydra/launcher=ray", package)):
+        raise ConfigError(fault)
+
+
+def refuse_idle_words(jobs: Sequence[Job]) -> None:
+    """ConfigError for overrides that change nothing in any job."""
+    idle = [{*idle_faults(job.settings, job.overrides)} for job in jobs]
+    if idle and (everywhere := set.intersection(*idle)):
+        raise ConfigError("\n".join(sorted(everywhere)))
+
+
+def refuse_other_runs(directory: Path, jobs: Sequence[Job]) -> None:
+    """ConfigError where the sweep's directory holds a run of another config, or one that has not ended and is none of
+    `jobs`, so that nobody would finish it.
+    """
+    for job in jobs:
+        if job.subdir is not None:
+            refuse_other_run(RunDirectory(directory / job.subdir), job.settings, "hydra.sweep.dir")
+    mine = {job.subdir for job in jobs}
+    left = (
+        [run.path for run in read_runs(directory) if not run.finished] if any(directory.glob("*/manifest.json")) else []
+    )
+    if None not in mine and (others := [path for path in left if path not in mine]):
+        raise ConfigError(
+            f"hydra.sweep.dir={directory} holds {', '.join(others)}, not ended and no job of this command: "
+            "give the command that it came from again, or choose another hydra.sweep.dir"
+        )
+
+
+def refuse_doubles(jobs: Sequence[Job]) -> None:
+    """ConfigError where two jobs are the same run."""
+    for number, job in enumerate(jobs):
+        if any(job.config == earlier.config for earlier in jobs[:number]):
+            raise ConfigError(f"two jobs of this sweep are the same run ({' '.join(job.overrides)}): name each once")
+
+
+def _params(base: DictConfig) -> list[str]:
+    return [f"{key}={value}" for key, value in (base.hydra.sweeper.get("params") or {}).items()]
+
+
+def _name_subdirectories(base: DictConfig, jobs: Sequence[Job], swept: Sequence[str]) -> list[str]:
+    """Where two jobs would share a directory, further axes go into its name."""
+    names = [job.subdir for job in jobs]
+    if None in names or len({*names}) == len(names):
+        return []
+    values: dict[str, set[str]] = {}
+    for word in {word for job in jobs for word in job.overrides}:
+        values.setdefault(word.partition("=")[0].lstrip("+"), set()).add(word.partition("=")[2])
+    return _add_axes(base, swept, whole=[key for key, each in values.items() if len({*map(_last, each)}) < len(each)])
+
+
+def _last(path: str) -> str:
+    return path.strip("'\"").rstrip("/").rpartition("/")[2]
+
+
+def _add_axes(base: DictConfig, swept: Sequence[str], prefix: str = "", whole: Sequence[str] = ()) -> list[str]:
+    """The name of a job's directory with the `swept` axes in it: of paths the last part, for `whole` keys all of it."""
+    written = OmegaConf.to_container(base.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+    keys = [word.partition("=")[0].lstrip("+") for word in swept]
+    added = [key for key in keys if "${" + key + "}" not in written and not key.startswith(("method", "hydra"))]
+    by = {key: "path_name" if key in whole else "file_name" for key in added}
+    axes = "".join(f"-{_short(key)}${{dpo_kit.{by[key]}:${{{_node(base, key)}}}}}" for key in added)
+    return [f"hydra.sweep.subdir={quote(prefix + written + axes)}"]
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2].rpartition("/")[2]
+
+
+def _node(base: DictConfig, key: str) -> str:
+    """Where the value of an axis stands in a job's config: a group's choice, or the key itself."""
+    return f"hydra.runtime.choices.{key}" if key in base.hydra.runtime.choices else key

@@ -1,0 +1,81 @@
+"""How far a run is, read from its metrics.jsonl while it is being written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json
+from dpo_kit.run.history import decode_row
+
+ACCURACY = ("probe/accuracy", "probe/auc")
+DRIFT = ("probe/kl_forward_rb_nats", "probe/kl_forward_k1_nats")
+
+
+class Progress:
+    """The figures of one run; `read` costs nothing while its file stays as it is."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run = RunDirectory(run_dir)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: the run starts again, or goes on from a checkpoint."""
+        self.seen: tuple[int, int] = (0, 0)  # inode, bytes read
+        self.latest: dict[str, Any] = {}
+        self.first: dict[str, Any] = {}  # of this start: the pace is measured from here
+
+    def read(self, since: float = 0.0) -> None:
+        """Take in the lines written after the last call; the pace counts from rows later than `since`."""
+        try:
+            status = self.run.metrics.stat()
+        except OSError:
+            return
+        if status.st_ino != self.seen[0] or status.st_size < self.seen[1]:
+            self.forget()
+        if status.st_size > self.seen[1]:
+            with self.run.metrics.open("rb") as file:
+                file.seek(self.seen[1])
+                whole, _, _ = file.read().rpartition(b"\n")
+            self.seen = (status.st_ino, self.seen[1] + len(whole) + 1 if whole else self.seen[1])
+            self._take(whole.decode(errors="replace").splitlines(), since)
+
+    def _take(self, lines: list[str], since: float) -> None:
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError, AttributeError):
+                row = decode_row(line)
+                self.latest |= row
+                if not self.first and row.get("time", 0.0) >= since:
+                    self.first = row
+
+    def figure(self, keys: Sequence[str]) -> float | None:
+        """The latest value of the first of `keys` that the run measures."""
+        values = (self.latest.get(key) for key in keys)
+        return next((value for value in values if isinstance(value, int | float)), None)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.latest.get("step", 0))
+
+    def steps(self) -> int | None:
+        """Optimizer steps of the whole run; None until it is known."""
+        if not self.run.trl_config.exists():
+            return None
+        trl, epoch = read_json(self.run.trl_config), self.latest.get("epoch")
+        if trl.get("max_steps", -1) > 0:
+            return int(trl["max_steps"])
+        return round(self.step / epoch * trl["num_train_epochs"]) if epoch and self.step else None
+
+    def seconds_left(self) -> float | None:
+        """At the pace of this start so far; None until there is one."""
+        steps, passed = self.steps(), self.step - int(self.first.get("step", 0))
+        if not steps or passed <= 0:
+            return None
+        pace = (self.latest["time"] - self.first["time"]) / passed
+        return max(0.0, pace * (steps - self.step) - (time.time() - self.latest["time"]))

@@ -1,0 +1,54 @@
+"""Imported once by the server from which jobs are forked, so that no job pays for these imports again.
+
+`dpo_kit.training` brings most; the rest is what libraries import when a run first needs it: the trainers, the model
+classes, the writers of checkpoints and pictures. A test compares this list with what a run imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import io
+
+from dpo_kit.run.quiet import quiet_imports
+
+MODULES = (
+    "dpo_kit.cli.main",
+    "dpo_kit.training",
+    "dpo_kit.toy.domain",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.kto_trainer",
+    "trl.experimental.cpo",
+    "trl.experimental.online_dpo",
+    "trl.experimental.orpo",
+    "transformers.models.auto.processing_auto",
+    "transformers.models.auto.feature_extraction_auto",
+    "transformers.models.auto.image_processing_auto",
+    "transformers.models.auto.video_processing_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "torch.utils.serialization.config",
+    "peft.tuners.lora",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "rich.console",
+    "rich.progress",
+    "pydantic.type_adapter",
+    "hydra.core.plugins",
+    "wandb",
+    "PIL.PngImagePlugin",
+)
+
+
+def warm_up() -> None:
+    """Import `MODULES`; one that a version lacks costs its job the import and nothing else."""
+    quiet_imports()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for name in MODULES:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    gc.freeze()  # the collector would touch, and so copy, every page that jobs share
+
+
+warm_up()

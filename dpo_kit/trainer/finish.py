@@ -1,0 +1,178 @@
+"""The end of a run: the model, what it measured, and `result.json` last of all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from dpo_kit.config.settings import Settings
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json, write_json
+from dpo_kit.run.history import read_metrics
+from dpo_kit.run.redact import redact_text
+from dpo_kit.run.report.card import write_card
+from dpo_kit.run.report.diagnosis import Finding, Rows, beta_unfelt, diagnose, loss_flat
+from dpo_kit.run.report.page import refresh_page, write_page
+from dpo_kit.run.report.picture import draw_report
+from dpo_kit.run.tracking import Tracker
+from dpo_kit.run.words import again, longer
+from dpo_kit.trainer.published import compare_with_published
+from dpo_kit.trainer.resume.checkpoints import SAVING, put_in_place
+from dpo_kit.trainer.resume.nonfinite import refuse_non_finite
+
+MEASURED = ("probe/", "gold/", "custom/")
+SHOWN_PROMPTS = 8  # of samples.jsonl, in the tracker's table
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended; the same facts as its result.json.
+
+    `start` and `final` hold the measured values by key (nats, shares) at step 0 and at the end; `ceiling` is the
+    accuracy that the gold reward itself reaches on the held-out labels, where it is known; `seconds` are wall-clock.
+    """
+
+    status: str
+    run_dir: str
+    method: str
+    beta: float
+    seed: int
+    model: str
+    tuning: str
+    steps: int
+    start: dict[str, float]
+    final: dict[str, float]
+    ceiling: float | None
+    seconds: dict[str, float]
+    findings: list[dict[str, str]]
+    next: str
+    judge: dict[str, Any] | None = None  # of fresh answers: comparisons, how many a coin decided and why, cost
+    published: dict[str, Any] | None = None  # beside the published run that an experiment repeats: published.py
+
+    @classmethod
+    def read(cls, run_dir: str | Path) -> Result:
+        """The result of a finished run."""
+        return cls(**read_json(RunDirectory(Path(run_dir)).result))
+
+
+def finish_run(
+    trainer: Trainer,
+    settings: Settings,
+    run: RunDirectory,
+    tracker: Tracker,
+    *,
+    seconds: float,
+    ceiling: float | None,
+    judge: dict[str, Any] | None = None,
+    known: Sequence[tuple[Finding, dict[str, str]]] = (),
+) -> Result:
+    """Save the model, draw the report, write the result; `known` are findings from before the first step, and the keys
+    to change.
+    """
+    refuse_non_finite(trainer.model, "after training")
+    save_model(trainer, run)
+    if not trainer.is_world_process_zero():
+        trainer.accelerator.wait_for_everyone()  # until the first process has written the result
+        return Result.read(run.root)
+    history, manifest = read_metrics(run.metrics), read_json(run.manifest)
+    noticed = [] if known else diagnose(history, settings.method.model_dump())  # else what follows from it
+    result = Result(
+        status="done",
+        run_dir=str(run.root),
+        steps=trainer.state.global_step,
+        start=measured(history[:1]) | measured([row for row in history if row["step"] == 0]),
+        final=measured(history),
+        ceiling=ceiling,
+        seconds={"train": round(seconds, 2)},
+        findings=[dataclasses.asdict(finding) for finding in (*(finding for finding, _ in known), *noticed)],
+        next=next_command(settings, manifest["command"], history, {k: v for _, keys in known for k, v in keys.items()}),
+        judge=judge,
+        published=compare_with_published(manifest, history),
+        **identity(settings),
+    )
+    title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
+    draw_report(run.root, title=title, ceiling=ceiling)
+    write_card(run.root, dataclasses.asdict(result), manifest)
+    report_to_tracker(tracker, run, result, refresh_page(run.root, dataclasses.asdict(result)))
+    write_json(run.result, dataclasses.asdict(result))
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def save_model(trainer: Trainer, run: RunDirectory) -> None:
+    """The final model, written aside so that it is whole or not there."""
+    aside = run.root / f"{SAVING}-{run.model.name}"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(aside))
+    if trainer.is_world_process_zero():
+        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle with every argument, useless to a reader
+        shutil.rmtree(aside / "ref", ignore_errors=True)  # the start of an adapter that was there before
+        put_in_place(aside, run.model)
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """What tells this run from its neighbours in a sweep."""
+    return {
+        "method": settings.method.name,
+        "beta": settings.beta,
+        "seed": settings.seed,
+        "model": settings.model.path,
+        "tuning": settings.model.tuning,
+    }
+
+
+def measured(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The last value of every measured key."""
+    return {key: value for row in history for key, value in row.items() if key.startswith(MEASURED)}
+
+
+def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result, page: str | None) -> None:
+    """Final scalars, the page, the picture and the samples."""
+    if page:
+        tracker.notes(page)
+    tracker.summary({f"final/{key}": value for key, value in result.final.items()} | {"status": result.status})
+    tracker.image("report", run.picture)
+    if run.samples.exists():
+        samples = read_metrics(run.samples)
+        shown = {row["prompt_id"] for row in samples[:SHOWN_PROMPTS]}
+        rows = [list(row.values()) for row in samples if row["prompt_id"] in shown]
+        tracker.table("samples", list(samples[0]), rows)
+
+
+def next_command(
+    settings: Settings, command: str | None, history: Rows, changed: Mapping[str, str] | None = None
+) -> str:
+    """A sweep that shows whether this beta was a good choice; where beta is not felt yet, or nothing learned, twice the
+    training; with the `changed` keys where these kept the run from moving.
+    """
+    method = settings.method
+    if changed:
+        return again(command, method.name, **changed)
+    if beta_unfelt(history, method.model_dump()) or loss_flat(history, method.model_dump()):
+        return again(command, method.name, **longer(settings.trl))
+    return again(command, method.name, "-m", beta=",".join(f"{value:g}" for value in method.beta.grid))
+
+
+def write_failure(run: RunDirectory, settings: Settings, error: BaseException) -> None:
+    """Say in result.json that and why the run did not end well."""
+    stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+    write_json(
+        run.result,
+        identity(settings)
+        | {
+            "status": "interrupted" if stopped else "failed",
+            "error": redact_text(f"{type(error).__name__}: {error}"),
+            "traceback": redact_text("".join(traceback.format_exception(error))),
+        },
+    )
+    with contextlib.suppress(Exception):  # a page must not hide what went wrong
+        write_page(run.root)

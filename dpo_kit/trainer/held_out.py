@@ -1,0 +1,123 @@
+"""A finished run measured once on the test split, which neither a checkpoint nor a choice has seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from accelerate import Accelerator
+
+from dpo_kit.callbacks.gold import GoldFigures, load_gold
+from dpo_kit.callbacks.probe import PairProbe
+from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
+from dpo_kit.config.identity import recall_config
+from dpo_kit.config.settings import Data, Method, Model
+from dpo_kit.data.prepare import Rows, prepare
+from dpo_kit.data.rows import Kind
+from dpo_kit.errors import DataError
+from dpo_kit.model.hardware import has_accelerator
+from dpo_kit.model.load import load_reference, load_tokenizer, load_tuned
+from dpo_kit.model.sampling import draw_samples, measuring
+from dpo_kit.model.scoring import Reference
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import digest, read_json, write_json
+from dpo_kit.run.quiet import quiet_libraries
+from dpo_kit.run.report.page import refresh_page
+from dpo_kit.trainer.manifest import contents, keep_date
+
+
+@dataclass
+class Tuned:
+    """A tuned policy with what the measuring code asks of a trainer."""
+
+    model: Any
+    processing_class: Any
+    args: Any
+    accelerator: Accelerator = field(default_factory=Accelerator)
+    state: Any = field(default_factory=lambda: SimpleNamespace(global_step=0))
+
+    def is_world_process_zero(self) -> bool:
+        return True
+
+
+def measure_test_split(run_dir: str | Path) -> dict[str, float]:
+    """Held-out measures (nats, shares, intervals; the keys of result.json) of the policy that the run left, on `test`.
+
+    Written to test.json; a run that has one is read. Everything it was made of comes from its manifest.
+    """
+    run = RunDirectory(Path(run_dir))
+    if run.test.exists():
+        return read_json(run.test)
+    quiet_libraries()
+    manifest = read_json(run.manifest)
+    config = recall_config(manifest)
+    model, method = Model(**config["model"]), Method(**config["method"])
+    tokenizer = load_tokenizer(model)
+    keep_date(run, tokenizer)
+    kind, rows = read_held_out(config, method, tokenizer, "test")
+    refuse_other_rows(manifest, "test", rows)
+    tuned = Tuned(place(load_tuned(model, run.model)), tokenizer, SimpleNamespace(**config["trl"]))
+    beta = config["beta"] if method.implicit_reward else None
+    values: dict[str, float] = {}
+    if kind != "prompts":
+        scores, _ = score_rows(tuned, rows, load_reference(model), beta)
+        values = preference_metrics(scores, beta, method.saturation) | reward_metrics(scores, beta)
+    if gold := config["data"]["gold"]:
+        values |= _gold(tuned, rows, gold, config["callbacks"]["max_new_tokens"])
+    write_json(run.test, values)
+    refresh_page(run.root)
+    return values
+
+
+def refuse_other_rows(manifest: dict[str, Any], split: str, rows: Rows) -> None:
+    """DataError where the sources now give other rows than the run was made of: trained ones may be among them."""
+    then = (manifest.get("data") or {}).get(split)
+    if then and digest(contents(rows)) != then["sha256"]:
+        raise DataError(
+            f"data.train={manifest['config']['data']['train']} gives other {split} rows now than the run was made of "
+            f"({len(rows)}, then {then['rows']}), and rows that it was trained on may be among them: bring its files "
+            "back to what they were, or measure its policy on rows of your own, policy=<run>/model reference=… "
+            "data=jsonl data.eval=FILE"
+        )
+
+
+def read_held_out(
+    config: dict[str, Any], method: Method, tokenizer: Any, split: Literal["select", "test", "all"]
+) -> tuple[Kind, Rows]:
+    """The kind and the rows of a held-out split, read and cut as those of a run of `config` are; where its only
+    rows are held-out ones (`data.train` is `data.eval`), nothing need be left to train on.
+    """
+    trl = config["trl"]
+    data = prepare(
+        Data(**config["data"]),
+        wanted=method.rows,
+        tokenizer=tokenizer,
+        max_length=trl["max_length"],
+        truncation=trl.get("truncation_mode", "keep_start"),
+        seed=config["seed"],
+        trains=config["data"]["train"] != config["data"]["eval"],
+    )
+    return data.kind, [*data.select, *data.test] if split == "all" else getattr(data, split)
+
+
+def score_rows(tuned: Tuned, rows: Rows, reference: Any, beta: float | None) -> tuple[Scores, Rows]:
+    """Logratios of `rows` between the tuned policy and `reference` (its weights), and the rows that could be scored."""
+    against = Reference(tuned, model=place(reference), is_start=False)  # type: ignore[arg-type]
+    probe = PairProbe(tuned, rows, beta=beta, reference=against)  # type: ignore[arg-type]
+    return probe.scores(), probe.rows
+
+
+def place(model: Any) -> Any:
+    """`model` where it is fastest; 4-bit weights are there already."""
+    fixed = getattr(model, "is_loaded_in_4bit", False)
+    return model if fixed else model.to("cuda" if has_accelerator() else "cpu")
+
+
+def _gold(tuned: Tuned, rows: Rows, path: str, max_new_tokens: int) -> dict[str, float]:
+    gold = load_gold(path)
+    prompts = list({row["prompt_id"]: row for row in rows}.values())
+    with measuring(tuned):  # type: ignore[arg-type]
+        samples = draw_samples(tuned.model, tuned.processing_class, prompts, max_new_tokens=max_new_tokens)
+    return GoldFigures(gold, tuned)(0, samples)

@@ -1,0 +1,215 @@
+"""A policy that learns from its own fresh answers: a judge as TRL's reward function, and what TRL's trainer lacks.
+
+    with open_reward(settings, run) as reward:
+        trainer = with_fresh_answers(OnlineDPOTrainer)(reward_funcs=reward, …)
+
+The judge is shown every two answers in both orders. Where it does not decide, a seeded coin does, and that is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from dpo_kit.config.settings import Judge as JudgeSettings
+from dpo_kit.config.settings import LLMJudge, Settings
+from dpo_kit.errors import TrainingError
+from dpo_kit.judge.open import Judge, Prompt, compare, open_judge, toss_coin
+from dpo_kit.model.chats import text_of
+from dpo_kit.model.sampling import pad_batch, pad_token_id
+from dpo_kit.model.scoring import add_up
+from dpo_kit.model.tokens import decode_answer, encode_prompts, render_prompts
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.processes import rank, world_size
+
+log = logging.getLogger(__name__)
+Base: Any = object  # in use, a trainer follows in the method resolution order
+DECIDED = ("win", "loss")
+BUDGET = ("max_cost", "max_requests")  # may differ when a run goes on
+COINS = ("tie", "order-dependent", "unjudged", "identical")
+"""Why a coin was tossed: the judge calls both as good, follows their order, gives no verdict; or is not asked."""
+
+
+class JudgedReward(TrainerCallback):
+    """A reward function of TRL: of a prompt's two answers the better one gets 1, the other 0.
+
+    A callback as well, so that a resumed run goes on counting (see carried.py). `trainer`, to be set before the first
+    call, logs under `judge/…` the share of coins, of identical answers, and the judge's mean score where it has a
+    scale, of all processes.
+    """
+
+    def __init__(self, judge: Judge, seed: int) -> None:
+        self.judge, self.seed = judge, seed
+        self.counts: Counter[str] = Counter()
+        self.trainer: Any = None
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[Prompt], *, trainer_state: Any, **_: Any
+    ) -> list[float]:
+        """Points of 2n answers, of which the i-th and the (n + i)-th belong to one prompt.
+
+        TrainingError where the judge has given up: coins alone teach nothing.
+        """
+        half, texts = len(prompts) // 2, [text_of(each) for each in completions]
+        matches = list(zip(prompts[:half], texts[:half], texts[half:], strict=True))
+        outcomes = self._outcomes(matches)
+        points = [
+            float(outcome == "win" if outcome in DECIDED else self._first_by_coin(trainer_state.global_step, *match))
+            for outcome, match in zip(outcomes, matches, strict=True)
+        ]
+        self.counts.update(outcomes)
+        self._log(outcomes, prompts, texts)
+        return [*points, *(1 - each for each in points)]
+
+    def _outcomes(self, matches: Sequence[tuple[Prompt, str, str]]) -> list[str]:
+        """What becomes of the first answer of each match; equal answers are not shown to the judge."""
+        asked = [match for match in matches if match[1] != match[2]]
+        verdicts = iter(compare(self.judge, *map(list, zip(*asked, strict=True))) if asked else ())
+        outcomes: list[str] = ["identical" if a == b else next(verdicts).outcome for _, a, b in matches]
+        if "unjudged" in outcomes and (reason := self.judge.spend().get("stopped")):
+            key = reason.partition("=")[0]
+            remedy = f"raise judge.{key}{_shared()}" if key in BUDGET else "once it answers"
+            raise TrainingError(
+                f"{self.judge.name} gives no more verdicts ({reason}), and coins alone teach nothing: {remedy}, and "
+                "the same command goes on from the last checkpoint, and asks nothing twice"
+            )
+        return outcomes
+
+    def _first_by_coin(self, step: int, prompt: Prompt, first: str, second: str) -> bool:
+        """Thrown anew at every step, for the answer whose text comes first, wherever it stands."""
+        low, high = sorted((first, second))
+        return toss_coin(self.seed, step, prompt, low, high) == (first == low)
+
+    def _log(self, outcomes: Sequence[str], prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
+        scores = self.judge.scores(prompts, texts) or ()
+        coins = sum(outcome in COINS for outcome in outcomes)
+        own = [len(outcomes), coins, outcomes.count("identical"), len(scores), sum(scores)]
+        matches, tossed, identical, scored, total = self._over_processes(own)
+        logged = {"judge/coin_share": tossed / matches, "judge/identical_share": identical / matches}
+        if scored:
+            logged["judge/score"] = total / scored
+        for key, value in logged.items():
+            self.trainer.stats.setdefault(key, []).append(value)
+
+    def carry(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"counts": dict(self.counts)}
+
+    def pick_up(self, carried: dict[str, Any]) -> None:
+        """Take back what `carry` gave."""
+        self.counts = Counter(carried["counts"])
+
+    def summary(self) -> dict[str, Any]:
+        """Comparisons of all processes since the run began, how many a coin has decided and why, and what they cost."""
+        names = (*DECIDED, *COINS)
+        counts = self._over_processes([self.counts[name] for name in names])
+        total = {name: int(count) for name, count in zip(names, counts, strict=True)}
+        return {
+            "name": self.judge.name,
+            "comparisons": sum(total.values()),
+            "decided": sum(total[name] for name in DECIDED),
+            "coins": {name: total[name] for name in COINS},
+            "spend": add_spends(gather_object([self.judge.spend()])),
+        }
+
+    def _over_processes(self, values: Sequence[float]) -> list[float]:
+        """The sum of each value over all processes."""
+        return add_up(torch.tensor(values, dtype=torch.float64), self.trainer.accelerator).tolist()
+
+
+def add_spends(spends: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the judges of several processes have spent together; of what is no number, the first that is there."""
+    total = dict(spends[0])
+    for name, value in ((name, value) for each in spends[1:] for name, value in each.items()):
+        if isinstance(value, dict):
+            total[name] = dict(Counter(total[name]) + Counter(value))
+        else:
+            total[name] = total[name] + value if isinstance(value, int | float) else total[name] or value
+    return total
+
+
+@contextmanager
+def open_reward(settings: Settings, run: RunDirectory) -> Iterator[JudgedReward | None]:
+    """The judge of `settings` as a reward; None where answers are given. What it says is kept in the run directory.
+
+    Each of several processes has its own judge, with an equal part of what it may cost.
+    """
+    if settings.judge is None:
+        yield None
+        return
+    folder = run.judge / f"rank-{rank()}" if world_size() > 1 else run.judge
+    with open_judge(_part_of(settings.judge), folder, settings.seed) as judge:
+        log.info("fresh answers are compared by %s, in both orders", judge.name)
+        yield JudgedReward(judge, settings.seed)
+
+
+def _part_of(judge: JudgeSettings) -> JudgeSettings:
+    """`judge` with the budget of one process."""
+    if not isinstance(judge, LLMJudge):
+        return judge
+    cost, requests = judge.max_cost, judge.max_requests
+    part = {"max_cost": cost and cost / world_size(), "max_requests": requests and requests // world_size()}
+    return judge.model_copy(update=part)
+
+
+def _shared() -> str:
+    return f" (which {world_size()} processes share)" if world_size() > 1 else ""
+
+
+class GivenIds:
+    """Stands in for a tokenizer whose ids are known."""
+
+    def __init__(self, tokenizer: Any, ids: list[list[int]]) -> None:
+        self.pad_id, self.ids = pad_token_id(tokenizer), ids
+
+    def __call__(self, text: Any, **_: Any) -> dict[str, torch.Tensor]:
+        ids, mask = pad_batch(self.ids, self.pad_id, torch.device("cpu"), "left")
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+class FreshAnswers(Base):
+    """Mixin before TRL's OnlineDPOTrainer: prompts (as JSON) are read as everywhere, and gradients do not grow with
+    accumulation.
+    """
+
+    processing_class: Any
+
+    def _generate(self, model: Any, prompts: Sequence[str], images: Any = None) -> Any:
+        """TRL renders prompts without their tools and reads raw text without the BOS that all other trainers add."""
+        tokenizer = self.processing_class
+        self.processing_class = GivenIds(tokenizer, encode_prompts(tokenizer, list(map(json.loads, prompts))))
+        try:
+            return super()._generate(model, prompts, images)
+        finally:
+            self.processing_class = tokenizer
+
+    def _generate_vllm(self, prompts: Sequence[str], images: Any = None) -> Any:
+        return super()._generate_vllm(render_prompts(self.processing_class, list(map(json.loads, prompts))), images)
+
+    def _calculate_rewards_from_functions(
+        self, prompts: Sequence[str], completions: Any, completion_ids_list: Sequence[list[int]], **given: Any
+    ) -> torch.Tensor:
+        """TRL's own texts lack what a model writes in special tokens (`<think>`)."""
+        texts = [decode_answer(self.processing_class, ids) for ids in completion_ids_list]
+        return super()._calculate_rewards_from_functions(
+            list(map(json.loads, prompts)), texts, completion_ids_list, **given
+        )
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's step does not divide its loss by the number of accumulated batches, as transformers' own does: so that
+        the gradient would be their sum. Accelerate divides here."""
+        self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def with_fresh_answers(trainer: type) -> type:
+    """The class `trainer`, TRL's for online preferences, so that it accumulates as others do."""
+    return type(trainer.__name__, (FreshAnswers, trainer), {})

@@ -1,0 +1,76 @@
+"""Going on with a run: from which checkpoint, with which record, or why not."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from dpo_kit.config.identity import origin, refuse_inexact_resume
+from dpo_kit.config.settings import Settings
+from dpo_kit.errors import ConfigError
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.processes import is_writer
+from dpo_kit.run.words import override
+from dpo_kit.trainer.resume import checkpoints
+
+log = logging.getLogger(__name__)
+
+
+def find_checkpoint(settings: Settings, run: RunDirectory, manifest: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from: the newest whole one, or the one that `resume` names; None where there is none.
+
+    Broken ones are set aside under another name. Raises ConfigError where going on would not be exact.
+    """
+    found = None
+    if settings.resume == "auto":
+        found = checkpoints.newest_verified(run.checkpoints, writer=is_writer())
+    elif settings.resume != "never":
+        found = _named(Path(settings.resume))
+    if found is not None:
+        refuse_inexact_resume(found, checkpoints.read_facts(found)["origin"], origin(manifest), settings)
+        log.info("resuming from %s", found)
+    return found
+
+
+def _named(checkpoint: Path) -> Path:
+    if not checkpoint.is_dir():
+        raise ConfigError(f"resume must be auto, never or a checkpoint folder, got {checkpoint}, which does not exist")
+    fault = checkpoints.find_fault(checkpoint)
+    if fault is not None:
+        checkpoints.refuse_foreign(checkpoint)
+        raise ConfigError(f"resume={checkpoint} is broken ({fault}): take another one, or resume=auto")
+    return checkpoint
+
+
+def begin_from(run: RunDirectory, checkpoint: Path | None) -> None:
+    """Bring the run directory to the state it had at `checkpoint`; None: before the first step.
+
+    Later checkpoints, which the run will write again, are put by under another name.
+    """
+    if not is_writer():
+        return
+    step = checkpoints.read_facts(checkpoint)["step"] if checkpoint else 0
+    checkpoints.put_by_later(run.checkpoints, step)
+    for path in run.record().values():
+        if path != run.wandb_file:
+            path.unlink(missing_ok=True)
+    if checkpoint:
+        shutil.copytree(checkpoint / checkpoints.RECORD, run.root, dirs_exist_ok=True)
+
+
+def how_to_go_on(run: RunDirectory, command: str | None) -> str:
+    """What to type in order to go on with a run that was stopped."""
+    if command is None:
+        return f"call train with the same config and run_dir={str(run.root)!r} again"
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return "the command of the sweep again"
+    words = shlex.split(command)
+    if not any(word.startswith("hydra.run.dir=") for word in words):
+        words.append(override("hydra.run.dir", run.root))
+    return shlex.join(words)

@@ -1,0 +1,426 @@
+"""A TRL trainer that loses nothing: one mixin before any of them, full or LoRA, with or without a reference pass.
+
+    trainer = with_safekeeping(trl.DPOTrainer)(model=…, args=…)
+    trainer.keep(origin=…, record=[…], pair_ids=[…])
+
+Its checkpoints are complete or absent, hold all that a resumed run needs to equal one that was never stopped, and are
+finished by a thread beside the next steps. Asked to stop, it saves; it stops before a step that is not finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_kit.errors import ConfigError, TrainingError
+from dpo_kit.model.random_state import random_states, set_random_states
+from dpo_kit.run.files import read_json
+from dpo_kit.trainer.resume import checkpoints
+from dpo_kit.trainer.resume.nonfinite import all_finite, describe_step, refuse_non_finite
+from dpo_kit.trainer.resume.signals import Interrupted, StopRequest, catch_signals
+from dpo_kit.trainer.resume.state import carry, pick_up
+
+log = logging.getLogger(__name__)
+Base: Any = object  # in use, a trainer follows in the method resolution order
+SAVING_SHARE = 0.05  # of the time, which saving may take where its cadence was left open
+OPTIMIZER_VALUES = 2  # Adam keeps two values beside each trained weight
+
+
+@dataclasses.dataclass
+class Moment:
+    """Where training stood: what is saved where the work that began then is not finished."""
+
+    carried: dict[str, Any]
+    random: dict[str, Any]
+    record: dict[str, int]  # bytes of each file of the record
+    logged: int  # entries of the trainer's own history
+    due: dict[str, Any]  # what was still to be done at this step
+
+
+class Safekeeping(Base):
+    """Mixin before a TRL trainer; see the head of this file. `keep` says what belongs to its checkpoints."""
+
+    control: Any
+    origin: Mapping[str, Any] = {}
+    record: Callable[[], Mapping[str, Path]] = dict
+    pair_ids: Sequence[str] = ()
+    seconds_before = 0.0
+    checkpoint_bytes = 0
+    spare_saves = False
+    _save_seconds = 0.0
+    _saved_at = 0.0
+    _saved_step: int | None = None
+    _boundary: int | None = None
+    _at_epoch_end = False
+    _checkpoint: Any = None
+    _moment: Moment | None = None
+    _resumed: dict[str, Any] | None = None
+    _random_after: dict[str, Any] | None = None
+    _aside: Path | None = None
+    _finishing: threading.Thread | None = None
+    _fault: BaseException | None = None
+    _logged: Mapping[str, Any] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stop = StopRequest()  # of the present `train`
+        self._batches: list[tuple[torch.Tensor, Any]] = []
+        self._since = time.time()
+
+    def keep(
+        self,
+        *,
+        origin: Mapping[str, Any],
+        record: Callable[[], Mapping[str, Path]],
+        pair_ids: Sequence[str],
+        spare_saves: bool = False,
+    ) -> None:
+        """`origin`: what a run must share to go on from a checkpoint. `record`: the files that grow with the run, by
+        name. `pair_ids`: the names of the training rows. `spare_saves`: checkpoints that are due are left out while
+        saving would take more than a twentieth of the time.
+        """
+        self.origin, self.record, self.pair_ids, self.spare_saves = origin, record, pair_ids, spare_saves
+
+    # --- the run as a whole ---------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train, from a verified checkpoint where one is given. Raises Interrupted, TrainingError, ConfigError."""
+        self._since, self.stop = time.time(), StopRequest()
+        if resume_from_checkpoint:
+            self._checkpoint = resume_from_checkpoint
+            self._resumed = torch.load(Path(resume_from_checkpoint) / self._state_file, weights_only=True)
+            self.seconds_before = self._resumed["seconds"]
+            self._saved_step = self._resumed["step"]
+        self._refuse_small_disk()
+        with catch_signals(self.stop):
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                if self.stop.signal is not None:  # it came when nothing was left to do
+                    raise Interrupted
+                return output
+            except Interrupted:
+                self.stop.may_leave = False
+                self._save_moment()
+                raise
+            except BaseException as error:
+                if not (isinstance(error, KeyboardInterrupt) and self.stop.signal):  # a second Ctrl-C waits for nothing
+                    self._finish_saving(quietly=True)
+                raise
+
+    def _run_epoch(self, **given: Any) -> None:
+        names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
+        self._catch_up(*(given[name] for name in names))
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            # a run that is resumed at its last step would take one more in the middle of an epoch
+            self.control.should_training_stop = True
+            return
+        self.stop.may_leave, self.stop.step = False, self.state.global_step + 1
+        super()._run_epoch(**given)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        self._catch_up(self.model_wrapped, trial, self.state.epoch, None, start_time)
+        self._finish_saving()
+        self._moment = self._now()
+        self.stop.step = None if self._saved_step == self.state.global_step else self.state.global_step
+        with self._leaving_allowed():
+            return super()._finalize_training(trial, num_train_samples, start_time - self.seconds_before)
+
+    # --- the end of a step ----------------------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One batch, remembered until its gradient was looked at."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._batches.append((loss, inputs))
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The last thing before the optimizer's step: TrainingError where loss or gradient is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        batches, self._batches = self._batches, []
+        scaled = self.accelerator.scaler is not None  # a scaler skips steps of infinite gradient by itself
+        if not all_finite([loss for loss, _ in batches], None if scaled else norm):
+            self._finish_saving(quietly=True)
+            what = describe_step(self, batches, norm, self.pair_ids)
+            raise TrainingError(f"{what} Last good checkpoint: {self._newest() or 'none'}")
+        return norm
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        step = self.state.global_step
+        self._at_epoch_end = step == self._boundary  # called a second time at a step, for the epoch that it ends
+        self._boundary = step
+        self._logged = {"grad_norm": grad_norm, "learning_rate": kwargs.get("learning_rate")}
+        if self.control.should_save and self._is_dear_to_save():
+            self.control.should_save = False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if not self._epoch_end_follows and self._is_asked_to_stop():
+            if self._saved_step != step:
+                self._save_checkpoint(model, trial)
+            raise Interrupted
+        self.stop.step = step + 1
+
+    def _is_dear_to_save(self) -> bool:
+        """Whether the last checkpoint took seconds, and too few have passed since for another one."""
+        best, last = self.args.load_best_model_at_end, self.state.global_step >= self.state.max_steps
+        soon = time.time() - self._saved_at < self._save_seconds / SAVING_SHARE
+        return self.spare_saves and not best and not last and self._any_process(self._save_seconds > 1 and soon)
+
+    @property
+    def _epoch_end_follows(self) -> bool:
+        """Whether what is done at the end of an epoch comes right after the present end of a step."""
+        last = self.control.should_training_stop or float(self.state.epoch or 0.5).is_integer()
+        return last and not self._at_epoch_end
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step > 0:  # eval_on_start: the first start has done it
+            return {}
+        self._moment = self._now(evaluate=True, save=self.control.should_save)
+        self.stop.step = None if self._saved_step == self.state.global_step else self.state.global_step or None
+        with self._leaving_allowed():
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self._moment = None
+        return metrics
+
+    def _leaving_allowed(self) -> contextlib.AbstractContextManager[None]:
+        """An evaluation may be left in the middle by a process that is alone: others would wait for it."""
+        return self.stop.leaving_allowed() if self.args.world_size == 1 else contextlib.nullcontext()
+
+    def _is_asked_to_stop(self) -> bool:
+        # Each process has its own moment of the signal: all leave at the step at which the first one has seen it
+        return self._any_process(self.stop.signal is not None)
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.args.world_size == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), "sum").item())
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Stock saving into a folder aside; a thread makes it count while training goes on."""
+        started = time.time()
+        self._finish_saving()
+        moment = self._moment or self._now()
+        step, root = self.state.global_step, Path(self._get_output_dir(trial))
+        aside = root / f"{checkpoints.SAVING}-checkpoint-{step}"
+        written, final = aside / f"checkpoint-{step}", checkpoints.folder_of(root, step)
+        if self.is_world_process_zero():
+            shutil.rmtree(aside, ignore_errors=True)
+            refuse_non_finite(self.model, f"at step {step}")
+            root.mkdir(parents=True, exist_ok=True)
+            checkpoints.refuse_full_disk(root, self.checkpoint_bytes, f"the checkpoint of step {step}")
+        self.accelerator.wait_for_everyone()
+        with self._cleaned_up(aside, step):
+            self._aside = aside
+            super()._save_checkpoint(model, trial)
+            self._aside = None
+            self._move_best(aside, root, written)
+            self._save_own(written, moment)
+        self.accelerator.wait_for_everyone()
+        self._saved_step, self._saved_at = step, time.time()
+        self._save_seconds = self._saved_at - started
+        if self.args.should_save:
+            self._complete(written, final)
+        if self.args.push_to_hub:
+            self._finish_saving()
+            self._push_from_checkpoint(str(final))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where transformers writes and rotates checkpoints: while one is saved, a folder with nothing to rotate."""
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._aside is None:  # not before it is complete
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextlib.contextmanager
+    def _cleaned_up(self, aside: Path, step: int) -> Iterator[None]:
+        """What is half written goes; TrainingError says why, and what is still there."""
+        try:
+            yield
+        except BaseException as error:
+            self._aside = None
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, Exception):
+                raise self._not_saved(step, error) from error
+            raise
+
+    def _not_saved(self, step: int, error: BaseException) -> TrainingError:
+        root = Path(self.args.output_dir)
+        free = shutil.disk_usage(root).free / 1e9
+        return TrainingError(
+            f"the checkpoint of step {step} could not be written ({type(error).__name__}: {error}); {free:.2f} GB are "
+            f"free on its disk. Last good checkpoint: {self._newest() or 'none'}; the same command goes on from there"
+        )
+
+    def _move_best(self, aside: Path, root: Path, written: Path) -> None:
+        """The best checkpoint under the name that it will have."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).is_relative_to(aside):
+            self.state.best_model_checkpoint = str(root / Path(best).name)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / "trainer_state.json"))
+
+    def _find_best(self) -> None:
+        """The best checkpoint so far where this run's checkpoints lie now: in a run directory that was moved
+        transformers forgets it (huggingface/transformers#48315). TrainingError where it is gone, and the run is to end
+        with it.
+        """
+        best = read_json(Path(self._checkpoint) / "trainer_state.json")["best_model_checkpoint"]
+        if best is None:
+            return
+        here = Path(self._get_output_dir(None)) / Path(best).name
+        if self.args.load_best_model_at_end and not here.is_dir():
+            raise TrainingError(
+                f"the best checkpoint so far, {here}, is gone, and trl.load_best_model_at_end=true ends with it: bring "
+                "it back, or start anew with resume=never"
+            )
+        self.state.best_model_checkpoint = str(here)
+
+    @property
+    def _state_file(self) -> str:
+        """Each process has its own sums and averages."""
+        rank = self.args.process_index
+        return f"{checkpoints.STATE}-{rank}.pt" if rank else f"{checkpoints.STATE}.pt"
+
+    def _save_own(self, written: Path, moment: Moment) -> None:
+        own = {"carried": moment.carried, "due": moment.due, "step": self.state.global_step}
+        torch.save(own | {"seconds": self.seconds_before + time.time() - self._since}, written / self._state_file)
+        files = self.record() if self.args.should_save else {}
+        for name in files.keys() & moment.record.keys():
+            target = written / checkpoints.RECORD / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with files[name].open("rb") as file:
+                target.write_bytes(file.read(moment.record[name]))
+
+    def _complete(self, written: Path, final: Path) -> None:
+        step, keep, best = self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint
+        facts = {"step": step, "origin": self.origin}
+
+        def work() -> None:
+            try:
+                self.checkpoint_bytes = sum(each.stat().st_size for each in written.rglob("*") if each.is_file())
+                checkpoints.complete(written, final, facts)
+                written.parent.rmdir()
+                checkpoints.rotate(final.parent, keep, best)
+            except BaseException as error:
+                shutil.rmtree(written.parent, ignore_errors=True)
+                self._fault = self._not_saved(step, error)
+
+        self._finishing = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._finishing.start()
+
+    def _finish_saving(self, quietly: bool = False) -> None:
+        """Wait until the last checkpoint is complete. TrainingError where it could not be made so."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+        fault, self._fault = self._fault, None
+        if fault is not None and not quietly:
+            raise fault
+
+    def _newest(self) -> Path | None:
+        whole = (
+            path
+            for path in checkpoints.list_checkpoints(Path(self.args.output_dir))
+            if not checkpoints.find_fault(path)
+        )
+        return next(whole, None)
+
+    def _refuse_small_disk(self) -> None:
+        """ConfigError where model and checkpoints will not fit; an estimate from the weights, until one is written."""
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        model = sum(p.numel() * p.element_size() for p in weights)
+        self.checkpoint_bytes = (1 + OPTIMIZER_VALUES) * model
+        root = Path(self.args.output_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        there = len(checkpoints.list_checkpoints(root))
+        more = max(0, (self.args.save_total_limit or 1) - there) + 1  # one more while the oldest is still there
+        needed = model + more * self.checkpoint_bytes
+        what = f"this run ({more} checkpoints of {self.checkpoint_bytes / 1e9:.2f} GB and the model)"
+        checkpoints.refuse_full_disk(root, needed, what, ConfigError)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._same_dtypes():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with self._same_dtypes():
+            super()._load_best_model()
+
+    @contextlib.contextmanager
+    def _same_dtypes(self) -> Iterator[None]:
+        """After loading, each weight in the dtype that it had: PEFT widens adapters that TRL trains in bfloat16."""
+        before = {name: weight.dtype for name, weight in self.model.named_parameters()}
+        yield
+        for name, weight in self.model.named_parameters():
+            if weight.dtype != before[name]:
+                weight.data = weight.data.to(before[name])
+
+    # --- stopping and going on ------------------------------------------------------------------------------------
+
+    def _now(self, *, evaluate: bool = False, save: bool = False) -> Moment:
+        """The present moment, with what is still to be done at this step."""
+        due = {
+            "evaluate": evaluate,
+            "save": save,
+            "epoch_end": self._epoch_end_follows,
+            "stop": self.control.should_training_stop,
+            **self._logged,
+        }
+        sizes = {name: path.stat().st_size for name, path in self.record().items() if path.exists()}
+        return Moment(carry(self), random_states(), sizes, len(self.state.log_history), due)
+
+    def _save_moment(self) -> None:
+        """Save what the last complete checkpoint does not have: the moment before the work that was left."""
+        moment, step = self._moment, self.state.global_step
+        if step > 0 and self._saved_step != step and moment is not None:
+            set_random_states(moment.random)
+            del self.state.log_history[moment.logged :]
+            self._save_checkpoint(self.model_wrapped, None)
+        self._finish_saving()
+
+    def _catch_up(self, model: Any, trial: Any, epoch: Any, ignore_keys: Any, start_time: float) -> None:
+        """After a resume: carry on as if never stopped, first with what was still to be done at that step."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            return
+        due = resumed["due"]
+        self._find_best()
+        self._load_rng_state(self._checkpoint)
+        pick_up(self, resumed["carried"])
+        self._boundary = None if due["epoch_end"] else self.state.global_step
+        rest = (ignore_keys, start_time)
+        if due["evaluate"]:
+            self.control.should_evaluate, self.control.should_save = True, due["save"]
+            self._maybe_log_save_evaluate(self._tr_loss, due["grad_norm"], model, trial, epoch, *rest)
+        self._boundary = self.state.global_step
+        if due["epoch_end"]:
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            rate = due["learning_rate"]
+            self._maybe_log_save_evaluate(
+                self._tr_loss, due["grad_norm"], model, trial, epoch, *rest, learning_rate=rate
+            )
+        self.control.should_training_stop |= due["stop"]
+        self._random_after = random_states()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._random_after is None:
+            super()._load_rng_state(checkpoint)
+        else:
+            set_random_states(self._random_after)
+
+
+def with_safekeeping(trainer: type) -> type:
+    """The class `trainer` with safe checkpoints, exact resume and a stop before anything that is not finite."""
+    return type(trainer.__name__, (Safekeeping, trainer), {})

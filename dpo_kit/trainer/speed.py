@@ -1,0 +1,125 @@
+"""What makes TRL's trainers faster without changing what they train; each choice is printed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from torch.nn.functional import rms_norm
+from transformers import PreTrainedModel
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
+
+from dpo_kit.config.settings import Speed
+from dpo_kit.errors import ConfigError
+from dpo_kit.model.hardware import has_accelerator
+from dpo_kit.trainer.prefix import share_prefixes, why_not
+
+log = logging.getLogger(__name__)
+
+
+def speed_up(models: Sequence[PreTrainedModel], speed: Speed, trl: dict[str, Any], *, lengths: bool = True) -> bool:
+    """Apply to `models` (policy, reference) what `speed` asks for; whether batches are to hold rows of similar length,
+    which needs rows whose `lengths` are known.
+
+    Raises ConfigError where a model cannot do what is asked for.
+    """
+    score_labelled_positions_only()
+    for model in models:
+        count_weights_once(model)
+    if not has_accelerator():
+        fit_head_to_cpu()
+    elif {fuse_norms(model) for model in models} == {True}:
+        log.info("each RMSNorm is one kernel")
+    shared = speed.share_prefix is not False and _compute_each_token_once(models, speed)
+    padded = speed.share_prefix is not False and not shared
+    grouped = speed.group_by_length
+    if grouped == "auto":
+        grouped = lengths and padded and trl.get("train_sampling_strategy") != "sequential"
+    said = "each token of a batch is computed once: no padding, a pair's prompt not twice"
+    if not shared:
+        said = f"padding is computed, and a pair's prompt twice{'' if padded else ': speed.share_prefix=false'}"
+    log.info("%s; batches of %s", said, "similar length" if grouped else "whatever length")
+    return grouped
+
+
+def _compute_each_token_once(models: Sequence[PreTrainedModel], speed: Speed) -> bool:
+    """Whether every one of `models` can; if so, they do."""
+    reason = next((reason for model in models if (reason := why_not(model))), None)
+    if reason and speed.share_prefix is True:
+        raise ConfigError(f"speed.share_prefix=true cannot be had with this model: {reason}; auto leaves it off")
+    if reason:
+        log.info("a prompt cannot be computed once for both answers: %s", reason)
+        return False
+    for model in models:
+        share_prefixes(model)
+    return True
+
+
+def score_labelled_positions_only() -> None:
+    """Let TRL's fused LM head score the labelled positions alone on CPUs, as it does on GPUs.
+
+    Where there is no Triton it scores every position, prompt and padding too, to spare Neuron devices recompilations.
+    """
+    trl_utils._use_triton = _is_not_neuron
+
+
+def _is_not_neuron(device: Any) -> bool:
+    return device.type != "neuron"
+
+
+def count_weights_once(model: Any) -> None:
+    """Let transformers, which counts a model's weights anew at every batch for `total_flos`, remember their number."""
+    bare = model.get_base_model() if is_peft_model(model) else model
+    bare.num_parameters = functools.cache(bare.num_parameters)
+
+
+@torch.no_grad()
+def fuse_norms(model: torch.nn.Module) -> bool:
+    """Compute each RMSNorm of `model` by PyTorch's one kernel instead of the eight or so that it is written in; whether
+    there are any.
+
+    Only where that gives the same on random numbers: some families add 1 to the weight.
+    """
+    named = (module for module in model.modules() if type(module).__name__.endswith("RMSNorm"))
+    norms: list[Any] = [norm for norm in named if isinstance(getattr(norm, "variance_epsilon", None), float)]
+    for norm in norms:
+        fused = functools.partial(_rms_norm, norm)
+        hidden = torch.randn(3, len(norm.weight), generator=torch.Generator().manual_seed(0)).to(norm.weight)
+        expected = norm(hidden)
+        if not torch.allclose(fused(hidden), expected, rtol=1e-5 if hidden.dtype == torch.float32 else 2e-2):
+            return False
+        norm.forward = fused
+    return bool(norms)
+
+
+def _rms_norm(norm: Any, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon).to(hidden_states.dtype)
+
+
+HEAD_TOKENS = 128  # at a time: their logits stay in a CPU's cache, where TRL's 4096 go through memory a dozen times
+
+
+def fit_head_to_cpu() -> None:
+    """Let TRL's fused LM head work on small tiles, and multiply what is bf16 already without widening it first."""
+    chunked_logprob.TOKEN_CHUNK_SIZE = HEAD_TOKENS
+    chunked_logprob._addmm_fp32 = _add_product  # type: ignore[assignment]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right` with an fp32 `total`: the products of bf16 numbers are exact in fp32, so that a kernel
+    that takes the factors as bf16 gives the same sum in half the time.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if left.dtype == right.dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        total.addmm_(left.float(), right.float())
+    finally:
+        matmul.fp32_precision = before
