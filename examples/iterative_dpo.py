@@ -35,7 +35,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json, write_jsonl
 from dpo_kit.toy import MODEL
 from dpo_kit.trainer.held_out import Tuned, place
-from dpo_kit.training import read_data
+from dpo_kit.trainer.rows import read_data
 
 OWN = {"rounds": "3", "prompts": "800", "start": str(MODEL), "out": ""}
 OF_BUILDING = ("build", "judge")

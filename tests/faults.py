@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import pytest
 
 POINTS = {  # name: (what is called there, before or after the call)
-    "start:load": ("dpo_kit.training.load_policy", "before"),
+    "start:load": ("dpo_kit.trainer.build.load_policy", "before"),
     "ref_cache:write": ("dpo_kit.trainer.reference_store.Store.write", "before"),
     "ref_cache:written": ("dpo_kit.trainer.reference_store.Store.write", "after"),
     "measure:start": ("dpo_kit.callbacks.probe.PairProbe._score_now", "before"),

@@ -33,10 +33,11 @@ from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL
 from dpo_kit.trainer.arguments import build_arguments
+from dpo_kit.trainer.build import build_trainer
 from dpo_kit.trainer.memory import build_weightless
 from dpo_kit.trainer.online import JudgedReward
 from dpo_kit.trainer.reference_store import _base_weights
-from dpo_kit.training import build_trainer, read_data
+from dpo_kit.trainer.rows import read_data
 from tests import scored_by_text, tiny
 from tests.small import as_texts, differences, few_pairs
 

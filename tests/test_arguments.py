@@ -10,7 +10,8 @@ from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.model.load import rounded_share
 from dpo_kit.run.report.diagnosis import held_back
 from dpo_kit.trainer.arguments import build_arguments, decide
-from dpo_kit.training import refusing, run_trainer
+from dpo_kit.trainer.refusals import refusing
+from dpo_kit.training import run_trainer
 
 ROWS = [{"label": True}, {"label": False}] * 32
 
@@ -76,7 +77,7 @@ def test_what_keeps_a_run_from_moving_is_known_before_it_starts():
 
 
 def test_a_library_s_own_refusal_names_what_was_typed(monkeypatch):
-    monkeypatch.setattr("dpo_kit.training.typed_words", lambda: ["seed=1", "trl.optim_args=eps"])
+    monkeypatch.setattr("dpo_kit.trainer.refusals.typed_words", lambda: ["seed=1", "trl.optim_args=eps"])
     said = r"TRL's arguments refuse trl\.optim_args=eps: ValueError: optim_args is odd"
     with pytest.raises(ConfigError, match=said), refusing("TRL's arguments"):
         raise ValueError("optim_args is odd")

@@ -16,7 +16,7 @@ from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
 from dpo_kit.errors import ModelError
 from dpo_kit.model.sampling import Sample
 from dpo_kit.model.scoring import Reference
-from dpo_kit.trainer.measuring import with_probe_alone
+from dpo_kit.trainer.measuring import ProbeAlone
 from tests import tiny
 
 HELD_OUT = tiny.pairs(12, prompts=6, seed=9)
@@ -223,8 +223,8 @@ def test_one_pass_over_the_held_out_rows_serves_and_a_checkpoint_is_chosen_by_it
     alone: bool, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True}
-    wrap = with_probe_alone if alone else lambda cls: cls
-    trainer = tiny.trainer("dpo", folder, tmp_path, wrap=wrap, metric_for_best_model="probe/margin_nats", **options)
+    mixins = [ProbeAlone] if alone else []
+    trainer = tiny.trainer("dpo", folder, tmp_path, mixins=mixins, metric_for_best_model="probe/margin_nats", **options)
     passes: list[str] = []
     monkeypatch.setattr(trainer, "evaluation_loop", counting(passes, "TRL", trainer.evaluation_loop))
     probe = PairProbe(trainer, HELD_OUT)

@@ -36,7 +36,7 @@ from dpo_kit.trainer.resume.checkpoints import (
     rotate,
 )
 from dpo_kit.trainer.resume.nonfinite import find_rows
-from dpo_kit.trainer.resume.safe_trainer import with_safekeeping
+from dpo_kit.trainer.resume.safe_trainer import Kept, Safekeeping
 from dpo_kit.trainer.resume.signals import Interrupted
 from tests import tiny
 from tests.faults import fault
@@ -72,7 +72,7 @@ def saved(tmp_path_factory):
     metrics = folder / "metrics.jsonl"
     metrics.write_text('{"step": 2, "loss": 0.5}\n' * 20)
     trainer = build(folder)
-    trainer.keep(origin={"seed": 0}, record=lambda: {"metrics.jsonl": metrics}, pair_ids=[])
+    trainer.kept = Kept(origin={"seed": 0}, record=lambda: {"metrics.jsonl": metrics})
     trainer.train()
     return folder / "out"
 
@@ -80,7 +80,7 @@ def saved(tmp_path_factory):
 def build(folder, kind="dpo", dropout=0.0, **options):
     start = tiny.saved_model(folder / "start", dropout=dropout)
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "save_total_limit": 2} | options
-    return tiny.trainer(kind, start, folder / "out", wrap=with_safekeeping, **options)
+    return tiny.trainer(kind, start, folder / "out", mixins=[Safekeeping], **options)
 
 
 # --- what counts -------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_checkpoints_that_take_long_are_spared_where_their_cadence_was_left_open
     options, spare, kept, tmp_path, monkeypatch
 ):
     trainer = build(tmp_path, save_steps=1, save_total_limit=None, max_steps=6, **options)
-    trainer.keep(origin={}, record=dict, pair_ids=[], spare_saves=spare)
+    trainer.kept = Kept(spare_saves=spare)
     real, steps = type(trainer)._save_own, []
 
     def slow(self, written, moment):
@@ -357,7 +357,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows(
 ):
     trainer = build(tmp_path, kind, gradient_accumulation_steps=accumulated)
     data = tiny.unary(16) if kind == "kto" else tiny.pairs(16)
-    trainer.keep(origin={}, record=dict, pair_ids=[row["pair_id"] for row in data])
+    trainer.kept = Kept(pair_ids=[row["pair_id"] for row in data])
     honest, seen = Trainer.training_step, []
 
     def poisoned(self, model, inputs, *args):

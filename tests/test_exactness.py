@@ -10,7 +10,8 @@ from dpo_kit.model.trl_classes import import_class
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
-from dpo_kit.training import prepare_data, train
+from dpo_kit.trainer.rows import prepare_data
+from dpo_kit.training import train
 
 COMMON = {
     "max_steps": 6,

@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl.data_utils import maybe_apply_chat_template
 
 from dpo_kit.model.tokens import encode_rows
-from dpo_kit.trainer.given_tokens import with_given_tokens
+from dpo_kit.trainer.given_tokens import GivenTokens
 from tests import styles, tiny
 
 ROWS = [
@@ -48,8 +48,8 @@ def test_losses_are_those_of_the_plain_trainer_on_texts_that_it_reads_alike(
 ) -> None:
     rows = tiny.unary(16) if kind == "kto" else tiny.pairs(16)
     losses = []
-    for given, wrap in ((rows, lambda cls: cls), (as_ids(rows), with_given_tokens)):
-        trainer = tiny.trainer(kind, folder, tmp_path, rows=given, wrap=wrap, max_length=max_length)
+    for given, mixins in ((rows, []), (as_ids(rows), [GivenTokens])):
+        trainer = tiny.trainer(kind, folder, tmp_path, rows=given, mixins=mixins, max_length=max_length)
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert len(losses[0]) == 4 and losses[0] == losses[1]
@@ -59,7 +59,7 @@ def test_what_each_trainer_holds_is_what_it_was_given(folder: str, tmp_path: Pat
     pairs, unary = as_ids(tiny.pairs(6)), as_ids(tiny.unary(6))
     for kind in ("dpo", "kto", "orpo", "cpo"):
         given = unary if kind == "kto" else pairs
-        held = tiny.trainer(kind, folder, tmp_path, rows=given, wrap=with_given_tokens, max_length=64).train_dataset
+        held = tiny.trainer(kind, folder, tmp_path, rows=given, mixins=[GivenTokens], max_length=64).train_dataset
         if kind in ("dpo", "kto"):
             assert [{name: row[name] for name in given[0]} for row in held] == given
         else:
@@ -70,11 +70,11 @@ def test_what_each_trainer_holds_is_what_it_was_given(folder: str, tmp_path: Pat
 
 @pytest.mark.parametrize("size", [4, 2])
 def test_kto_s_mismatched_pairs_are_trl_s(size: int, folder: str, tmp_path: Path) -> None:
-    def answers(rows: list[dict[str, Any]], **wrap: Any) -> list[Any]:
-        trainer = tiny.trainer("kto", folder, tmp_path, rows=rows, per_device_train_batch_size=size, **wrap)
+    def answers(rows: list[dict[str, Any]], **mixins: Any) -> list[Any]:
+        trainer = tiny.trainer("kto", folder, tmp_path, rows=rows, per_device_train_batch_size=size, **mixins)
         return trainer.train_dataset["KL_completion_ids"][:]
 
-    assert answers(as_ids(tiny.unary(10)), wrap=with_given_tokens) == answers(tiny.unary(10))
+    assert answers(as_ids(tiny.unary(10)), mixins=[GivenTokens]) == answers(tiny.unary(10))
 
 
 # --- what TRL does with texts: where one of these fails, TRL has mended it -------------------------------------------

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dpo_kit.trainer.grouping import SeededLengthGroups, row_lengths, with_length_groups
+from dpo_kit.trainer.grouping import GroupedByLength, SeededLengthGroups, row_lengths
 from tests import tiny
 
 
@@ -32,7 +32,7 @@ def test_a_trainer_s_batches_follow_it_and_a_new_one_goes_on_with_the_same_epoch
     folder = tiny.saved_model(tmp_path / "model")
 
     def epochs(*which):
-        trainer = tiny.trainer(kind, folder, tmp_path / kind, rows=tiny.pairs(40), wrap=with_length_groups)
+        trainer = tiny.trainer(kind, folder, tmp_path / kind, rows=tiny.pairs(40), mixins=[GroupedByLength])
         loader = trainer.get_train_dataloader()
         found = []
         for epoch in which:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers.processors import TemplateProcessing
@@ -30,10 +29,13 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
-from dpo_kit.trainer.online import JudgedReward, add_spends, open_reward, with_fresh_answers
+from dpo_kit.trainer.build import build_trainer
+from dpo_kit.trainer.mixins import with_mixins
+from dpo_kit.trainer.online import FreshAnswers, JudgedReward, add_spends, open_judged_reward
 from dpo_kit.trainer.resume.nonfinite import find_rows
+from dpo_kit.trainer.rows import prepare_data, read_data
 from dpo_kit.trainer.start_check import StartCheck
-from dpo_kit.training import build_trainer, prepare_data, read_data, train
+from dpo_kit.training import train
 from tests import scored_by_text, tiny
 from tests.scripted_server import Turn, scripted_server
 from tests.small import SMALL, differences, few_pairs, hash_model, rows_of
@@ -74,7 +76,6 @@ class Scripted:
 
 def points(judge, prompts, first, second, step=1, seed=0):
     reward = JudgedReward(judge, seed)
-    reward.trainer = SimpleNamespace(stats={}, accelerator=Accelerator(cpu=True))
     completions = [[{"role": "assistant", "content": text}] for text in (*first, *second)]
     state = SimpleNamespace(global_step=step)
     return reward(2 * prompts, completions, trainer_state=state, completion_ids=[]), reward.counts
@@ -175,7 +176,7 @@ def test_processes_share_what_a_judge_may_cost_and_what_they_have_spent_is_added
     )
     judge = LLMJudge(kind="llm", model="m", base_url="http://h", rubric="r", max_cost=2, max_requests=11, price_in=1)
     for given in (judge, judge.model_copy(update={"max_cost": None, "max_requests": None})):
-        with open_reward(SimpleNamespace(judge=given, seed=0), RunDirectory(tmp_path)):
+        with open_judged_reward(given, 0, RunDirectory(tmp_path)):
             pass
     assert [(part.max_cost, part.max_requests) for part in opened] == [(0.5, 2), (None, None)]
     first = {"model": "m", "replies": 3, "cost": 0.25, "failed": {"APIError": 1}, "stopped": None}
@@ -433,16 +434,16 @@ def test_a_server_that_fails_stops_the_run_and_it_goes_on_once_it_answers_withou
 # --- TRL's own faults, and the checks at the start ---------------------------------------------------------------
 
 
-def tiny_trainer(folder, output, wrap=lambda cls: cls, batch=8, accumulated=1, prompts=None, **given):
+def tiny_trainer(folder, output, mixin=None, batch=8, accumulated=1, prompts=None, **given):
     """TRL's trainer on a tiny model and 16 prompts, whose reward is the text's. Ours takes prompts as JSON."""
-    spell = json.dumps if wrap is with_fresh_answers else str
+    spell = json.dumps if mixin else str
     rows = [{"prompt": spell(prompt)} for prompt in prompts or [row["prompt"] for row in tiny.pairs(16)]]
     options = {"max_steps": 1, "max_new_tokens": 6, "max_length": 32, "learning_rate": 1e-3, "logging_steps": 1}
     args = OnlineDPOConfig(
         output_dir=str(output), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True,
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, save_strategy="no", **options,
     )  # fmt: skip
-    return wrap(OnlineDPOTrainer)(
+    return with_mixins(OnlineDPOTrainer, *([mixin] if mixin else []))(
         args=args, train_dataset=Dataset.from_list(rows),
         **{"model": LlamaForCausalLM.from_pretrained(folder), "processing_class": tiny.tokenizer(),
            "reward_funcs": reward_of_text} | given,
@@ -458,7 +459,7 @@ def folder(tmp_path_factory):
     return tiny.saved_model(tmp_path_factory.mktemp("model"))
 
 
-def gradient_norm(folder, output, monkeypatch, wrap, batch, accumulated):
+def gradient_norm(folder, output, monkeypatch, mixin, batch, accumulated):
     """Of the first step, on answers that depend on their prompt alone."""
 
     def scripted(self, model, prompts, images=None):
@@ -470,7 +471,7 @@ def gradient_norm(folder, output, monkeypatch, wrap, batch, accumulated):
 
     with monkeypatch.context() as patch:
         patch.setattr(OnlineDPOTrainer, "_generate", scripted)
-        trainer = tiny_trainer(folder, output, wrap, batch, accumulated)
+        trainer = tiny_trainer(folder, output, mixin, batch, accumulated)
         trainer.train()
     return next(row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row)
 
@@ -479,9 +480,9 @@ def gradient_norm(folder, output, monkeypatch, wrap, batch, accumulated):
 def test_gradients_do_not_grow_with_accumulation_as_plain_trl_s_do(folder, tmp_path, monkeypatch):
     """The fault of TRL that we avoid is still there."""
     common = (folder, tmp_path, monkeypatch)
-    whole = gradient_norm(*common, with_fresh_answers, 8, 1)
-    assert gradient_norm(*common, with_fresh_answers, 4, 2) == pytest.approx(whole, rel=1e-4)
-    plain = gradient_norm(*common, lambda cls: cls, 4, 2)
+    whole = gradient_norm(*common, FreshAnswers, 8, 1)
+    assert gradient_norm(*common, FreshAnswers, 4, 2) == pytest.approx(whole, rel=1e-4)
+    plain = gradient_norm(*common, None, 4, 2)
     assert plain == pytest.approx(2 * whole, rel=1e-4)
 
 
@@ -511,7 +512,7 @@ def test_prompts_are_read_as_everywhere_with_tools_and_the_token_that_begins_tex
     read = {}
     for name, prompts in (("chat", [chat] * 8), ("text", ["red one"] * 8)):
         given = {"processing_class": tokenizer, "reward_funcs": judge, "model": tiny.model(vocabulary=15)}
-        trainer = tiny_trainer(folder, tmp_path, with_fresh_answers, prompts=prompts, **given)
+        trainer = tiny_trainer(folder, tmp_path, FreshAnswers, prompts=prompts, **given)
         ids, mask, answers = first_answers(trainer)
         read[name] = ids[0][mask[0].bool()].tolist()
         assert any("cat" in text for _, text in shown) == any(8 in row for row in answers.tolist())
@@ -526,18 +527,18 @@ def test_plain_trl_cannot_evaluate_and_we_measure_with_the_callbacks(folder, tmp
     rows = Dataset.from_list([{"prompt": "red one"}])
     with pytest.raises(ValueError, match="exactly one of input_ids"):  # the batch is text
         tiny_trainer(folder, tmp_path, eval_dataset=rows).evaluate()
-    assert tiny_trainer(folder, tmp_path, with_fresh_answers, eval_dataset=rows).evaluate() == {}
+    assert tiny_trainer(folder, tmp_path, FreshAnswers, eval_dataset=rows).evaluate() == {}
 
 
 @pytest.mark.slow
 def test_a_reference_that_is_not_the_start_is_refused_before_the_first_step(folder, tmp_path):
-    honest = tiny_trainer(folder, tmp_path, with_fresh_answers)
+    honest = tiny_trainer(folder, tmp_path, FreshAnswers)
     honest.add_callback(StartCheck(honest, Reference(honest)))
     honest.train()
     other = LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         other.lm_head.weight.mul_(1.5)
-    wrong = tiny_trainer(folder, tmp_path, with_fresh_answers, ref_model=other)
+    wrong = tiny_trainer(folder, tmp_path, FreshAnswers, ref_model=other)
     wrong.add_callback(StartCheck(wrong, Reference(wrong)))
     with pytest.raises(ModelError, match="at step 0 it must give the same"):
         wrong.train()
@@ -565,4 +566,4 @@ def test_the_trainer_is_built_with_what_the_method_file_says(tmp_path):
     reward = JudgedReward(Scripted(lambda _: "tie"), 0)
     trainer = build_trainer(settings, prepare_data(settings, tokenizer, run), tokenizer, run, reward)
     assert trainer.train_dataset.column_names == ["prompt"] and trainer.reward_funcs == [reward]
-    assert reward in trainer.callback_handler.callbacks and reward.trainer is trainer
+    assert reward in trainer.callback_handler.callbacks

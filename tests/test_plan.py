@@ -28,7 +28,7 @@ from dpo_kit.trainer.memory import (
     worst_batch,
 )
 from dpo_kit.trainer.prefix import NAME, Layout
-from dpo_kit.training import read_data
+from dpo_kit.trainer.rows import read_data
 from tests.conftest import ROOT
 from tests.small import few_pairs, write_pairs
 

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from dpo_kit.errors import DataError
 from dpo_kit.run import quiet, tracking
-from dpo_kit.run.history import append_row, decode_row, encode_row
+from dpo_kit.run.history import decode_row, encode_row, read_metrics
 from dpo_kit.trainer import recorder
-from dpo_kit.trainer.recorder import Progress, Recorder, read_metrics, show_progress
+from dpo_kit.trainer.recorder import Progress, Recorder, show_progress
 from tests.offline_wandb import log_files, read_offline
 
 pytestmark = pytest.mark.timeout(120)
@@ -43,7 +43,7 @@ class LogsAtTheStart(TrainerCallback):
         Trainer.log(self.trainer, {"probe/accuracy": 0.5})
 
 
-def train(tmp_path: Path, *callbacks: TrainerCallback, steps: int = 6, resume: bool = False) -> Trainer:
+def train(tmp_path: Path, *callbacks: TrainerCallback, steps: int = 6) -> Trainer:
     rows = [{"x": float(i), "labels": 2.0 * i} for i in range(24)]
     args = TrainingArguments(
         output_dir=str(tmp_path / "checkpoints"), max_steps=steps, logging_steps=2, eval_strategy="steps", eval_steps=4,
@@ -54,7 +54,7 @@ def train(tmp_path: Path, *callbacks: TrainerCallback, steps: int = 6, resume: b
         if isinstance(callback, LogsAtTheStart):
             callback.trainer = trainer
     show_progress(trainer)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train()
     return trainer
 
 
@@ -101,30 +101,9 @@ def test_training_goes_on_and_the_record_is_complete_when_wandb_breaks_midway(tm
     assert [row["step"] for row in read_metrics(path)] == [2, 4, 4, 6, 6, 6]  # loss, eval, and a last row of timings
 
 
-def test_a_resumed_run_leaves_one_row_per_event(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    train(tmp_path, Recorder(path))
-    whole = [(row["step"], sorted(row)) for row in read_metrics(path)]
-    for late in ("checkpoint-6", "checkpoint-4"):  # as if killed after the save at step 2, rows 4 and 6 being written
-        (tmp_path / "checkpoints" / late).rename(tmp_path / late)
-    with path.open("a") as file:
-        file.write('{"step": 6, "lo')  # a torn line
-    train(tmp_path, Recorder(path), resume=True)
-    assert [(row["step"], sorted(row)) for row in read_metrics(path)] == whole
-
-
-def test_a_fresh_start_begins_the_file_anew_and_keeps_what_others_log_first(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    append_row(path, {"step": 0, "old": 1})
-    train(tmp_path, LogsAtTheStart(), Recorder(path), steps=2)
-    rows = read_metrics(path)
-    assert "old" not in rows[0] and rows[0]["probe/accuracy"] == 0.5
-    assert [row["step"] for row in rows] == [0, 2, 2, 2]
-
-
 def test_what_is_not_finite_stays_strict_json_and_comes_back(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "metrics.jsonl"
-    call_log(Recorder(path), {"loss": float("nan"), "grad_norm": float("inf"), "lr": 1e-5})
+    path = tmp_path / "metrics.jsonl"
+    call_log(Recorder(path, tracking.Tracker()), {"loss": float("nan"), "grad_norm": float("inf"), "lr": 1e-5})
     strict = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert strict["loss"] is None and strict["non_finite"] == {"loss": "nan", "grad_norm": "inf"}
     (row,) = read_metrics(path)
@@ -148,7 +127,9 @@ def test_only_a_torn_last_line_is_forgiven(tmp_path: Path) -> None:
 
 def test_other_processes_of_a_run_write_nothing(tmp_path: Path) -> None:
     state = TrainerState(global_step=1, is_world_process_zero=False)
-    Recorder(tmp_path / "m.jsonl").on_log(TrainingArguments("x"), state, TrainerControl(), logs={"loss": 1.0})
+    Recorder(tmp_path / "m.jsonl", tracking.Tracker()).on_log(
+        TrainingArguments("x"), state, TrainerControl(), logs={"loss": 1.0}
+    )
     assert not (tmp_path / "m.jsonl").exists()
 
 

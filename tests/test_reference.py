@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ModelError
 from dpo_kit.trainer import reference_store as reference
-from dpo_kit.trainer.reference_store import Store, reference_key, with_store
+from dpo_kit.trainer.reference_store import Store, StoredReference, reference_key
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -27,8 +27,8 @@ def stored(folder, tmp_path):
     """Build a trainer whose reference pass goes through a store of this test's own."""
 
     def build(kind="dpo", **options):
-        wrap = lambda cls: with_store(cls, tmp_path / "store")  # noqa: E731
-        return tiny.trainer(kind, folder, tmp_path / "out", wrap=wrap, precompute_ref_log_probs=True, **options)
+        store = {"mixins": [StoredReference], "root": tmp_path / "store"}
+        return tiny.trainer(kind, folder, tmp_path / "out", **store, precompute_ref_log_probs=True, **options)
 
     return build
 
@@ -199,8 +199,8 @@ from pathlib import Path
 from dpo_kit.trainer import reference_store as reference
 from tests import tiny
 folder, root, out = sys.argv[1:]
-wrap = lambda cls: reference.with_store(cls, Path(root))
-tiny.trainer("dpo", folder, Path(out), wrap=wrap, precompute_ref_log_probs=True)
+store = {"mixins": [reference.StoredReference], "root": Path(root)}
+tiny.trainer("dpo", folder, Path(out), **store, precompute_ref_log_probs=True)
 """
 
 

@@ -17,7 +17,7 @@ from dpo_kit.model.control_tokens import neutralised
 from dpo_kit.model.tokens import encode_prompts, encode_rows, ids_of_rows
 from dpo_kit.model.turns import turns_of
 from dpo_kit.trainer.given_tokens import GivenTokens
-from dpo_kit.training import build_dataset
+from dpo_kit.trainer.rows import build_dataset
 from tests import styles
 
 WORDS = [

@@ -15,9 +15,11 @@ from dpo_kit.model.scoring import Reference
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.toy import TRAIN
 from dpo_kit.trainer import reference_store as reference
-from dpo_kit.trainer.reference_store import with_store
+from dpo_kit.trainer.build import build_trainer
+from dpo_kit.trainer.reference_store import StoredReference
+from dpo_kit.trainer.rows import prepare_data
 from dpo_kit.trainer.start_check import StartCheck
-from dpo_kit.training import build_trainer, prepare_data, train
+from dpo_kit.training import train
 from tests import tiny
 
 
@@ -37,8 +39,8 @@ def checked(trainer, **options):
 
 
 def stored(kind, folder, tmp_path, **options):
-    wrap = lambda cls: with_store(cls, tmp_path / "store")  # noqa: E731
-    return tiny.trainer(kind, folder, tmp_path / "out", wrap=wrap, precompute_ref_log_probs=True, **options)
+    store = {"mixins": [StoredReference], "root": tmp_path / "store"}
+    return tiny.trainer(kind, folder, tmp_path / "out", **store, precompute_ref_log_probs=True, **options)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,10 @@ from dpo_kit.model.turns import written_today
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.toy import MODEL, TRAIN
+from dpo_kit.trainer.build import build_trainer
 from dpo_kit.trainer.manifest import build_manifest, keep_date
-from dpo_kit.training import build_trainer, prepare_data, train
+from dpo_kit.trainer.rows import prepare_data
+from dpo_kit.training import train
 from tests import styles, tiny
 from tests.small import few_pairs
 

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from dpo_kit.config.compose import check, compose
 from dpo_kit.run import tracking
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.training import start_tracking
+from dpo_kit.trainer.recorder import start_tracking
 from tests.fake_wandb import FakeWandb
 from tests.offline_wandb import log_files, read_offline
 
@@ -311,7 +311,7 @@ VARIABLES |= {"JOB_TYPE": "tune", "ENTITY": "me", "RUN_GROUP": "g"}
 def tracked(folder: Path, words: list[str]) -> Any:
     """The record of the wandb run that training with `words` would open."""
     settings = check(compose(words))
-    tracker = start_tracking(settings, {"config": {}}, RunDirectory(folder))
+    tracker = start_tracking(settings, {}, RunDirectory(folder))
     tracker.finish()
     (file,) = log_files(folder)
     return read_offline(file).run

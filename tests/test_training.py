@@ -15,9 +15,8 @@ from dpo_kit.model.load import load_tokenizer
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
-from dpo_kit.trainer.measuring import probe_rows
 from dpo_kit.trainer.resume.checkpoints import newest_verified
-from dpo_kit.training import prepare_data
+from dpo_kit.trainer.rows import prepare_data, probe_rows
 from tests.offline_wandb import log_files, read_offline
 from tests.small import few_pairs
 
@@ -148,7 +147,7 @@ def test_the_manifest_says_what_the_run_was_made_of(small_run):
 
 
 def test_a_finished_run_is_read_not_trained_again(small_run, few, monkeypatch):
-    monkeypatch.setattr("dpo_kit.training.load_policy", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("dpo_kit.trainer.build.load_policy", lambda *_: pytest.fail("trained again"))
     assert train(compose(few), small_run[0]) == small_run[1] == Result.read(small_run[0])
 
 

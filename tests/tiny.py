@@ -1,6 +1,7 @@
 """Tiny random models, tokenizers, rows and TRL trainers for the tests of measuring."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from dpo_kit.trainer.mixins import with_mixins
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "runs", "sleeps"]
 TEMPLATE = (
@@ -101,11 +104,12 @@ def trainer(
     output: Path,
     *,
     rows: list[dict[str, Any]] | None = None,
-    wrap: Any = lambda cls: cls,
+    mixins: Sequence[type] = (),
+    root: Path | None = None,
     **options: Any,
 ) -> Any:
-    """A plain TRL trainer on a tiny model; `options` are arguments of its config or of the trainer; `wrap` may change
-    its class."""
+    """A plain TRL trainer on a tiny model; `options` are arguments of its config or of the trainer; `mixins`
+    stand before its class, with a reference store under `root`."""
     train_class, config_class, defaults = TRAINERS[kind]
     given = {key: options.pop(key) for key in ("peft_config", "ref_model", "model", "eval_dataset") if key in options}
     rows = rows or (unary(16) if kind == "kto" else pairs(16))
@@ -134,5 +138,5 @@ def trainer(
         given["peft_config"] = replace(given["peft_config"])  # PEFT writes the model's path into it
     given.setdefault("model", LlamaForCausalLM.from_pretrained(folder))
     given.setdefault("eval_dataset", data)
-    train_class = wrap(train_class)
+    train_class = with_mixins(train_class, *mixins, root=root)
     return train_class(args=config_class(**arguments), train_dataset=data, processing_class=tokenizer(), **given)

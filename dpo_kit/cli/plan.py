@@ -97,7 +97,7 @@ def plan_run(settings: Settings) -> Plan:
     """The plan of one run; its rows are read and checked, nothing is written."""
     from dpo_kit.model.load import load_tokenizer
     from dpo_kit.run.quiet import quiet_libraries
-    from dpo_kit.training import read_data
+    from dpo_kit.trainer.rows import read_data
 
     quiet_libraries()
     return plan_on(settings, read_data(settings, load_tokenizer(settings.model)))
@@ -107,9 +107,9 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
     """The plan of a run on `data`."""
     from dpo_kit.model.load import read_config
     from dpo_kit.trainer.arguments import count_steps, effective_batch
+    from dpo_kit.trainer.build import choose_arguments, needs_reference
     from dpo_kit.trainer.memory import build_weightless, estimate
     from dpo_kit.trainer.resume.safe_trainer import OPTIMIZER_VALUES
-    from dpo_kit.training import choose_arguments, needs_reference
 
     width = read_config(settings.model).get_text_config().hidden_size
     args = choose_arguments(settings, data.train, Path(tempfile.gettempdir()) / "dpo_kit-plan", width)
@@ -309,7 +309,7 @@ def dry_run(settings: Settings) -> None:
     """
     from dpo_kit.model.load import load_tokenizer
     from dpo_kit.run.quiet import quiet_libraries
-    from dpo_kit.training import read_data
+    from dpo_kit.trainer.rows import read_data
 
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)

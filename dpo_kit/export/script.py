@@ -21,7 +21,7 @@ from dpo_kit.run.quiet import quiet_libraries
 from dpo_kit.trainer.given_tokens import GivenTokens
 from dpo_kit.trainer.manifest import contents, keep_date
 from dpo_kit.trainer.resume.checkpoints import SAVING, put_in_place
-from dpo_kit.training import build_dataset, held_out_rows, read_data
+from dpo_kit.trainer.rows import build_dataset, held_out_rows, read_data
 
 log = logging.getLogger(__name__)
 NAME = "reproduce.py"

@@ -68,17 +68,6 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         file.write(encode_row(row) + "\n")
 
 
-def keep_rows_until(path: Path, step: int) -> None:
-    """Drop the rows after `step`, in place and atomically: a resumed run writes them again."""
-    rows = read_metrics(path)
-    kept = [row for row in rows if row.get("step", 0) <= step]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(encode_row(row) + "\n" for row in kept), encoding="utf-8")
-    aside.replace(path)
-    if len(kept) < len(rows):
-        log.info("%s: %d rows after step %d dropped, to be written again", path.name, len(rows) - len(kept), step)
-
-
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     """{step: value} of the finite values of `key`, in the order of steps; the last one counts where a step has two."""
     found = {row.get("step", 0): row[key] for row in rows if isinstance(row.get(key), int | float)}

@@ -32,8 +32,3 @@ class GivenTokens(Base):
             made[f"{name}_input_ids"], made[f"{name}_attention_mask"] = ids, [1] * len(ids)
             made[f"{name}_labels"] = ([-100] * len(prompt) + ids[len(prompt) :])[: self.max_length]
         return made
-
-
-def with_given_tokens(trainer: type) -> type:
-    """The class `trainer`, which trains on token ids."""
-    return type(trainer.__name__, (GivenTokens, trainer), {})

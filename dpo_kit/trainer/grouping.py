@@ -50,8 +50,3 @@ def row_lengths(rows: Dataset) -> list[int]:
     """Tokens of each row of a dataset that a TRL trainer has prepared, prompt and answers together."""
     columns = [rows[name] for name in rows.column_names if name.endswith("_ids")]
     return [sum(map(len, row)) for row in zip(*columns, strict=True)]
-
-
-def with_length_groups(trainer: type) -> type:
-    """The class `trainer` with batches of similar length."""
-    return type(trainer.__name__, (GroupedByLength, trainer), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import time
 from datetime import datetime
@@ -10,6 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+
+from dpo_kit.config.compose import own_folders
 from dpo_kit.config.identity import comparable
 from dpo_kit.config.settings import Model, Settings
 from dpo_kit.data.prepare import Prepared, Rows
@@ -18,7 +22,8 @@ from dpo_kit.model.origin import base_of, find_parent, read_adapter
 from dpo_kit.model.template import stop_clock, template_hash, writes_date
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import digest, hash_weights, read_json
-from dpo_kit.run.processes import world_size
+from dpo_kit.run.processes import launcher, world_size
+from dpo_kit.run.redact import redact_argv
 from dpo_kit.trainer.arguments import effective_batch
 
 PACKAGES = (
@@ -33,6 +38,16 @@ PACKAGES = (
     "hydra-core",
     "wandb",
 )
+
+
+def typed_command() -> str | None:
+    """What was typed to start this run, secrets redacted; None from Python."""
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    own = own_folders(hydra.runtime.config_sources)
+    words = [word for word in hydra.overrides.task if not word.startswith("beta-sweep=")]  # of this run only
+    return shlex.join([*(launcher() or ["python"]), "-m", "dpo_kit", *redact_argv([*own, *words])])
 
 
 def keep_date(run: RunDirectory, tokenizer: Any) -> str | None:

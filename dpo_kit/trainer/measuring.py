@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, repeat
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 from hydra.utils import instantiate
 
-from dpo_kit.callbacks.callbacks import ImplicitReward, KLDrift, OwnMetrics, Patience, PreferenceMargin
-from dpo_kit.callbacks.gold import GoldFigures, load_gold
-from dpo_kit.callbacks.preview import Preview
-from dpo_kit.callbacks.probe import PairProbe
-from dpo_kit.config.extensions import call_metrics
 from dpo_kit.config.settings import Settings
-from dpo_kit.data.fresh import distinct_prompts
 from dpo_kit.data.prepare import Prepared, Rows
-from dpo_kit.data.rows import ANSWERS, Kind
-from dpo_kit.model.chats import answer_text
 from dpo_kit.model.load import load_reference
-from dpo_kit.model.random_state import forked_random
-from dpo_kit.model.sampling import Sample
 from dpo_kit.model.scoring import Reference
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.run.history import append_row
 from dpo_kit.run.processes import is_writer
-from dpo_kit.run.redact import redact_text
 from dpo_kit.run.tracking import Tracker
 from dpo_kit.trainer.prefix import share_prefixes, shares_prefixes
 from dpo_kit.trainer.recorder import Recorder, show_progress
-from dpo_kit.trainer.reference_store import StoredReference
+from dpo_kit.trainer.rows import probe_rows
 from dpo_kit.trainer.start_check import StartCheck
 
 log = logging.getLogger(__name__)
@@ -51,117 +38,111 @@ class ProbeAlone:
         return metrics
 
 
-def with_probe_alone(trainer: type) -> type:
-    """The class `trainer` without TRL's own evaluation during training."""
-    return type(trainer.__name__, (ProbeAlone, trainer), {})
-
-
 def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDirectory, tracker: Tracker) -> None:
     """Give `trainer` everything that measures and records; nothing of it changes training."""
     wanted = settings.callbacks
     trainer.add_callback(Recorder(run.metrics, tracker))
     reference = build_reference(trainer, settings, run)
     trainer.add_callback(StartCheck(trainer, reference))
-    rows = probe_rows(data, settings)
     if data.kind == "prompts":
         log.info("the held-out rows have no answers: KL drift is measured, preferences are not")
     elif wanted.preference_margin or wanted.implicit_reward or wanted.metrics:
-        probe = PairProbe(
-            trainer,
-            rows,
-            beta=settings.beta if settings.method.implicit_reward else None,
-            saturation=settings.method.saturation,
-            reference=reference,
-            path=run.probe,
-        )
-        if wanted.preference_margin:
-            trainer.add_callback(PreferenceMargin(probe))
-        if wanted.implicit_reward:
-            trainer.add_callback(ImplicitReward(probe))
-        if wanted.metrics:
-            trainer.add_callback(OwnMetrics(probe, wanted.metrics))
+        add_probe(trainer, settings, probe_rows(data, settings), run, reference)
     if wanted.kl_drift:
-        prompts = distinct_prompts(data.select)[: wanted.prompts]
-        hooks = sample_hooks(trainer, settings, run)
-        drift = KLDrift(
-            trainer,
-            prompts,
-            reference=reference,
-            max_new_tokens=wanted.max_new_tokens,
-            on_samples=hooks,
-            shared=trainer.folder if isinstance(trainer, StoredReference) else None,
-        )
-        trainer.add_callback(drift)
-        if predicts(settings):
-            judge = GoldFigures(load_gold(str(settings.data.gold)), trainer).reward
-            trainer.add_callback(Preview(drift.drift, settings.beta, wanted.preview, run.preview, judge))
-    for own in wanted.extra:
-        trainer.add_callback(instantiate(own))
+        add_drift(trainer, settings, data.select, run, reference)
+    for extra in wanted.extra:
+        trainer.add_callback(instantiate(extra))
     if wanted.patience is not None:
+        from dpo_kit.callbacks.callbacks import Patience
+
         trainer.add_callback(Patience(early_stopping_patience=wanted.patience))  # after what it waits for
     show_progress(trainer)
 
 
-def predicts(settings: Settings) -> bool:
-    """Whether this run predicts those of `callbacks.preview`: the one of least beta, where beta is a distance to the
-    reference and the truth about samples is known."""
-    below = settings.beta < min(settings.callbacks.preview, default=0.0)
-    return below and settings.method.implicit_reward and settings.data.gold is not None
+def add_probe(trainer: Any, settings: Settings, rows: Rows, run: RunDirectory, reference: Reference) -> None:
+    """Measures of the held-out `rows`: margin, implicit reward, and those of the user's own."""
+    from dpo_kit.callbacks.callbacks import ImplicitReward, OwnMetrics, PreferenceMargin
+    from dpo_kit.callbacks.probe import PairProbe
+
+    wanted, method = settings.callbacks, settings.method
+    beta = settings.beta if method.implicit_reward else None
+    probe = PairProbe(trainer, rows, beta=beta, saturation=method.saturation, reference=reference, path=run.probe)
+    if wanted.preference_margin:
+        trainer.add_callback(PreferenceMargin(probe))
+    if wanted.implicit_reward:
+        trainer.add_callback(ImplicitReward(probe))
+    if wanted.metrics:
+        trainer.add_callback(OwnMetrics(probe, wanted.metrics))
 
 
-def probe_rows(data: Prepared, settings: Settings) -> Rows:
-    """The held-out rows that an evaluation takes: `callbacks.pairs`, or as many as `callbacks.max_tokens` allows."""
-    rows = data.select[: settings.callbacks.pairs]
-    totals = accumulate(_tokens(row["tokens"], data.kind, settings.trl["max_length"]) for row in rows)
-    return rows[: max(1, sum(total <= settings.callbacks.max_tokens for total in totals))]
+def add_drift(trainer: Any, settings: Settings, rows: Rows, run: RunDirectory, reference: Reference) -> None:
+    """KL along fresh samples of the prompts of `rows`; samples are kept, and judged where the truth is known."""
+    from dpo_kit.callbacks.callbacks import KLDrift
+    from dpo_kit.config.extensions import call_metrics
+    from dpo_kit.data.fresh import distinct_prompts
+    from dpo_kit.model.random_state import forked_random
+    from dpo_kit.model.sampling import Sample
+    from dpo_kit.run.history import append_row
 
+    wanted, gold, hooks = settings.callbacks, None, []
+    if settings.data.gold:
+        from dpo_kit.callbacks.gold import GoldFigures, load_gold
 
-def _tokens(lengths: dict[str, int], kind: Kind, max_length: int | None) -> int:
-    return sum(min(lengths["prompt"] + lengths[name], max_length or sys.maxsize) for name in ANSWERS[kind])
-
-
-def build_reference(trainer: Any, settings: Settings, run: RunDirectory) -> Reference:
-    """The step-0 model as the run's reference, or the other one that `model.reference` names."""
-    other = settings.model.reference is not None and getattr(trainer, "ref_model", None) is None
-    return Reference(
-        trainer,
-        model=_load_reference(trainer, settings).to(trainer.model.device) if other else None,
-        reload=lambda: _load_reference(trainer, settings),
-        is_start=settings.model.reference is None,
-        state_dir=run.probe_state,
-    )
-
-
-def _load_reference(trainer: Any, settings: Settings) -> Any:
-    """The reference from its folder, computing as the policy does: else its values differ in the last bits."""
-    reference = load_reference(settings.model)
-    if shares_prefixes(trainer.model):
-        share_prefixes(reference)
-    return reference
-
-
-def sample_hooks(
-    trainer: Any, settings: Settings, run: RunDirectory
-) -> list[Callable[[int, Sequence[Sample]], dict[str, float]]]:
-    """What else is done with fresh samples: they are kept, and judged where the truth is known."""
-    gold = load_gold(settings.data.gold) if settings.data.gold else None
+        gold = load_gold(settings.data.gold)
+        hooks.append(GoldFigures(gold, trainer))
 
     def keep(step: int, samples: Sequence[Sample]) -> dict[str, float]:
         for row in describe_samples(step, samples, gold) if is_writer() else ():
             append_row(run.samples, row)
         return {}
 
-    def own(step: int, samples: Sequence[Sample]) -> dict[str, float]:
-        prompts, answers = [each.row["prompt"] for each in samples], [each.text for each in samples]
+    def call_own(step: int, samples: Sequence[Sample]) -> dict[str, float]:
+        prompts, answers = [sample.row["prompt"] for sample in samples], [sample.text for sample in samples]
         with forked_random(step):
-            return call_metrics(settings.callbacks.sample_metrics, prompts, answers)
+            return call_metrics(wanted.sample_metrics, prompts, answers)
 
-    return [keep, own, *([GoldFigures(gold, trainer)] if gold else [])]
+    drift = KLDrift(
+        trainer,
+        distinct_prompts(rows)[: wanted.prompts],
+        reference=reference,
+        max_new_tokens=wanted.max_new_tokens,
+        on_samples=[keep, call_own, *hooks],
+        shared=getattr(trainer, "folder", None),  # of the reference store
+    )
+    trainer.add_callback(drift)
+    least = settings.beta < min(wanted.preview, default=0.0)
+    if least and settings.method.implicit_reward and gold:  # where beta is a distance to the reference
+        from dpo_kit.callbacks.preview import Preview
+
+        trainer.add_callback(Preview(drift.drift, settings.beta, wanted.preview, run.preview, hooks[0].reward))
 
 
-def describe_samples(step: int, samples: Sequence[Sample], gold: Any) -> Iterator[dict[str, Any]]:
+def build_reference(trainer: Any, settings: Settings, run: RunDirectory) -> Reference:
+    """The step-0 model as the run's reference, or the other one that `model.reference` names."""
+
+    def load() -> Any:
+        """From its folder, computing as the policy does: else its values differ in the last bits."""
+        loaded = load_reference(settings.model)
+        if shares_prefixes(trainer.model):
+            share_prefixes(loaded)
+        return loaded
+
+    other = settings.model.reference is not None and getattr(trainer, "ref_model", None) is None
+    return Reference(
+        trainer,
+        model=load().to(trainer.model.device) if other else None,
+        reload=load,
+        is_start=settings.model.reference is None,
+        state_dir=run.probe_state,
+    )
+
+
+def describe_samples(step: int, samples: Sequence[Any], gold: Any) -> Iterator[dict[str, Any]]:
     """Rows of samples.jsonl: one sample of each prompt, so that runs can be paired by prompt later."""
-    prompts, answers = [each.row["prompt"] for each in samples], [each.text for each in samples]
+    from dpo_kit.model.chats import answer_text
+    from dpo_kit.run.redact import redact_text
+
+    prompts, answers = [sample.row["prompt"] for sample in samples], [sample.text for sample in samples]
     rewards = [{"gold_reward": reward} for reward in gold.gold_rewards(prompts, answers)] if gold else repeat({})
     for sample, reward in zip(samples, rewards, strict=False):
         prompt = redact_text(answer_text(sample.row["prompt"]))

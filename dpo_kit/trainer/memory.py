@@ -35,7 +35,7 @@ from dpo_kit.model.scoring import TOKENS_PER_BATCH
 from dpo_kit.model.trl_classes import import_class, uses_fused_head
 from dpo_kit.trainer.prefix import NAME as SHARING
 from dpo_kit.trainer.prefix import WORTH, Layout, attend_row_by_row, in_autocast_dtype
-from dpo_kit.trainer.room import ROOM, bound, free_memory
+from dpo_kit.trainer.room import ROOM, free_memory
 from dpo_kit.trainer.speed import HEAD_TOKENS
 
 log = logging.getLogger(__name__)
@@ -112,11 +112,9 @@ def estimate(model: Any, settings: Settings, args: Any, rows: Rows, *, loads_ref
 
 
 def fits(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool) -> bool:
-    """Whether a run with the TRL arguments `args` is expected to find room in the memory that is free now."""
+    """Whether a run with the TRL arguments `args` is expected to find room in the memory that is free now, counted."""
     shares = settings.speed.share_prefix is not False
     try:
-        if bound(settings, args) <= ROOM * free_memory():
-            return True
         model = build_weightless(settings, args)
         needed = estimate(model, settings, args, rows, loads_reference=loads_reference, shares=shares)
     except Exception as error:  # whatever an architecture raises that cannot be run without weights

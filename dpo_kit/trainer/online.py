@@ -1,7 +1,7 @@
 """A policy that learns from its own fresh answers: a judge as TRL's reward function, and what TRL's trainer lacks.
 
-    with open_reward(settings, run) as reward:
-        trainer = with_fresh_answers(OnlineDPOTrainer)(reward_funcs=reward, …)
+    with open_judged_reward(settings.judge, settings.seed, run) as reward:
+        trainer = with_mixins(OnlineDPOTrainer, FreshAnswers)(reward_funcs=reward, callbacks=[reward], …)
 
 The judge is shown every two answers in both orders. Where it does not decide, a seeded coin does, and that is counted.
 """
@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from dpo_kit.config.settings import Judge as JudgeSettings
-from dpo_kit.config.settings import LLMJudge, Settings
+from dpo_kit.config.settings import LLMJudge
 from dpo_kit.errors import TrainingError
 from dpo_kit.judge.open import Judge, Prompt, compare, open_judge, toss_coin
 from dpo_kit.model.chats import text_of
@@ -41,15 +41,13 @@ COINS = ("tie", "order-dependent", "unjudged", "identical")
 class JudgedReward(TrainerCallback):
     """A reward function of TRL: of a prompt's two answers the better one gets 1, the other 0.
 
-    A callback as well, so that a resumed run goes on counting (see carried.py). `trainer`, to be set before the first
-    call, logs under `judge/…` the share of coins, of identical answers, and the judge's mean score where it has a
-    scale, of all processes.
+    A callback as well, so that a resumed run goes on counting (see resume/state.py).
     """
 
     def __init__(self, judge: Judge, seed: int) -> None:
         self.judge, self.seed = judge, seed
         self.counts: Counter[str] = Counter()
-        self.trainer: Any = None
+        self.latest: list[float] = []  # of the last call: matches, coins, identical answers, scores and their sum
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Prompt], *, trainer_state: Any, **_: Any
@@ -66,7 +64,9 @@ class JudgedReward(TrainerCallback):
             for outcome, match in zip(outcomes, matches, strict=True)
         ]
         self.counts.update(outcomes)
-        self._log(outcomes, prompts, texts)
+        scores = self.judge.scores(prompts, texts) or ()
+        coins = sum(outcome in COINS for outcome in outcomes)
+        self.latest = [len(outcomes), coins, outcomes.count("identical"), len(scores), sum(scores)]
         return [*points, *(1 - each for each in points)]
 
     def _outcomes(self, matches: Sequence[tuple[Prompt, str, str]]) -> list[str]:
@@ -88,16 +88,13 @@ class JudgedReward(TrainerCallback):
         low, high = sorted((first, second))
         return toss_coin(self.seed, step, prompt, low, high) == (first == low)
 
-    def _log(self, outcomes: Sequence[str], prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
-        scores = self.judge.scores(prompts, texts) or ()
-        coins = sum(outcome in COINS for outcome in outcomes)
-        own = [len(outcomes), coins, outcomes.count("identical"), len(scores), sum(scores)]
-        matches, tossed, identical, scored, total = self._over_processes(own)
-        logged = {"judge/coin_share": tossed / matches, "judge/identical_share": identical / matches}
-        if scored:
-            logged["judge/score"] = total / scored
-        for key, value in logged.items():
-            self.trainer.stats.setdefault(key, []).append(value)
+    def figures(self, accelerator: Any) -> dict[str, float]:
+        """Of the last call in all processes: the share of coins, of identical answers, and the judge's mean score where
+        it has a scale.
+        """
+        matches, tossed, identical, scored, total = _over_processes(self.latest, accelerator)
+        figures = {"judge/coin_share": tossed / matches, "judge/identical_share": identical / matches}
+        return figures | ({"judge/score": total / scored} if scored else {})
 
     def carry(self) -> dict[str, Any]:
         """What a resumed run must know."""
@@ -107,10 +104,10 @@ class JudgedReward(TrainerCallback):
         """Take back what `carry` gave."""
         self.counts = Counter(carried["counts"])
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, accelerator: Any) -> dict[str, Any]:
         """Comparisons of all processes since the run began, how many a coin has decided and why, and what they cost."""
         names = (*DECIDED, *COINS)
-        counts = self._over_processes([self.counts[name] for name in names])
+        counts = _over_processes([self.counts[name] for name in names], accelerator)
         total = {name: int(count) for name, count in zip(names, counts, strict=True)}
         return {
             "name": self.judge.name,
@@ -120,9 +117,10 @@ class JudgedReward(TrainerCallback):
             "spend": add_spends(gather_object([self.judge.spend()])),
         }
 
-    def _over_processes(self, values: Sequence[float]) -> list[float]:
-        """The sum of each value over all processes."""
-        return add_up(torch.tensor(values, dtype=torch.float64), self.trainer.accelerator).tolist()
+
+def _over_processes(values: Sequence[float], accelerator: Any) -> list[float]:
+    """The sum of each value over all processes."""
+    return add_up(torch.tensor(values, dtype=torch.float64), accelerator).tolist()
 
 
 def add_spends(spends: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -137,27 +135,19 @@ def add_spends(spends: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def open_reward(settings: Settings, run: RunDirectory) -> Iterator[JudgedReward | None]:
-    """The judge of `settings` as a reward; None where answers are given. What it says is kept in the run directory.
+def open_judged_reward(settings: JudgeSettings, seed: int, run: RunDirectory) -> Iterator[JudgedReward]:
+    """The judge of `settings` as a reward. What it says is kept in the run directory.
 
     Each of several processes has its own judge, with an equal part of what it may cost.
     """
-    if settings.judge is None:
-        yield None
-        return
     folder = run.judge / f"rank-{rank()}" if world_size() > 1 else run.judge
-    with open_judge(_part_of(settings.judge), folder, settings.seed) as judge:
+    if isinstance(settings, LLMJudge):
+        cost, requests = settings.max_cost, settings.max_requests
+        part = {"max_cost": cost and cost / world_size(), "max_requests": requests and requests // world_size()}
+        settings = settings.model_copy(update=part)
+    with open_judge(settings, folder, seed) as judge:
         log.info("fresh answers are compared by %s, in both orders", judge.name)
-        yield JudgedReward(judge, settings.seed)
-
-
-def _part_of(judge: JudgeSettings) -> JudgeSettings:
-    """`judge` with the budget of one process."""
-    if not isinstance(judge, LLMJudge):
-        return judge
-    cost, requests = judge.max_cost, judge.max_requests
-    part = {"max_cost": cost and cost / world_size(), "max_requests": requests and requests // world_size()}
-    return judge.model_copy(update=part)
+        yield JudgedReward(judge, seed)
 
 
 def _shared() -> str:
@@ -199,17 +189,17 @@ class FreshAnswers(Base):
     ) -> torch.Tensor:
         """TRL's own texts lack what a model writes in special tokens (`<think>`)."""
         texts = [decode_answer(self.processing_class, ids) for ids in completion_ids_list]
-        return super()._calculate_rewards_from_functions(
+        rewards = super()._calculate_rewards_from_functions(
             list(map(json.loads, prompts)), texts, completion_ids_list, **given
         )
+        for reward in self.reward_funcs:
+            if isinstance(reward, JudgedReward):
+                for key, value in reward.figures(self.accelerator).items():
+                    self.stats.setdefault(key, []).append(value)
+        return rewards
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's step does not divide its loss by the number of accumulated batches, as transformers' own does: so that
         the gradient would be their sum. Accelerate divides here."""
         self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
         return super().training_step(model, inputs, *args, **kwargs)
-
-
-def with_fresh_answers(trainer: type) -> type:
-    """The class `trainer`, TRL's for online preferences, so that it accumulates as others do."""
-    return type(trainer.__name__, (FreshAnswers, trainer), {})

@@ -125,13 +125,6 @@ def column_logps(trainer: Any, dataset: Dataset, scorer: Callable[[Sequence[Toke
     return {COLUMNS[column]: values for column, values in zip(answers, parts, strict=True)}
 
 
-def with_store(trainer: type, root: Path, *, evaluates: bool = True) -> type:
-    """The class `trainer` with its reference pass through the store under `root`, without one over held-out rows where
-    the trainer never `evaluates` them.
-    """
-    return type(trainer.__name__, (StoredReference, trainer), {"root": root, "evaluates": evaluates})
-
-
 def reference_logps(trainer: Any, sequences: Sequence[Tokens], root: Path, name: str) -> tuple[list[float], Path]:
     """Summed completion log-probability of each sequence under `trainer`'s reference at step 0, in nats; its folder.
 

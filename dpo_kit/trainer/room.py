@@ -15,8 +15,8 @@ from dpo_kit.model.scoring import TOKENS_PER_BATCH
 ROOM = 0.8  # of the free memory: estimates are up to a fifth too low
 
 
-def bound(settings: Settings, args: Any) -> int:
-    """Bytes, generously, from sizes alone: counting takes longer than a step of a small model."""
+def surely_fits(settings: Settings, args: Any) -> bool:
+    """Whether a run with the TRL arguments `args` needs so little that nobody has to count: generously, from sizes."""
     text = read_config(settings.model).get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     length = args.max_length or text.max_position_embeddings
@@ -24,7 +24,8 @@ def bound(settings: Settings, args: Any) -> int:
     width = 40 * text.hidden_size + 10 * inner + 4 * text.num_attention_heads * length
     weights = text.num_hidden_layers * text.hidden_size * (4 * text.hidden_size + 3 * inner)
     weights += 2 * text.vocab_size * text.hidden_size
-    return 8 * tokens * (text.num_hidden_layers * width + 8 * text.vocab_size) + 40 * weights
+    activations = 8 * tokens * (text.num_hidden_layers * width + 8 * text.vocab_size)
+    return activations + 40 * weights <= ROOM * free_memory()
 
 
 def free_memory() -> int:

@@ -16,8 +16,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from dpo_kit.model.head import Tokens
+from dpo_kit.model.load import rounded_share
 from dpo_kit.model.sampling import draw_samples, measuring
 from dpo_kit.model.scoring import Reference
+from dpo_kit.run.report.diagnosis import held_back
+from dpo_kit.trainer.arguments import count_steps
 from dpo_kit.trainer.reference_store import COLUMNS, column_logps, score_as_trained
 
 log = logging.getLogger(__name__)
@@ -73,6 +76,15 @@ class StartCheck(TrainerCallback):
             return score_as_trained(self.trainer, model, sequences)
 
         return scorer
+
+
+def look_for_brakes(trainer: Any, rows: int) -> list[Any]:
+    """What will keep a run on `rows` rows from moving, said before its first step (see diagnosis.held_back)."""
+    steps = count_steps(trainer.args.to_dict(), rows)
+    brakes = held_back(trainer.args, steps, rounded_share(trainer.model, trainer.args.learning_rate))
+    for finding, _ in brakes:
+        log.warning("%s %s", finding.symptom, finding.remedy)
+    return brakes
 
 
 def _lengths(sample: Any, column: str) -> Tensor:

@@ -119,8 +119,9 @@ def build(path, tuning, kind, folder, steps, every):
 
     from dpo_kit.run.quiet import quiet_libraries
     from dpo_kit.toy import MODEL, TRAIN
+    from dpo_kit.trainer.mixins import with_mixins
     from dpo_kit.trainer.recorder import show_progress
-    from dpo_kit.trainer.resume.safe_trainer import with_safekeeping
+    from dpo_kit.trainer.resume.safe_trainer import Safekeeping
 
     quiet_libraries()
     rows = [json.loads(line) for line in TRAIN.read_text().splitlines()[:64]]
@@ -140,7 +141,7 @@ def build(path, tuning, kind, folder, steps, every):
         logging_strategy="no",
     )
     source = str(path or MODEL)
-    trainer = (DPOTrainer if kind == "stock" else with_safekeeping(DPOTrainer))(
+    trainer = (DPOTrainer if kind == "stock" else with_mixins(DPOTrainer, Safekeeping))(
         model=AutoModelForCausalLM.from_pretrained(source),
         args=args,
         train_dataset=data,

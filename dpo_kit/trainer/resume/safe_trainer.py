@@ -1,7 +1,6 @@
 """A TRL trainer that loses nothing: one mixin before any of them, full or LoRA, with or without a reference pass.
 
-    trainer = with_safekeeping(trl.DPOTrainer)(model=…, args=…)
-    trainer.keep(origin=…, record=[…], pair_ids=[…])
+    trainer = with_mixins(trl.DPOTrainer, Safekeeping, kept=Kept(origin=…, record=…, pair_ids=…))(model=…, args=…)
 
 Its checkpoints are complete or absent, hold all that a resumed run needs to equal one that was never stopped, and are
 finished by a thread beside the next steps. Asked to stop, it saves; it stops before a step that is not finite.
@@ -46,16 +45,23 @@ class Moment:
     due: dict[str, Any]  # what was still to be done at this step
 
 
-class Safekeeping(Base):
-    """Mixin before a TRL trainer; see the head of this file. `keep` says what belongs to its checkpoints."""
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What belongs to a run's checkpoints beside TRL's own."""
 
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what a run must share to go on from one
+    record: Callable[[], Mapping[str, Path]] = dict  # the files that grow with the run, by name
+    pair_ids: Sequence[str] = ()  # the names of the training rows
+    spare_saves: bool = False  # leave out those that are due while saving would take over a twentieth of the time
+
+
+class Safekeeping(Base):
+    """Mixin before a TRL trainer; see the head of this file."""
+
+    kept = Kept()
     control: Any
-    origin: Mapping[str, Any] = {}
-    record: Callable[[], Mapping[str, Path]] = dict
-    pair_ids: Sequence[str] = ()
     seconds_before = 0.0
     checkpoint_bytes = 0
-    spare_saves = False
     _save_seconds = 0.0
     _saved_at = 0.0
     _saved_step: int | None = None
@@ -75,20 +81,6 @@ class Safekeeping(Base):
         self.stop = StopRequest()  # of the present `train`
         self._batches: list[tuple[torch.Tensor, Any]] = []
         self._since = time.time()
-
-    def keep(
-        self,
-        *,
-        origin: Mapping[str, Any],
-        record: Callable[[], Mapping[str, Path]],
-        pair_ids: Sequence[str],
-        spare_saves: bool = False,
-    ) -> None:
-        """`origin`: what a run must share to go on from a checkpoint. `record`: the files that grow with the run, by
-        name. `pair_ids`: the names of the training rows. `spare_saves`: checkpoints that are due are left out while
-        saving would take more than a twentieth of the time.
-        """
-        self.origin, self.record, self.pair_ids, self.spare_saves = origin, record, pair_ids, spare_saves
 
     # --- the run as a whole ---------------------------------------------------------------------------------------
 
@@ -149,7 +141,7 @@ class Safekeeping(Base):
         scaled = self.accelerator.scaler is not None  # a scaler skips steps of infinite gradient by itself
         if not all_finite([loss for loss, _ in batches], None if scaled else norm):
             self._finish_saving(quietly=True)
-            what = describe_step(self, batches, norm, self.pair_ids)
+            what = describe_step(self, batches, norm, self.kept.pair_ids)
             raise TrainingError(f"{what} Last good checkpoint: {self._newest() or 'none'}")
         return norm
 
@@ -173,7 +165,7 @@ class Safekeeping(Base):
         """Whether the last checkpoint took seconds, and too few have passed since for another one."""
         best, last = self.args.load_best_model_at_end, self.state.global_step >= self.state.max_steps
         soon = time.time() - self._saved_at < self._save_seconds / SAVING_SHARE
-        return self.spare_saves and not best and not last and self._any_process(self._save_seconds > 1 and soon)
+        return self.kept.spare_saves and not best and not last and self._any_process(self._save_seconds > 1 and soon)
 
     @property
     def _epoch_end_follows(self) -> bool:
@@ -296,7 +288,7 @@ class Safekeeping(Base):
     def _save_own(self, written: Path, moment: Moment) -> None:
         own = {"carried": moment.carried, "due": moment.due, "step": self.state.global_step}
         torch.save(own | {"seconds": self.seconds_before + time.time() - self._since}, written / self._state_file)
-        files = self.record() if self.args.should_save else {}
+        files = self.kept.record() if self.args.should_save else {}
         for name in files.keys() & moment.record.keys():
             target = written / checkpoints.RECORD / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +297,7 @@ class Safekeeping(Base):
 
     def _complete(self, written: Path, final: Path) -> None:
         step, keep, best = self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint
-        facts = {"step": step, "origin": self.origin}
+        facts = {"step": step, "origin": self.kept.origin}
 
         def work() -> None:
             try:
@@ -378,7 +370,7 @@ class Safekeeping(Base):
             "stop": self.control.should_training_stop,
             **self._logged,
         }
-        sizes = {name: path.stat().st_size for name, path in self.record().items() if path.exists()}
+        sizes = {name: path.stat().st_size for name, path in self.kept.record().items() if path.exists()}
         return Moment(carry(self), random_states(), sizes, len(self.state.log_history), due)
 
     def _save_moment(self) -> None:
@@ -419,8 +411,3 @@ class Safekeeping(Base):
             super()._load_rng_state(checkpoint)
         else:
             set_random_states(self._random_after)
-
-
-def with_safekeeping(trainer: type) -> type:
-    """The class `trainer` with safe checkpoints, exact resume and a stop before anything that is not finite."""
-    return type(trainer.__name__, (Safekeeping, trainer), {})
