@@ -17,6 +17,7 @@ from dpo_kit.data.interleave import unpair
 from dpo_kit.model.load import load_tokenizer
 from dpo_kit.run.files import read_json
 from dpo_kit.toy import MODEL
+from dpo_kit.trainer import memory
 from dpo_kit.trainer.arguments import build_arguments
 from dpo_kit.trainer.memory import (
     _measuring,
@@ -24,6 +25,7 @@ from dpo_kit.trainer.memory import (
     build_weightless,
     count_activations,
     estimate,
+    estimate_by_layers,
     optimizer_bytes,
     worst_batch,
 )
@@ -97,6 +99,27 @@ def test_checkpointing_keeps_less_and_computes_one_layer_again(tmp_path):
     whole = count_activations(build_weightless(model, args), SHAPE, args)[0]
     saved = sum(count_activations(build_weightless(model, sparing), SHAPE, sparing))
     assert whole / 3 < saved < 0.6 * whole  # three layers, of which one is computed again at a time
+
+
+@pytest.mark.parametrize("words", [[], ["model.tuning=lora"], ["trl.gradient_checkpointing=true"], ["trl.bf16=true"]])
+def test_memory_counted_of_two_layers_is_that_of_all_where_they_are_alike(words, tmp_path, monkeypatch):
+    settings, args = _settings(*words), _args(tmp_path, *words)
+    whole = _memory(tmp_path, *words)
+    drawn_on = estimate_by_layers(settings, args, ROWS, loads_reference=False)
+    assert vars(drawn_on) == pytest.approx(vars(whole), rel=0.05)
+    real = memory.build_weightless
+
+    def unlike(settings, args, layers=None):
+        model = real(settings, args, layers)
+        if layers is None:
+            model.more = torch.nn.Linear(3, 3)
+        return model
+
+    monkeypatch.setattr(memory, "build_weightless", unlike)
+    counted = []
+    monkeypatch.setattr(memory, "estimate", lambda model, *_, **__: counted.append(model) or whole)
+    estimate_by_layers(settings, args, ROWS, loads_reference=False)
+    assert len(counted) == 3  # one layer, two, and the whole
 
 
 def test_bytes_of_weights_gradients_and_adam_are_four_four_and_eight_for_each_weight(tmp_path):

@@ -1,5 +1,6 @@
 """The reference store: one pass for every run that needs it, equal to TRL's own, never stale, never damaged."""
 
+import importlib
 import random
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def computed(monkeypatch):
 def columns(trainer):
     names = [name for name in trainer.train_dataset.column_names if name.startswith("ref_")]
     return {name: trainer.train_dataset[name][:] for name in names}
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_trl_does_not_hash_the_weights_for_a_cache_that_the_store_replaces(stored, kind, monkeypatch):
+    home = importlib.import_module(f"trl.trainer.{kind}_trainer")
+    monkeypatch.setattr(home, "hash_module", refuse := lambda module: pytest.fail("hashed"))
+    stored(kind)
+    assert home.hash_module is refuse  # others find it as it was
 
 
 @pytest.mark.parametrize(

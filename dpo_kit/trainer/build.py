@@ -31,7 +31,6 @@ from dpo_kit.trainer.given_tokens import GivenTokens
 from dpo_kit.trainer.measuring import ProbeAlone
 from dpo_kit.trainer.mixins import with_mixins
 from dpo_kit.trainer.prefix import LaidOut, shares_prefixes
-from dpo_kit.trainer.published import batch_fault
 from dpo_kit.trainer.reference_store import StoredReference
 from dpo_kit.trainer.refusals import refusing
 from dpo_kit.trainer.resume.safe_trainer import Kept, Safekeeping
@@ -163,8 +162,11 @@ def describe(settings: Settings, args: Any, data: Prepared) -> None:
             "model.path=…",
             settings.data.train,
         )
-    if fault := batch_fault(settings.experiment, trl, effective_batch(trl)):
-        log.warning("not the published run of experiment=%s: %s", getattr(settings.experiment, "name", ""), fault)
+    if settings.experiment:
+        from dpo_kit.trainer.published import batch_fault
+
+        if fault := batch_fault(settings.experiment, trl, effective_batch(trl)):
+            log.warning("not the published run of experiment=%s: %s", settings.experiment.name, fault)
     if settings.method.start == "instruct" and isinstance(data.select[0]["prompt"], str):
         log.warning(
             "%s starts from an instruction-tuned model, but this one has no chat template and trains on raw text: "

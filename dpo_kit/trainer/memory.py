@@ -113,20 +113,40 @@ def estimate(model: Any, settings: Settings, args: Any, rows: Rows, *, loads_ref
 
 def fits(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool) -> bool:
     """Whether a run with the TRL arguments `args` is expected to find room in the memory that is free now, counted."""
-    shares = settings.speed.share_prefix is not False
     try:
-        model = build_weightless(settings, args)
-        needed = estimate(model, settings, args, rows, loads_reference=loads_reference, shares=shares)
+        needed = estimate_by_layers(settings, args, rows, loads_reference=loads_reference)
     except Exception as error:  # whatever an architecture raises that cannot be run without weights
         log.info("memory cannot be estimated for this model (%s)", type(error).__name__)
         return True
     return needed.peak(args.gradient_accumulation_steps > 1) <= ROOM * free_memory()
 
 
-def build_weightless(settings: Settings, args: Any) -> Any:
-    """The policy without weights, with its adapter, ready for a training step. ModelError where it has no config."""
+def estimate_by_layers(settings: Settings, args: Any, rows: Rows, *, loads_reference: bool) -> Memory:
+    """`estimate`, drawn on from models of the first layer and of the first two: a whole one takes seconds to count."""
+
+    def count(model: Any) -> Memory:
+        shares = settings.speed.share_prefix is not False
+        return estimate(model, settings, args, rows, loads_reference=loads_reference, shares=shares)
+
+    whole = build_weightless(settings, args)
+    layers = whole.config.get_text_config().num_hidden_layers
+    one, two = (vars(count(build_weightless(settings, args, first))) for first in (1, 2))
+    drawn_on = Memory(**{name: one[name] + (layers - 1) * (two[name] - one[name]) for name in one})
+    weights = sum(_bytes(name, weight, settings.model, whole) for name, weight in whole.named_parameters())
+    return drawn_on if drawn_on.parameters == weights else count(whole)  # whose layers are not alike
+
+
+def build_weightless(settings: Settings, args: Any, layers: int | None = None) -> Any:
+    """The policy without weights, with its adapter, ready for a training step; of its first `layers` alone where given.
+    ModelError where it has no config.
+    """
     model = settings.model
     config = read_config(model)
+    if layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     half = _autocast_dtype(args) if model.tuning == "qlora" else None  # 4-bit weights compute in half precision
     dtype = half or weight_dtype(model.dtype, model.tuning)
     with torch.device("meta"):

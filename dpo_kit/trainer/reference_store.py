@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,6 +94,18 @@ class StoredReference:
     root: Path
     evaluates: bool = True  # whether TRL's own evaluation will read the columns of held-out rows
     folder: Path | None = None  # of this reference, once its key is known
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """TRL hashes all weights for its own cache, on one core: 20 s with a model of 7B. The store has its own key."""
+        home = next(sys.modules[base.__module__] for base in type(self).__mro__ if base.__module__.startswith("trl."))
+        hash_module = getattr(home, "hash_module", None)
+        if hash_module is not None:
+            home.hash_module = lambda module: ""
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if hash_module is not None:
+                home.hash_module = hash_module
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """`dataset` with the reference's columns; overrides the trainer's method of the same name."""

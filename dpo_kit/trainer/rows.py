@@ -12,7 +12,6 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from dpo_kit.config.best_metric import kind_fault
 from dpo_kit.config.settings import Settings
-from dpo_kit.data.interleave import interleave, unpair
 from dpo_kit.data.prepare import Prepared, Rows, prepare
 from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.errors import ConfigError
@@ -76,8 +75,11 @@ def probe_rows(data: Prepared, settings: Settings) -> Rows:
 def held_out_rows(data: Prepared, settings: Settings) -> Rows:
     """The rows of the probe, for TRL's own evaluation: in the form that the method's trainer takes."""
     rows = probe_rows(data, settings)
-    fits_method = settings.method.rows in (data.kind, "prompts")
-    return rows if fits_method else interleave(unpair(rows), settings.seed)
+    if settings.method.rows in (data.kind, "prompts"):
+        return rows
+    from dpo_kit.data.interleave import interleave, unpair
+
+    return interleave(unpair(rows), settings.seed)
 
 
 def build_dataset(rows: Rows, kind: Kind) -> Dataset:

@@ -338,6 +338,7 @@ class Safekeeping(Base):
         root.mkdir(parents=True, exist_ok=True)
         there = len(checkpoints.list_checkpoints(root))
         more = max(0, (self.args.save_total_limit or 1) - there) + 1  # one more while the oldest is still there
+        more = more if self.args.save_strategy != "no" else 0
         needed = model + more * self.checkpoint_bytes
         what = f"this run ({more} checkpoints of {self.checkpoint_bytes / 1e9:.2f} GB and the model)"
         checkpoints.refuse_full_disk(root, needed, what, ConfigError)
