@@ -97,7 +97,9 @@ class StoredReference:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """TRL hashes all weights for its own cache, on one core: 20 s with a model of 7B. The store has its own key."""
-        home = next(sys.modules[base.__module__] for base in type(self).__mro__ if base.__module__.startswith("trl."))
+        home: Any = next(
+            sys.modules[base.__module__] for base in type(self).__mro__ if base.__module__.startswith("trl.")
+        )
         hash_module = getattr(home, "hash_module", None)
         if hash_module is not None:
             home.hash_module = lambda module: ""
