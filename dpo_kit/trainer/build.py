@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import toy
 from dpo_kit.config.best_metric import needs_trl_evaluation
+from dpo_kit.config.compose import PACKAGE
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.model.load import (
@@ -156,7 +156,8 @@ def describe(settings: Settings, args: Any, data: Prepared) -> None:
         *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), every),
         *(len(probe_rows(data, settings)), len(data.select)),
     )
-    if Path(settings.model.path) == toy.MODEL and not str(settings.data.train).startswith(str(toy.MODEL.parent)):
+    toy = PACKAGE / "toy"
+    if Path(settings.model.path).is_relative_to(toy) and not str(settings.data.train).startswith(str(toy)):
         log.warning(
             "this tunes the embedded model, which knows its own small world only, on %s: your own is model=local "
             "model.path=…",

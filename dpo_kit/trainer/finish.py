@@ -23,7 +23,6 @@ from dpo_kit.run.report.page import refresh_page, write_page
 from dpo_kit.run.report.picture import draw_report
 from dpo_kit.run.tracking import Tracker
 from dpo_kit.run.words import again, longer
-from dpo_kit.trainer.published import compare_with_published
 from dpo_kit.trainer.resume.checkpoints import SAVING, put_in_place
 from dpo_kit.trainer.resume.nonfinite import refuse_non_finite
 
@@ -83,6 +82,11 @@ def finish_run(
         return Result.read(run.root)
     history, manifest = read_metrics(run.metrics), read_json(run.manifest)
     noticed = [] if known else diagnose(history, settings.method.model_dump())  # else what follows from it
+    published = None
+    if settings.experiment:
+        from dpo_kit.trainer.published import compare_with_published
+
+        published = compare_with_published(manifest, history)
     result = Result(
         status="done",
         run_dir=str(run.root),
@@ -94,7 +98,7 @@ def finish_run(
         findings=[dataclasses.asdict(finding) for finding in (*(finding for finding, _ in known), *noticed)],
         next=next_command(settings, manifest["command"], history, {k: v for _, keys in known for k, v in keys.items()}),
         judge=judge,
-        published=compare_with_published(manifest, history),
+        published=published,
         **identity(settings),
     )
     title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
