@@ -27,9 +27,8 @@ from dpo_kit.config.settings import (
     Tracking,
 )
 from dpo_kit.errors import ConfigError, did_you_mean
-from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness, MTBench, MTBenchJudge
 from dpo_kit.evaluate.candidate import ADAPTER, Candidate, of_path, of_run
-from dpo_kit.evaluate.options import Evaluate, Split, WinRate
+from dpo_kit.evaluate.options import Alpaca, Domain, Evaluate, Harness, MTBench, Split, WinRate
 from dpo_kit.judge.server import refuse_silent
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.directory import RunDirectory
@@ -40,10 +39,9 @@ from dpo_kit.sweep.choice.runs import read_runs
 
 MODES = ("run", "sweep", "policy")
 OWN = tuple(Evaluate.model_fields)
-OF_A_PART = ("gate", "alpaca_eval", "mt_bench", "domain", "failures")  # options that are nothing without their part
+OF_A_PART = ("gate", "alpaca_eval", "mt_bench", "domain")  # options that are nothing without their part
 GROUPS: dict[str, type[Strict]] = {
-    "win_rate": WinRate, "gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "mt_bench.judge": MTBenchJudge,
-    "domain": Domain, "failures": Failures,
+    "win_rate": WinRate, "gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "domain": Domain,
 }  # fmt: skip
 OF_THE_RUN = ("beta", "seed", "method", "model", "data", "trl", "callbacks")
 JUDGES = (GoldJudge, RewardModelJudge, LLMJudge, HumanJudge)

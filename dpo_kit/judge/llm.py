@@ -103,6 +103,10 @@ def read_verdict(reply: Reply | None) -> Raw:
     """The verdict on the last line that is not blank; a line that is anything else is unparsable."""
     if reply is None:
         return "unjudged"
-    lines = reply.text.strip().splitlines()
-    found = _VERDICT.fullmatch(lines[-1].strip()) if lines else None
+    found = _VERDICT.fullmatch(last_line(reply.text))
     return RAW[found[1]] if found else "unparsable"
+
+
+def last_line(text: str) -> str:
+    """The last line of `text` that is not blank; "" where there is none."""
+    return next(reversed(text.strip().splitlines()), "").strip()

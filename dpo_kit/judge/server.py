@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 MILLION = 1e6
 CHARACTERS_PER_TOKEN = 3  # at least, in most languages: what a request may cost is known before its reply
 CONNECT_SECONDS = 0.5
+FAILURES_IN_A_ROW = 5  # requests that fail until the rest is left for the next start
 LONGEST_PAUSE = 8.0  # seconds before a reply that made no sense is asked for again
 
 
@@ -189,7 +190,7 @@ class Server:
         with self._guard:
             self.failures[type(error).__name__] += 1
             self._in_a_row += 1
-            if self._in_a_row >= self.endpoint.max_failures and not self._stopped:
+            if self._in_a_row >= FAILURES_IN_A_ROW and not self._stopped:
                 self._stopped = f"{self._in_a_row} requests failed one after the other"
                 log.warning("%s: %s; the last: %s", self.endpoint.model, self._stopped, (said or [""])[0][:200])
 

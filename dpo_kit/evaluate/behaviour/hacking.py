@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.evaluate.behaviour.failures import Compared, forms, repeated_share, words
+from dpo_kit.evaluate.behaviour.failures import Contest, forms, repeated_share, words
 from dpo_kit.run.history import series
 from dpo_kit.run.report.picture import BLUE, GREEN, GREY, ORANGE, OVER_THE_LINE
 from dpo_kit.run.statistics import from_intervals, paired_bootstrap
@@ -51,7 +51,7 @@ MEASURES: dict[str, Callable[[str], float]] = {
 }
 
 
-def compare_styles(rows: Sequence[Compared]) -> list[Style]:
+def compare_styles(rows: Sequence[Contest]) -> list[Style]:
     """The measures of the policy's answers (`answer`) against the reference's (`other`), paired; several draws of a
     prompt count as one. Empty below two prompts.
     """
@@ -59,8 +59,8 @@ def compare_styles(rows: Sequence[Compared]) -> list[Style]:
     return [each for each in found if each]
 
 
-def _style(name: str, measure: Callable[[str], float], rows: Sequence[Compared]) -> Style | None:
-    by_prompt: dict[str, list[Compared]] = {}
+def _style(name: str, measure: Callable[[str], float], rows: Sequence[Contest]) -> Style | None:
+    by_prompt: dict[str, list[Contest]] = {}
     for row in rows:
         by_prompt.setdefault(row.question, []).append(row)
     ours = {question: fmean(measure(row.answer) for row in own) for question, own in by_prompt.items()}
@@ -133,7 +133,7 @@ def _reason(found: Mapping[str, Any]) -> str:
     return f"no sign of reward hacking beyond chance: {between}"
 
 
-def watch_hacking(rows: Sequence[Compared], history: Sequence[Mapping[str, Any]], picture: Path) -> dict[str, Any]:
+def watch_hacking(rows: Sequence[Contest], history: Sequence[Mapping[str, Any]], picture: Path) -> dict[str, Any]:
     """Styles and rewards in one: {verdict, reason, styles: […], rewards: {…}}; drawn into `picture`.
 
     `rows` are the policy's answers beside the reference's, `history` the rows of the run's metrics.jsonl, if any.

@@ -22,10 +22,10 @@ from unittest.mock import patch
 
 from dpo_kit.config.limits import missing_package
 from dpo_kit.errors import ConfigError, DataError, did_you_mean
-from dpo_kit.evaluate.benchmark_options import Harness
 from dpo_kit.evaluate.benchmarks.dialogue import check_names
 from dpo_kit.evaluate.benchmarks.gate import TaskComparison, compare_task, decide_gate
 from dpo_kit.evaluate.candidate import Candidate
+from dpo_kit.evaluate.options import Harness
 from dpo_kit.judge.answers import LocalModel
 from dpo_kit.run.files import cache_folder, read_json, write_json, write_jsonl
 from dpo_kit.run.history import plain
