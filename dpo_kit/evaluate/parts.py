@@ -6,10 +6,13 @@ A further part is one entry of `PARTS`; its findings are kept in `<name>.json`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
+from dpo_kit.errors import ModelError
 from dpo_kit.evaluate.behaviour.parts import Failures, Hacking
 from dpo_kit.evaluate.benchmarks.parts import AlpacaEval, Domain, Gate, MTBench
-from dpo_kit.evaluate.held_pairs import measure_preferences
+from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.part import Found, Line, Part, interval_lines, line
 from dpo_kit.evaluate.picture import DOUBTS, SCORING
@@ -25,10 +28,29 @@ WIN_RATES = {
 
 
 class Preferences(Part):
-    """Held-out preferences."""
+    """The implicit reward on held-out rows (preferences.py), and with `against=` the paired difference from another."""
 
     def measure(self, job: Job) -> Found:
-        return measure_preferences(job)
+        from dpo_kit.evaluate.preferences import compare_preferences, describe_preferences, margins_by_pair
+
+        kind, rows = job.held_out()
+        if kind == "prompts":
+            return {"status": "skipped", "reason": "the held-out rows are prompts without answers"}
+        scores, used = _score(job, job.policy, job.reference, rows, job.beta)
+        found = {
+            "status": "done",
+            "policy": job.policy.name,
+            "reference": job.reference.name,
+            "split": job.split,
+            "beta": job.beta,
+            **describe_preferences(scores, used, job.beta, job.method.saturation),
+        }
+        other = job.opponent
+        if kind == "pairs" and isinstance(other, Candidate) and other != job.reference:
+            reference = job.reference if other.tuned is None else other.start
+            theirs = margins_by_pair(*_score(job, other, reference, rows, None))
+            found["against"] = {"name": other.name, **compare_preferences(margins_by_pair(scores, used), theirs)}
+        return found
 
     def headline(self, found: Found) -> Found:
         keys = [f"{key}{end}" for key in ("accuracy", "auc", "margin_nats", "class_gap_nats") for end in ENDS]
@@ -50,6 +72,25 @@ class Preferences(Part):
             if key != "name":
                 label = f"{key.replace('_nats', ', nats')}, less that of {found['against']['name']}"
                 yield line(label, test["difference"], test["low"], test["high"], "+.3f")
+
+
+def _score(
+    job: Job, policy: Candidate, reference: Candidate, rows: list[dict[str, Any]], beta: float | None
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Scores of `policy` against `reference`, and the rows that were scored."""
+    from dpo_kit.model.load import token_differences
+    from dpo_kit.run.quiet import quiet_libraries
+    from dpo_kit.trainer.held_out import Tuned, place, score_rows
+
+    quiet_libraries()
+    tuned_from_it = policy.tuned is not None and policy.model.path == reference.model.path
+    if not tuned_from_it and (differing := token_differences(policy.tokenizer(), reference.tokenizer())):
+        raise ModelError(
+            f"{policy.name} and {reference.name} have other vocabularies ({'; '.join(differing)}), so that their "
+            "log-probabilities would be those of other texts: compare answers instead, parts=[win_rate]"
+        )
+    tuned = Tuned(place(policy.load()), policy.tokenizer(), SimpleNamespace(**job.config["trl"]))
+    return score_rows(tuned, rows, reference.load(), beta)
 
 
 class WinRate(Part):
