@@ -254,6 +254,16 @@ def test_cost_is_tokens_times_price_and_never_goes_above_its_limit(tmp_path):
     assert sum(map(bool, replies)) == 5 == len(server.bodies)
 
 
+def test_a_request_that_would_just_reach_the_limit_of_cost_is_made(tmp_path):
+    """8 tokens out at 125,000 a million are 1: a limit of 3 is for three requests, one after the other or at once."""
+    usage = {"prompt_tokens": 0, "completion_tokens": 8}
+    for workers in (1, 4):
+        with scripted_server(lambda *_: Turn("x", usage=usage)) as server:
+            options = {"price_out": 125_000, "max_cost": 3, "workers": workers}
+            replies, spend = ask(tmp_path / str(workers), server, 9, **options)
+        assert sum(map(bool, replies)) == len(server.bodies) == 3 and spend["cost"] == 3
+
+
 def test_tokens_that_the_server_does_not_count_are_estimated(tmp_path):
     with scripted_server(lambda *_: Turn("y" * 30, usage=None)) as server:
         _, spend = ask(tmp_path, server, 1, price_in=1.0)

@@ -260,7 +260,8 @@ def _options(cfg: DictConfig, arguments: Sequence[str]) -> Evaluate:
     if cfg.data.gold is None and not any(_root(word) == "judge" for word in arguments):
         unasked.append("judge")  # the default one needs what these data do not have
     try:
-        return Evaluate(**{name: None if name in unasked else _plain(cfg[name]) for name in OWN})
+        values: dict[str, Any] = {name: None if name in unasked else _plain(cfg[name]) for name in OWN}
+        return Evaluate(**values)
     except OmegaConfBaseException as error:
         raise explain(error) from error
     except pydantic.ValidationError as error:
