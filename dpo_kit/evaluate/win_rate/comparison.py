@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from dpo_kit.config.settings import LLMJudge
@@ -12,17 +11,9 @@ from dpo_kit.evaluate.win_rate.answers import Question, Side, answer, read_quest
 from dpo_kit.evaluate.win_rate.rates import Compared, win_rates
 from dpo_kit.evaluate.win_rate.samples import write_samples
 from dpo_kit.judge.answers import Answer
-from dpo_kit.judge.open import (
-    Judge,
-    Raw,
-    ReviewSheet,
-    Shown,
-    Verdict,
-    compare,
-    judge_identity,
-    open_judge,
-    run_controls,
-)
+from dpo_kit.judge.open import judge_identity, open_judge
+from dpo_kit.judge.review import ReviewSheet
+from dpo_kit.judge.verdicts import Judge, Raw, Shown, Verdict, compare, run_controls
 from dpo_kit.run.files import write_jsonl
 from dpo_kit.run.journal import key_of
 from dpo_kit.run.redact import redact, redact_text
@@ -115,8 +106,7 @@ def _controls(
     asked, texts = [question for question, _ in some], [text for _, text in some]
     others = [] if side.is_file else [drawn[0] for drawn in answer(job, side, asked, again=True)[0]]
     again = [other.text for other in others if other]  # of all or of none
-    controls = run_controls(judge, [q.prompt for q in asked], texts, again if len(again) == len(asked) else None)
-    return [asdict(control) for control in controls]
+    return run_controls(judge, [q.prompt for q in asked], texts, again if len(again) == len(asked) else None)
 
 
 def _review(job: Job, compared: Sequence[Compared]) -> dict[str, Any] | None:
