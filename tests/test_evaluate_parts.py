@@ -4,14 +4,15 @@ import importlib.util
 import json
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from transformers import LlamaForCausalLM
 
-from dpo_kit import toy
-from dpo_kit.config.compose import CONF
+from dpo_kit import compose, toy
+from dpo_kit.config.compose import CONF, check
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate import parts
 from dpo_kit.evaluate.__main__ import work
@@ -135,6 +136,24 @@ def test_a_labelled_file_is_answered_once_by_both_models(run, tmp_path, monkeypa
     write_jsonl(file, [{"prompt": row["prompt"], "reference": row["label"]} for row in read_jsonl(file)])
     work(words)
     assert result_of(run)["domain_exact_match"] == 0 and "domain_accuracy" not in result_of(run)
+
+
+@pytest.mark.parametrize(
+    ("policy", "other", "names"),
+    [
+        ("org/m", "org/n", ("m", "n")),
+        ("runs/a b?", "../m", ("a_b_", "m")),
+        ("a/m", "b/m", ("policy", "other")),
+        ("/", "..", ("policy", "_")),
+    ],
+)
+def test_models_have_names_that_files_can_have_and_not_the_same(policy, other, names):
+    model = check(compose([])).model
+    policy, other = Candidate(policy, model), Candidate(other, model)
+    job = SimpleNamespace(policy=policy, opponent=other, reference=Candidate("its reference", model))
+    assert tuple(each.name for each in benchmarks.models_of(job)) == names
+    job.opponent = job.reference
+    assert benchmarks.models_of(job)[1].name == "reference"
 
 
 def test_alpaca_eval_waits_for_its_annotations_and_reads_them(run, tmp_path, capsys):  # noqa: F811

@@ -181,7 +181,7 @@ class Server:
         optional = {"temperature": request.temperature, "seed": request.seed, "tools": request.context.get("tools")}
         if kwargs := request.context.get("chat_template_kwargs"):
             optional["extra_body"] = {"chat_template_kwargs": kwargs}  # what vLLM, SGLang and llama.cpp call it too
-        body = {
+        body: dict[str, Any] = {
             "model": self.endpoint.model,
             "messages": [_with_calls(message, json.dumps) for message in request.messages],
             self.endpoint.limit_field: request.max_tokens,

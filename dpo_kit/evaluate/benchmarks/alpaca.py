@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker, check_names
+from dpo_kit.evaluate.benchmarks.dialogue import Speaker
 from dpo_kit.evaluate.options import Alpaca
 from dpo_kit.evaluate.rows import read_rows
 from dpo_kit.run.files import write_json
@@ -33,7 +33,6 @@ def run_alpaca(policy: Speaker, reference: Speaker, options: Alpaca, folder: Pat
     policy's files lie in `folder`/alpaca_eval, the reference's in `shared`/alpaca_eval, so that a sweep pays for those
     once. ConfigError or DataError where instructions or annotations cannot be had.
     """
-    check_names(policy.name, reference.name)
     asked = read_instructions(options)
     models, points = {}, []
     for speaker, place in ((policy, folder), (reference, shared)):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.limits import missing_package
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker, check_names
+from dpo_kit.evaluate.benchmarks.dialogue import Speaker
 from dpo_kit.evaluate.options import Domain
 from dpo_kit.evaluate.rows import read_rows
 from dpo_kit.model.chats import Prompt
@@ -34,31 +34,12 @@ class Labelled:
     targets: list[str]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One metric of both models on the same rows; `difference` is policy − reference with its 95 % interval.
-
-    Intervals are bootstraps over rows (2,000 percentile draws), in which the metric is computed anew each time.
-    """
-
-    metric: str
-    policy: float
-    policy_low: float
-    policy_high: float
-    reference: float
-    difference: float
-    low: float
-    high: float
-    n: int
-
-
 def run_domain(policy: Speaker, reference: Speaker, options: Domain, folder: Path) -> dict[str, Any]:
-    """{kind, n, figures: [Figure…], unrecognised: {model: answers without a label}}; the answers in `folder`.
+    """{kind, n, figures: [as of `bootstrap_figures`], unrecognised: {model: answers without a label}}.
 
-    Written to `folder`/domain.jsonl. DataError names a row that is not {prompt, label | reference}.
+    The answers are written to `folder`/domain.jsonl. DataError names a row that is not {prompt, label | reference}.
     """
     speakers = (policy, reference)
-    check_names(policy.name, reference.name)
     rows = read_labelled(options)
     answers = [speaker.answer(rows.prompts, options.temperature) for speaker in speakers]
     unrecognised = {}
@@ -85,7 +66,7 @@ def run_domain(policy: Speaker, reference: Speaker, options: Domain, folder: Pat
             for prompt, target, ours, theirs, our_reading, their_reading in columns
         ),
     )
-    figures = [asdict(figure) for figure in bootstrap_figures(metrics[0], metrics[1], len(rows.prompts))]
+    figures = bootstrap_figures(metrics[0], metrics[1], len(rows.prompts))
     return {"kind": rows.kind, "n": len(rows.prompts), "figures": figures, "unrecognised": unrecognised}
 
 
@@ -216,17 +197,21 @@ class _Words:
 
 def bootstrap_figures(
     policy: LabelMetrics | TextMetrics, reference: LabelMetrics | TextMetrics, count: int
-) -> list[Figure]:
-    """Every metric of both models over `count` rows."""
+) -> list[dict[str, Any]]:
+    """Every metric of both models over `count` rows; `difference` is policy − reference, `low` to `high` its interval.
+
+    95 % intervals are bootstraps over rows (2,000 percentile draws), in which the metric is computed anew each time.
+    """
     import numpy as np
 
     generator, everything = np.random.default_rng(0), np.arange(count)
     drawn = (generator.integers(count, size=count) for _ in range(DRAWS))
     draws = np.array([[policy(rows), reference(rows)] for rows in drawn])  # the same rows for both: paired
-    pairs = (draws[:, 0], draws[:, 0] - draws[:, 1])
-    alone, paired = (np.quantile(values, [0.025, 0.975], axis=0).T.tolist() for values in pairs)
-    figures = zip(policy.names, policy(everything), reference(everything), alone, paired, strict=True)
+    columns = [policy(everything), reference(everything)]
+    for values in (draws[:, 0], draws[:, 0] - draws[:, 1]):
+        columns += np.quantile(values, [0.025, 0.975], axis=0).tolist()
     return [
-        Figure(name, ours, low, high, theirs, ours - theirs, less, more, count)
-        for name, ours, theirs, (low, high), (less, more) in figures
-    ]
+        {"metric": name, "policy": ours, "policy_low": ours_low, "policy_high": ours_high, "reference": theirs,
+         "difference": ours - theirs, "low": low, "high": high, "n": count}
+        for name, ours, theirs, ours_low, ours_high, low, high in zip(policy.names, *columns, strict=True)
+    ]  # fmt: skip

@@ -22,7 +22,6 @@ from typing import Any
 
 from dpo_kit.config.limits import missing_package
 from dpo_kit.errors import ConfigError, DataError, did_you_mean
-from dpo_kit.evaluate.benchmarks.dialogue import check_names
 from dpo_kit.evaluate.benchmarks.gate import TaskComparison, compare_task, decide_gate
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.options import Harness
@@ -62,7 +61,6 @@ def run_harness(policy: Candidate, reference: Candidate, options: Harness, folde
     Each model's samples are written to `folder`/gate. What was scored before, by the same weights on the same samples,
     is not scored again. ConfigError where a task cannot be had, DataError where it cannot be paired.
     """
-    check_names(policy.name, reference.name)
     check_harness(options)
     quiet_imports()
     with _harness_settings(options):

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 from dpo_kit.config.settings import LLMJudge
 from dpo_kit.errors import DataError
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker, check_names
+from dpo_kit.evaluate.benchmarks.dialogue import Speaker
 from dpo_kit.evaluate.options import MTBench
 from dpo_kit.evaluate.rows import read_rows
 from dpo_kit.judge.llm import fence_parts, last_line
@@ -93,7 +93,6 @@ def run_mt_bench(
     so that a sweep pays for those on the reference once.
     """
     speakers = [policy, reference] if reference else [policy]
-    check_names(*(speaker.name for speaker in speakers))
     questions, place = read_questions(options), folder / "mt_bench"
     graded, judgements = {}, []
     with Journal((shared or folder) / "mt_bench_replies.jsonl") as journal:
