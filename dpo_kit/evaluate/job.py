@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,23 +75,23 @@ class Job:
 
     def held_out(self) -> tuple[str, list[dict[str, Any]]]:
         """The kind (pairs, unary or prompts) and the rows of the split, read once for all jobs that share them."""
+        from dpo_kit.trainer.held_out import read_held_out, refuse_other_rows
+
         parts = {name: self.config[name] for name in ("data", "trl", "seed", "method")}
         reader = self.reference if self.run else self.policy
-        kind, rows = _read_held_out(json.dumps(parts, sort_keys=True), *reader.described(), self.split)
+        key = key_of(
+            parts, reader.model.model_dump(mode="json"), reader.own_tokenizer and str(reader.tuned), self.split
+        )
+        if key not in _HELD_OUT:
+            _HELD_OUT.clear()
+            _HELD_OUT[key] = read_held_out(parts, self.method, reader.tokenizer(), self.split)
+        kind, rows = _HELD_OUT[key]
         if self.run:
-            from dpo_kit.trainer.held_out import refuse_other_rows
-
             refuse_other_rows(read_json(self.run.manifest), self.split, rows)
         return kind, rows
 
 
-@lru_cache(maxsize=1)
-def _read_held_out(config: str, model: str, tuned: str, split: Split) -> tuple[str, list[dict[str, Any]]]:
-    from dpo_kit.trainer.held_out import read_held_out
-
-    parts = json.loads(config)
-    reader = Candidate("", Model.model_validate_json(model), Path(tuned), own_tokenizer=bool(tuned))
-    return read_held_out(parts, Method(**parts["method"]), reader.tokenizer(), split)
+_HELD_OUT: dict[str, tuple[str, list[dict[str, Any]]]] = {}  # the rows that were read last
 
 
 def plan(arguments: Sequence[str]) -> list[Job]:

@@ -122,38 +122,24 @@ def mentioned_share(question: str, answer: str) -> float:
     return len(asked & set(words(answer))) / len(asked) if asked else 1.0
 
 
-def _is_longer(longer: str, shorter: str) -> bool:
+def is_longer(longer: str, shorter: str) -> bool:
+    """Whether a text has so many more words that a reader sees it."""
     more, less = len(words(longer)), len(words(shorter))
     return more >= LENGTH_RATIO * less and more - less >= LEAST_WORDS
-
-
-def _repeats_more(row: Contest) -> bool:
-    own = repeated_share(row.answer)
-    return own >= REPEATED and own >= 2 * repeated_share(row.other)
-
-
-def _drops_steps(row: Contest) -> bool:
-    kept, other = steps(row.answer), steps(row.other)
-    return other >= 3 and kept <= other / 3
-
-
-def _misses_the_subject(row: Contest) -> bool:
-    other = mentioned_share(row.question, row.other)
-    return other > 0 and mentioned_share(row.question, row.answer) < MENTIONED * other
 
 
 RULES = (
     Rule(
         "shorter",
         f"at least {LENGTH_RATIO:g} times shorter than the other answer",
-        lambda row: _is_longer(row.other, row.answer),
+        lambda row: is_longer(row.other, row.answer),
         "add pairs whose chosen answer is the complete one; where the data prefer short answers, balance their "
         "lengths: python -m dpo_kit data mode=curate curate.balance_length=true",
     ),
     Rule(
         "longer",
         f"at least {LENGTH_RATIO:g} times longer than the other answer",
-        lambda row: _is_longer(row.answer, row.other),
+        lambda row: is_longer(row.answer, row.other),
         "balance the lengths of chosen and rejected (python -m dpo_kit data mode=curate curate.balance_length=true), "
         "or take a loss that normalises by length (method=simpo, method=dpo_norm); a higher beta keeps it closer",
     ),
@@ -166,7 +152,7 @@ RULES = (
     Rule(
         "repetition",
         f"at least {REPEATED:.0%} of its runs of {N_GRAM} words are repeated, twice as many as in the other",
-        _repeats_more,
+        lambda row: repeated_share(row.answer) >= max(REPEATED, 2 * repeated_share(row.other)),
         "a sign of over-optimisation: a lower learning rate, fewer epochs or a higher beta, or an earlier checkpoint; "
         "see whether chosen answers repeat themselves",
     ),
@@ -179,13 +165,13 @@ RULES = (
     Rule(
         "reasoning dropped",
         "at most a third of the other's steps of reasoning",
-        _drops_steps,
+        lambda row: steps(row.other) >= max(3, 3 * steps(row.answer)),
         "add chain-of-thought pairs: worked answers chosen over bare results, rated for the result and the way to it",
     ),
     Rule(
         "off-topic",
         f"takes up less than {MENTIONED:.0%} of what the other takes up of the question's words",
-        _misses_the_subject,
+        lambda row: mentioned_share(row.question, row.answer) < MENTIONED * mentioned_share(row.question, row.other),
         "add pairs for these kinds of prompts with a fluent answer to another question as the rejected one; a higher "
         "beta keeps what the reference knew",
     ),
