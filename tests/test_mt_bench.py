@@ -51,6 +51,10 @@ def judge_at(url: str = "http://localhost:1/v1") -> LLMJudge:
     return LLMJudge(kind="llm", rubric="unused", base_url=url, model="org/judge", retries=0, workers=2)
 
 
+def run_both(folder: Path, server) -> dict:
+    return run_mt_bench(speaker("m"), speaker("r"), options(folder), judge_at(server.base_url), folder, folder)
+
+
 def speaker(name: str, said: list | None = None) -> Speaker:
     def answer(prompts, temperature):
         if said is not None:
@@ -88,7 +92,7 @@ def test_answers_and_judgements_have_fastchat_s_formats(tmp_path):
 
     with scripted_server(judge) as server:
         given, asked = options(tmp_path), judge_at(server.base_url)
-        result = run_mt_bench(speaker("policy"), speaker("reference"), given, asked, tmp_path)
+        result = run_mt_bench(speaker("policy"), speaker("reference"), given, asked, tmp_path, tmp_path)
     (rows, judged) = (
         [json.loads(line) for line in (tmp_path / "mt_bench" / name).read_text().splitlines()]
         for name in ("model_answer/policy.jsonl", "model_judgment/org_judge_single.jsonl")
@@ -109,7 +113,7 @@ def test_answers_and_judgements_have_fastchat_s_formats(tmp_path):
 
 def test_the_judge_sees_both_turns_and_the_known_answers_behind_fences(tmp_path):
     with scripted_server(lambda number, body: Turn("[[5]]")) as server:
-        run_mt_bench(speaker("m"), None, options(tmp_path), judge_at(server.base_url), tmp_path)
+        run_both(tmp_path, server)
         seen = [parts(body) for body in server.bodies]
     second = next(read for read in seen if "question 2" in read and read["question 1"] == "What is 3 + 4?")
     assert list(second) == [
@@ -161,16 +165,17 @@ def test_a_judge_that_fails_leaves_a_partial_result_that_the_next_call_completes
         return Turn("[[6]]") if number < 2 else Turn("no", status=500)
 
     with scripted_server(shaky) as server:
-        first = run_mt_bench(speaker("m"), None, options(tmp_path), judge_at(server.base_url), tmp_path)
+        first = run_both(tmp_path, server)
     assert first["status"] == "partial" and first["models"]["m"]["unjudged"] == 3
     with scripted_server(lambda number, body: Turn("no grade" if number == 0 else "[[9]]")) as server:
-        second = run_mt_bench(speaker("m"), None, options(tmp_path), judge_at(server.base_url), tmp_path)
-        assert len(server.bodies) == 3
+        second = run_both(tmp_path, server)
+        assert len(server.bodies) == 3 + 5
     found = second["models"]["m"]
     assert second["status"] == "done" and (found["unparsable"], found["unjudged"]) == (1, 0)
     assert found["mean"] == (2 * 6 + 2 * 9) / 4
     lines = (tmp_path / "mt_bench/model_judgment/org_judge_single.jsonl").read_text().splitlines()
-    assert Counter(json.loads(line)["score"] for line in lines) == {6: 2, 9: 2, -1: 1}
+    rows = [json.loads(line) for line in lines]
+    assert Counter(row["score"] for row in rows if row["model"] == "m") == {6: 2, 9: 2, -1: 1}
 
 
 def test_what_is_wrong_with_questions_is_named_by_line(tmp_path):

@@ -78,12 +78,7 @@ class Grade:
 
 
 def run_mt_bench(
-    policy: Speaker,
-    reference: Speaker | None,
-    options: MTBench,
-    judge: LLMJudge,
-    folder: Path,
-    shared: Path | None = None,
+    policy: Speaker, reference: Speaker, options: MTBench, judge: LLMJudge, folder: Path, shared: Path
 ) -> dict[str, Any]:
     """Answers, judgements and means of both models; the same call goes on where an earlier one stopped.
 
@@ -92,12 +87,11 @@ def run_mt_bench(
     `folder`/mt_bench/{model_answer,model_judgment}/ are in FastChat's formats. Replies are kept in `shared`,
     so that a sweep pays for those on the reference once.
     """
-    speakers = [policy, reference] if reference else [policy]
     questions, place = read_questions(options), folder / "mt_bench"
     graded, judgements = {}, []
-    with Journal((shared or folder) / "mt_bench_replies.jsonl") as journal:
+    with Journal(shared / "mt_bench_replies.jsonl") as journal:
         server = Server(judge, journal)
-        for speaker in speakers:
+        for speaker in (policy, reference):
             answers = ask_questions(speaker, questions)
             rows = [
                 {
@@ -132,7 +126,7 @@ def run_mt_bench(
         "questions": len(questions),
         "status": "partial" if any(means["unjudged"] for means in models.values()) else "done",
         "models": models,
-        "difference": compare_grades(*graded.values()) if reference else None,
+        "difference": compare_grades(*graded.values()),
         "without_reference": sum(each.category in REFERENCED and not each.references for each in questions),
         "spend": spend,
     }
