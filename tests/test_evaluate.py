@@ -21,8 +21,8 @@ from dpo_kit.evaluate import parts
 from dpo_kit.evaluate.__main__ import main, work
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import plan
+from dpo_kit.evaluate.win_rate.comparison import write_samples
 from dpo_kit.evaluate.win_rate.rates import Compared
-from dpo_kit.evaluate.win_rate.samples import write_samples
 from dpo_kit.judge.answers import Answer
 from dpo_kit.judge.verdicts import PICK_ME, Verdict
 from dpo_kit.run.directory import RunDirectory

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +93,20 @@ def _gold(name: str) -> Score:
 def _rewards(settings: RewardModelJudge, journal: Journal) -> Score:
     """The scores of a reward model, which is loaded once something is to be scored."""
     weights = hash_weights(settings.path) or f"{settings.path}@{settings.revision}"
-    loaded: list[Any] = []
+
+    @cache
+    def model() -> Any:
+        from dpo_kit.judge.reward_model import RewardModel
+
+        return RewardModel(settings)
 
     def score(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         rows = list(zip(prompts, answers, strict=True))
         keys = [key_of("reward", weights, settings.max_length, *row) for row in rows]
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in journal.rows}
-        if missing and not loaded:
-            from dpo_kit.judge.reward_model import RewardModel
-
-            loaded.append(RewardModel(settings))
-        todo = list(missing)
-        for start in range(0, len(todo), settings.batch_size):
-            part = todo[start : start + settings.batch_size]
-            values = loaded[0].score(*map(list, zip(*(missing[key] for key in part), strict=True)))
+        for start in range(0, len(missing), settings.batch_size):
+            part = dict(list(missing.items())[start : start + settings.batch_size])
+            values = model().score(*map(list, zip(*part.values(), strict=True)))
             journal.add_all({key: {"score": value} for key, value in zip(part, values, strict=True)})
         return [journal.rows[key]["score"] for key in keys]
 

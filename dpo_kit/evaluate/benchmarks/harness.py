@@ -64,7 +64,13 @@ def run_harness(policy: Candidate, reference: Candidate, options: Harness, folde
     check_harness(options)
     quiet_imports()
     with _harness_settings(options):
-        manager = _open_manager(options)
+        from lm_eval.tasks import TaskManager
+
+        folders = [str(Path(path).expanduser()) for path in options.include_path]
+        # reading the harness's thousands of task files takes seconds
+        manager = TaskManager(include_path=folders, include_defaults=False) if folders else None
+        if manager is None or any(name not in manager.task_index for name in options.tasks):
+            manager = TaskManager(include_path=folders or None)
         tasks = [_load_task(manager, name, options) for name in options.tasks]
         ours, theirs = (_score(each, manager, tasks, options, folder / "gate") for each in (policy, reference))
     compared = [_compare(task, ours, theirs, options) for task in tasks]
@@ -96,18 +102,6 @@ def _refuse_code(name: str, options: Harness) -> None:
             f"task {name} executes on this machine what the model writes: allow_code=true, in a container without "
             "network or anything to lose, if that is meant"
         )
-
-
-def _open_manager(options: Harness) -> Any:
-    """The harness's index of tasks, with those of `include_path`."""
-    from lm_eval.tasks import TaskManager
-
-    own = [str(Path(path).expanduser()) for path in options.include_path]
-    if own:  # reading the harness's thousands of task files takes seconds
-        manager = TaskManager(include_path=own, include_defaults=False)
-        if all(name in manager.task_index for name in options.tasks):
-            return manager
-    return TaskManager(include_path=own or None)
 
 
 def _load_task(manager: Any, name: str, options: Harness) -> Task:
@@ -224,16 +218,14 @@ def _compare(task: Task, policy: Mapping[str, Rows], reference: Mapping[str, Row
             f"choose one with metrics={{{task.name}: …}}: "
             + (", ".join(sorted(known)) or "it has none, so leave it out")
         )
-    ours, theirs = (
-        {
-            f"{name}/{row['sample']}/{row['document']}": row["metrics"][metric] * (1 if more_is_better else -1)
-            for name, leaf in task.leaves.items()
-            for more_is_better in [leaf.higher_is_better().get(metric, True)]
-            for row in rows[name]
-            if row["filter"] == chosen and metric in row["metrics"]
-        }
-        for rows in (policy, reference)
-    )
+    ours: dict[str, float] = {}
+    theirs: dict[str, float] = {}
+    for values, rows in ((ours, policy), (theirs, reference)):
+        for name, leaf in task.leaves.items():
+            sign = 1 if leaf.higher_is_better().get(metric, True) else -1  # more is better
+            for row in rows[name]:
+                if row["filter"] == chosen and metric in row["metrics"]:
+                    values[f"{name}/{row['sample']}/{row['document']}"] = sign * row["metrics"][metric]
     shown = metric if len({row["filter"] for row in first}) == 1 else f"{metric},{chosen}"
     return compare_task(task.name, shown, ours, theirs, options.max_regression)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dpo_kit.config.settings import Data, Endpoint, ServerAnswers
+from dpo_kit.config.settings import Data, ServerAnswers
 from dpo_kit.data.build.prompts import read_prompts
 from dpo_kit.errors import DataError
 from dpo_kit.evaluate.candidate import Candidate
@@ -27,21 +27,6 @@ class Question:
     prompt: Prompt
 
 
-@dataclass(frozen=True)
-class Side:
-    """Who answers, under which seed, and where the answers are kept."""
-
-    who: Candidate | Path
-    server: Endpoint | None
-    seed: int
-    journal: Path
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the answers are given, so that no others can be had."""
-        return isinstance(self.who, Path) and self.server is None
-
-
 def read_questions(job: Job) -> list[Question]:
     """The prompts of `win_rate.prompts`, else one for each held-out prompt, at most `win_rate.limit`. DataError."""
     wanted = job.options.win_rate
@@ -56,34 +41,31 @@ def read_questions(job: Job) -> list[Question]:
     return [Question(digest(prompt), as_messages(prompt) if chat else prompt) for prompt in prompts]
 
 
-def sides_of(job: Job) -> tuple[Side, Side]:
-    """Policy and opponent; what the opponent answers serves every job of a sweep."""
-    wanted = job.options.win_rate
-    return (
-        Side(job.policy, wanted.policy_server, wanted.seed, job.folder / "answers.jsonl"),
-        Side(job.opponent, wanted.opponent_server, wanted.opponent_seed, job.shared / "opponent_answers.jsonl"),
-    )
-
-
 def answer(
-    job: Job, side: Side, questions: Sequence[Question], *, again: bool = False
+    job: Job, side: Literal["policy", "opponent"], questions: Sequence[Question], *, again: bool = False
 ) -> tuple[list[list[Answer | None]], dict[str, Any]]:
     """For each question `win_rate.draws` answers (None where one failed), and what they cost; with `again` one answer
-    each, under another seed.
+    each, under another seed ([] where answers are given in a file).
 
-    Whatever was drawn before is read from the journal. Raises DataError, ModelError.
+    Whatever was drawn before is read from the journal, and what the opponent answers serves every job of a sweep.
+    Raises DataError, ModelError.
     """
     wanted, prompts = job.options.win_rate, [question.prompt for question in questions]
-    if side.is_file:
-        return read_answers(Path(str(side.who)), prompts, wanted.draws), {}
-    draws, seed = (1, int(digest(["again", side.seed])[:7], 16)) if again else (wanted.draws, side.seed)
+    who: Candidate | Path = job.policy
+    server, seed, kept = wanted.policy_server, wanted.seed, job.folder / "answers.jsonl"
+    if side == "opponent":
+        who, server, seed = job.opponent, wanted.opponent_server, wanted.opponent_seed
+        kept = job.shared / "opponent_answers.jsonl"
+    if isinstance(who, Path) and server is None:
+        return [] if again else read_answers(who, prompts, wanted.draws), {}
+    draws, seed = (1, int(digest(["again", seed])[:7], 16)) if again else (wanted.draws, seed)
     asking = Asking(wanted.max_new_tokens, wanted.chunk, seed)
-    with Journal(side.journal) as journal:
-        if side.server is not None:
-            source = ServerAnswers(**side.server.model_dump(), temperatures=[wanted.temperature], draws=draws)
+    with Journal(kept) as journal:
+        if server is not None:
+            source = ServerAnswers(**server.model_dump(), temperatures=[wanted.temperature], draws=draws)
             return draw_answers(source, job.policy.model, prompts, asking, journal)
-        assert isinstance(side.who, Candidate)
-        return draw_locally(side.who.sampler(), [wanted.temperature], draws, prompts, asking, journal), {}
+        assert isinstance(who, Candidate)
+        return draw_locally(who.sampler(), [wanted.temperature], draws, prompts, asking, journal), {}
 
 
 def read_answers(path: Path, prompts: Sequence[Prompt], draws: int) -> list[list[Answer | None]]:

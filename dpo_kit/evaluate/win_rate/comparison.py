@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.settings import LLMJudge
 from dpo_kit.evaluate.job import Job
-from dpo_kit.evaluate.win_rate.answers import Question, Side, answer, read_questions, sides_of
+from dpo_kit.evaluate.win_rate.answers import Question, answer, read_questions
 from dpo_kit.evaluate.win_rate.rates import Compared, win_rates
-from dpo_kit.evaluate.win_rate.samples import write_samples
 from dpo_kit.judge.answers import Answer
 from dpo_kit.judge.open import judge_identity, open_judge
 from dpo_kit.judge.review import ReviewSheet
 from dpo_kit.judge.verdicts import Judge, Raw, Shown, Verdict, compare, run_controls
-from dpo_kit.run.files import write_jsonl
+from dpo_kit.model.chats import conversation_text
+from dpo_kit.run.files import write_jsonl, write_text
 from dpo_kit.run.journal import key_of
 from dpo_kit.run.redact import redact, redact_text
+from dpo_kit.run.report.markdown import fence, inline
 
 Answers = Sequence[Sequence[Answer | None]]
+EACH = 4  # of the losses, of the wins, of the rest in samples.md
 UNJUDGED = Verdict("unjudged", "unjudged", "unjudged")
 NO_JUDGE = "no judge: say judge=llm judge.base_url=… judge.model=…, judge=reward_model judge.path=…, or judge=human"
 
@@ -33,12 +36,12 @@ def measure_win_rate(job: Job) -> dict[str, Any]:
     if settings is None:
         return {"status": "skipped", "reason": NO_JUDGE}
     questions = read_questions(job)
-    sides = sides_of(job)
-    (ours, our_cost), (theirs, their_cost) = (answer(job, side, questions) for side in sides)
+    ours, our_cost = answer(job, "policy", questions)
+    theirs, their_cost = answer(job, "opponent", questions)
     with open_judge(settings, job.shared, wanted.seed) as judge:
         controls = []
         if isinstance(settings, LLMJudge):
-            controls = _controls(job, judge, settings.controls, questions, theirs, sides[1])
+            controls = _controls(job, judge, settings.controls, questions, theirs)
         compared = judge_answers(judge, questions, ours, theirs)
         spend = {"policy": our_cost, "opponent": their_cost, "judge": judge.spend()}
     status = "done"
@@ -95,7 +98,7 @@ def judge_answers(judge: Judge, questions: Sequence[Question], ours: Answers, th
 
 
 def _controls(
-    job: Job, judge: Judge, most: int, questions: Sequence[Question], answers: Answers, side: Side
+    job: Job, judge: Judge, most: int, questions: Sequence[Question], answers: Answers
 ) -> list[dict[str, Any]]:
     """How a language model as judge does on the controls, with the opponent's answers to `most` questions."""
     usable = [
@@ -104,7 +107,7 @@ def _controls(
     if not (some := usable[:most]):
         return []
     asked, texts = [question for question, _ in some], [text for _, text in some]
-    others = [] if side.is_file else [drawn[0] for drawn in answer(job, side, asked, again=True)[0]]
+    others = [drawn[0] for drawn in answer(job, "opponent", asked, again=True)[0]]
     again = [other.text for other in others if other]  # of all or of none
     return run_controls(judge, [q.prompt for q in asked], texts, again if len(again) == len(asked) else None)
 
@@ -123,3 +126,23 @@ def _review(job: Job, compared: Sequence[Compared]) -> dict[str, Any] | None:
     raw: dict[str, Raw] = {"win": "first", "loss": "second"}
     verdicts: list[Raw] = [raw.get(row.verdict.outcome, "tie") for row in judged]
     return {"sheet": str(sheet.path), **sheet.agreement(shown, verdicts)}
+
+
+def write_samples(path: Path, compared: Sequence[Compared], *, policy: str, opponent: str) -> None:
+    """Prompts with both answers side by side, drawn by lot; whatever stands in an answer stays inside its fence."""
+    parts = [
+        f"# {inline(policy)} and {inline(opponent)}, side by side\n\n"
+        f"Up to {EACH} losses, {EACH} wins and {EACH} ties or order-dependent verdicts of the policy, drawn by lot out "
+        f"of {len(compared)}.\n"
+    ]
+    for kinds in (("loss",), ("win",), ("tie", "order-dependent")):
+        some = [row for row in compared if row.verdict.outcome in kinds]
+        for row in sorted(some, key=lambda row: key_of("samples", row.prompt_id, row.draw))[:EACH]:
+            cells = [
+                f'<td width="50%" valign="top">\n\n**{inline(name)}**{" (cut)" if answer and answer.cut else ""}\n\n'
+                f"{fence(answer.text if answer else '')}\n\n</td>\n"
+                for name, answer in ((policy, row.policy), (opponent, row.opponent))
+            ]
+            table = f"<table><tr>\n{''.join(cells)}</tr></table>"
+            parts.append(f"## {row.verdict.outcome}\n\n{fence(conversation_text(row.prompt))}\n\n{table}\n")
+    write_text(path, "\n".join(parts))
