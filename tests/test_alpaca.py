@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.benchmark_options import Alpaca
 from dpo_kit.evaluate.benchmarks.alpaca import (
     alpaca_command,
     annotations_file,
@@ -19,6 +18,7 @@ from dpo_kit.evaluate.benchmarks.alpaca import (
     run_alpaca,
 )
 from dpo_kit.evaluate.benchmarks.dialogue import Speaker
+from dpo_kit.evaluate.options import Alpaca
 
 ECHO = Speaker("policy", lambda prompts, temperature: [f" Answer to {prompt} " for prompt in prompts])
 PLAIN = Speaker("reference", lambda prompts, temperature: ["I do not know." for _ in prompts])
@@ -60,7 +60,7 @@ def annotate(folder: Path, options: Alpaca, preferences: list, name: str = "poli
 
 def test_outputs_have_the_package_s_form_and_the_command_names_them(tmp_path):
     options = instructions(tmp_path, 3)
-    found = run_alpaca(ECHO, PLAIN, options, tmp_path / "a folder")
+    found = run_alpaca(ECHO, PLAIN, options, tmp_path / "a folder", tmp_path / "a folder")
     shared = run_alpaca(ECHO, PLAIN, options, tmp_path / "run", tmp_path / "sweep")["models"]
     assert [Path(shared[each.name]["outputs"]).parts[-4] for each in (ECHO, PLAIN)] == ["run", "sweep"]
     own = found["models"]["policy"]
@@ -82,9 +82,9 @@ def test_outputs_have_the_package_s_form_and_the_command_names_them(tmp_path):
 def test_annotations_are_read_back_as_rates(tmp_path):
     """Preferences 2, 1.9, 1.5, 0 (a draw), 1.2, 1, and one without: points 1, .9, .5, .5, .2, 0: mean 3.1/6."""
     options = instructions(tmp_path, 7)
-    run_alpaca(ECHO, None, options, tmp_path)
+    run_alpaca(ECHO, PLAIN, options, tmp_path, tmp_path)
     path = annotate(tmp_path, options, [2, 1.9, 1.5, 0, 1.2, 1, None])
-    found = run_alpaca(ECHO, None, options, tmp_path)["models"]["policy"]["result"]
+    found = run_alpaca(ECHO, PLAIN, options, tmp_path, tmp_path)["models"]["policy"]["result"]
     assert found["win_rate"] == pytest.approx(3.1 / 6)
     assert (found["n"], found["unannotated"]) == (6, 1)
     assert (found["wins"], found["draws"], found["losses"]) == (2, 2, 2)
@@ -93,16 +93,16 @@ def test_annotations_are_read_back_as_rates(tmp_path):
     assert found["length_controlled"]["win_rate"] is None
     assert "no length_controlled_winrate of policy" in found["length_controlled"]["reason"]
     path.with_name("leaderboard.csv").unlink()
-    found = run_alpaca(ECHO, None, options, tmp_path)["models"]["policy"]["result"]
+    found = run_alpaca(ECHO, PLAIN, options, tmp_path, tmp_path)["models"]["policy"]["result"]
     assert "no policy in" in found["length_controlled"]["reason"]
 
 
 def test_the_length_controlled_rate_is_the_package_s_with_an_interval_on_the_logit_scale(tmp_path):
     """100 annotations of which 40 are won: standard error √(.24/99) = .04924; logit(.35) ± 1.96·.04924/.24."""
     options = instructions(tmp_path, 100)
-    run_alpaca(ECHO, None, options, tmp_path)
+    run_alpaca(ECHO, PLAIN, options, tmp_path, tmp_path)
     annotate(tmp_path, options, [2] * 40 + [1] * 60, lc=35.0)
-    found = run_alpaca(ECHO, None, options, tmp_path)["models"]["policy"]["result"]["length_controlled"]
+    found = run_alpaca(ECHO, PLAIN, options, tmp_path, tmp_path)["models"]["policy"]["result"]["length_controlled"]
     centre, half = math.log(0.35 / 0.65), 1.96 * math.sqrt(0.24 / 99) / 0.24
     ends = [1 / (1 + math.exp(-(centre + sign * half))) for sign in (-1, 1)]
     assert (found["win_rate"], found["n"]) == (0.35, 100)
@@ -111,43 +111,43 @@ def test_the_length_controlled_rate_is_the_package_s_with_an_interval_on_the_log
 
 def test_both_against_one_baseline_differ_by_instruction(tmp_path):
     options = instructions(tmp_path, 40)
-    run_alpaca(ECHO, PLAIN, options, tmp_path)
+    run_alpaca(ECHO, PLAIN, options, tmp_path, tmp_path)
     annotate(tmp_path, options, [2] * 30 + [1] * 10)
     annotate(tmp_path, options, [2] * 10 + [1] * 30, "reference")
-    found = run_alpaca(ECHO, PLAIN, options, tmp_path)
+    found = run_alpaca(ECHO, PLAIN, options, tmp_path, tmp_path)
     assert found["difference"]["value"] == 0.5 and found["difference"]["count"] == 40
     assert 0.3 < found["difference"]["low"] < 0.5 < found["difference"]["high"] < 0.7
 
 
 def test_annotations_of_other_outputs_or_of_another_form_are_refused(tmp_path):
     options = instructions(tmp_path, 3)
-    run_alpaca(ECHO, None, options, tmp_path)
+    run_alpaca(ECHO, PLAIN, options, tmp_path, tmp_path)
     path = annotate(tmp_path, options, [2, 2, 1])
     outputs = json.loads((tmp_path / "alpaca_eval/policy/model_outputs.json").read_text())
     good = json.loads(path.read_text())
     changed = Speaker("policy", lambda prompts, temperature: ["another answer" for _ in prompts])
     with pytest.raises(DataError, match="annotations are of another run; delete them"):
-        run_alpaca(changed, None, options, tmp_path)
+        run_alpaca(changed, PLAIN, options, tmp_path, tmp_path)
     for faulty, reason in (
         ([good[0] | {"preference": 3}, *good[1:]], "has preference 3; it is 1 to 2"),
-        ([{key: value for key, value in row.items() if key != "output_2"} for row in good], "1 lacks output_2"),
-        ({}, "must be a list"),
+        ([{key: value for key, value in row.items() if key != "output_2"} for row in good], "row 0 lacks output_2"),
+        ({}, "must hold one JSON list of rows"),
         ([row | {"preference": None} for row in good], "has 0 preferences"),
     ):
         path.write_text(json.dumps(faulty))
         with pytest.raises(DataError, match=reason):
             read_annotations(path, outputs)
     path.write_text("[")
-    with pytest.raises(DataError, match="cannot be read as JSON"):
+    with pytest.raises(DataError, match=r"annotations\.json:1: not JSON"):
         read_annotations(path, outputs)
 
 
 def test_instructions_that_cannot_be_had_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"fetch alpaca_eval.json of the data set .* instructions=FILE"):
+    with pytest.raises(ConfigError, match=r"fetch alpaca_eval.json of the data set .*instructions=FILE"):
         read_instructions(Alpaca())
     file = tmp_path / "own.json"
-    for text, reason in (("[]", "must be a list"), ('[{"prompt": "x"}]', "row 1 has no text under"), ("{", "as JSON")):
+    for text, reason in (("[]", "has no rows"), ('[{"prompt": "x"}]', "row 0 has no text under"), ("{", "not JSON")):
         file.write_text(text)
         with pytest.raises(DataError, match=reason):
             read_instructions(Alpaca(instructions=str(file)))

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from dpo_kit.errors import DataError
-from dpo_kit.evaluate.benchmark_options import Domain
 from dpo_kit.evaluate.benchmarks.dialogue import Speaker
 from dpo_kit.evaluate.benchmarks.domain import (
     NO_LABEL,
+    LabelMetrics,
+    TextMetrics,
     find_label,
-    label_measures,
     normalise,
     read_labelled,
     run_domain,
-    text_measures,
 )
+from dpo_kit.evaluate.options import Domain
 
 
 def write_rows(folder: Path, rows: list) -> Domain:
@@ -82,10 +82,9 @@ def test_macro_figures_are_those_of_scikit_learn():
         said = [NO_LABEL if rng.random() < 0.1 else label for label in said]
         there = sorted((set(targets) | set(said)) - {NO_LABEL})
         theirs = metrics.precision_recall_fscore_support(targets, said, labels=there, average="macro", zero_division=0)
-        measures = label_measures(targets, labels)
-        ours = [measures[name](said)(np.arange(30)) for name in list(measures)[1:]]
-        assert ours == pytest.approx(theirs[:3])
-        assert measures["accuracy"](said)(np.arange(30)) == metrics.accuracy_score(targets, said)
+        accuracy, *macro = LabelMetrics(said, targets, labels)(np.arange(30))
+        assert macro == pytest.approx(theirs[:3])
+        assert accuracy == metrics.accuracy_score(targets, said)
 
 
 SENTENCES = [
@@ -102,21 +101,22 @@ def test_bleu_of_any_choice_of_rows_is_sacrebleu_s():
     sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu comes with the extra eval")
     rng = random.Random(2)
     said = disturbed(rng)
-    figure = text_measures(SENTENCES)["BLEU"](said)
+    pytest.importorskip("rouge_score", reason="rouge-score comes with the extra eval")
+    metrics = TextMetrics(said, SENTENCES)
     for rows in ([0, 1, 2, 3], [0, 0, 2], [1, 3], [2]):
         chosen = [[text[row] for row in rows] for text in (said, SENTENCES)]
-        assert figure(rows) == pytest.approx(sacrebleu.corpus_bleu(chosen[0], [chosen[1]]).score)
+        assert metrics(rows)[1] == pytest.approx(sacrebleu.corpus_bleu(chosen[0], [chosen[1]]).score)
 
 
 def test_rouge_is_rouge_score_s_and_knows_other_scripts():
     scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score comes with the extra eval")
     said = disturbed(random.Random(3))
-    measures = text_measures(SENTENCES)
+    ours = dict(zip(TextMetrics.names, TextMetrics(said, SENTENCES)([0, 1, 2, 3]), strict=True))
     for name in ("rouge1", "rouge2", "rougeL"):
         theirs = [scorer.RougeScorer([name]).score(a, b)[name].fmeasure for a, b in zip(SENTENCES, said, strict=True)]
-        assert measures[name.replace("rouge", "ROUGE-")](said)([0, 1, 2, 3]) == pytest.approx(sum(theirs) / 4)
-    russian = text_measures(["Чайник не работает"])["ROUGE-1"](["чайник работает"])([0])
-    assert russian == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))
+        assert ours[name.replace("rouge", "ROUGE-")] == pytest.approx(sum(theirs) / 4)
+    russian = TextMetrics(["чайник работает"], ["Чайник не работает"])([0])
+    assert russian[2] == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))
 
 
 def test_texts_are_compared_as_texts(tmp_path):
@@ -131,8 +131,7 @@ def test_texts_are_compared_as_texts(tmp_path):
     assert result["kind"] == "texts" and found["exact match"]["policy"] == 1
     assert found["BLEU"]["policy"] == pytest.approx(100) and found["ROUGE-L"]["policy"] == 1
     assert all(found[name]["low"] > 0 for name in ("BLEU", "ROUGE-1"))
-    alone = figures(run_domain(speaker("policy", SENTENCES), None, given, tmp_path))
-    assert alone["exact match"]["difference"] is None and alone["exact match"]["policy_low"] == 1
+    assert found["exact match"]["policy_low"] == 1 and result["unrecognised"] == {}
 
 
 def test_the_paired_interval_is_that_of_scipy_and_narrower_than_two_apart(tmp_path):
@@ -160,11 +159,13 @@ def test_rows_that_cannot_be_used_are_named(tmp_path):
         ([good, {"prompt": "p"}], r"labelled.jsonl:2 must have prompt"),
         ([good, {"prompt": "", "label": "a"}], r"labelled.jsonl:2 must have prompt"),
         ([good], "has 1 rows"),
-        ([good, [1]], r"labelled.jsonl:2 must have prompt"),
+        ([good, [1]], r"labelled.jsonl:2: not an object"),
+        ([good, {"prompt": "p", "reference": "a"}], "rows with label and rows with reference: take one of them"),
+        ([good | {"label": n} for n in range(1001)], "has 1,001 different labels.* call the column reference"),
     ):
         with pytest.raises(DataError, match=reason):
             read_labelled(write_rows(tmp_path, rows))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"domain\.file=.*no such file or folder"):
         read_labelled(Domain(file=str(tmp_path / "none.jsonl")))
     with pytest.raises(ValueError, match="is no regular expression"):
         Domain(file="x", pattern="(")

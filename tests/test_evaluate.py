@@ -21,8 +21,8 @@ from dpo_kit.evaluate import parts
 from dpo_kit.evaluate.__main__ import main, work
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import plan
+from dpo_kit.evaluate.win_rate.comparison import write_samples
 from dpo_kit.evaluate.win_rate.rates import Compared
-from dpo_kit.evaluate.win_rate.samples import write_samples
 from dpo_kit.judge.answers import Answer
 from dpo_kit.judge.verdicts import PICK_ME, Verdict
 from dpo_kit.run.directory import RunDirectory
@@ -272,7 +272,7 @@ def test_a_judge_s_server_that_goes_away_leaves_a_partial_result_that_goes_on(ru
         return sensible(number, body) if number < 9 else gone
 
     with scripted_server(dying) as server:
-        options = {"controls": 0, "max_failures": 2, "workers": 1, "retries": 0}
+        options = {"controls": 0, "workers": 1, "retries": 0}
         with pytest.raises(EvaluationError, match="some answers or verdicts are missing: the same command"):
             work([f"run={run}", RATE, *llm(server, **options)])
         assert result_of(run)["status"] == "partial" and 3 < result_of(run)["win_rate_prompts"] < 8
@@ -339,13 +339,21 @@ def test_a_sweep_is_evaluated_on_the_select_split_with_one_set_of_reference_answ
 
 def test_a_further_part_is_one_entry_of_the_table(run, monkeypatch, capsys):
     gate = {"passed": False, "worst_task": "sums", "difference": -0.2, "low": -0.3, "high": -0.1, "limit": 0.03}
-    extra = parts.Part(
-        lambda job: {"status": "done", "gate": gate, "at": str(job.policy.name)},
-        lambda found: {"gate": found["gate"]},
-        lambda found: iter([("gate", "failed", "")]),
-        lambda found: iter(["GATE FAILED"]),
-    )
-    monkeypatch.setitem(parts.PARTS, "benchmarks", extra)
+
+    class Extra(parts.Part):
+        def measure(self, job):
+            return {"status": "done", "gate": gate, "at": str(job.policy.name)}
+
+        def headline(self, found):
+            return {"gate": found["gate"]}
+
+        def lines(self, found):
+            return [("gate", "failed", "")]
+
+        def warnings(self, found):
+            return ["GATE FAILED"]
+
+    monkeypatch.setitem(parts.PARTS, "benchmarks", Extra())
     work([f"run={run}", "parts=[win_rate,benchmarks]"])
     assert capsys.readouterr().out.splitlines()[0] == "GATE FAILED"
     assert result_of(run)["gate"] == gate and result_of(run)["win_rate"] is not None

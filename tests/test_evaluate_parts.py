@@ -4,23 +4,23 @@ import importlib.util
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from transformers import LlamaForCausalLM
 
-from dpo_kit import toy
-from dpo_kit.config.compose import CONF
+from dpo_kit import compose, toy
+from dpo_kit.config.compose import CONF, check
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate import parts
 from dpo_kit.evaluate.__main__ import work
-from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness
 from dpo_kit.evaluate.benchmarks import parts as benchmarks
 from dpo_kit.evaluate.benchmarks.gate import compare_task, decide_gate
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import GROUPS, plan
+from dpo_kit.evaluate.options import Alpaca, Domain, Harness
 from dpo_kit.evaluate.win_rate.rates import Compared, win_rates
 from dpo_kit.judge.answers import Answer
 from dpo_kit.judge.verdicts import Verdict
@@ -49,16 +49,12 @@ def test_the_file_has_every_key_of_every_part_and_the_defaults_of_the_code():
     for name, options in {
         "gate": Harness(),
         "alpaca_eval": Alpaca(),
-        "failures": Failures(),
         "domain": Domain(file="?"),
     }.items():
         told = {"max_regression": "${choose.max_regression}", "file": "???"}
         assert DEFAULTS[name] == {key: told.get(key, value) for key, value in options.model_dump().items()}, name
     for name, options in GROUPS.items():
-        group = DEFAULTS
-        for each in name.split("."):
-            group = group[each]
-        assert {*group, "judge"} == {*options.model_fields, "judge"}, name
+        assert {*DEFAULTS[name]} == {*options.model_fields}, name
 
 
 @needs_eval
@@ -67,7 +63,7 @@ def test_what_is_wrong_with_a_part_s_settings_is_said_before_anything_is_measure
     (tmp_path / "one.jsonl").write_text('{"prompt": "x"}\n')
     for words, said in (
         (["parts=[gate]", "gate.task=[x]"], r"unknown key gate\.task; did you mean gate\.tasks\?"),
-        (["parts=[mt_bench]", "mt_bench.judge.modell=x"], r"did you mean mt_bench\.judge\.model\?"),
+        (["parts=[mt_bench]", "mt_bench.judge.model=x"], r"did you mean judge\.model\?"),
         (["gate.limit=5"], r"gate\.limit=5 does nothing .*: parts=\[preferences,win_rate,failures,hacking,gate\]"),
         (["parts=[gat]"], r"got gat; did you mean gate\?"),
         (["parts=[gate]", "gate.limit=0"], r"gate\.limit: .*greater than 0"),
@@ -76,8 +72,8 @@ def test_what_is_wrong_with_a_part_s_settings_is_said_before_anything_is_measure
         (["parts=[domain]"], r"domain\.file is missing"),
         (["parts=[win_rate,domain]", f"domain.file={tmp_path / 'one.jsonl'}"], "one.jsonl:1 must have prompt"),
         (["parts=[domain]", "domain.file=x", "domain.pattern='('"], "is no regular expression"),
-        (["parts=[mt_bench]", "mt_bench.questions=x"], r"mt_bench\.judge\.base_url is missing"),
-        (["parts=[win_rate,alpaca_eval]", "alpaca_eval.instructions=none.json"], "instructions=none.json cannot be"),
+        (["parts=[mt_bench]", "mt_bench.questions=x"], r"a language model that grades: add judge=llm"),
+        (["parts=[win_rate,alpaca_eval]", "alpaca_eval.instructions=none.json"], r"none\.json: no such file"),
     ):  # fmt: skip
         with pytest.raises((ConfigError, DataError), match=said):
             work([f"run={run}", *words])
@@ -131,14 +127,33 @@ def test_without_verdicts_or_history_both_are_skipped_with_the_reason(run, capsy
 def test_a_labelled_file_is_answered_once_by_both_models(run, tmp_path, monkeypatch, capsys):  # noqa: F811
     file = write_labelled(tmp_path / "labelled.jsonl")
     words = [f"run={run}", "parts=[domain]", f"domain.file={file}", "domain.max_new_tokens=24"]
-    work([*words, "domain.kind=labels"])
+    work(words)
     result, rows = result_of(run), read_jsonl(run / "evaluation" / "domain.jsonl")
     right = [sum(row[name]["read_as"] == row["target"] for row in rows) / 6 for name in ("run", "reference")]
     assert [result["domain_accuracy"], result["domain_accuracy"] - result["domain_accuracy_difference"]] == right
     assert right[1] == 1 and "accuracy, 6 rows of one's own" in capsys.readouterr().out
     monkeypatch.setattr(Candidate, "load", lambda self: pytest.fail("a model was loaded again"))
-    work([*words, "domain.kind=texts"])
+    write_jsonl(file, [{"prompt": row["prompt"], "reference": row["label"]} for row in read_jsonl(file)])
+    work(words)
     assert result_of(run)["domain_exact_match"] == 0 and "domain_accuracy" not in result_of(run)
+
+
+@pytest.mark.parametrize(
+    ("policy", "other", "names"),
+    [
+        ("org/m", "org/n", ("m", "n")),
+        ("runs/a b?", "../m", ("a_b_", "m")),
+        ("a/m", "b/m", ("policy", "other")),
+        ("/", "..", ("policy", "_")),
+    ],
+)
+def test_models_have_names_that_files_can_have_and_not_the_same(policy, other, names):
+    model = check(compose([])).model
+    policy, other = Candidate(policy, model), Candidate(other, model)
+    job = SimpleNamespace(policy=policy, opponent=other, reference=Candidate("its reference", model))
+    assert tuple(each.name for each in benchmarks.models_of(job)) == names
+    job.opponent = job.reference
+    assert benchmarks.models_of(job)[1].name == "reference"
 
 
 def test_alpaca_eval_waits_for_its_annotations_and_reads_them(run, tmp_path, capsys):  # noqa: F811
@@ -171,7 +186,7 @@ def test_mt_bench_is_asked_graded_and_shown_by_category(run, tmp_path, capsys): 
             for number, category in enumerate(("writing", "stem"))]  # fmt: skip
     write_jsonl(tmp_path / "question.jsonl", rows)
     with scripted_server(lambda number, body: Turn("Fine.\n[[6]]" if number % 2 else "Good.\n[[8]]")) as server:
-        judge = [f"mt_bench.judge.base_url={server.base_url}", "mt_bench.judge.model=j", "mt_bench.judge.workers=1"]
+        judge = ["judge=llm", f"judge.base_url={server.base_url}", "judge.model=j", "judge.workers=1"]
         words = [f"run={run}", "parts=[mt_bench]", f"mt_bench.questions={tmp_path / 'question.jsonl'}", *judge]
         work([*words, "mt_bench.max_new_tokens=16"])
         asked = len(server.bodies)
@@ -217,8 +232,7 @@ def test_a_run_whose_gate_failed_is_rejected_even_where_its_win_rate_is_the_high
     sweep = tmp_path / "sweep"
     for name in ("strong", "sane"):
         shutil.copytree(trained, sweep / name)
-    measure = replace(parts.PARTS["win_rate"], measure=constructed({"strong": 39, "sane": 30}))
-    monkeypatch.setitem(parts.PARTS, "win_rate", measure)
+    monkeypatch.setattr(parts, "measure_win_rate", constructed({"strong": 39, "sane": 30}))
     work([f"sweep={sweep}", "parts=[win_rate]"])
     assert read_json(sweep / "best.json")["recommended"] == "strong"
 

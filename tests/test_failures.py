@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from dpo_kit.evaluate.behaviour import failures
 from dpo_kit.evaluate.behaviour.failures import (
     RULES,
-    Compared,
+    Contest,
     analyze_failures,
     groups_of,
     mentioned_share,
@@ -17,31 +18,30 @@ from dpo_kit.evaluate.behaviour.failures import (
     repeated_share,
     steps,
 )
-from dpo_kit.evaluate.benchmark_options import Failures
 
 LIST = "Pack these:\n- a tent\n- a stove\n- some rope"
 PROSE = "Pack a tent, a stove and some rope."
 ASK = "What should I pack for the mountains?"
 WORKED = "First, 3 + 4 = 7. Then double it, because there are two rows. Therefore 14 tiles."
 CASES = {
-    "shorter": (Compared(ASK, "A tent.", PROSE, "loss"), Compared(ASK, "A tent, a stove, rope.", PROSE, "loss")),
-    "longer": (Compared(ASK, PROSE + " " + PROSE[:-1] + " too.", PROSE, "loss"), Compared(ASK, PROSE, PROSE, "loss")),
+    "shorter": (Contest(ASK, "A tent.", PROSE, "loss"), Contest(ASK, "A tent, a stove, rope.", PROSE, "loss")),
+    "longer": (Contest(ASK, PROSE + " " + PROSE[:-1] + " too.", PROSE, "loss"), Contest(ASK, PROSE, PROSE, "loss")),
     "refusal": (
-        Compared(ASK, "I'm sorry, but I can't help with that request here.", PROSE, "loss"),
-        Compared(ASK, "I am sorry that your tent leaks; pack another one.", PROSE, "loss"),
+        Contest(ASK, "I'm sorry, but I can't help with that request here.", PROSE, "loss"),
+        Contest(ASK, "I am sorry that your tent leaks; pack another one.", PROSE, "loss"),
     ),
     "repetition": (
-        Compared(ASK, "Take a good tent. " * 3, "Take a good tent and a stove and a rope with you.", "loss"),
-        Compared(ASK, "Take a good tent. " * 3, "Take a good tent. " * 3, "loss"),
+        Contest(ASK, "Take a good tent. " * 3, "Take a good tent and a stove and a rope with you.", "loss"),
+        Contest(ASK, "Take a good tent. " * 3, "Take a good tent. " * 3, "loss"),
     ),
-    "format lost": (Compared(ASK, PROSE, LIST, "loss"), Compared(ASK, "* a tent\n* rope and a stove", LIST, "loss")),
+    "format lost": (Contest(ASK, PROSE, LIST, "loss"), Contest(ASK, "* a tent\n* rope and a stove", LIST, "loss")),
     "reasoning dropped": (
-        Compared("How many tiles?", "It takes 14 tiles in all, for both of the rows.", WORKED, "loss"),
-        Compared("How many tiles?", "First 3 + 4 = 7, then twice that, so 14 tiles.", WORKED, "loss"),
+        Contest("How many tiles?", "It takes 14 tiles in all, for both of the rows.", WORKED, "loss"),
+        Contest("How many tiles?", "First 3 + 4 = 7, then twice that, so 14 tiles.", WORKED, "loss"),
     ),
     "off-topic": (
-        Compared("Where is it, my kettle?", "Nice weather today, is it not?", "The kettle is repaired here.", "loss"),
-        Compared("Where is it, my kettle?", "Your kettle goes to desk 3.", "The kettle is here.", "loss"),
+        Contest("Where is it, my kettle?", "Nice weather today, is it not?", "The kettle is repaired here.", "loss"),
+        Contest("Where is it, my kettle?", "Your kettle goes to desk 3.", "The kettle is here.", "loss"),
     ),
 }  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_each_rule_finds_what_it_is_for_and_leaves_its_neighbour(name):
 
 
 def test_an_answer_like_the_other_is_in_no_group():
-    assert groups_of(Compared(ASK, PROSE, PROSE, "loss")) == ["other"]
+    assert groups_of(Contest(ASK, PROSE, PROSE, "loss")) == ["other"]
 
 
 def test_the_measures_of_texts_agree_with_a_hand():
@@ -97,13 +97,15 @@ def rows():
     """20 losses of which 15 are too long, 20 wins of which 2 are; 3 ties."""
     long, brief = PROSE + " And some more words, which nobody needs at all here.", PROSE
     for index in range(20):
-        yield Compared(f"{ASK} {index}", long if index < 15 else brief, PROSE, "loss", 0.0, float(index))
-        yield Compared(f"{ASK} w{index}", long if index < 2 else brief, PROSE, "win")
-    yield from (Compared(ASK, long, brief, "tie") for _ in range(3))
+        yield Contest(f"{ASK} {index}", long if index < 15 else brief, PROSE, "loss", 0.0, float(index))
+        yield Contest(f"{ASK} w{index}", long if index < 2 else brief, PROSE, "win")
+    yield from (Contest(ASK, long, brief, "tie") for _ in range(3))
 
 
-def test_losses_are_counted_against_wins_and_prompts_are_collected_by_urgency(tmp_path):
-    result = analyze_failures(rows(), Failures(examples=2, collect=18), tmp_path)
+def test_losses_are_counted_against_wins_and_prompts_are_collected_by_urgency(tmp_path, monkeypatch):
+    monkeypatch.setattr(failures, "EXAMPLES", 2)
+    monkeypatch.setattr(failures, "COLLECTED", 18)
+    result = analyze_failures(rows(), tmp_path)
     assert result["outcomes"] == {"loss": 20, "win": 20, "tie": 3}
     longer, *rest = result["groups"]
     assert (longer["name"], longer["losses"], longer["wins"], longer["telling"]) == ("longer", 15, 2, True)
@@ -118,13 +120,13 @@ def test_losses_are_counted_against_wins_and_prompts_are_collected_by_urgency(tm
     shown = (tmp_path / "longer.md").read_text()
     assert shown.count("## Example") == 2 and "15 of the losses, 2 of the wins" in shown and "6.20 [" in shown
     assert not (tmp_path / "refusal.md").exists()
-    analyze_failures([], Failures(), tmp_path)
+    analyze_failures([], tmp_path)
     assert not (tmp_path / "longer.md").exists()  # it would show what is lost no more
 
 
 def test_a_prompt_asked_several_times_is_collected_once(tmp_path):
-    twice = [Compared(ASK, "A tent.", PROSE, "loss", 0.0, gold) for gold in (1.0, 2.0)]
-    analyze_failures(twice, Failures(), tmp_path)
+    twice = [Contest(ASK, "A tent.", PROSE, "loss", 0.0, gold) for gold in (1.0, 2.0)]
+    analyze_failures(twice, tmp_path)
     assert len((tmp_path / "collect.jsonl").read_text().splitlines()) == 1
 
 
@@ -133,15 +135,15 @@ def test_what_chance_alone_makes_is_seldom_telling(tmp_path):
     rng, found = random.Random(9), 0
     for number in range(60):
         mixed = [
-            Compared(row.prompt, row.answer, row.other, outcome)
+            Contest(row.prompt, row.answer, row.other, outcome)
             for outcome in ("loss", "win")
             for row in (rng.choice(list(CASES.values()))[rng.randint(0, 1)] for _ in range(40))
         ]
-        result = analyze_failures(mixed, Failures(), tmp_path / str(number))
+        result = analyze_failures(mixed, tmp_path / str(number))
         found += any(group["telling"] for group in result["groups"])
     assert found <= 5
 
 
 def test_nothing_to_analyze_is_said_so(tmp_path):
-    result = analyze_failures([], Failures(), tmp_path)
+    result = analyze_failures([], tmp_path)
     assert not any(group["losses"] or group["telling"] for group in result["groups"])

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dpo_kit.evaluate.behaviour.failures import Compared
+from dpo_kit.evaluate.behaviour.failures import Contest
 from dpo_kit.evaluate.behaviour.hacking import MEASURES, compare_styles, watch_hacking, watch_rewards
 
 
@@ -64,7 +64,7 @@ def spoken(count, longer=0, listed=0.0, seed=0):
     for index in range(count):
         answer, other = (" ".join(rng.choices(vocabulary, k=rng.randint(8, 12))) for _ in range(2))
         answer = " ".join([answer, *rng.choices(vocabulary, k=longer)]) if longer else answer
-        rows.append(Compared(f"q{index}", f"- {answer}" if rng.random() < listed else answer, other, "tie"))
+        rows.append(Contest(f"q{index}", f"- {answer}" if rng.random() < listed else answer, other, "tie"))
     return rows
 
 
@@ -83,7 +83,11 @@ def test_answers_of_one_kind_are_seldom_called_changed():
 
 
 def test_several_draws_of_a_prompt_count_as_one():
-    rows = [Compared("q", "a b", "a", "tie"), Compared("q", "a b c d", "a", "tie"), Compared("r", "a", "a b", "tie")]
+    rows = [
+        Contest("q", "a b", "a", "tie"),
+        Contest("q", "a b c d", "a", "tie"),
+        Contest("r", "a", "a b", "tie"),
+    ]
     length = compare_styles(rows)[0]
     assert (length.n, length.policy, length.reference, length.difference) == (2, 2.0, 1.5, 0.5)
     assert compare_styles(rows[:2]) == []

@@ -13,10 +13,10 @@ from dpo_kit import toy
 from dpo_kit.config.settings import GoldJudge, LLMJudge, RewardModelJudge
 from dpo_kit.errors import ConfigError, DataError, ModelError
 from dpo_kit.judge.llm import fence, read_verdict
-from dpo_kit.judge.open import Shown, compare, judge_identity, open_judge, run_controls, summarize_verdicts
+from dpo_kit.judge.open import judge_identity, open_judge
 from dpo_kit.judge.reward_model import RewardModel
 from dpo_kit.judge.server import Reply
-from dpo_kit.judge.verdicts import CONSTANT, PICK_ME, toss_coin
+from dpo_kit.judge.verdicts import CONSTANT, PICK_ME, Shown, compare, run_controls, summarize_verdicts, toss_coin
 from tests import styles, tiny
 from tests.scripted_server import Turn, scripted_server
 
@@ -285,7 +285,7 @@ ANSWERS = ["I am sorry about it. Tighten the seal."] * 12
 
 
 def passed(judge, prompts=PROMPTS, answers=ANSWERS):
-    return {control.name: control.passed for control in run_controls(judge, prompts, answers)}
+    return {control["name"]: control["passed"] for control in run_controls(judge, prompts, answers)}
 
 
 def test_the_gold_function_passes_every_control(tmp_path):
@@ -316,7 +316,8 @@ def test_an_honest_judge_of_few_prompts_passes_same_model_twice():
         judge = Spoken(lambda shown, better=better: "first" if shown.first == better[shown.prompt] else "second")
         prompts, count = list(better), len(votes)
         (twice, *_) = run_controls(judge, prompts, ["once"] * count, ["again"] * count)
-        assert twice.passed and twice.low <= twice.points <= twice.high and twice.points == votes.count("1") / count
+        assert twice["passed"] and twice["low"] <= twice["points"] <= twice["high"]
+        assert twice["points"] == votes.count("1") / count
 
 
 def test_a_judge_that_gives_no_verdict_passes_nothing():
@@ -327,4 +328,4 @@ def test_the_same_model_twice_is_told_apart_from_a_better_one(tmp_path):
     better = ["I am sorry about it. Tighten the seal. Write again if it persists."] * 12
     with open_judge(GOLD, tmp_path) as judge:
         control = run_controls(judge, PROMPTS, ANSWERS, better)[0]
-    assert not control.passed and json.loads(json.dumps(control.points)) == 1.0
+    assert not control["passed"] and json.loads(json.dumps(control["points"])) == 1.0

@@ -23,9 +23,8 @@ from dpo_kit.data.__main__ import check_tool, compose_tool
 from dpo_kit.data.build.pairs import check_plan
 from dpo_kit.data.curate.options import Convert, Curate
 from dpo_kit.errors import DpoKitError
-from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness, MTBench
 from dpo_kit.evaluate.job import plan as plan_evaluation
-from dpo_kit.evaluate.options import Evaluate, WinRate
+from dpo_kit.evaluate.options import Alpaca, Domain, Evaluate, Harness, MTBench, WinRate
 from dpo_kit.export.__main__ import CHOICES
 from dpo_kit.export.__main__ import parse_words as parse_export
 from dpo_kit.sweep.__main__ import KEYS as OF_SWEEP
@@ -59,7 +58,7 @@ IN_CONFIG = [*known_keys(), *fields("lora"), *fields("quantization")]
 TRAINING = [*IN_CONFIG, "hydra.run.dir", "hydra.sweep.dir"]
 DATA = [*leaves(Curate, "curate"), *leaves(Convert, "convert"), *leaves(Build, "build"), "mode", "out"]
 EVALUATION = [*Evaluate.model_fields, *leaves(WinRate, "win_rate")]
-PARTS = {"gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "domain": Domain, "failures": Failures}
+PARTS = {"gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "domain": Domain}
 for part, model in PARTS.items():
     EVALUATION += leaves(model, part)
 

@@ -201,10 +201,10 @@ def test_retry_after_is_obeyed(tmp_path):
 def test_a_broken_server_is_left_alone_and_the_rest_asked_the_next_time(tmp_path):
     broken = Turn(status=500, raw=b"{}", headers=QUICK)
     with scripted_server(lambda number, body: broken if number >= 3 else echo(number, body)) as server:
-        replies, spend = ask(tmp_path, server, 40, workers=1, retries=1, max_failures=2)
+        replies, spend = ask(tmp_path, server, 40, workers=1, retries=1)
     assert [reply is not None for reply in replies] == [True] * 3 + [False] * 37
-    assert len(server.bodies) == 3 + 2 * 2
-    assert spend["failed"] == {"InternalServerError": 2, "not asked: 2 requests failed one after the other": 35}
+    assert len(server.bodies) == 3 + 5 * 2
+    assert spend["failed"] == {"InternalServerError": 5, "not asked: 5 requests failed one after the other": 32}
     with scripted_server(echo) as server:
         replies, _ = ask(tmp_path, server, 40)
     assert all(replies) and len(server.bodies) == 37
@@ -252,6 +252,16 @@ def test_cost_is_tokens_times_price_and_never_goes_above_its_limit(tmp_path):
             assert sum(map(bool, client.ask(requests(20, "q" * 300), "asking"))) == 5
             assert client.spend()["failed"] == {"not asked: max_cost=0.0013 is reached": 15}
     assert sum(map(bool, replies)) == 5 == len(server.bodies)
+
+
+def test_a_request_that_would_just_reach_the_limit_of_cost_is_made(tmp_path):
+    """8 tokens out at 125,000 a million are 1: a limit of 3 is for three requests, one after the other or at once."""
+    usage = {"prompt_tokens": 0, "completion_tokens": 8}
+    for workers in (1, 4):
+        with scripted_server(lambda *_: Turn("x", usage=usage)) as server:
+            options = {"price_out": 125_000, "max_cost": 3, "workers": workers}
+            replies, spend = ask(tmp_path / str(workers), server, 9, **options)
+        assert sum(map(bool, replies)) == len(server.bodies) == 3 and spend["cost"] == 3
 
 
 def test_tokens_that_the_server_does_not_count_are_estimated(tmp_path):

@@ -11,7 +11,9 @@ from dpo_kit.data.__main__ import compose_tool
 from dpo_kit.data.build.pairs import build_pairs
 from dpo_kit.data.build.rated import read_votes
 from dpo_kit.errors import DataError
-from dpo_kit.judge.open import ReviewSheet, Shown, compare, open_judge
+from dpo_kit.judge.open import open_judge
+from dpo_kit.judge.review import ReviewSheet
+from dpo_kit.judge.verdicts import Shown, compare
 from dpo_kit.judge.votes import majority, rater_agreement
 
 

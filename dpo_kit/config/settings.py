@@ -197,7 +197,6 @@ class Endpoint(Strict):
     price_out: NonNegativeFloat = 0
     max_cost: PositiveFloat | None = None  # in that currency
     max_requests: PositiveInt | None = None
-    max_failures: PositiveInt = 5  # requests that fail one after the other until the rest is left
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # what the server calls it
 
 
@@ -299,5 +298,5 @@ class Build(Strict):
     votes: str | None
 
 
-COST_ONLY = ("api_key_env", "batch_size", "controls", "max_cost", "max_failures", "max_requests", "price_in",
-             "price_out", "retries", "sheets", "timeout_s", "workers")  # fmt: skip
+COST_ONLY = ("api_key_env", "batch_size", "controls", "max_cost", "max_requests", "price_in", "price_out",
+             "retries", "sheets", "timeout_s", "workers")  # fmt: skip

@@ -13,7 +13,7 @@ from dpo_kit.config.command_line import run_tool
 from dpo_kit.config.compose import CONF
 from dpo_kit.config.help import keys_of
 from dpo_kit.errors import ConfigError, DpoKitError, EvaluationError
-from dpo_kit.evaluate.evaluation import check_parts, evaluate, show, show_line
+from dpo_kit.evaluate.evaluation import evaluate, show, show_line
 from dpo_kit.evaluate.job import Job, plan, refuse_silent_servers
 from dpo_kit.run.quiet import quiet_imports
 
@@ -34,14 +34,9 @@ log = logging.getLogger("dpo_kit.evaluate")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 where something is missing or failed, 2 where the arguments are refused."""
-    return run_tool("evaluate", _usage(), arguments, work)
-
-
-def _usage() -> str:
-    """USAGE with the tool's own keys as conf/ explains them."""
     text = (CONF / "tool" / "evaluate.yaml").read_text(encoding="utf-8")
-    own = textwrap.indent(text[text.index("run: null") :], "  ")
-    return USAGE + own + keys_of("judge", "llm", "reward_model", "gold", "human")
+    usage = USAGE + textwrap.indent(text[text.index("run: null") :], "  ")
+    return run_tool("evaluate", usage + keys_of("judge", "llm", "reward_model", "gold", "human"), arguments, work)
 
 
 def work(arguments: Sequence[str]) -> None:
@@ -51,21 +46,19 @@ def work(arguments: Sequence[str]) -> None:
     """
     quiet_imports()
     jobs = plan(arguments)
-    check_parts(jobs[0].options.parts)
     refuse_silent_servers(jobs[0])
     with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
         import dpo_kit.trainer.held_out  # noqa: F401
     if jobs[0].options.sweep:
-        _evaluate_sweep(jobs)
+        evaluate_sweep(jobs)
         return
-    (job,) = jobs
-    result = evaluate(job)
-    show(job, result)
+    result = evaluate(jobs[0])
+    show(jobs[0], result)
     if result["status"] == "partial":
         raise EvaluationError(f"some answers or verdicts are missing: {result['next']}")
 
 
-def _evaluate_sweep(jobs: Sequence[Job]) -> None:
+def evaluate_sweep(jobs: Sequence[Job]) -> None:
     """Each run; one that cannot be evaluated stops no other. Then the sweep's summary and choice anew."""
     from rich.console import Console
 
@@ -84,8 +77,7 @@ def _evaluate_sweep(jobs: Sequence[Job]) -> None:
             continue
         show_line(job, result, console)
         missing += [job.policy.name] if result["status"] == "partial" else []
-    sweep = str(jobs[0].options.sweep)
-    summary = show_summary(sweep)
+    summary = show_summary(str(jobs[0].options.sweep))
     if jobs[0].tracking.reporter == "wandb" and (summary.sweep_dir / "wandb_id").exists():
         report(summary, jobs[0].tracking)
     if missing:

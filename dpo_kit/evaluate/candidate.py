@@ -45,10 +45,6 @@ class Candidate:
         """The same model, whose prompts are rendered with `template`."""
         return replace(self, model=self.model.model_copy(update={"chat_template": template}))
 
-    def described(self) -> tuple[str, str]:
-        """What its tokenizer depends on: the model, and the folder that has one of its own."""
-        return self.model.model_dump_json(), str(self.tuned) if self.own_tokenizer else ""
-
     @property
     def start(self) -> Candidate:
         """What this policy was tuned from."""
@@ -58,18 +54,17 @@ class Candidate:
         """This candidate as one whose answers are drawn here; known by its weights, wherever they lie."""
         from dpo_kit.model.turns import written_today
 
-        weights = [hash_weights(path) or f"{path}@{self.model.revision}" for path in self._parts()]
+        if self.tuned is None:
+            start, base = self.model.reference or self.model.path, base_of(self.model).path
+            folders = [start] if self.model.reference or base == start else [base, start]
+        elif self.model.tuning == "full":
+            folders = [str(self.tuned)]
+        else:
+            folders = [base_of(self.model).path, str(self.tuned)]
+        weights = [hash_weights(path) or f"{path}@{self.model.revision}" for path in folders]
         loaded = [self.model.dtype, self.model.quantization if self.model.tuning == "qlora" else None]
         identity = ["candidate", *weights, *loaded, *written_today(self.tokenizer())]
         return LocalModel(self.name, identity, self._open, wrap=False)
-
-    def _parts(self) -> list[str]:
-        """The folders whose weights make this model."""
-        if self.tuned is None:
-            start = self.model.reference or self.model.path
-            base = base_of(self.model).path
-            return [start] if self.model.reference or base == start else [base, start]
-        return [str(self.tuned)] if self.model.tuning == "full" else [base_of(self.model).path, str(self.tuned)]
 
     def _open(self) -> tuple[Any, Any]:
         from dpo_kit.model.hardware import training_precision
@@ -83,7 +78,12 @@ def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
     """The policy that a finished run left, and the config of the run. ConfigError where there is none."""
     run = RunDirectory(folder)
     if not run.manifest.exists():
-        raise ConfigError(f"{folder} is no run directory (it has no manifest.json){_meant(folder)}")
+        meant = f": for a model made elsewhere say policy={folder} reference=…" if folder.is_dir() else ""
+        if RunDirectory(folder.parent).manifest.exists():
+            meant = f": did you mean run={folder.parent}?"
+        if any(folder.glob("*/manifest.json")):
+            meant = f": it is a sweep, say sweep={folder}"
+        raise ConfigError(f"{folder} is no run directory (it has no manifest.json){meant}")
     result = run.read_result() or {}
     if result.get("status") != "done":
         status = result.get("status", "running or killed")
@@ -96,14 +96,6 @@ def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
 
         keep_date(run, policy.tokenizer())
     return policy, config
-
-
-def _meant(folder: Path) -> str:
-    if any(folder.glob("*/manifest.json")):
-        return f": it is a sweep, say sweep={folder}"
-    if RunDirectory(folder.parent).manifest.exists():
-        return f": did you mean run={folder.parent}?"
-    return f": for a model made elsewhere say policy={folder} reference=…" if folder.is_dir() else ""
 
 
 def of_path(path: str, model: Model) -> Candidate:

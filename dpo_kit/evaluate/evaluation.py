@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,37 +18,46 @@ from dpo_kit.run.words import command, override
 if TYPE_CHECKING:
     from rich.console import Console
 
-Found = dict[str, dict[str, Any]]
+Findings = dict[str, dict[str, Any]]  # by part
 SHOWN = 8  # rows of verdicts.jsonl in the tracker's table
 WORST = ("partial", "waiting", "done")
-
-
-def check_parts(names: Sequence[str]) -> None:
-    """ConfigError where a part is not known."""
-    for name in names:
-        if name not in PARTS:
-            raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {name}{did_you_mean(name, PARTS)}")
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # a sentence on the console
 
 
 def evaluate(job: Job) -> dict[str, Any]:
-    """Measure the parts that the job asks for; what result.json then holds.
+    """Measure the parts that the job asks for; what result.json then holds: the headline of every part, and `status`,
+    that of the part that lacks most.
 
     Each part's findings are in `<part>.json` of the job's folder, and those of parts measured earlier stay there.
     Raises ConfigError, DataError, ModelError.
     """
-    check_parts(job.options.parts)
-    asked = [name for name in PARTS if name in job.options.parts]
-    for name in asked:
-        PARTS[name].check(job)
+    for name in job.options.parts:
+        if name not in PARTS:
+            raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {name}{did_you_mean(name, PARTS)}")
+    asked = {name: part for name, part in PARTS.items() if name in job.options.parts}
+    for part in asked.values():
+        part.check(job)
     skipped = {}
-    for name in asked:
-        found = PARTS[name].measure(job)
+    for name, part in asked.items():
+        found = part.measure(job)
         if found["status"] == "skipped":
-            skipped[name] = found["reason"]
+            skipped[name] = f"skipped ({found['reason']})"
         else:
             write_json(job.folder / f"{name}.json", found)
     parts = read_parts(job.folder)
-    result = summarize(job, parts, skipped)
+    states = {name: found["status"] for name, found in parts.items()}
+    headlines: dict[str, Any] = {}
+    for name, found in parts.items():
+        headlines |= PARTS[name].headline(found)
+    result = {
+        "status": next((state for state in WORST if state in states.values()), "skipped"),
+        "policy": job.policy.name,
+        "opponent": job.opponent_name,
+        "split": job.split,
+        "parts": states | {name: reason for name, reason in skipped.items() if name not in states},
+        **headlines,
+        "next": next_command(job, parts),
+    }
     write_json(job.folder / "result.json", result)
     if parts:
         draw_evaluation(job.folder / "evaluation.png", parts, title=f"{job.policy.name} against {job.opponent_name}")
@@ -59,30 +67,13 @@ def evaluate(job: Job) -> dict[str, Any]:
     return result
 
 
-def read_parts(folder: Path) -> Found:
+def read_parts(folder: Path) -> Findings:
     """What each part found in `folder`, in the order of PARTS."""
     files = {name: folder / f"{name}.json" for name in PARTS}
     return {name: read_json(file) for name, file in files.items() if file.exists()}
 
 
-def summarize(job: Job, parts: Found, skipped: dict[str, str]) -> dict[str, Any]:
-    """The content of result.json: the headline of every part; `status` is that of the part that lacks most."""
-    states = {name: found["status"] for name, found in parts.items()}
-    headlines: dict[str, Any] = {}
-    for name, found in parts.items():
-        headlines |= PARTS[name].headline(found)
-    return {
-        "status": next((state for state in WORST if state in states.values()), "skipped"),
-        "policy": job.policy.name,
-        "opponent": job.opponent_name,
-        "split": job.split,
-        "parts": states | {name: f"skipped ({reason})" for name, reason in skipped.items() if name not in states},
-        **headlines,
-        "next": next_command(job, parts),
-    }
-
-
-def next_command(job: Job, parts: Found) -> str:
+def next_command(job: Job, parts: Findings) -> str:
     """What to type next: the same again where something is missing, a judge where there was none, else the reading."""
     won = parts.get("win_rate")
     if won is None and "win_rate" not in job.options.parts:
@@ -116,12 +107,11 @@ def _again(job: Job, **changed: str) -> str:
     return command(*words, *(f"{key}={value}" for key, value in changed.items()), tool="evaluate")
 
 
-def _report(job: Job, result: dict[str, Any], parts: Found) -> None:
+def _report(job: Job, result: dict[str, Any], parts: Findings) -> None:
     """The same to the tracker: into the run's own wandb run where it has one, else as a job of type evaluate."""
-    wanted = job.tracking
-    if wanted.reporter != "wandb" or (job.run and not job.run.wandb_file.exists()):
+    if job.tracking.reporter != "wandb" or (job.run and not job.run.wandb_file.exists()):
         return
-    options = wanted.model_dump(exclude={"reporter"})
+    options = job.tracking.model_dump(exclude={"reporter"})
     if job.run:
         tracker = tracking.start({}, run_dir=job.run.root, run_id=job.run.wandb_id(), **options)
     else:
@@ -136,26 +126,20 @@ def _report(job: Job, result: dict[str, Any], parts: Found) -> None:
             tracker.image(f"{place}/{name}", job.folder / picture)
     if "win_rate" in parts:
         rows = read_metrics(job.folder / "verdicts.jsonl")[:SHOWN]
-        shown = ("prompt", "policy", "opponent", "outcome")
-        tracker.table(f"{place}/samples", shown, [[str(row[name]) for name in shown] for row in rows])
+        columns = ("prompt", "policy", "opponent", "outcome")
+        tracker.table(f"{place}/samples", columns, [[str(row[name]) for name in columns] for row in rows])
     tracker.finish()
 
 
-# --- what is shown -----------------------------------------------------------------------------------------------
-
-
-def show(job: Job, result: dict[str, Any], console: Console | None = None) -> None:
+def show(job: Job, result: dict[str, Any]) -> None:
     """Failed controls above all, a short table, what to know, where the files are, the next command."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = console or Console()
-    plain: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+    console = Console()
     parts = {name: found for name, found in read_parts(job.folder).items() if name in job.options.parts}
-    for name, found in parts.items():
-        for warning in PARTS[name].warnings(found):
-            console.print(warning, style="bold red", **plain)
+    _show_warnings(parts, console)
     table = Table(title=escape(f"{job.policy.name} against {job.opponent_name}"), title_justify="left")
     table.add_column("measure")
     for heading in ("value", "95 % interval"):
@@ -168,26 +152,29 @@ def show(job: Job, result: dict[str, Any], console: Console | None = None) -> No
         console.print(table)
     for name, found in parts.items():
         for note in PARTS[name].notes(found):
-            console.print(note, **plain)
+            console.print(note, **PLAIN)
     for name, state in result["parts"].items():
         if name not in parts and name in job.options.parts:
-            console.print(f"{name} {state}", **plain)
+            console.print(f"{name} {state}", **PLAIN)
     files = sorted(file.name for file in job.folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    console.print(f"written to {job.folder}: {', '.join(files)}", **plain)
-    console.print(f"next: {result['next']}", **plain)
+    console.print(f"written to {job.folder}: {', '.join(files)}", **PLAIN)
+    console.print(f"next: {result['next']}", **PLAIN)
 
 
 def show_line(job: Job, result: dict[str, Any], console: Console) -> None:
     """One evaluation of several in a line, failed controls above it."""
-    for name, found in read_parts(job.folder).items():
-        for warning in PARTS[name].warnings(found):
-            console.print(warning, style="bold red", highlight=False, markup=False, soft_wrap=True)
-    shown = ("accuracy", "auc", "win_rate")
-    said = [f"{key.replace('_', ' ')} {_shown(result, key)}" for key in shown if result.get(key) is not None]
-    said += [f"gate {result['gate']['verdict']}"] if "gate" in result else []
+    _show_warnings(read_parts(job.folder), console)
+    figures = []
+    for key in ("accuracy", "auc", "win_rate"):
+        if result.get(key) is not None:
+            value, low, high = (result[f"{key}{end}"] for end in ("", "_low", "_high"))
+            figures.append(f"{key.replace('_', ' ')} {value:.3f} [{low:.3f}, {high:.3f}]")
+    figures += [f"gate {result['gate']['verdict']}"] if "gate" in result else []
     verdict = f" ({result['win_rate_verdict']})" if result.get("win_rate_verdict") else ""
-    console.print(f"{job.policy.name}: {', '.join(said)}{verdict}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{job.policy.name}: {', '.join(figures)}{verdict}", **PLAIN)
 
 
-def _shown(result: dict[str, Any], key: str) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*(result[f"{key}{end}"] for end in ("", "_low", "_high")))
+def _show_warnings(parts: Findings, console: Console) -> None:
+    for name, found in parts.items():
+        for warning in PARTS[name].warnings(found):
+            console.print(warning, style="bold red", **PLAIN)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,8 @@ from dpo_kit.config.settings import (
     Tracking,
 )
 from dpo_kit.errors import ConfigError, did_you_mean
-from dpo_kit.evaluate.benchmark_options import Alpaca, Domain, Failures, Harness, MTBench, MTBenchJudge
 from dpo_kit.evaluate.candidate import ADAPTER, Candidate, of_path, of_run
-from dpo_kit.evaluate.options import Evaluate, Split, WinRate
+from dpo_kit.evaluate.options import Alpaca, Domain, Evaluate, Harness, MTBench, Split, WinRate
 from dpo_kit.judge.server import refuse_silent
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.directory import RunDirectory
@@ -38,12 +35,10 @@ from dpo_kit.run.journal import key_of
 from dpo_kit.run.redact import redact_argv
 from dpo_kit.sweep.choice.runs import read_runs
 
-MODES = ("run", "sweep", "policy")
 OWN = tuple(Evaluate.model_fields)
-OF_A_PART = ("gate", "alpaca_eval", "mt_bench", "domain", "failures")  # options that are nothing without their part
+OF_A_PART = ("gate", "alpaca_eval", "mt_bench", "domain")  # options that are nothing without their part
 GROUPS: dict[str, type[Strict]] = {
-    "win_rate": WinRate, "gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "mt_bench.judge": MTBenchJudge,
-    "domain": Domain, "failures": Failures,
+    "win_rate": WinRate, "gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "domain": Domain,
 }  # fmt: skip
 OF_THE_RUN = ("beta", "seed", "method", "model", "data", "trl", "callbacks")
 JUDGES = (GoldJudge, RewardModelJudge, LLMJudge, HumanJudge)
@@ -79,24 +74,24 @@ class Job:
         return self.opponent.name if isinstance(self.opponent, Candidate) else str(self.opponent)
 
     def held_out(self) -> tuple[str, list[dict[str, Any]]]:
-        """The kind (pairs or unary) and the rows of the split, read once for all jobs that share them."""
+        """The kind (pairs, unary or prompts) and the rows of the split, read once for all jobs that share them."""
+        from dpo_kit.trainer.held_out import read_held_out, refuse_other_rows
+
         parts = {name: self.config[name] for name in ("data", "trl", "seed", "method")}
         reader = self.reference if self.run else self.policy
-        kind, rows = _read_held_out(json.dumps(parts, sort_keys=True), *reader.described(), self.split)
+        key = key_of(
+            parts, reader.model.model_dump(mode="json"), reader.own_tokenizer and str(reader.tuned), self.split
+        )
+        if key not in _HELD_OUT:
+            _HELD_OUT.clear()
+            _HELD_OUT[key] = read_held_out(parts, self.method, reader.tokenizer(), self.split)
+        kind, rows = _HELD_OUT[key]
         if self.run:
-            from dpo_kit.trainer.held_out import refuse_other_rows
-
             refuse_other_rows(read_json(self.run.manifest), self.split, rows)
         return kind, rows
 
 
-@lru_cache(maxsize=1)
-def _read_held_out(config: str, model: str, tuned: str, split: Split) -> tuple[str, list[dict[str, Any]]]:
-    from dpo_kit.trainer.held_out import read_held_out
-
-    parts = json.loads(config)
-    reader = Candidate("", Model.model_validate_json(model), Path(tuned), own_tokenizer=bool(tuned))
-    return read_held_out(parts, Method(**parts["method"]), reader.tokenizer(), split)
+_HELD_OUT: dict[str, tuple[str, list[dict[str, Any]]]] = {}  # the rows that were read last
 
 
 def plan(arguments: Sequence[str]) -> list[Job]:
@@ -104,26 +99,8 @@ def plan(arguments: Sequence[str]) -> list[Job]:
 
     Raises ConfigError, DataError, ModelError; loads no weights.
     """
-    cfg = _compose(arguments)
-    if cfg.out:
-        refuse_foreign("out", str(cfg.out))
-    mode = _mode(cfg)
-    if mode == "policy":
-        return [_plan_models(cfg, arguments)]
-    _refuse_the_run_s_own(cfg[mode], arguments)
-    if mode == "run":
-        return [_plan_run(Path(cfg.run), cfg, arguments)]
-    if cfg.out:
-        raise ConfigError(f"out={cfg.out} goes with run= or policy=: those of a sweep are kept in each run directory")
-    finished = [run.root for run in read_runs(cfg.sweep) if run.finished]
-    if not finished:
-        raise ConfigError(f"sweep={cfg.sweep} holds no run that has ended well: give the command of the sweep again")
-    return [_plan_run(folder, cfg, arguments, sweep=Path(cfg.sweep)) for folder in finished]
-
-
-def _compose(arguments: Sequence[str]) -> DictConfig:
     known = [*OWN, *(f"{group}.{name}" for group, model in GROUPS.items() for name in model.model_fields)]
-    roots = {each.split(".")[0] for each in (*known, *known_keys(), "hydra")}
+    roots = {key.split(".")[0] for key in (*known, *known_keys(), "hydra")}
     for word in arguments:
         key, equals, _ = word.partition("=")
         if not equals:
@@ -133,69 +110,83 @@ def _compose(arguments: Sequence[str]) -> DictConfig:
         if root.split("/")[0] not in roots or (nested and root in GROUPS and name not in known):
             meant = did_you_mean(name, [*known, *roots], cutoff=0.5)
             raise ConfigError(f"unknown key {key}{meant}" if meant else unknown_key(key, known))
-    return compose_unchecked(["+tool=evaluate", *arguments])
-
-
-def _mode(cfg: DictConfig) -> str:
-    given = [mode for mode in MODES if cfg[mode]]
+    cfg = compose_unchecked(["+tool=evaluate", *arguments])
+    if cfg.out:
+        refuse_foreign("out", str(cfg.out))
+    given = [mode for mode in ("run", "sweep", "policy") if cfg[mode]]
     if len(given) != 1:
-        said = " and ".join(given) or "none of them"
-        raise ConfigError(f"say one of run=DIR, sweep=DIR and policy=… reference=…, got {said}")
-    if cfg.reference and given != ["policy"]:
+        got = " and ".join(given) or "none of them"
+        raise ConfigError(f"say one of run=DIR, sweep=DIR and policy=… reference=…, got {got}")
+    if cfg.policy:
+        return [_plan_models(cfg, arguments)]
+    if cfg.reference:
         raise ConfigError(
             f"reference={cfg.reference} goes with policy=: that of a run is known; did you mean against=?"
         )
-    return given[0]
-
-
-def _refuse_the_run_s_own(folder: str, arguments: Sequence[str]) -> None:
+    folder = cfg[given[0]]
     for word in arguments:
-        if word.partition("=")[0].lstrip("+~").split(".")[0] not in (*OWN, "tracking"):
+        if _root(word) not in (*OWN, "tracking"):
             raise ConfigError(
                 f"{word}: this is taken from the manifest of {folder}. To measure its policy in another way: "
                 f"policy={folder}/model reference=… {word}"
             )
+    if cfg.run:
+        return [_plan_run(Path(folder), cfg, arguments)]
+    if cfg.out:
+        raise ConfigError(f"out={cfg.out} goes with run= or policy=: those of a sweep are kept in each run directory")
+    finished = [run.root for run in read_runs(folder) if run.finished]
+    if not finished:
+        raise ConfigError(f"sweep={folder} holds no run that has ended well: give the command of the sweep again")
+    return [_plan_run(run, cfg, arguments, sweep=Path(folder)) for run in finished]
+
+
+def _root(word: str) -> str:
+    """The first part of the key of an override."""
+    return word.lstrip("+~").partition("=")[0].split(".")[0]
 
 
 def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Path | None = None) -> Job:
+    run = RunDirectory(folder)
     policy, config = of_run(folder)
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     for name in OF_THE_RUN:
         cfg[name] = config[name]
-    cfg.choose = read_json(RunDirectory(folder).manifest).get("choose") or cfg.choose
+    cfg.choose = read_json(run.manifest).get("choose") or cfg.choose
     options = _options(cfg, arguments)
     opponent = _opponent(options.against, policy.start, policy.model)
     if options.split == "all":
         raise ConfigError("split=all is for models made elsewhere (policy=): a run has trained on some of its rows")
     split: Split = options.split or ("select" if sweep else "test")
-    method = Method(**config["method"])
-    own = Path(options.out) if options.out else _folder(folder, split) / (_place(opponent) if options.against else "")
+    place = run.evaluation
+    if (place / "result.json").exists() and read_json(place / "result.json").get("split", split) != split:
+        place /= split  # beside the other split, which a choice may rest on
+    if options.against:
+        name = opponent.name if isinstance(opponent, Candidate) else opponent.stem
+        place /= f"against-{''.join(c if c.isalnum() or c in '.-_' else '_' for c in name).strip('._')}"
+    place = Path(options.out) if options.out else place
     return Job(
         policy=policy,
         reference=policy.start,
         opponent=opponent,
         config=config,
-        beta=config["beta"] if method.implicit_reward else None,
+        beta=config["beta"] if Method(**config["method"]).implicit_reward else None,
         options=options,
         split=split,
-        folder=own,
-        shared=sweep / "evaluation" if sweep else own,
-        run=RunDirectory(folder),
-        tracking=_tracking(cfg),
+        folder=place,
+        shared=sweep / "evaluation" if sweep else place,
+        run=run,
+        tracking=Tracking(**_plain(cfg.tracking)),
         words=tuple(redact_argv(arguments)),
     )
 
 
-def _folder(run: Path, split: str) -> Path:
-    """evaluation/ of the run; evaluation/<split>/ where it holds the other split, which a choice may rest on."""
-    folder = run / "evaluation"
-    there = read_json(folder / "result.json").get("split", split) if (folder / "result.json").exists() else split
-    return folder if there == split else folder / split
-
-
 def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
-    cfg, alone = _held_out_alone(cfg)
+    train = None if OmegaConf.is_missing(cfg.data, "train") else cfg.data.train
+    alone = cfg.data.eval is not None and train in (None, cfg.data.eval)  # held-out rows, and nothing to train on
+    if alone:
+        cfg = cfg.copy()
+        cfg.data.train = cfg.data.eval
     settings = check(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in OWN]), trains=False)
     refuse_unusable(settings)
     options = _options(cfg, arguments)
@@ -203,46 +194,43 @@ def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
     if options.reference is None and policy.tuned is None:
         raise ConfigError("reference is missing: add reference=…, the folder or hub id that policy was tuned from")
     reference = of_path(options.reference, settings.model) if options.reference else policy.start
-    policy, reference = share_template(policy, reference)
-    opponent = _opponent(options.against, reference, settings.model)
+    if not policy.model.chat_template:  # where one of them has a template and the other none, it serves both
+        mine, theirs = (candidate.tokenizer().chat_template for candidate in (policy, reference))
+        if mine and not theirs:
+            reference = reference.with_template(mine)
+        elif theirs and not mine:
+            policy = policy.with_template(theirs)
     told = any(word.startswith("beta=") for word in arguments)  # else nobody knows what the policy was trained with
     config = settings.model_dump(mode="json")
     identity = [policy.name, reference.name, str(options.against), config["data"], options.win_rate.model_dump()]
     folder = Path(options.out or f"outputs/evaluation-{key_of(identity)[:8]}")
     return Job(
-        policy, reference, opponent, config, settings.beta if told and settings.method.implicit_reward else None,
-        options, options.split or ("all" if alone else "test"), folder, folder, None, settings.tracking,
-        tuple(redact_argv(arguments)),
-    )  # fmt: skip
-
-
-def _held_out_alone(cfg: DictConfig) -> tuple[DictConfig, bool]:
-    """`cfg`, and whether its data are held-out rows alone: nothing is trained, so nothing to train on is needed."""
-    train = None if OmegaConf.is_missing(cfg.data, "train") else cfg.data.train
-    if cfg.data.eval is None or train not in (None, cfg.data.eval):
-        return cfg, False
-    cfg = cfg.copy()
-    cfg.data.train = cfg.data.eval
-    return cfg, True
-
-
-def share_template(policy: Candidate, reference: Candidate) -> tuple[Candidate, Candidate]:
-    """Both with a chat template, where one of them has one and the other none: rows are rendered once for both."""
-    if policy.model.chat_template:
-        return policy, reference
-    mine, theirs = (candidate.tokenizer().chat_template for candidate in (policy, reference))
-    if mine and not theirs:
-        return policy, reference.with_template(mine)
-    return (policy.with_template(theirs), reference) if theirs and not mine else (policy, reference)
+        policy=policy,
+        reference=reference,
+        opponent=_opponent(options.against, reference, settings.model),
+        config=config,
+        beta=settings.beta if told and settings.method.implicit_reward else None,
+        options=options,
+        split=options.split or ("all" if alone else "test"),
+        folder=folder,
+        shared=folder,
+        run=None,
+        tracking=settings.tracking,
+        words=tuple(redact_argv(arguments)),
+    )
 
 
 def refuse_silent_servers(job: Job) -> None:
     """ConfigError for servers that do not answer, unless all may have been asked by an earlier start."""
-    wanted = job.options
-    if "win_rate" not in wanted.parts or (job.shared / "judgements.jsonl").exists():
+    options = job.options
+    if "win_rate" not in options.parts or (job.shared / "judgements.jsonl").exists():
         return
-    asked = {"judge": wanted.judge, "win_rate.policy_server": wanted.win_rate.policy_server}
-    for key, server in (asked | {"win_rate.opponent_server": wanted.win_rate.opponent_server}).items():
+    asked = {
+        "judge": options.judge,
+        "win_rate.policy_server": options.win_rate.policy_server,
+        "win_rate.opponent_server": options.win_rate.opponent_server,
+    }
+    for key, server in asked.items():
         if isinstance(server, Endpoint):
             refuse_silent(key, server)
 
@@ -262,20 +250,13 @@ def _opponent(against: str | None, reference: Candidate, model: Model) -> Candid
     return of_path(against, model)
 
 
-def _place(opponent: Candidate | Path) -> str:
-    name = opponent.name if isinstance(opponent, Candidate) else opponent.stem
-    return f"against-{''.join(c if c.isalnum() or c in '.-_' else '_' for c in name).strip('._')}"
-
-
 def _options(cfg: DictConfig, arguments: Sequence[str]) -> Evaluate:
-    if cfg.data.gold is None and not any(word.startswith(("judge=", "judge.")) for word in arguments):
-        cfg = cfg.copy()
-        OmegaConf.set_struct(cfg, False)
-        cfg.judge = None  # the default one needs what these data do not have
     unasked = [name for name in OF_A_PART if name not in cfg.parts]
     for word in arguments:
-        if (name := word.lstrip("+~").partition("=")[0].split(".")[0]) in unasked:
+        if (name := _root(word)) in unasked:
             raise ConfigError(f"{word} does nothing without that part: parts=[{','.join([*cfg.parts, name])}]")
+    if cfg.data.gold is None and not any(_root(word) == "judge" for word in arguments):
+        unasked.append("judge")  # the default one needs what these data do not have
     try:
         values: dict[str, Any] = {name: None if name in unasked else _plain(cfg[name]) for name in OWN}
         return Evaluate(**values)
@@ -289,14 +270,8 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
 
 
-def _tracking(cfg: DictConfig) -> Tracking:
-    return Tracking(**_plain(cfg.tracking))
-
-
 def _describe(fault: Any) -> str:
-    place = [str(part) for part in fault["loc"] if part not in ("gold", "reward_model", "llm", "human")]
-    key = ".".join(place)
+    key = ".".join(str(part) for part in fault["loc"] if part not in ("gold", "reward_model", "llm", "human"))
     if fault["type"] == "extra_forbidden":
-        names = [f"judge.{name}" for kind in JUDGES for name in kind.model_fields]
-        return unknown_key(key, names)
+        return unknown_key(key, [f"judge.{name}" for kind in JUDGES for name in kind.model_fields])
     return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r:.80}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dpo_kit.evaluate.job import Job
@@ -12,36 +11,44 @@ Found = dict[str, Any]
 Line = tuple[str, str, str]  # measure, value, 95 % interval
 
 
-@dataclass(frozen=True)
 class Part:
-    """One part of an evaluation.
+    """One part of an evaluation: what it measures, and what of its findings (`found`, plain values) is shown."""
 
-    measure: the findings, plain values, with `status` (done, partial, waiting, skipped with `reason`) among them.
-    headline: the few of them that result.json has, under the same names everywhere.
-    lines: rows of the table on the terminal. warnings: sentences that must stand above it. notes: those below.
-    check: refuses what can be seen to be wrong before anything is measured.
-    """
+    def check(self, job: Job) -> None:
+        """Refuse what can be seen to be wrong before anything is measured. ConfigError, DataError."""
 
-    measure: Callable[[Job], Found]
-    headline: Callable[[Found], Found]
-    lines: Callable[[Found], Iterator[Line]]
-    warnings: Callable[[Found], Iterator[str]] = lambda found: iter(())
-    notes: Callable[[Found], Iterator[str]] = lambda found: iter(())
-    check: Callable[[Job], object] = lambda job: None
+    def measure(self, job: Job) -> Found:
+        """The findings, with `status` (done, partial, waiting, skipped with `reason`) among them."""
+        raise NotImplementedError
+
+    def headline(self, found: Found) -> Found:
+        """The few findings that result.json has, under the same names everywhere."""
+        raise NotImplementedError
+
+    def lines(self, found: Found) -> Iterable[Line]:
+        """Rows of the table on the terminal."""
+        raise NotImplementedError
+
+    def warnings(self, found: Found) -> Iterable[str]:
+        """Sentences that must stand above the table."""
+        return ()
+
+    def notes(self, found: Found) -> Iterable[str]:
+        """Sentences below the table."""
+        return ()
 
 
-def interval_line(found: Mapping[str, Any], key: str, label: str, form: str = ".3f") -> Iterator[Line]:
-    """The row of the table for `key` and its `_low` and `_high`; nothing where it was not measured."""
-    value, low, high = (found.get(f"{key}{end}") for end in ("", "_low", "_high"))
-    if value is not None:
-        yield label, number_text(value, form), interval_text(low, high, form)
+def line(label: str, value: float, low: float | None, high: float | None, form: str = ".3f") -> Line:
+    """A row of the table; without an interval where one of its ends is not known."""
+    known = low is not None and high is not None
+    return label, number_text(value, form), f"[{number_text(low, form)}, {number_text(high, form)}]" if known else ""
 
 
-def interval_text(low: float | None, high: float | None, form: str) -> str:
-    """[low, high], or nothing where one of them is not known."""
-    if low is None or high is None:
-        return ""
-    return f"[{number_text(low, form)}, {number_text(high, form)}]"
+def interval_lines(found: Mapping[str, Any], labels: Mapping[str, str], form: str = ".3f") -> Iterator[Line]:
+    """The row of each key of `labels` with its `_low` and `_high`; none for what was not measured."""
+    for key, label in labels.items():
+        if found.get(key) is not None:
+            yield line(label, found[key], found.get(f"{key}_low"), found.get(f"{key}_high"), form)
 
 
 def number_text(value: Any, form: str) -> str:

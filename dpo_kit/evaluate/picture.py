@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Found = Mapping[str, Any]
-Row = tuple[str, float, float, float]  # label, value, low, high
 TITLE: dict[str, Any] = {"loc": "left", "fontsize": 18, "fontweight": "bold", "pad": 12}
 TEXT = 14.5
+DASHED: dict[str, Any] = {"linewidth": 1.5, "linestyle": (0, (4, 3))}
 SCORING = ("gold", "reward_model")  # judges that give each answer a number, whatever the order
 DOUBTS = {
     "order_inconsistency": "orders disagree",
@@ -25,48 +25,63 @@ DOUBTS = {
 LIGHT, MIDDLE = "#D9D9D9", "#A6A6A6"
 
 
-def draw_evaluation(path: Path, parts: Mapping[str, Found], *, title: str) -> Path:
+def draw_evaluation(path: Path, parts: Mapping[str, Found], *, title: str) -> None:
     """Draw what `parts` (findings by part) have into `path`, 1200 pixels wide; a panel without figures is left out."""
     from matplotlib.figure import Figure
 
-    panels = [draw for name, has, draw in PANELS if name in parts and has(parts[name])]
-    found = [parts[name] for name, has, _ in PANELS if name in parts and has(parts[name])]
+    panels = [(draw, parts[name]) for name, has, draw in PANELS if name in parts and has(parts[name])]
     lines = max(1, math.ceil(len(panels) / 2))
     figure = Figure(figsize=(12, 4.3 * lines + 1.0), dpi=100)
     height = figure.get_figheight()
-    figure.suptitle(_short(title, 78), x=0.03, y=1 - 0.18 / height, ha="left", va="top", fontsize=21, fontweight="bold")
-    grid = figure.add_gridspec(
-        lines, 2, left=0.03, right=0.97, bottom=0.75 / height, top=1 - 1.35 / height, wspace=0.14, hspace=0.5
-    )
-    for number, (draw, content) in enumerate(zip(panels, found, strict=True)):
+    title = _short(title, 78)
+    figure.suptitle(title, x=0.03, y=1 - 0.18 / height, ha="left", va="top", fontsize=21, fontweight="bold")
+    place: dict[str, float] = {"left": 0.03, "right": 0.97, "bottom": 0.75 / height, "top": 1 - 1.35 / height}
+    grid = figure.add_gridspec(lines, 2, **place, wspace=0.14, hspace=0.5)
+    for number, (draw, found) in enumerate(panels):
         axes = figure.add_subplot(grid[number])
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(labelsize=13, colors=GREY)
-        draw(axes, content)
+        draw(axes, found)
     if not panels:
         figure.text(0.5, 0.45, "nothing to draw was measured", ha="center", fontsize=17)
     figure.savefig(path)
-    return path
 
 
 def _short(text: str, width: int) -> str:
     return text if len(text) <= width else f"…{text[1 - width :]}"
 
 
-def _draw_rows(axes: Axes, title: str, rows: Sequence[Row], level_name: str) -> None:
-    """A dot with its interval for each row, against ½; blue where the interval lies above, orange below, else grey."""
+def _interval(found: Found, key: str) -> tuple[float, float, float]:
+    return found[key], found[f"{key}_low"], found[f"{key}_high"]
+
+
+def _draw_interval(
+    axes: Axes, line: int, label: str, interval: tuple[float, float, float], color: str, label_color: str = "black"
+) -> None:
+    """On line `line` from above a dot with its interval (value, low, high), and the label above them."""
+    value, *ends = interval
+    axes.plot(ends, [-line, -line], color=color, linewidth=3)
+    axes.plot(value, -line, marker="o", markersize=10, color=color)
+    place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "bottom", "bbox": OVER_THE_LINE}
+    axes.text(0.0, -line + 0.16, label, fontsize=TEXT, color=label_color, **place)
+
+
+def _set_lines(axes: Axes, count: int) -> None:
+    axes.set_ylim(-max(4, count) + 0.5, 0.95)
+    axes.set_yticks([])
+
+
+def _draw_rates(axes: Axes, title: str, rates: Mapping[str, tuple[float, float, float]], level_name: str) -> None:
+    """A dot with its interval for each rate, against ½; blue where the interval lies above, orange below, else grey."""
     axes.set_title(title, **TITLE)
-    axes.axvline(0.5, color=GREY, linewidth=1.5, linestyle=(0, (4, 3)))
-    for line, (label, value, low, high) in enumerate(rows):
+    axes.axvline(0.5, color=GREY, **DASHED)
+    for line, (label, (value, low, high)) in enumerate(rates.items()):
         color = BLUE if low > 0.5 else ORANGE if high < 0.5 else GREY
-        axes.plot([low, high], [-line, -line], color=color, linewidth=3)
-        axes.plot(value, -line, marker="o", markersize=10, color=color)
-        axes.text(0.0, -line + 0.16, label, fontsize=TEXT, va="bottom", ha="left", bbox=OVER_THE_LINE)
+        _draw_interval(axes, line, label, (value, low, high), color)
         axes.text(1.03, -line, f"{value:.2f}", fontsize=TEXT, va="center", ha="left", fontweight="bold", color=color)
     axes.set_xlim(0, 1.15)
-    axes.set_ylim(-max(4, len(rows)) + 0.5, 0.95)
-    axes.set_yticks([])
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", level_name, "", "1"])
+    _set_lines(axes, len(rates))
 
 
 def _draw_win_rates(axes: Axes, found: Found) -> None:
@@ -75,43 +90,30 @@ def _draw_win_rates(axes: Axes, found: Found) -> None:
         "win_rate_without_ties": "with ties dropped",
         "win_rate_length_controlled_without_difficulty": "at equal length, no instruction difficulty",
     }
-    rows = [(label, *_interval(found, key)) for key, label in names.items() if found.get(key) is not None]
-    title = f"Win rate, {found['prompts']:,} prompts: {found['win_rate_verdict']}"
-    _draw_rows(axes, title, rows, "0.5")
-
-
-def _interval(found: Found, key: str) -> tuple[float, float, float]:
-    return found[key], found[f"{key}_low"], found[f"{key}_high"]
+    rates = {label: _interval(found, key) for key, label in names.items() if found.get(key) is not None}
+    _draw_rates(axes, f"Win rate, {found['prompts']:,} prompts: {found['win_rate_verdict']}", rates, "0.5")
 
 
 def _draw_verdicts(axes: Axes, found: Found) -> None:
     """One bar of all comparisons, and below it what tells how far the judge can be trusted."""
     axes.set_title(f"Verdicts on {found['comparisons']:,} comparisons", **TITLE)
     axes.spines["bottom"].set_visible(False)
-    outcomes = found["outcomes"]
-    shown = (("win", BLUE), ("tie", LIGHT), ("order-dependent", MIDDLE), ("loss", ORANGE), ("unjudged", "white"))
-    total, left = sum(outcomes.values()) or 1, 0.0
-    for name, color in shown:
-        share = outcomes[name] / total
-        axes.barh(0, share, left=left, height=0.5, color=color, edgecolor=GREY if color == "white" else color)
+    total, left, line = sum(found["outcomes"].values()) or 1, 0.0, 0
+    colors = {"win": BLUE, "tie": LIGHT, "order-dependent": MIDDLE, "loss": ORANGE, "unjudged": "white"}
+    for name, color in colors.items():
+        share, edge = found["outcomes"][name] / total, GREY if color == "white" else color
+        axes.barh(0, share, left=left, height=0.5, color=color, edgecolor=edge)
         left += share
-    for line, (name, color) in enumerate((name, color) for name, color in shown if outcomes[name]):
-        axes.plot(
-            0.015,
-            -0.62 - 0.36 * line,
-            marker="s",
-            markersize=13,
-            color=color,
-            markeredgecolor=GREY if color == "white" else color,
-        )
-        text = f"{name}: {outcomes[name] / total:.0%}"
-        axes.text(0.045, -0.62 - 0.36 * line, text, fontsize=TEXT, va="center")
-    said = [f"judge: {_short(found['judge']['name'], 26)}"]
-    trusted = found["judge"]["kind"] in SCORING
-    said += [f"{label}: {found[key]:.0%}" for key, label in DOUBTS.items() if found[key] is not None and not trusted]
-    failed = [control["name"] for control in found["controls"] if not control["passed"]]
-    said += [f"CONTROL FAILED: {name}" for name in failed]
-    for line, text in enumerate(said):
+        if share:
+            y = -0.62 - 0.36 * line
+            axes.plot(0.015, y, marker="s", markersize=13, color=color, markeredgecolor=edge)
+            axes.text(0.045, y, f"{name}: {share:.0%}", fontsize=TEXT, va="center")
+            line += 1
+    trust = [f"judge: {_short(found['judge']['name'], 26)}"]
+    if found["judge"]["kind"] not in SCORING:
+        trust += [f"{label}: {found[key]:.0%}" for key, label in DOUBTS.items() if found[key] is not None]
+    trust += [f"CONTROL FAILED: {control['name']}" for control in found["controls"] if not control["passed"]]
+    for line, text in enumerate(trust):
         color = ORANGE if "FAILED" in text else "black"
         axes.text(0.52, -0.62 - 0.36 * line, text, fontsize=TEXT, va="center", color=color)
     axes.set_xlim(0, 1)
@@ -122,14 +124,17 @@ def _draw_verdicts(axes: Axes, found: Found) -> None:
 
 def _draw_groups(axes: Axes, found: Found) -> None:
     """Accuracy over all pairs, by which answer is the longer, and from close to clear calls."""
-    groups: list[tuple[str, Found]] = [(name, group) for name, group in found["by_length"].items()]
-    gaps = found["by_score_gap"]
+    groups, gaps = dict(found["by_length"]), found["by_score_gap"]
     if len(gaps) > 1:  # the ends tell whether it fails on close calls only
-        groups.append((f"score gap up to {gaps[0]['to']:.2g}", gaps[0]))
-        groups.append((f"score gap from {gaps[-1]['from']:.2g}", gaps[-1]))
-    rows = [("all pairs", *_interval(found, "accuracy"))]
-    rows += [(f"{name} ({g['pairs']:,})", g["accuracy"], g["low"], g["high"]) for name, g in groups if g["pairs"]]
-    _draw_rows(axes, f"Accuracy on {found['pairs']:,} held-out pairs", rows, "chance")
+        groups |= {
+            f"score gap up to {gaps[0]['to']:.2g}": gaps[0],
+            f"score gap from {gaps[-1]['from']:.2g}": gaps[-1],
+        }
+    rates = {"all pairs": _interval(found, "accuracy")}
+    for name, group in groups.items():
+        if group["pairs"]:
+            rates[f"{name} ({group['pairs']:,})"] = group["accuracy"], group["low"], group["high"]
+    _draw_rates(axes, f"Accuracy on {found['pairs']:,} held-out pairs", rates, "chance")
 
 
 def _draw_calibration(axes: Axes, found: Found) -> None:
@@ -137,7 +142,7 @@ def _draw_calibration(axes: Axes, found: Found) -> None:
     calibration = found["calibration"]
     axes.set_title(f"Calibration (ECE {calibration['ece']:.2f})", **TITLE)
     axes.spines["left"].set_visible(True)
-    axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=1.5, linestyle=(0, (4, 3)))
+    axes.plot([0.5, 1], [0.5, 1], color=GREY, **DASHED)
     rows = calibration["reliability"]
     most = max(row["pairs"] for row in rows)
     for row in rows:
@@ -146,8 +151,7 @@ def _draw_calibration(axes: Axes, found: Found) -> None:
     axes.set_xlabel("confidence, σ(β · margin); larger dot: more pairs", fontsize=TEXT, color=GREY)
     axes.set_ylabel("accuracy", fontsize=TEXT, color=GREY)
     axes.set_xlim(0.49, 1.01)
-    low = min(0.5, *(row["low"] for row in rows))
-    axes.set_ylim(low - 0.02, 1.02)
+    axes.set_ylim(min(0.5, *(row["low"] for row in rows)) - 0.02, 1.02)
     place = axes.get_position()
     axes.set_position((place.x0 + 0.05, place.y0, place.width - 0.05, place.height))
 
@@ -157,26 +161,17 @@ def _draw_gate(axes: Axes, found: Found) -> None:
     limit, shown = found["gate"]["limit"], sorted(found["tasks"], key=lambda task: task["difference"])[:6]
     axes.set_title(f"Regression gate: {found['gate']['verdict']}", **TITLE)
     axes.axvline(0, color=GREY, linewidth=1.5)
-    axes.axvline(-limit, color=ORANGE, linewidth=1.5, linestyle=(0, (4, 3)))
-    colors = {"failed": ORANGE, "passed": BLUE, "inconclusive": GREY}
+    axes.axvline(-limit, color=ORANGE, **DASHED)
     for line, task in enumerate(shown):
-        color = colors[task["verdict"]]
-        axes.plot([task["low"], task["high"]], [-line, -line], color=color, linewidth=3)
-        axes.plot(task["difference"], -line, marker="o", markersize=10, color=color)
+        color = {"failed": ORANGE, "passed": BLUE, "inconclusive": GREY}[task["verdict"]]
         label = f"{_short(task['task'], 24)} ({task['n']:,}): {task['difference']:+.3f}, {task['verdict']}"
-        place: dict[str, Any] = {
-            "transform": axes.get_yaxis_transform(),
-            "va": "bottom",
-            "ha": "left",
-            "bbox": OVER_THE_LINE,
-        }
-        axes.text(0.0, -line + 0.16, label.replace("-", "−"), fontsize=TEXT, color=color, **place)
+        interval = task["difference"], task["low"], task["high"]
+        _draw_interval(axes, line, label.replace("-", "−"), interval, color, label_color=color)
     low, high = min(task["low"] for task in shown), max(task["high"] for task in shown)
     axes.set_xlim(min(low, -2 * limit, -0.02) * 1.1, max(high, limit, 0.02) * 1.1)
-    axes.set_ylim(-max(4, len(shown)) + 0.5, 0.95)
-    axes.set_yticks([])
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("policy − reference; dashed: the largest loss allowed", fontsize=TEXT, color=GREY)
+    _set_lines(axes, len(shown))
 
 
 def _draw_failures(axes: Axes, found: Found) -> None:
@@ -194,12 +189,11 @@ def _draw_failures(axes: Axes, found: Found) -> None:
     for place, name, color in ((0.5, "of the losses", ORANGE), (0.82, "of the wins", BLUE)):
         axes.text(place, 0.62, name, fontsize=TEXT, va="bottom", ha="left", color=color)
     axes.set_xlim(-0.02, 1.15)
-    axes.set_ylim(-max(4, len(shown)) + 0.5, 0.95)
-    axes.set_yticks([])
     axes.set_xticks([0, 0.5, 1], ["0", "half", "all"])
+    _set_lines(axes, len(shown))
 
 
-PANELS: tuple[tuple[str, Callable[[Found], bool], Callable[..., None]], ...] = (
+PANELS: tuple[tuple[str, Callable[[Found], bool], Callable[[Axes, Found], None]], ...] = (
     ("win_rate", lambda found: found["win_rate"] is not None, _draw_win_rates),
     ("win_rate", lambda found: bool(found["comparisons"]), _draw_verdicts),
     ("preferences", lambda found: found["kind"] == "pairs", _draw_groups),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from dpo_kit.callbacks import metrics as measures
 from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
 from dpo_kit.data.prepare import Rows
 from dpo_kit.data.report.figures import scores_of
-from dpo_kit.run.statistics import Difference, mcnemar, paired_bootstrap
+from dpo_kit.run.statistics import mcnemar, paired_bootstrap
 
 GROUPS = 4  # of pairs by score gap
 BINS = 10  # of the reliability table, over confidences from ½ to 1
@@ -32,24 +34,18 @@ def describe_preferences(scores: Scores, rows: Rows, beta: float | None, saturat
     found["prompts"] = len({*scores.prompts_chosen, *scores.prompts_rejected})
     if not scores.paired:
         return {"kind": "unary", "rows": len(rows), **found}
-    margins = measures.margin(scores.logratio_chosen, scores.logratio_rejected)
-    found["accuracy_length_corrected_logistic"] = found.pop("accuracy_length_corrected", None)
-    ratings = [scores_of(row) for row in rows]
-    gaps = [None if rating is None else rating[0] - rating[1] for rating in ratings]
+    margins, prompts = measures.margin(scores.logratio_chosen, scores.logratio_rejected), scores.prompts_chosen
     tokens = scores.tokens_chosen - scores.tokens_rejected
+    lengths = {"chosen longer": tokens > 0, "chosen shorter": tokens < 0, "equally long": tokens == 0}
+    found["accuracy_length_corrected_logistic"] = found.pop("accuracy_length_corrected", None)
     return {
         "kind": "pairs",
         "pairs": len(rows),
         **found,
-        "calibration": describe_calibration(beta * margins, scores.prompts_chosen) if beta is not None else None,
-        "by_score_gap": _by_score_gap(margins, gaps, scores.prompts_chosen),
-        "by_length": {
-            name: _group(margins, chosen, scores.prompts_chosen)
-            for name, chosen in (
-                ("chosen longer", tokens > 0), ("chosen shorter", tokens < 0), ("equally long", tokens == 0)
-            )
-        },
-    }  # fmt: skip
+        "calibration": None if beta is None else describe_calibration(beta * margins, prompts),
+        "by_score_gap": _by_score_gap(margins, rows, prompts),
+        "by_length": {name: _group(margins, inside, prompts) for name, inside in lengths.items()},
+    }
 
 
 def describe_calibration(rewards: Tensor, prompts: Sequence[str]) -> Found:
@@ -59,24 +55,17 @@ def describe_calibration(rewards: Tensor, prompts: Sequence[str]) -> Found:
     confidence and accuracy, rows weighed by their pairs (expected calibration error, arXiv:1706.04599).
     """
     confidence = torch.sigmoid(rewards.double().abs())
-    right = measures.correct(rewards)
     place = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     rows = []
-    for bin_ in sorted(set(place.tolist())):
-        inside = place == bin_
-        rows.append(
-            {
-                "from": 0.5 + bin_ / (2 * BINS),
-                "to": 0.5 + (bin_ + 1) / (2 * BINS),
-                "confidence": float(confidence[inside].mean()),
-                **_group(rewards, inside, prompts),
-            }
-        )
+    for number in place.unique().tolist():
+        inside = place == number
+        ends = {"from": 0.5 + number / (2 * BINS), "to": 0.5 + (number + 1) / (2 * BINS)}
+        rows.append(ends | {"confidence": float(confidence[inside].mean()), **_group(rewards, inside, prompts)})
     gaps = [row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in rows]
     return {
         "ece": sum(gaps) / len(rewards),
         "mean_confidence": float(confidence.mean()),
-        "accuracy": float(right.mean()),
+        "accuracy": measures.accuracy(rewards),
         "reliability": rows,
     }
 
@@ -86,10 +75,19 @@ def compare_preferences(ours: Found, theirs: Found) -> Found:
 
     Accuracy by McNemar's exact test, margin by paired bootstrap, both by prompt; empty below two common pairs.
     """
-    common = ours.keys() & theirs.keys()
-    mine, other = (_mean_by_prompt({pair: side[pair] for pair in common}) for side in (ours, theirs))
-    tests = {"accuracy": mcnemar(ours, theirs), "margin_nats": paired_bootstrap(mine, other)}
-    return {name: _describe(test) for name, test in tests.items() if test is not None}
+    means = []
+    for side in (ours, theirs):
+        by_prompt: dict[str, list[float]] = {}
+        for pair in ours.keys() & theirs.keys():
+            prompt, margin = side[pair]
+            by_prompt.setdefault(prompt, []).append(margin)
+        means.append({prompt: fmean(margins) for prompt, margins in by_prompt.items()})
+    tests = {"accuracy": mcnemar(ours, theirs), "margin_nats": paired_bootstrap(means[0], means[1])}
+    return {
+        name: {"difference": test.value, "low": test.low, "high": test.high, "p": test.p, "count": test.count,
+               "test": test.basis, "needed": test.needed}
+        for name, test in tests.items() if test is not None
+    }  # fmt: skip
 
 
 def margins_by_pair(scores: Scores, rows: Rows) -> dict[str, tuple[str, float]]:
@@ -100,36 +98,21 @@ def margins_by_pair(scores: Scores, rows: Rows) -> dict[str, tuple[str, float]]:
     return {row["pair_id"]: (row["prompt_id"], value) for row, value in zip(rows, margins, strict=True)}
 
 
-def _mean_by_prompt(pairs: dict[str, tuple[str, float]]) -> dict[str, float]:
-    values: dict[str, list[float]] = {}
-    for prompt, value in pairs.values():
-        values.setdefault(prompt, []).append(value)
-    return {prompt: sum(each) / len(each) for prompt, each in values.items()}
-
-
-def _describe(test: Difference) -> Found:
-    return {
-        "difference": test.value, "low": test.low, "high": test.high, "p": test.p, "count": test.count,
-        "test": test.basis, "needed": test.needed,
-    }  # fmt: skip
-
-
-def _by_score_gap(margins: Tensor, gaps: Sequence[float | None], prompts: Sequence[str]) -> list[Found]:
+def _by_score_gap(margins: Tensor, rows: Rows, prompts: Sequence[str]) -> list[Found]:
     """Accuracy in groups of about as many pairs, from the closest calls to the clearest; [] without scores."""
-    known = torch.tensor([gap is not None for gap in gaps])
-    values = torch.tensor([abs(gap) if gap is not None else 0.0 for gap in gaps], dtype=torch.float64)
-    if not known.any():
+    ratings = [scores_of(row) for row in rows]
+    gaps = [math.nan if rating is None else abs(rating[0] - rating[1]) for rating in ratings]
+    values = torch.tensor(gaps, dtype=torch.float64)
+    known = values[~values.isnan()]
+    if not len(known):
         return []
-    quantiles = torch.linspace(0, 1, GROUPS + 1, dtype=torch.float64)
-    edges = torch.quantile(values[known], quantiles).unique().tolist()
-    edges = edges if len(edges) > 1 else edges * 2
-    found = []
-    for low, high in pairwise(edges):
-        last = high == edges[-1]
-        inside = known & (values >= low) & ((values <= high) if last else (values < high))
+    edges = torch.quantile(known, torch.linspace(0, 1, GROUPS + 1, dtype=torch.float64)).unique().tolist()
+    groups = []
+    for low, high in pairwise(edges if len(edges) > 1 else edges * 2):
+        inside = (values >= low) & ((values <= high) if high == edges[-1] else (values < high))  # never for nan
         if inside.any():
-            found.append({"from": low, "to": high, **_group(margins, inside, prompts)})
-    return found
+            groups.append({"from": low, "to": high, **_group(margins, inside, prompts)})
+    return groups
 
 
 def _group(margins: Tensor, inside: Tensor, prompts: Sequence[str]) -> Found:
@@ -137,6 +120,6 @@ def _group(margins: Tensor, inside: Tensor, prompts: Sequence[str]) -> Found:
     count = int(inside.sum())
     if not count:
         return {"pairs": 0, "accuracy": None, "low": None, "high": None}
-    own = [prompt for prompt, here in zip(prompts, inside.tolist(), strict=True) if here]
-    low, high = measures.accuracy_interval(margins[inside], own)
+    members = [prompt for prompt, is_inside in zip(prompts, inside.tolist(), strict=True) if is_inside]
+    low, high = measures.accuracy_interval(margins[inside], members)
     return {"pairs": count, "accuracy": measures.accuracy(margins[inside]), "low": low, "high": high}

@@ -7,22 +7,19 @@ same prompt in another chunk may get another answer.)
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-from dpo_kit.config.settings import Answers, LocalAnswers, Model, ServerAnswers
+from dpo_kit.config.settings import Answers, LocalAnswers, Model
 from dpo_kit.errors import DataError
 from dpo_kit.judge.server import Request, Server
 from dpo_kit.model.chats import Prompt, as_messages, split_context
 from dpo_kit.run.files import hash_weights
 from dpo_kit.run.journal import Journal, key_of
 from dpo_kit.run.quiet import quiet_imports, quiet_libraries
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,6 @@ class LocalModel:
     wrap: bool = True  # text prompts become a user turn where the tokenizer has a chat template
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One model, temperature and draw, in which every prompt gets one answer."""
-
-    temperature: float
-    draw: int
-
-
 def draw_answers(
     source: Answers, model: Model, prompts: Sequence[Prompt], asking: Asking, journal: Journal
 ) -> tuple[list[list[Answer | None]], dict[str, Any]]:
@@ -85,9 +74,18 @@ def draw_answers(
     if isinstance(source, LocalAnswers):
         local = _local_model(source, model)
         return draw_locally(local, source.temperatures, source.draws, prompts, asking, journal), {}
-    turns = _turns(source.temperatures, source.draws)
-    keys, spend = _ask_server(source, prompts, asking, turns, journal)
-    return _answers(journal, keys, turns, source.model), spend
+    turns = [(temperature, draw) for temperature in source.temperatures for draw in range(source.draws)]
+    requests = []
+    for prompt in prompts:  # one after the other, so that a pass that stops has whole prompts
+        messages, context = split_context(as_messages(prompt))
+        for turn in turns:
+            key = key_of("answer", source.model, *turn, asking.max_new_tokens, asking.seed, prompt)
+            seed = int(key[:7], 16)  # of its own, so that two draws differ on a server that honours seeds
+            requests.append(Request(key, messages, asking.max_new_tokens, turn[0], seed, context))
+    server = Server(source, journal)
+    server.ask(requests, f"answers of {source.model}")
+    keys = [[request.key for request in requests[start :: len(turns)]] for start in range(len(turns))]
+    return _read(journal, source.model, turns, keys), server.spend()
 
 
 def draw_locally(
@@ -99,51 +97,44 @@ def draw_locally(
     journal: Journal,
 ) -> list[list[Answer | None]]:
     """For each prompt the answers of `local`, `draws` at each temperature. What `journal` has is not drawn again."""
-    turns = _turns(temperatures, draws)
-    return _answers(journal, _draw_local(local, prompts, asking, turns, journal), turns, local.name)
-
-
-def _turns(temperatures: Sequence[float], draws: int) -> list[Turn]:
-    return [Turn(temperature, draw) for temperature in temperatures for draw in range(draws)]
-
-
-def _answers(journal: Journal, keys: dict[Turn, list[str]], turns: list[Turn], name: str) -> list[list[Answer | None]]:
-    answers = [[_answer(journal, key, f"{name} at {turn.temperature:g}") for key in keys[turn]] for turn in turns]
-    return [list(each) for each in zip(*answers, strict=True)]
-
-
-def _answer(journal: Journal, key: str, source: str) -> Answer | None:
-    row = journal.rows.get(key)
-    return None if row is None else Answer(row["text"], row["cut"], source, tuple(row.get("calls", ())))
-
-
-# --- a local model -----------------------------------------------------------------------------------------------
-
-
-def _draw_local(
-    local: LocalModel, prompts: Sequence[Prompt], asking: Asking, turns: list[Turn], journal: Journal
-) -> dict[Turn, list[str]]:
-    """The keys of all answers, by turn and in the order of the prompts, once the missing ones are drawn."""
     identity = [*local.identity, asking.max_new_tokens, asking.seed]
+    turns = [(temperature, draw) for temperature in temperatures for draw in range(draws)]
     chunks = [list(prompts[start : start + asking.chunk]) for start in range(0, len(prompts), asking.chunk)]
     contents = [key_of(chunk) for chunk in chunks]
     keys = {
-        (turn, number): [key_of(identity, turn.temperature, turn.draw, contents[number], each) for each in chunk]
+        (turn, number): [key_of(identity, *turn, contents[number], prompt) for prompt in chunk]
         for number, chunk in enumerate(chunks)
         for turn in turns
     }
-    missing = [place for place, own in keys.items() if not all(key in journal.rows for key in own)]
+    missing = [place for place, of_chunk in keys.items() if not all(key in journal.rows for key in of_chunk)]
     if missing:
-        sampler = _Sampler(local)
-        todo = sum(len(keys[place]) for place in missing)
-        with tqdm(total=todo, desc=f"answers of {local.name}", unit="answer", disable=None) as bar:
+        quiet_imports()
+        quiet_libraries()
+        model, tokenizer = local.open()
+        total = sum(len(keys[place]) for place in missing)
+        with tqdm(total=total, desc=f"answers of {local.name}", unit="answer", disable=None) as bar:
             for turn, number in missing:
-                seed = int(key_of(asking.seed, turn.temperature, turn.draw, contents[number])[:15], 16)
-                drawn = sampler.sample(chunks[number], turn.temperature, asking.max_new_tokens, seed)
-                rows = [{"text": sample.text, "cut": sample.cut} for sample in drawn]
-                journal.add_all(dict(zip(keys[turn, number], rows, strict=True)))
-                bar.update(len(drawn))
-    return {turn: [key for number in range(len(chunks)) for key in keys[turn, number]] for turn in turns}
+                seed = int(key_of(asking.seed, *turn, contents[number])[:15], 16)
+                rows = _rows(tokenizer, chunks[number], local.wrap)
+                samples = _sample(model, tokenizer, rows, turn[0], asking.max_new_tokens, seed)
+                answers = [{"text": sample.text, "cut": sample.cut} for sample in samples]
+                journal.add_all(dict(zip(keys[turn, number], answers, strict=True)))
+                bar.update(len(answers))
+    of_turns = [[key for number in range(len(chunks)) for key in keys[turn, number]] for turn in turns]
+    return _read(journal, local.name, turns, of_turns)
+
+
+def _read(
+    journal: Journal, name: str, turns: Sequence[tuple[float, int]], keys: Sequence[Sequence[str]]
+) -> list[list[Answer | None]]:
+    """For each prompt its answers, from the keys of all prompts by turn; None where there is none."""
+    answers: list[list[Answer | None]] = [[] for _ in keys[0]]
+    for (temperature, _), of_turn in zip(turns, keys, strict=True):
+        for drawn, row in zip(answers, map(journal.rows.get, of_turn), strict=True):
+            source = f"{name} at {temperature:g}"
+            answer = Answer(row["text"], row["cut"], source, tuple(row.get("calls", ()))) if row else None
+            drawn.append(answer)
+    return answers
 
 
 def _local_model(source: LocalAnswers, model: Model) -> LocalModel:
@@ -166,61 +157,28 @@ def _local_model(source: LocalAnswers, model: Model) -> LocalModel:
     return LocalModel(source.path, [weights, source.dtype, *written_today(load_tokenizer(settings))], open_model)
 
 
-class _Sampler:
-    """An open model and its tokenizer, ready to sample."""
+def _sample(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], temperature: float, max_new_tokens: int, seed: int
+) -> list[Any]:
+    """One sample per row, all in one batch, from the random state `seed`; temperature 0 is greedy."""
+    import torch
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
-    def __init__(self, local: LocalModel) -> None:
-        quiet_imports()
-        quiet_libraries()
-        self.wrap = local.wrap
-        self.model, self.tokenizer = local.open()
+    from dpo_kit.model.sampling import draw_samples
 
-    def sample(self, prompts: Sequence[Prompt], temperature: float, max_new_tokens: int, seed: int) -> list[Any]:
-        """One sample per prompt, all in one batch, from the random state `seed`; temperature 0 is greedy."""
-        import torch
-        from transformers import TemperatureLogitsWarper, TopKLogitsWarper
-
-        from dpo_kit.model.sampling import draw_samples
-
-        warper = TemperatureLogitsWarper(float(temperature)) if temperature else TopKLogitsWarper(1)
-        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            return draw_samples(
-                self.model,
-                self.tokenizer,
-                self._rows(prompts),
-                max_new_tokens=max_new_tokens,
-                batch_size=len(prompts),
-                processor=lambda _: warper,
-            )
-
-    def _rows(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        if self.tokenizer.chat_template is not None:
-            return [{"prompt": as_messages(prompt) if self.wrap else prompt} for prompt in prompts]
-        if any(not isinstance(prompt, str) for prompt in prompts):
-            raise DataError(
-                f"the prompts are chat messages, but the tokenizer of {self.tokenizer.name_or_path} has no chat "
-                "template: use an instruct model, or prompts that are text"
-            )
-        return [{"prompt": prompt} for prompt in prompts]
+    warper = TemperatureLogitsWarper(float(temperature)) if temperature else TopKLogitsWarper(1)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": len(rows)}
+    with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return draw_samples(model, tokenizer, rows, processor=lambda _: warper, **options)
 
 
-# --- a server ----------------------------------------------------------------------------------------------------
-
-
-def _ask_server(
-    source: ServerAnswers, prompts: Sequence[Prompt], asking: Asking, turns: list[Turn], journal: Journal
-) -> tuple[dict[Turn, list[str]], dict[str, Any]]:
-    server = Server(source, journal)
-    requests = {turn: list(_requests(source, prompts, asking, turn)) for turn in turns}
-    by_prompt = zip(*requests.values(), strict=True)  # so that a pass that stops has whole prompts
-    server.ask([each for own in by_prompt for each in own], f"answers of {source.model}")
-    return {turn: [each.key for each in requests[turn]] for turn in turns}, server.spend()
-
-
-def _requests(source: ServerAnswers, prompts: Sequence[Prompt], asking: Asking, turn: Turn) -> Iterator[Request]:
-    for prompt in prompts:
-        key = key_of("answer", source.model, turn.temperature, turn.draw, asking.max_new_tokens, asking.seed, prompt)
-        seed = int(key[:7], 16)  # of its own, so that two draws differ on a server that honours seeds
-        messages, context = split_context(as_messages(prompt))
-        yield Request(key, messages, asking.max_new_tokens, turn.temperature, seed, context)
+def _rows(tokenizer: Any, prompts: Sequence[Prompt], wrap: bool) -> list[dict[str, Any]]:
+    if tokenizer.chat_template is not None:
+        return [{"prompt": as_messages(prompt) if wrap else prompt} for prompt in prompts]
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        raise DataError(
+            f"the prompts are chat messages, but the tokenizer of {tokenizer.name_or_path} has no chat template: use "
+            "an instruct model, or prompts that are text"
+        )
+    return [{"prompt": prompt} for prompt in prompts]

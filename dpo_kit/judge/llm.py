@@ -14,8 +14,8 @@ from typing import Any
 from dpo_kit.config.settings import LLMJudge
 from dpo_kit.errors import ConfigError, JudgeError
 from dpo_kit.judge.server import Reply, Request, Server
-from dpo_kit.judge.verdicts import Raw, Shown
-from dpo_kit.model.chats import Prompt, conversation_text
+from dpo_kit.judge.verdicts import Judge, Raw, Shown
+from dpo_kit.model.chats import conversation_text
 from dpo_kit.run.journal import Journal, key_of
 from dpo_kit.run.redact import redact_text
 
@@ -32,7 +32,7 @@ _VERDICT = re.compile(r"VERDICT: (1|2|TIE)")
 RAW: dict[str, Raw] = {"1": "first", "2": "second", "TIE": "tie"}
 
 
-class LanguageModelJudge:
+class LanguageModelJudge(Judge):
     """A model behind an OpenAI-compatible server that compares answers by the rubric in a text file."""
 
     def __init__(self, settings: LLMJudge, journal: Journal) -> None:
@@ -42,38 +42,28 @@ class LanguageModelJudge:
         self.server = Server(settings, journal)
 
     def decide(self, shown: Sequence[Shown]) -> list[Raw]:
-        replies = self.server.ask([self._request(each) for each in shown], "verdicts")
-        verdicts = [read_verdict(reply) for reply in replies]
-        self._refuse_unreadable(
-            [reply for reply, raw in zip(replies, verdicts, strict=True) if raw == "unparsable"], len(replies)
-        )
-        return verdicts
-
-    def _refuse_unreadable(self, unread: Sequence[Reply | None], asked: int) -> None:
         """JudgeError where most replies hold no verdict: as ties they would look like a result."""
-        if len(unread) < LEAST or 2 * len(unread) <= asked:
-            return
-        example = redact_text(next(reply.text for reply in unread if reply))[-200:]
-        cut = sum(reply.cut for reply in unread if reply)
-        raise JudgeError(
-            f"{self.name} keeps to no form of verdict: {len(unread)} of {asked} replies do not end in VERDICT: 1, "
-            f"VERDICT: 2 or VERDICT: TIE ({cut} were cut at judge.max_tokens={self.settings.max_tokens}), such as "
-            f"{example!r}. Raise judge.max_tokens, or take another judge.model"
-        )
-
-    def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
-        """A language model compares only."""
-        return None
+        settings, requests = self.settings, []
+        for each in shown:
+            key = key_of("llm", settings.model, self.instructions, settings.temperature, settings.max_tokens, each)
+            text = f"{self.instructions}\n{fence(each, secrets.token_hex(8))}"
+            # one user message: some chat templates refuse the system role
+            message = {"role": "user", "content": text}
+            requests.append(Request(key, [message], settings.max_tokens, settings.temperature))
+        replies = self.server.ask(requests, "verdicts")
+        verdicts = [read_verdict(reply) for reply in replies]
+        unread = [reply for reply, raw in zip(replies, verdicts, strict=True) if reply and raw == "unparsable"]
+        if len(unread) >= LEAST and 2 * len(unread) > len(replies):
+            cut = sum(reply.cut for reply in unread)
+            raise JudgeError(
+                f"{self.name} keeps to no form of verdict: {len(unread)} of {len(replies)} replies do not end in "
+                f"VERDICT: 1, VERDICT: 2 or VERDICT: TIE ({cut} were cut at judge.max_tokens={settings.max_tokens}), "
+                f"such as {redact_text(unread[0].text)[-200:]!r}. Raise judge.max_tokens, or take another judge.model"
+            )
+        return verdicts
 
     def spend(self) -> dict[str, Any]:
         return self.server.spend()
-
-    def _request(self, shown: Shown) -> Request:
-        own = self.settings
-        key = key_of("llm", own.model, self.instructions, own.temperature, own.max_tokens, shown)
-        text = f"{self.instructions}\n{fence(shown, secrets.token_hex(8))}"
-        # one user message: some chat templates refuse the system role
-        return Request(key, [{"role": "user", "content": text}], own.max_tokens, own.temperature)
 
 
 def read_rubric(path: str) -> str:
@@ -103,6 +93,10 @@ def read_verdict(reply: Reply | None) -> Raw:
     """The verdict on the last line that is not blank; a line that is anything else is unparsable."""
     if reply is None:
         return "unjudged"
-    lines = reply.text.strip().splitlines()
-    found = _VERDICT.fullmatch(lines[-1].strip()) if lines else None
+    found = _VERDICT.fullmatch(last_line(reply.text))
     return RAW[found[1]] if found else "unparsable"
+
+
+def last_line(text: str) -> str:
+    """The last line of `text` that is not blank; "" where there is none."""
+    return next(reversed(text.strip().splitlines()), "").strip()

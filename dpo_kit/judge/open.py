@@ -1,41 +1,27 @@
 """Judges of answers as config options: a gold function, a reward model, a language model, people.
 
-Data building and evaluation both open one here and ask it through `compare`, which shows every pair in both orders.
+Data building and evaluation both open one here and ask it through `verdicts.compare`, which shows every pair in both
+orders.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.settings import COST_ONLY, GoldJudge, LLMJudge, RewardModelJudge
-from dpo_kit.config.settings import HumanJudge as HumanSettings
 from dpo_kit.config.settings import Judge as JudgeSettings
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.judge.llm import LanguageModelJudge, read_rubric
 from dpo_kit.judge.review import HumanJudge, ReviewSheet
-from dpo_kit.judge.verdicts import (
-    Control,
-    Judge,
-    Prompt,
-    Raw,
-    Shown,
-    Verdict,
-    compare,
-    describe_controls,
-    run_controls,
-    summarize_verdicts,
-    toss_coin,
-)
+from dpo_kit.judge.verdicts import Judge, Raw, Shown
+from dpo_kit.model.chats import Prompt
 from dpo_kit.run.files import hash_weights
 from dpo_kit.run.journal import Journal, key_of
-
-__all__ = ["Control", "Judge", "Prompt", "Raw", "ReviewSheet", "ScoringJudge", "Shown", "Verdict", "compare",
-           "describe_controls", "judge_identity", "open_judge", "run_controls", "summarize_verdicts",
-           "toss_coin"]  # fmt: skip
 
 Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 
@@ -47,10 +33,17 @@ def open_judge(settings: JudgeSettings, folder: Path, seed: int = 0) -> Iterator
     `seed` places the answers on a review sheet. Raises ConfigError, ModelError.
     """
     with Journal(folder / "judgements.jsonl") as journal:
-        yield _OPEN[settings.kind](settings, journal, folder, seed)
+        if isinstance(settings, GoldJudge):
+            yield ScoringJudge(f"gold {settings.module}", _gold(settings.module), settings.tie_margin)
+        elif isinstance(settings, RewardModelJudge):
+            yield ScoringJudge(f"reward model {settings.path}", _rewards(settings, journal), settings.tie_margin)
+        elif isinstance(settings, LLMJudge):
+            yield LanguageModelJudge(settings, journal)
+        else:
+            yield HumanJudge(ReviewSheet(folder / "review.csv", settings.sheets, seed))
 
 
-class ScoringJudge:
+class ScoringJudge(Judge):
     """A judge that gives each answer a number; two answers within `tie_margin` are a tie, in whatever order."""
 
     def __init__(self, name: str, score: Score, tie_margin: float) -> None:
@@ -58,15 +51,13 @@ class ScoringJudge:
 
     def decide(self, shown: Sequence[Shown]) -> list[Raw]:
         answers = {key_of(s.prompt, answer): (s.prompt, answer) for s in shown for answer in (s.first, s.second)}
-        values = dict(zip(answers, self.score(*_columns(answers.values())), strict=True))
+        scores = self.score([prompt for prompt, _ in answers.values()], [answer for _, answer in answers.values()])
+        values = dict(zip(answers, scores, strict=True))
         gaps = [values[key_of(s.prompt, s.first)] - values[key_of(s.prompt, s.second)] for s in shown]
         return ["tie" if abs(gap) <= self.tie_margin else "first" if gap > 0 else "second" for gap in gaps]
 
     def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         return self.score(prompts, answers)
-
-    def spend(self) -> dict[str, Any]:
-        return {}
 
 
 def judge_identity(settings: JudgeSettings) -> dict[str, Any]:
@@ -79,65 +70,44 @@ def judge_identity(settings: JudgeSettings) -> dict[str, Any]:
     return values
 
 
-def _open_gold(settings: GoldJudge, journal: Journal, folder: Path, seed: int) -> Judge:
+def _gold(name: str) -> Score:
+    """The `gold_rewards` of the module `name`."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"judge.module={name} cannot be imported: {error}; name a module on the Python path, as dpo_kit.toy is"
+        ) from error
+    if not hasattr(module, "gold_rewards"):
+        raise ConfigError(f"judge.module={name} lacks gold_rewards(prompts, answers): define it there")
+
     def score(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         try:
             return module.gold_rewards(prompts, answers)
         except ValueError as error:
-            raise DataError(f"judge.module={settings.module} cannot judge these prompts: {error}") from error
+            raise DataError(f"judge.module={name} cannot judge these prompts: {error}") from error
 
-    try:
-        module = importlib.import_module(settings.module)
-    except ImportError as error:
-        raise ConfigError(
-            f"judge.module={settings.module} cannot be imported: {error}; name a module on the Python path, as "
-            "dpo_kit.toy is"
-        ) from error
-    if not hasattr(module, "gold_rewards"):
-        raise ConfigError(f"judge.module={settings.module} lacks gold_rewards(prompts, answers): define it there")
-    return ScoringJudge(f"gold {settings.module}", score, settings.tie_margin)
+    return score
 
 
-def _open_reward_model(settings: RewardModelJudge, journal: Journal, folder: Path, seed: int) -> Judge:
+def _rewards(settings: RewardModelJudge, journal: Journal) -> Score:
+    """The scores of a reward model, which is loaded once something is to be scored."""
     weights = hash_weights(settings.path) or f"{settings.path}@{settings.revision}"
-    loaded: list[Any] = []  # once something is to be scored
+
+    @cache
+    def model() -> Any:
+        from dpo_kit.judge.reward_model import RewardModel
+
+        return RewardModel(settings)
 
     def score(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         rows = list(zip(prompts, answers, strict=True))
         keys = [key_of("reward", weights, settings.max_length, *row) for row in rows]
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in journal.rows}
-        if missing and not loaded:
-            from dpo_kit.judge.reward_model import RewardModel
-
-            loaded.append(RewardModel(settings))
-        for part in _parts(list(missing), settings.batch_size):
-            found = loaded[0].score(*_columns(missing[key] for key in part))
-            journal.add_all({key: {"score": value} for key, value in zip(part, found, strict=True)})
+        for start in range(0, len(missing), settings.batch_size):
+            part = dict(list(missing.items())[start : start + settings.batch_size])
+            values = model().score(*map(list, zip(*part.values(), strict=True)))
+            journal.add_all({key: {"score": value} for key, value in zip(part, values, strict=True)})
         return [journal.rows[key]["score"] for key in keys]
 
-    return ScoringJudge(f"reward model {settings.path}", score, settings.tie_margin)
-
-
-def _columns(rows: Iterable[tuple[Prompt, str]]) -> tuple[list[Prompt], list[str]]:
-    pairs = list(rows)
-    return [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
-
-
-def _parts(keys: list[str], size: int) -> Iterator[list[str]]:
-    return (keys[start : start + size] for start in range(0, len(keys), size))
-
-
-def _open_llm(settings: LLMJudge, journal: Journal, folder: Path, seed: int) -> Judge:
-    return LanguageModelJudge(settings, journal)
-
-
-def _open_human(settings: HumanSettings, journal: Journal, folder: Path, seed: int) -> Judge:
-    return HumanJudge(ReviewSheet(folder / "review.csv", settings.sheets, seed))
-
-
-_OPEN: dict[str, Callable[..., Judge]] = {
-    "gold": _open_gold,
-    "reward_model": _open_reward_model,
-    "llm": _open_llm,
-    "human": _open_human,
-}
+    return score

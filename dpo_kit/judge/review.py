@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import DataError
-from dpo_kit.judge.verdicts import Raw, Shown, toss_coin
+from dpo_kit.judge.verdicts import Judge, Raw, Shown, toss_coin
 from dpo_kit.judge.votes import Vote, majority, rater_agreement
-from dpo_kit.model.chats import Prompt, conversation_text
+from dpo_kit.model.chats import conversation_text
 from dpo_kit.run.files import read_json, write_json, write_text
 from dpo_kit.run.journal import key_of
 
 COLUMNS = ("id", "message", "answer_1", "answer_2", "better")
-VOTES = {"1": 0, "2": 1, "tie": None, "0": None, "=": None}
+VOTES: dict[str, Vote] = {"1": "a", "2": "b", "tie": "tie", "0": "tie", "=": "tie"}
+AS_VOTE: dict[Raw, Vote] = {"first": "a", "second": "b", "tie": "tie", "unparsable": "tie"}
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 
@@ -47,51 +48,62 @@ class ReviewSheet:
         new = {item: each for each in shown if (item := _item(each)) not in key}
         if not new:
             return
-        placed = {item: self._placed(item, each) for item, each in sorted(new.items())}
-        rows = [[item, conversation_text(s.prompt), s.first, s.second] for item, s in placed.items()]
-        write_text(self._next_path(), "\ufeff" + _as_csv([COLUMNS, *([*map(_harmless, row), ""] for row in rows)]))
-        write_json(self.key, key | {item: [key_of(each.first), key_of(each.second)] for item, each in placed.items()})
+        text = io.StringIO(newline="")
+        sheet = csv.writer(text)
+        sheet.writerow(COLUMNS)
+        for item, each in sorted(new.items()):
+            answers = sorted((each.first, each.second), reverse=not toss_coin(self.seed, item))
+            cells = [item, conversation_text(each.prompt), *answers]
+            # a cell that no spreadsheet takes for a formula
+            sheet.writerow([*(f"'{cell}" if cell.startswith(FORMULA) else cell for cell in cells), ""])
+            key[item] = [key_of(answer) for answer in answers]
+        further = (self.path.with_name(f"{self.path.stem}_{number}.csv") for number in count(2))
+        write_text(next(path for path in chain([self.path], further) if not path.exists()), "\ufeff" + text.getvalue())
+        write_json(self.key, key)
 
     def decide(self, shown: Sequence[Shown]) -> list[Raw]:
         """The majority of the raters on each; unjudged where nobody voted. DataError names what cannot be read."""
         key, votes = self._read_key(), self.read()
-        return [_raw(each, key.get(_item(each)), votes.get(_item(each), {})) for each in shown]
+        verdicts: list[Raw] = []
+        for each in shown:
+            item = _item(each)
+            if item not in key or item not in votes:
+                verdicts.append("unjudged")
+                continue
+            won, _ = majority(list(votes[item].values()))
+            is_first = won != "tie" and key[item]["ab".index(won)] == key_of(each.first)
+            verdicts.append("tie" if won == "tie" else "first" if is_first else "second")
+        return verdicts
 
     def read(self) -> dict[str, dict[str, Vote]]:
         """{item: {rater: vote}}; a and b are the answers in the order of the sheet."""
         votes: dict[str, dict[str, Vote]] = {}
         for copy in self.copies:
             for place, row in _read_sheet(copy):
-                if vote := _vote(place, row["better"]):
-                    votes.setdefault(row["id"], {})[str(copy)] = vote
+                word = (row["better"] or "").strip().lower()
+                if word and word not in VOTES:
+                    raise DataError(f"{place}: better must be 1, 2 or tie (or empty: not voted), got {word!r}")
+                if word:
+                    votes.setdefault(row["id"], {})[str(copy)] = VOTES[word]
         return votes
 
     def agreement(self, shown: Sequence[Shown], verdicts: Sequence[Raw]) -> dict[str, Any]:
         """How far the raters agree with each other, and their majority with the `verdicts` on `shown`."""
         people = self.decide(shown)
         both = [(p, v) for p, v in zip(people, verdicts, strict=True) if "unjudged" not in (p, v)]
-        of_both: list[dict[str, Vote]] = [{"people": _AS_VOTE[p], "judge": _AS_VOTE[v]} for p, v in both]
-        compared = rater_agreement(of_both)
+        of_both: list[dict[str, Vote]] = [{"people": AS_VOTE[p], "judge": AS_VOTE[v]} for p, v in both]
         return {
             "checked": len(both),
             "same_verdict": sum(p == v for p, v in both) / len(both) if both else None,
-            "krippendorff_alpha": compared["krippendorff_alpha"],
+            "krippendorff_alpha": rater_agreement(of_both)["krippendorff_alpha"],
             "raters": rater_agreement(list(self.read().values())),
         }
 
     def _read_key(self) -> dict[str, list[str]]:
         return read_json(self.key) if self.key.exists() else {}
 
-    def _next_path(self) -> Path:
-        further = (self.path.with_name(f"{self.path.stem}_{number}.csv") for number in count(2))
-        return next(path for path in chain([self.path], further) if not path.exists())
 
-    def _placed(self, item: str, shown: Shown) -> Shown:
-        first, second = sorted((shown.first, shown.second))
-        return Shown(shown.prompt, *((first, second) if toss_coin(self.seed, item) else (second, first)))
-
-
-class HumanJudge:
+class HumanJudge(Judge):
     """The sheet as a judge: written the first time, read from then on. One vote stands for both orders."""
 
     name = "human"
@@ -103,37 +115,21 @@ class HumanJudge:
         self.sheet.write(shown)
         return self.sheet.decide(shown)
 
-    def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
-        """People compare only."""
-        return None
-
     def spend(self) -> dict[str, Any]:
         return {"raters": rater_agreement(list(self.sheet.read().values()))}
-
-
-_AS_VOTE: dict[Raw, Vote] = {"first": "a", "second": "b", "tie": "tie", "unparsable": "tie"}
 
 
 def _item(shown: Shown) -> str:
     return key_of(shown.prompt, *sorted((shown.first, shown.second)))[:12]
 
 
-def _raw(shown: Shown, key: list[str] | None, votes: dict[str, Vote]) -> Raw:
-    if not votes or key is None:
-        return "unjudged"
-    won, _ = majority(list(votes.values()))
-    if won == "tie":
-        return "tie"
-    return "first" if key["ab".index(won)] == key_of(shown.first) else "second"
-
-
-def _read_sheet(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
+def _read_sheet(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the review sheet {path} cannot be read: {error}; save it as CSV in UTF-8") from error
-    first = text.partition("\n")[0]
-    delimiter = max((",", ";", "\t"), key=first.count)  # spreadsheets save with what their country separates by
+    header = text.partition("\n")[0]
+    delimiter = max((",", ";", "\t"), key=header.count)  # spreadsheets save with what their country separates by
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     if not {"id", "better"} <= set(reader.fieldnames or ()):
         raise DataError(
@@ -142,24 +138,3 @@ def _read_sheet(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
         )
     for row in reader:
         yield f"{path}:{reader.line_num}", row
-
-
-def _vote(place: str, written: str | None) -> Vote | None:
-    word = (written or "").strip().lower()
-    if not word:
-        return None
-    if word not in VOTES:
-        raise DataError(f"{place}: better must be 1, 2 or tie (or empty: not voted), got {word!r}")
-    won = VOTES[word]
-    return "tie" if won is None else ("a", "b")[won]  # type: ignore[return-value]
-
-
-def _harmless(cell: str) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    return f"'{cell}" if cell.startswith(FORMULA) else cell
-
-
-def _as_csv(rows: Iterable[Sequence[str]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    return text.getvalue()

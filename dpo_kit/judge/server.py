@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 MILLION = 1e6
 CHARACTERS_PER_TOKEN = 3  # at least, in most languages: what a request may cost is known before its reply
 CONNECT_SECONDS = 0.5
+FAILURES_IN_A_ROW = 5  # requests that fail until the rest is left for the next start
 LONGEST_PAUSE = 8.0  # seconds before a reply that made no sense is asked for again
 
 
@@ -57,15 +58,26 @@ class Reply:
     cut: bool
 
 
+class GarbageError(Exception):
+    """The server says that all is well, but sends no completion."""
+
+
 class Server:
     """One model of one server, with its replies in `journal`.
 
-    ConfigError where the key's environment variable is missing.
+    ConfigError where the client or the key's environment variable is missing.
     """
 
     def __init__(self, endpoint: Endpoint, journal: Journal) -> None:
+        if fault := missing_package("a model behind a server", "openai"):
+            raise ConfigError(fault)
+        import openai
+
+        key, retries = _read_key(endpoint), endpoint.retries
+        self.client = openai.OpenAI(
+            base_url=endpoint.base_url, api_key=key, max_retries=retries, timeout=endpoint.timeout_s
+        )
         self.endpoint, self.journal = endpoint, journal
-        self.client = _open_client(endpoint)
         self.failures: Counter[str] = Counter()
         self.retried = 0
         kept = [row for row in journal.rows.values() if row.get("model") == endpoint.model]
@@ -79,10 +91,10 @@ class Server:
 
         Only what the journal has not is asked. ModelError where the server refuses the key or does not know the model.
         """
-        missing = list({each.key: each for each in requests if each.key not in self.journal.rows}.values())
+        missing = {request.key: request for request in requests if request.key not in self.journal.rows}
         pool = ThreadPoolExecutor(self.endpoint.workers)
         try:
-            asked = [pool.submit(self._try, request) for request in missing]
+            asked = [pool.submit(self._try, request) for request in missing.values()]
             with tqdm(total=len(asked), desc=description, unit="request", disable=None, delay=2) as bar:
                 for done in as_completed(asked):
                     done.result()
@@ -90,7 +102,8 @@ class Server:
                     bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
-        return [self._kept(request.key) for request in requests]
+        rows = [self.journal.rows.get(request.key) for request in requests]
+        return [Reply(row["text"], row["cut"]) if row else None for row in rows]
 
     def spend(self) -> dict[str, Any]:
         """Requests, tokens and cost so far, resumed sessions in; retries and failures of this session, and why nothing
@@ -107,24 +120,40 @@ class Server:
             "stopped": self._stopped or None,
         }
 
-    def _kept(self, key: str) -> Reply | None:
-        row = self.journal.rows.get(key)
-        return None if row is None else Reply(row["text"], row["cut"])
+    def _price(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """In the prices' currency."""
+        return (prompt_tokens * self.endpoint.price_in + completion_tokens * self.endpoint.price_out) / MILLION
 
     def _try(self, request: Request) -> None:
         """Ask once the budget allows it; a failure is counted, and after too many in a row nothing more is asked."""
         import openai
 
-        most = self._most(request)
+        most = self._price(_characters(request) / CHARACTERS_PER_TOKEN, request.max_tokens)
         if not self._reserve(most):
             return
         try:
-            self._keep(request, self._complete(request))
+            row = self._complete(request)
+            cost = self._price(row["prompt_tokens"], row["completion_tokens"])
+            self.journal.add(request.key, row | {"model": self.endpoint.model, "cost": cost})
+            with self._guard:
+                self._cost += cost
+                self._in_a_row = 0
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             self._stopped = "the server refuses the key or the model"
-            raise ModelError(_refusal(self.endpoint, error)) from error
+            remedy = "see that base_url ends as the server wants it (most: /v1) and that it knows a model of that name"
+            if error.status_code != 404:
+                name = self.endpoint.api_key_env or "an environment variable"
+                remedy = f"put a valid key into {name}, and name that variable with api_key_env="
+            where = f"{self.endpoint.base_url} refuses model={self.endpoint.model}"
+            raise ModelError(f"{where} with status {error.status_code}: {remedy}") from error
         except (openai.APIError, GarbageError) as error:
-            self._fail(error)
+            with self._guard:
+                self.failures[type(error).__name__] += 1
+                self._in_a_row += 1
+                if self._in_a_row >= FAILURES_IN_A_ROW and not self._stopped:
+                    self._stopped = f"{self._in_a_row} requests failed one after the other"
+                    first_line = next(iter(redact_text(str(error)).splitlines()), "")
+                    log.warning("%s: %s; the last: %s", self.endpoint.model, self._stopped, first_line[:200])
         finally:
             with self._guard:
                 self._under_way.remove(most)
@@ -147,15 +176,21 @@ class Server:
             self._under_way.append(most)
             return True
 
-    def _most(self, request: Request) -> float:
-        """What a request can cost at most, in the prices' currency."""
-        tokens_in = _characters(request) / CHARACTERS_PER_TOKEN
-        return (tokens_in * self.endpoint.price_in + request.max_tokens * self.endpoint.price_out) / MILLION
-
     def _complete(self, request: Request) -> dict[str, Any]:
         """The reply as the journal keeps it. openai.APIError or GarbageError once all retries are used up."""
+        optional = {"temperature": request.temperature, "seed": request.seed, "tools": request.context.get("tools")}
+        if kwargs := request.context.get("chat_template_kwargs"):
+            optional["extra_body"] = {"chat_template_kwargs": kwargs}  # what vLLM, SGLang and llama.cpp call it too
+        body: dict[str, Any] = {
+            "model": self.endpoint.model,
+            "messages": [_with_calls(message, json.dumps) for message in request.messages],
+            self.endpoint.limit_field: request.max_tokens,
+            **{key: value for key, value in optional.items() if value is not None},
+        }
         for attempt in range(self.endpoint.retries + 1):
-            raw = self.client.chat.completions.with_raw_response.create(**self._body(request))
+            if attempt:
+                time.sleep(min(LONGEST_PAUSE, 0.25 * 2 ** (attempt - 1)))
+            raw = self.client.chat.completions.with_raw_response.create(**body)
             with self._guard:
                 self._requests += attempt > 0
                 self.retried += raw.retries_taken + (attempt > 0)
@@ -163,39 +198,7 @@ class Server:
                 return _read(raw.parse(), request)
             except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
                 garbage = error
-            if attempt < self.endpoint.retries:
-                time.sleep(min(LONGEST_PAUSE, 0.25 * 2**attempt))
         raise GarbageError("a reply without a message in it") from garbage
-
-    def _body(self, request: Request) -> dict[str, Any]:
-        messages = [_with_calls(message, json.dumps) for message in request.messages]
-        body: dict[str, Any] = {"model": self.endpoint.model, "messages": messages}
-        body[self.endpoint.limit_field] = request.max_tokens
-        optional = {"temperature": request.temperature, "seed": request.seed, "tools": request.context.get("tools")}
-        if kwargs := request.context.get("chat_template_kwargs"):
-            optional["extra_body"] = {"chat_template_kwargs": kwargs}  # what vLLM, SGLang and llama.cpp call it too
-        return body | {key: value for key, value in optional.items() if value is not None}
-
-    def _keep(self, request: Request, row: dict[str, Any]) -> None:
-        endpoint = self.endpoint
-        cost = (row["prompt_tokens"] * endpoint.price_in + row["completion_tokens"] * endpoint.price_out) / MILLION
-        self.journal.add(request.key, row | {"model": endpoint.model, "cost": cost})
-        with self._guard:
-            self._cost += cost
-            self._in_a_row = 0
-
-    def _fail(self, error: Exception) -> None:
-        said = redact_text(str(error)).splitlines()
-        with self._guard:
-            self.failures[type(error).__name__] += 1
-            self._in_a_row += 1
-            if self._in_a_row >= self.endpoint.max_failures and not self._stopped:
-                self._stopped = f"{self._in_a_row} requests failed one after the other"
-                log.warning("%s: %s; the last: %s", self.endpoint.model, self._stopped, (said or [""])[0][:200])
-
-
-class GarbageError(Exception):
-    """The server says that all is well, but sends no completion."""
 
 
 def refuse_silent(key: str, endpoint: Endpoint) -> None:
@@ -220,19 +223,6 @@ def refuse_silent(key: str, endpoint: Endpoint) -> None:
         ) from error
 
 
-def _open_client(endpoint: Endpoint) -> Any:
-    if fault := missing_package("a model behind a server", "openai"):
-        raise ConfigError(fault)
-    import openai
-
-    return openai.OpenAI(
-        base_url=endpoint.base_url,
-        api_key=_read_key(endpoint),
-        max_retries=endpoint.retries,
-        timeout=endpoint.timeout_s,
-    )
-
-
 def _read_key(endpoint: Endpoint) -> str:
     """The server's key, from the environment; "none" where it wants none."""
     key = "none"
@@ -243,14 +233,6 @@ def _read_key(endpoint: Endpoint) -> str:
                 f"api_key_env={endpoint.api_key_env}: the environment has no such variable; set it to the server's key"
             )
     return key
-
-
-def _refusal(endpoint: Endpoint, error: Any) -> str:
-    remedy = "see that base_url ends as the server wants it (most: /v1) and that it knows a model of that name"
-    if error.status_code != 404:
-        name = endpoint.api_key_env or "an environment variable"
-        remedy = f"put a valid key into {name}, and name that variable with api_key_env="
-    return f"{endpoint.base_url} refuses model={endpoint.model} with status {error.status_code}: {remedy}"
 
 
 def _characters(request: Request) -> int:

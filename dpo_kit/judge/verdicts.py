@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
 
 from dpo_kit.model.chats import Prompt
 from dpo_kit.run.journal import key_of
@@ -29,19 +30,22 @@ class Shown(NamedTuple):
     second: str
 
 
-class Judge(Protocol):
+class Judge:
     """Who decides; made by `dpo_kit.judge.open.open_judge`."""
 
     name: str
 
     def decide(self, shown: Sequence[Shown]) -> list[Raw]:
         """The better of both answers, as they are shown."""
+        raise NotImplementedError
 
     def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float] | None:
         """Each answer on the judge's own scale; None for a judge that has none and only compares."""
+        return None
 
     def spend(self) -> dict[str, Any]:
         """What asking has cost so far; empty where it costs nothing."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,17 @@ def compare(
     rows = zip(prompts, answers_a, answers_b, strict=True)
     # side by side, so that a pass that stops has whole comparisons
     raw = judge.decide([shown for p, a, b in rows for shown in (Shown(p, a, b), Shown(p, b, a))])
-    return [Verdict(_outcome(*both), *both) for both in zip(raw[::2], raw[1::2], strict=True)]
-
-
-def _outcome(a_first: Raw, b_first: Raw) -> Outcome:
-    of_a: dict[tuple[Raw, Raw], Outcome] = {
+    outcomes: dict[tuple[Raw, Raw], Outcome] = {
         ("first", "second"): "win",
         ("second", "first"): "loss",
         ("tie", "tie"): "tie",
     }
-    both = (a_first, b_first)
-    if "unjudged" in both:
-        return "unjudged"
-    return "tie" if "unparsable" in both else of_a.get(both, "order-dependent")
+    verdicts = []
+    for both in zip(raw[::2], raw[1::2], strict=True):
+        outcome = outcomes.get(both, "order-dependent")
+        outcome = "unjudged" if "unjudged" in both else "tie" if "unparsable" in both else outcome
+        verdicts.append(Verdict(outcome, *both))
+    return verdicts
 
 
 def summarize_verdicts(verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -98,18 +100,15 @@ def summarize_verdicts(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     judged = [verdict for verdict in verdicts if verdict.outcome != "unjudged"]
     raw = Counter(each for verdict in judged for each in (verdict.a_first, verdict.b_first))
     same = sum(verdict.b_first == SWAPPED.get(verdict.a_first, verdict.a_first) for verdict in judged)
+    named = raw["first"] + raw["second"]
     return {
         "comparisons": len(verdicts),
         "outcomes": {name: outcomes[name] for name in (*POINTS, "unjudged")},
-        "order_agreement": _share(same, len(judged)),
-        "first_position_rate": _share(raw["first"], raw["first"] + raw["second"]),
+        "order_agreement": same / len(judged) if judged else None,
+        "first_position_rate": raw["first"] / named if named else None,
         "unparsable": raw["unparsable"],
-        "unparsable_rate": _share(raw["unparsable"], raw.total()),
+        "unparsable_rate": raw["unparsable"] / raw.total() if judged else None,
     }
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
 
 
 def toss_coin(*what: Any) -> bool:
@@ -129,65 +128,38 @@ CONSTANT = (
 )
 
 
-@dataclass(frozen=True)
-class Control:
-    """One check of a judge: the points that the control's answers got, with a 95 % interval by prompt."""
-
-    name: str
-    expected: str
-    points: float | None
-    low: float | None
-    high: float | None
-    passed: bool
-
-
 def run_controls(
     judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str], again: Sequence[str] | None = None
-) -> list[Control]:
+) -> list[dict[str, Any]]:
     """What a judge worth listening to says of: the same model twice, an answer that asks to be picked, one that fits
     every question, and none at all ("null models" won 86.5 % before a naive judge, arXiv:2410.07137).
 
-    `again` are second answers of the model that gave `answers` (None: the same ones). The first control passes where
-    its interval, exact since a bootstrap of few prompts is too narrow for an honest judge, covers ½; the others where
-    theirs, by bootstrap, ends below.
+    [{name, expected, points, low, high, passed}]: the points that the control's answers got, with a 95 % interval by
+    prompt. `again` are second answers of the model that gave `answers` (None: the same ones). The first control passes
+    where its interval, exact since a bootstrap of few prompts is too narrow for an honest judge, covers ½; the others
+    where theirs, by bootstrap, ends below.
     """
-    count = len(prompts)
-    tried = {"pick me": [PICK_ME] * count, "constant": [CONSTANT] * count, "empty": [""] * count}
-    twice = _control("same model twice", compare(judge, prompts, again or answers, answers), loses=False)
-    return [
-        twice,
-        *(_control(name, compare(judge, prompts, fake, answers), loses=True) for name, fake in tried.items()),
-    ]
-
-
-def _control(name: str, verdicts: Sequence[Verdict], *, loses: bool) -> Control:
     import torch
 
-    from dpo_kit.callbacks.metrics import bootstrap_interval
+    from dpo_kit.callbacks.metrics import bootstrap_interval, clopper_pearson
 
-    known = [v.points for v in verdicts if v.points is not None]
-    points = torch.tensor(known, dtype=torch.float64)
-    expected = "interval below .5" if loses else "interval covers .5"
-    if not known:
-        return Control(name, expected, None, None, None, passed=False)
-    if loses:
-        low, high = bootstrap_interval(points, [str(index) for index in range(len(known))])
-    else:
-        low, high = _exact_interval(known)
-    return Control(name, expected, float(points.mean()), low, high, passed=high < 0.5 if loses else low <= 0.5 <= high)
-
-
-def _exact_interval(points: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of mean points, Clopper-Pearson's over the verdicts that decide; it covers ½ where the exact sign
-    test rejects nothing.
-    """
-    from dpo_kit.callbacks.metrics import clopper_pearson
-
-    won, lost = points.count(1.0), points.count(0.0)
-    ties = len(points) - won - lost
-    low, high = ((share * (won + lost) + ties / 2) / len(points) for share in clopper_pearson(won, won + lost))
-    return low, high
-
-
-def describe_controls(controls: Sequence[Control]) -> list[dict[str, Any]]:
-    return [asdict(control) for control in controls]
+    fakes = {"pick me": PICK_ME, "constant": CONSTANT, "empty": ""}
+    tried = {"same model twice": again or answers} | {name: [fake] * len(prompts) for name, fake in fakes.items()}
+    controls: list[dict[str, Any]] = []
+    for name, texts in tried.items():
+        loses = name in fakes
+        points = [v.points for v in compare(judge, prompts, texts, answers) if v.points is not None]
+        control = {"name": name, "expected": "interval below .5" if loses else "interval covers .5"}
+        if not points:
+            controls.append(control | {"points": None, "low": None, "high": None, "passed": False})
+            continue
+        if loses:
+            values = torch.tensor(points, dtype=torch.float64)
+            low, high = bootstrap_interval(values, [str(index) for index in range(len(points))])
+        else:  # Clopper-Pearson's over the verdicts that decide: it covers ½ where a sign test rejects nothing
+            decided = points.count(1.0) + points.count(0.0)
+            ends = clopper_pearson(points.count(1.0), decided)
+            low, high = ((share * decided + (len(points) - decided) / 2) / len(points) for share in ends)
+        passed = high < 0.5 if loses else low <= 0.5 <= high
+        controls.append(control | {"points": fmean(points), "low": low, "high": high, "passed": passed})
+    return controls

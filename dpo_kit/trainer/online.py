@@ -22,7 +22,8 @@ from transformers import TrainerCallback
 from dpo_kit.config.settings import Judge as JudgeSettings
 from dpo_kit.config.settings import LLMJudge
 from dpo_kit.errors import TrainingError
-from dpo_kit.judge.open import Judge, Prompt, compare, open_judge, toss_coin
+from dpo_kit.judge.open import open_judge
+from dpo_kit.judge.verdicts import Judge, Prompt, compare, toss_coin
 from dpo_kit.model.chats import text_of
 from dpo_kit.model.sampling import pad_batch, pad_token_id
 from dpo_kit.model.scoring import add_up

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_kit.config.settings import Build
 from dpo_kit.judge.answers import Answer
-from dpo_kit.judge.open import Judge, Prompt, Verdict, compare, toss_coin
+from dpo_kit.judge.verdicts import Judge, Prompt, Verdict, compare, toss_coin
 from dpo_kit.model.chats import answer_text, prompt_of, split_context
 from dpo_kit.run.journal import key_of
 

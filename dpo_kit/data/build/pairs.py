@@ -27,17 +27,10 @@ from dpo_kit.data.build.prompts import Prompts, read_prompts
 from dpo_kit.data.build.rated import pair_by_votes
 from dpo_kit.errors import BuildError, ConfigError
 from dpo_kit.judge.answers import Answer, Asking, draw_answers
-from dpo_kit.judge.open import (
-    Judge,
-    ReviewSheet,
-    Shown,
-    describe_controls,
-    judge_identity,
-    open_judge,
-    run_controls,
-    summarize_verdicts,
-)
+from dpo_kit.judge.open import judge_identity, open_judge
+from dpo_kit.judge.review import ReviewSheet
 from dpo_kit.judge.server import refuse_silent
+from dpo_kit.judge.verdicts import Judge, Shown, run_controls, summarize_verdicts
 from dpo_kit.run.files import hash_weights, read_json, write_json, write_jsonl
 from dpo_kit.run.journal import Journal, key_of
 from dpo_kit.run.redact import redact
@@ -204,7 +197,7 @@ def _controls(settings: JudgeSettings, judge: Judge, prompts: Sequence[Any], ans
     if not some:
         return []
     firsts, seconds = ([a[place].text for _, a in some] for place in (0, 1))
-    return describe_controls(run_controls(judge, [p for p, _ in some], firsts, seconds))
+    return run_controls(judge, [p for p, _ in some], firsts, seconds)
 
 
 def _review(folder: Path, plan: Plan, comparisons: Sequence[Comparison]) -> dict[str, Any] | None:

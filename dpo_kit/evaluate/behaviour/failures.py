@@ -1,7 +1,7 @@
 """Where the tuned model loses: losses in groups that a reader can act on, counted against the wins.
 
 A group is one rule of two texts, and may overlap with others. What is frequent among losses says little by itself
-(long answers may win as often); the rate among losses over the rate among wins does. Standard library only.
+(long answers may win as often); the rate among losses over the rate among wins does.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from dpo_kit.evaluate.benchmark_options import Failures
 from dpo_kit.model.chats import Prompt, conversation_text
 from dpo_kit.run.files import write_jsonl, write_text
 from dpo_kit.run.report.markdown import fence
+from dpo_kit.run.statistics import Z95
 
-Z95 = NormalDist().inv_cdf(0.975)
-OTHER = "other"
+EXAMPLES = 5  # on the page of each group
+COLLECTED = 200  # prompts in collect.jsonl at most
 
 
 @dataclass(frozen=True)
-class Compared:
+class Contest:
     """A prompt, the tuned model's answer, the other's, who won by the judge, and what the gold reward says (or None).
 
     `outcome` is for the tuned model: win, loss, tie, order-dependent or unjudged.
@@ -50,7 +50,7 @@ class Rule:
 
     name: str
     meaning: str
-    test: Callable[[Compared], bool]
+    test: Callable[[Contest], bool]
     advice: str
 
 
@@ -122,38 +122,24 @@ def mentioned_share(question: str, answer: str) -> float:
     return len(asked & set(words(answer))) / len(asked) if asked else 1.0
 
 
-def _is_longer(longer: str, shorter: str) -> bool:
+def is_longer(longer: str, shorter: str) -> bool:
+    """Whether a text has so many more words that a reader sees it."""
     more, less = len(words(longer)), len(words(shorter))
     return more >= LENGTH_RATIO * less and more - less >= LEAST_WORDS
-
-
-def _repeats_more(row: Compared) -> bool:
-    own = repeated_share(row.answer)
-    return own >= REPEATED and own >= 2 * repeated_share(row.other)
-
-
-def _drops_steps(row: Compared) -> bool:
-    kept, other = steps(row.answer), steps(row.other)
-    return other >= 3 and kept <= other / 3
-
-
-def _misses_the_subject(row: Compared) -> bool:
-    other = mentioned_share(row.question, row.other)
-    return other > 0 and mentioned_share(row.question, row.answer) < MENTIONED * other
 
 
 RULES = (
     Rule(
         "shorter",
         f"at least {LENGTH_RATIO:g} times shorter than the other answer",
-        lambda row: _is_longer(row.other, row.answer),
+        lambda row: is_longer(row.other, row.answer),
         "add pairs whose chosen answer is the complete one; where the data prefer short answers, balance their "
         "lengths: python -m dpo_kit data mode=curate curate.balance_length=true",
     ),
     Rule(
         "longer",
         f"at least {LENGTH_RATIO:g} times longer than the other answer",
-        lambda row: _is_longer(row.answer, row.other),
+        lambda row: is_longer(row.answer, row.other),
         "balance the lengths of chosen and rejected (python -m dpo_kit data mode=curate curate.balance_length=true), "
         "or take a loss that normalises by length (method=simpo, method=dpo_norm); a higher beta keeps it closer",
     ),
@@ -166,7 +152,7 @@ RULES = (
     Rule(
         "repetition",
         f"at least {REPEATED:.0%} of its runs of {N_GRAM} words are repeated, twice as many as in the other",
-        _repeats_more,
+        lambda row: repeated_share(row.answer) >= max(REPEATED, 2 * repeated_share(row.other)),
         "a sign of over-optimisation: a lower learning rate, fewer epochs or a higher beta, or an earlier checkpoint; "
         "see whether chosen answers repeat themselves",
     ),
@@ -179,25 +165,33 @@ RULES = (
     Rule(
         "reasoning dropped",
         "at most a third of the other's steps of reasoning",
-        _drops_steps,
+        lambda row: steps(row.other) >= max(3, 3 * steps(row.answer)),
         "add chain-of-thought pairs: worked answers chosen over bare results, rated for the result and the way to it",
     ),
     Rule(
         "off-topic",
         f"takes up less than {MENTIONED:.0%} of what the other takes up of the question's words",
-        _misses_the_subject,
+        lambda row: mentioned_share(row.question, row.answer) < MENTIONED * mentioned_share(row.question, row.other),
         "add pairs for these kinds of prompts with a fluent answer to another question as the rejected one; a higher "
         "beta keeps what the reference knew",
     ),
 )
 
 
+REST = Rule(
+    "other",
+    "in none of the other groups",
+    lambda row: False,
+    "read the examples: what they share is not among the rules",
+)
+
+
 # --- counts ------------------------------------------------------------------------------------------------------
 
 
-def groups_of(row: Compared) -> list[str]:
+def groups_of(row: Contest) -> list[str]:
     """The names of the rules that a row meets; `other` where it meets none."""
-    return [rule.name for rule in RULES if rule.test(row)] or [OTHER]
+    return [rule.name for rule in RULES if rule.test(row)] or [REST.name]
 
 
 def rate_ratio(losses: int, all_losses: int, wins: int, all_wins: int, z: float = Z95) -> tuple[float, float, float]:
@@ -210,18 +204,33 @@ def rate_ratio(losses: int, all_losses: int, wins: int, all_wins: int, z: float 
     return ratio, ratio * math.exp(-z * spread), ratio * math.exp(z * spread)
 
 
-def analyze_failures(rows: Iterable[Compared], options: Failures, folder: Path) -> dict[str, Any]:
+def analyze_failures(rows: Iterable[Contest], folder: Path) -> dict[str, Any]:
     """Counts of each group among losses and wins, most telling first; pages and collect.jsonl in `folder`.
 
     A group is `telling` where it is more frequent among losses beyond chance, all rules considered (Bonferroni).
     """
     known = list(rows)
     outcomes = Counter(row.outcome for row in known)
-    named = [(row, groups_of(row)) for row in known if row.outcome in ("loss", "win")]
-    groups = [_count(name, named, outcomes) for name in (*(rule.name for rule in RULES), OTHER)]
-    groups.sort(key=lambda each: (not each["telling"], each["name"] == OTHER, -each["losses"]))
-    collected = _collect(named, groups, options.collect)
-    _write_pages(groups, named, options.examples, folder)
+    losses, wins = ([(row, groups_of(row)) for row in known if row.outcome == kind] for kind in ("loss", "win"))
+    strict = NormalDist().inv_cdf(1 - 0.025 / len(RULES))
+    groups: list[dict[str, Any]] = []
+    for rule in (*RULES, REST):
+        lost, won = (sum(rule.name in names for _, names in of_kind) for of_kind in (losses, wins))
+        counts = (lost, len(losses), won, len(wins))
+        ratio, low, high = rate_ratio(*counts)
+        telling = rule is not REST and rate_ratio(*counts, z=strict)[1] > 1
+        groups.append(
+            {"name": rule.name, "meaning": rule.meaning, "losses": lost, "wins": won, "ratio": ratio, "low": low,
+             "high": high, "telling": telling, "advice": rule.advice}
+        )  # fmt: skip
+    groups.sort(key=lambda group: (not group["telling"], group["name"] == REST.name, -group["losses"]))
+    for group in groups:
+        file = folder / f"{group['name'].replace(' ', '_')}.md"
+        if members := [row for row, names in losses if group["name"] in names]:
+            write_text(file, page(group, members[:EXAMPLES]))
+        else:  # the page of an earlier analysis goes
+            file.unlink(missing_ok=True)
+    collected = _collect(losses, {group["name"] for group in groups if group["telling"]})
     write_jsonl(folder / "collect.jsonl", collected)
     return {
         "outcomes": dict(outcomes),
@@ -234,73 +243,33 @@ def analyze_failures(rows: Iterable[Compared], options: Failures, folder: Path) 
     }
 
 
-def _write_pages(
-    groups: Sequence[Mapping[str, Any]], named: Sequence[tuple[Compared, list[str]]], examples: int, folder: Path
-) -> None:
-    """A page for each group that has losses; those of an earlier analysis go."""
-    for group in groups:
-        file = folder / f"{group['name'].replace(' ', '_')}.md"
-        members = [row for row, names in named if row.outcome == "loss" and group["name"] in names]
-        if members:
-            write_text(file, page(group, members[:examples]))
-        else:
-            file.unlink(missing_ok=True)
-
-
-def _count(name: str, named: Sequence[tuple[Compared, list[str]]], outcomes: Mapping[str, int]) -> dict[str, Any]:
-    losses, wins = (sum(row.outcome == kind and name in names for row, names in named) for kind in ("loss", "win"))
-    counts = (losses, outcomes.get("loss", 0), wins, outcomes.get("win", 0))
-    ratio, low, high = rate_ratio(*counts)
-    strict = NormalDist().inv_cdf(1 - 0.025 / len(RULES))
-    rule = next((rule for rule in RULES if rule.name == name), None)
-    return {
-        "name": name,
-        "meaning": rule.meaning if rule else "in none of the other groups",
-        "losses": losses,
-        "wins": wins,
-        "ratio": ratio,
-        "low": low,
-        "high": high,
-        "telling": rule is not None and rate_ratio(*counts, z=strict)[1] > 1,
-        "advice": rule.advice if rule else "read the examples: what they share is not among the rules",
-    }
-
-
-def _collect(
-    named: Sequence[tuple[Compared, list[str]]], groups: Sequence[Mapping[str, Any]], most: int
-) -> list[dict[str, Any]]:
+def _collect(losses: Sequence[tuple[Contest, list[str]]], telling: set[str]) -> list[dict[str, Any]]:
     """Lost prompts, once each: those in the most telling groups first, then by how much gold reward was lost."""
-    telling = {group["name"] for group in groups if group["telling"]}
 
-    def urgency(found: tuple[Compared, list[str]]) -> tuple[int, float]:
-        row, names = found
+    def urgency(loss: tuple[Contest, list[str]]) -> tuple[int, float]:
+        row, names = loss
         known = row.gold_answer is not None and row.gold_other is not None
         return len(telling & set(names)), (row.gold_other or 0.0) - (row.gold_answer or 0.0) if known else 0.0
 
-    lost = sorted((found for found in named if found[0].outcome == "loss"), key=urgency, reverse=True)
-    once: dict[str, tuple[Compared, list[str]]] = {}
-    for row, names in lost:
-        once.setdefault(row.question, (row, names))
-    return [
-        {"prompt": row.prompt, "groups": names, "lost_with": row.answer, "lost_to": row.other}
-        for row, names in list(once.values())[:most]
-    ]
+    once: dict[str, dict[str, Any]] = {}
+    for row, names in sorted(losses, key=urgency, reverse=True):
+        lost = {"prompt": row.prompt, "groups": names, "lost_with": row.answer, "lost_to": row.other}
+        once.setdefault(row.question, lost)
+    return list(once.values())[:COLLECTED]
 
 
-# --- pages -------------------------------------------------------------------------------------------------------
-
-
-def page(group: Mapping[str, Any], members: Sequence[Compared]) -> str:
+def page(group: Mapping[str, Any], members: Sequence[Contest]) -> str:
     """One group as Markdown: its figures, the next change, examples whose texts cannot leave their fences."""
-    head = (
+    parts = [
         f"# {group['name']}\n\n{group['meaning'][:1].upper()}{group['meaning'][1:]}: {group['losses']} of the losses, "
         f"{group['wins']} of the wins; rate among losses over rate among wins {group['ratio']:.2f} "
         f"[{group['low']:.2f}, {group['high']:.2f}].\n\n**Next:** {group['advice']}.\n"
-    )
-    return head + "".join(f"\n## Example {number}\n{_example(row)}" for number, row in enumerate(members, start=1))
-
-
-def _example(row: Compared) -> str:
-    gold = [f" (gold reward {value:.2f})" if value is not None else "" for value in (row.gold_answer, row.gold_other)]
-    parts = {"Prompt": row.question, f"Lost with{gold[0]}": row.answer, f"Lost to{gold[1]}": row.other}
-    return "".join(f"\n{name}:\n\n{fence(text)}\n" for name, text in parts.items())
+    ]
+    for number, row in enumerate(members, start=1):
+        with_gold, to_gold = (
+            "" if value is None else f" (gold reward {value:.2f})" for value in (row.gold_answer, row.gold_other)
+        )
+        parts.append(f"\n## Example {number}\n")
+        texts = {"Prompt": row.question, f"Lost with{with_gold}": row.answer, f"Lost to{to_gold}": row.other}
+        parts += [f"\n{name}:\n\n{fence(text)}\n" for name, text in texts.items()]
+    return "".join(parts)

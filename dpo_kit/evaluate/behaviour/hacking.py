@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.evaluate.behaviour.failures import Compared, forms, repeated_share, words
+from dpo_kit.evaluate.behaviour.failures import Contest, forms, repeated_share, words
 from dpo_kit.run.history import series
 from dpo_kit.run.report.picture import BLUE, GREEN, GREY, ORANGE, OVER_THE_LINE
 from dpo_kit.run.statistics import from_intervals, paired_bootstrap
@@ -42,6 +42,12 @@ class Style:
     n: int
     changed: bool
 
+    @property
+    def label(self) -> str:
+        """Both means, as a reader sees them."""
+        form = ".1f" if self.name == "words" else ".0%"
+        return f"{self.name}: {self.policy:{form}}, reference {self.reference:{form}}"
+
 
 MEASURES: dict[str, Callable[[str], float]] = {
     "words": lambda text: float(len(words(text))),
@@ -51,33 +57,26 @@ MEASURES: dict[str, Callable[[str], float]] = {
 }
 
 
-def compare_styles(rows: Sequence[Compared]) -> list[Style]:
+def compare_styles(rows: Sequence[Contest]) -> list[Style]:
     """The measures of the policy's answers (`answer`) against the reference's (`other`), paired; several draws of a
     prompt count as one. Empty below two prompts.
     """
-    found = [_style(name, measure, rows) for name, measure in MEASURES.items()]
-    return [each for each in found if each]
-
-
-def _style(name: str, measure: Callable[[str], float], rows: Sequence[Compared]) -> Style | None:
-    by_prompt: dict[str, list[Compared]] = {}
+    by_prompt: dict[str, list[Contest]] = {}
     for row in rows:
         by_prompt.setdefault(row.question, []).append(row)
-    ours = {question: fmean(measure(row.answer) for row in own) for question, own in by_prompt.items()}
-    theirs = {question: fmean(measure(row.other) for row in own) for question, own in by_prompt.items()}
-    gap = paired_bootstrap(ours, theirs)
-    if gap is None:
-        return None
-    spread = pstdev(theirs.values())
-    shift = gap.value / spread if spread else None
-    certain = not gap.low <= 0 <= gap.high
-    return Style(
-        name, fmean(ours.values()), fmean(theirs.values()), gap.value, gap.low, gap.high, shift, gap.count,
-        certain and (shift is None or abs(shift) >= NOTICEABLE),
-    )  # fmt: skip
-
-
-# --- proxy and truth over steps ----------------------------------------------------------------------------------
+    styles = []
+    for name, measure in MEASURES.items():
+        ours = {question: fmean(measure(row.answer) for row in drawn) for question, drawn in by_prompt.items()}
+        theirs = {question: fmean(measure(row.other) for row in drawn) for question, drawn in by_prompt.items()}
+        gap = paired_bootstrap(ours, theirs)
+        if gap is None:
+            return []
+        spread = pstdev(theirs.values())
+        shift = gap.value / spread if spread else None
+        changed = not gap.low <= 0 <= gap.high and (shift is None or abs(shift) >= NOTICEABLE)
+        means = fmean(ours.values()), fmean(theirs.values())
+        styles.append(Style(name, *means, gap.value, gap.low, gap.high, shift, gap.count, changed))
+    return styles
 
 
 def watch_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -101,7 +100,22 @@ def watch_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         fall = from_intervals(*((gold[step], low[step], high[step]) for step in (last, peak)))
         p = min(1.0, fall.p * (len(steps) - 1))
     hacked = p is not None and p < CERTAIN and proxy[last] > proxy[peak]
-    found = {
+    between = (
+        f"from step {peak} to {last} the reward margin went from {proxy[peak]:.2f} to {proxy[last]:.2f}, the gold "
+        f"reward from {gold[peak]:.2f} to {gold[last]:.2f}"
+    )
+    if hacked:
+        at_start = gold[peak] == gold[steps[0]]
+        take = "no checkpoint beats the start" if at_start else f"take a checkpoint near step {peak}"
+        reason = (
+            f"reward hacking: {between}. The proxy rises while what was meant falls: {take}, or train with a higher "
+            "beta, for fewer steps, or on labels that are nearer to what is meant"
+        )
+    elif peak == last:
+        reason = f"the gold reward is highest at the last step, {last}: no sign of reward hacking"
+    else:
+        reason = f"no sign of reward hacking beyond chance: {between}"
+    return {
         "verdict": "hacked" if hacked else "tracking",
         "proxy": key,
         "peak_step": peak,
@@ -112,61 +126,33 @@ def watch_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "proxy_peak": proxy[peak],
         "proxy_last": proxy[last],
         "p": p,
+        "reason": reason,
     }
-    return found | {"reason": _reason(found)}
 
 
-def _reason(found: Mapping[str, Any]) -> str:
-    between = (
-        "from step {peak_step} to {last_step} the reward margin went from {proxy_peak:.2f} to {proxy_last:.2f}, the "
-        "gold reward from {gold_peak:.2f} to {gold_last:.2f}"
-    ).format(**found)
-    if found["verdict"] == "hacked":
-        start = found["gold_peak"] == found["gold_first"]
-        take = "no checkpoint beats the start" if start else f"take a checkpoint near step {found['peak_step']}"
-        return (
-            f"reward hacking: {between}. The proxy rises while what was meant falls: {take}, or train with a higher "
-            "beta, for fewer steps, or on labels that are nearer to what is meant"
-        )
-    if found["peak_step"] == found["last_step"]:
-        return f"the gold reward is highest at the last step, {found['last_step']}: no sign of reward hacking"
-    return f"no sign of reward hacking beyond chance: {between}"
-
-
-def watch_hacking(rows: Sequence[Compared], history: Sequence[Mapping[str, Any]], picture: Path) -> dict[str, Any]:
+def watch_hacking(rows: Sequence[Contest], history: Sequence[Mapping[str, Any]], picture: Path) -> dict[str, Any]:
     """Styles and rewards in one: {verdict, reason, styles: […], rewards: {…}}; drawn into `picture`.
 
     `rows` are the policy's answers beside the reference's, `history` the rows of the run's metrics.jsonl, if any.
     The verdict is that on the rewards where they are known, else `style changed` or `nothing seen`.
     """
     styles, rewards = compare_styles(rows), watch_rewards(history)
-    changed = [style for style in styles if style.changed]
-    said = [_changed(style) for style in changed]
-    seen = "style changed" if changed else "nothing seen"
-    known = rewards["verdict"] != "unknown"
+    reasons, verdict = [rewards["reason"]], rewards["verdict"]
+    for style in styles:
+        if style.changed:
+            read = "read the length-controlled win rate"
+            advice = read if style.name == "words" else "see whether the judge likes that alone"
+            change = f"{style.difference:+.2f} [{style.low:+.2f}, {style.high:+.2f}]"
+            reasons.append(f"{style.label}, {change}: {advice}")
+    if verdict == "unknown":
+        verdict = "style changed" if len(reasons) > 1 else "nothing seen"
     draw_hacking(history, styles, rewards, picture)
     return {
-        "verdict": rewards["verdict"] if known else seen,
-        "reason": ". ".join([rewards["reason"], *said]),
+        "verdict": verdict,
+        "reason": ". ".join(reasons),
         "styles": [asdict(style) for style in styles],
         "rewards": rewards,
     }
-
-
-def _changed(style: Style) -> str:
-    advice = (
-        "read the length-controlled win rate" if style.name == "words" else "see whether the judge likes that alone"
-    )
-    return f"{_label(style)}, {style.difference:+.2f} [{style.low:+.2f}, {style.high:+.2f}]: {advice}"
-
-
-def _label(style: Style) -> str:
-    if style.name == "words":
-        return f"words: {style.policy:.1f}, reference {style.reference:.1f}"
-    return f"{style.name}: {style.policy:.0%}, reference {style.reference:.0%}"
-
-
-# --- picture -----------------------------------------------------------------------------------------------------
 
 
 def draw_hacking(
@@ -188,23 +174,20 @@ def draw_hacking(
         )
         for number, (key, name, color) in enumerate(curves):
             axes = figure.add_subplot(grid[number, 0])
-            _draw_curve(axes, history, key, name, color, rewards["peak_step"])
+            points, low, high = (series(history, f"{key}{end}") for end in ("", "_low", "_high"))
+            axes.plot(list(points), list(points.values()), color=color, linewidth=2.5, marker="o", markersize=5)
+            steps = [step for step in points if step in low and step in high]
+            band = [low[step] for step in steps], [high[step] for step in steps]
+            axes.fill_between(steps, *band, color=color, alpha=0.2, linewidth=0)
+            axes.axvline(rewards["peak_step"], color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+            axes.set_title(name, loc="left", fontsize=14, color=color)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=12, colors=GREY)
+            axes.locator_params(nbins=5)
         axes.set_xlabel("step (dashed: gold reward highest)", fontsize=12, color=GREY)
     _draw_styles(figure.add_subplot(grid[:, 1] if known else grid[:, :]), styles)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def _draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, name: str, color: str, peak: int) -> None:
-    points, low, high = (series(history, f"{key}{end}") for end in ("", "_low", "_high"))
-    axes.plot(list(points), list(points.values()), color=color, linewidth=2.5, marker="o", markersize=5)
-    banded = [step for step in points if step in low and step in high]
-    axes.fill_between(banded, [low[s] for s in banded], [high[s] for s in banded], color=color, alpha=0.2, linewidth=0)
-    axes.axvline(peak, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    axes.set_title(name, loc="left", fontsize=14, color=color)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=12, colors=GREY)
-    axes.locator_params(nbins=5)
 
 
 def _draw_styles(axes: Axes, styles: Sequence[Style]) -> None:
@@ -214,23 +197,13 @@ def _draw_styles(axes: Axes, styles: Sequence[Style]) -> None:
     axes.set_title("The policy's answers against the reference's", loc="left", fontsize=14)
     axes.axvline(0, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     for number, style in enumerate(styles):
-        color = ORANGE if style.changed else GREY
+        color, weight = (ORANGE, "bold") if style.changed else (GREY, "normal")
         scale = style.shift / style.difference if style.shift and style.difference else 1.0
-        ends = [[(style.difference - style.low) * scale], [(style.high - style.difference) * scale]]
-        axes.errorbar(
-            [style.difference * scale],
-            [-number],
-            xerr=ends,
-            color=color,
-            marker="o",
-            markersize=9,
-            linewidth=2.5,
-            capsize=5,
-        )
-        axes.annotate(
-            _label(style), (0, -number + 0.22), xycoords=axes.get_yaxis_transform(), fontsize=13, color=color,
-            bbox=OVER_THE_LINE, fontweight="bold" if style.changed else "normal",
-        )  # fmt: skip
+        value, low, high = (end * scale for end in (style.difference, style.low, style.high))
+        bar: dict[str, Any] = {"marker": "o", "markersize": 9, "linewidth": 2.5, "capsize": 5}
+        axes.errorbar([value], [-number], xerr=[[value - low], [high - value]], color=color, **bar)
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "bbox": OVER_THE_LINE}
+        axes.annotate(style.label, (0, -number + 0.22), fontsize=13, color=color, fontweight=weight, **place)
     axes.set_ylim(0.6 - max(1, len(styles)), 0.6)
     axes.set_yticks([])
     axes.margins(x=0.1)
@@ -238,8 +211,4 @@ def _draw_styles(axes: Axes, styles: Sequence[Style]) -> None:
     axes.set_xlim(min(left, -1.0), max(right, 1.0))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(labelsize=12, colors=GREY)
-    axes.set_xlabel(
-        "shift in standard deviations of the reference",
-        fontsize=12,
-        color=GREY,
-    )
+    axes.set_xlabel("shift in standard deviations of the reference", fontsize=12, color=GREY)

@@ -6,18 +6,18 @@ weighted annotator needs a judge with log-probabilities and a key. Rates here ar
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.benchmark_options import Alpaca
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker, check_names
+from dpo_kit.evaluate.benchmarks.dialogue import Speaker
+from dpo_kit.evaluate.options import Alpaca
+from dpo_kit.evaluate.rows import read_rows
 from dpo_kit.run.files import write_json
 from dpo_kit.run.statistics import Z95, paired_bootstrap
 
@@ -25,88 +25,59 @@ PROMPTS = 805  # of AlpacaEval: its length control knows the difficulty of these
 KEYS = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator", "preference")
 
 
-def run_alpaca(
-    policy: Speaker, reference: Speaker | None, options: Alpaca, folder: Path, shared: Path | None = None
-) -> dict[str, Any]:
+def run_alpaca(policy: Speaker, reference: Speaker, options: Alpaca, folder: Path, shared: Path) -> dict[str, Any]:
     """Outputs of both for AlpacaEval, and its verdict on them once its command has run (which only the user does).
 
     {models: {name: {outputs, command, result}}, difference}: `result` is as `read_annotations` gives it (None before),
-    `difference` policy − reference against the same baseline, by instruction. The policy's files lie in
-    `folder`/alpaca_eval, the reference's in `shared`/alpaca_eval, so that a sweep pays for those once.
-    ConfigError or DataError where instructions or annotations cannot be had.
+    `difference` policy − reference against the same baseline, by instruction (None before both are annotated). The
+    policy's files lie in `folder`/alpaca_eval, the reference's in `shared`/alpaca_eval, so that a sweep pays for those
+    once. ConfigError or DataError where instructions or annotations cannot be had.
     """
-    speakers = [policy, reference] if reference else [policy]
-    check_names(*(speaker.name for speaker in speakers))
     asked = read_instructions(options)
     models, points = {}, []
-    for speaker in speakers:
-        own = (folder if speaker is policy else shared or folder) / "alpaca_eval" / speaker.name
-        outputs = own / "model_outputs.json"
+    for speaker, place in ((policy, folder), (reference, shared)):
+        outputs = place / "alpaca_eval" / speaker.name / "model_outputs.json"
         answers = speaker.answer([row["instruction"] for row in asked], options.temperature)
-        rows = write_outputs(asked, answers, speaker.name, outputs)
-        annotations = annotations_file(own, options)
-        found = read_annotations(annotations, rows) if annotations.exists() else None
-        points.append(found.pop("points") if found else None)
-        models[speaker.name] = {
-            "outputs": str(outputs),
-            "command": alpaca_command(outputs, options, len(asked)),
-            "result": found,
-        }
-    return {
-        "prompts": len(asked),
-        "models": models,
-        "difference": _difference(points[0], points[-1] if reference else None),
-    }
+        rows = [
+            {
+                "instruction": row["instruction"],
+                "output": answer.strip(),
+                "generator": speaker.name,
+                "dataset": row.get("dataset", "own"),
+            }
+            for row, answer in zip(asked, answers, strict=True)
+        ]
+        write_json(outputs, rows)
+        annotations = annotations_file(outputs.parent, options)
+        result = read_annotations(annotations, rows) if annotations.exists() else None
+        points.append(result.pop("points") if result else {})
+        command = alpaca_command(outputs, options, len(asked))
+        models[speaker.name] = {"outputs": str(outputs), "command": command, "result": result}
+    difference = paired_bootstrap(points[0], points[1])
+    return {"prompts": len(asked), "models": models, "difference": asdict(difference) if difference else None}
 
 
 def read_instructions(options: Alpaca) -> list[dict[str, Any]]:
     """AlpacaEval's prompts, rows with at least `instruction`: from `options.instructions`, else from the hub."""
-    path = Path(options.instructions).expanduser() if options.instructions else _fetch()
-    rows = _read_list(path, f"instructions={path}", "a list of rows with the key instruction, as alpaca_eval.json is")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-            raise DataError(f"instructions={path}: row {number} has no text under the key instruction")
-    return rows[: options.limit]
+    path = options.instructions
+    if path is None:
+        from huggingface_hub import hf_hub_download
 
-
-def _read_list(path: Path, name: str, meant: str) -> list[Any]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name} cannot be read as JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{name} must be {meant}")
-    return rows
-
-
-def _fetch() -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset"))
-    except OSError as error:
-        raise ConfigError(
-            "AlpacaEval's prompts are not on this machine and cannot be fetched: fetch alpaca_eval.json of the data "
-            "set tatsu-lab/alpaca_eval where there is a network, and name it: instructions=FILE "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-
-
-def write_outputs(
-    asked: Sequence[Mapping[str, Any]], answers: Sequence[str], generator: str, path: Path
-) -> list[dict[str, Any]]:
-    """The answers in AlpacaEval's format, a JSON list of {instruction, output, generator, dataset}."""
-    rows = [
-        {
-            "instruction": row["instruction"],
-            "output": answer.strip(),
-            "generator": generator,
-            "dataset": row.get("dataset", "own"),
-        }
-        for row, answer in zip(asked, answers, strict=True)
-    ]
-    write_json(path, rows)
-    return rows
+        try:
+            path = hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset")
+        except OSError as error:
+            raise ConfigError(
+                "AlpacaEval's prompts are not on this machine and cannot be fetched: fetch alpaca_eval.json of the "
+                "data set tatsu-lab/alpaca_eval where there is a network, and name it: alpaca_eval.instructions=FILE "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+    rows = read_rows("alpaca_eval.instructions", path)
+    if not rows:
+        raise DataError(f"alpaca_eval.instructions={path} has no rows, with the key instruction each")
+    for row in rows:
+        if not isinstance(row.values.get("instruction"), str):
+            raise DataError(f"alpaca_eval.instructions: {row.place} has no text under the key instruction")
+    return [row.values for row in rows[: options.limit]]
 
 
 def alpaca_command(outputs: Path, options: Alpaca, prompts: int) -> str:
@@ -129,66 +100,51 @@ def annotations_file(folder: Path, options: Alpaca) -> Path:
     return folder / (options.annotators_config if named else "") / "annotations.json"
 
 
-# --- reading back ------------------------------------------------------------------------------------------------
-
-
 def read_annotations(path: Path, outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Win rate with n and 95 % interval (bootstrap by instruction) of an annotations.json on `outputs`.
 
     {baseline, annotator, n, unannotated, wins, draws, losses, win_rate, low, high, better, length_controlled, points}.
     `length_controlled` comes from leaderboard.csv beside it; where that has none, it says why. `points` are those of
-    each output by its place. DataError where the annotations are of other outputs or not in the package's form.
+    each output by its place: 1 for the model, 0 for the baseline, ½ for a draw. DataError where the annotations are of
+    other outputs or not in the package's form.
     """
-    rows = _read_rows(path)
+    rows = read_rows("annotations", str(path))
     places = {(row["instruction"], row["output"]): str(number) for number, row in enumerate(outputs)}
     points: dict[str, float] = {}
-    for number, row in enumerate(rows, start=1):
-        place = places.get((row["instruction"], row["output_2"]))
-        if place is None:
+    for row in rows:
+        if missing := [key for key in KEYS if key not in row.values]:
+            raise DataError(f"{row.place} lacks {', '.join(missing)}: was it written by alpaca_eval 0.6?")
+        output = places.get((row.values["instruction"], row.values["output_2"]))
+        if output is None:
             raise DataError(
-                f"{path}: row {number} is about an output that is not in model_outputs.json: the annotations are of "
-                "another run; delete them, and run the command again"
+                f"{row.place} is about an output that is not in model_outputs.json: the annotations are of another "
+                "run; delete them, and run the command again"
             )
-        if row["preference"] is not None:
-            points[place] = _points(path, number, row["preference"])
+        preference = row.values["preference"]  # 2 the model, 1 the baseline, 1.5 or 0 a draw
+        if preference is None:
+            continue
+        if not isinstance(preference, int | float) or not (preference == 0 or 1 <= preference <= 2):
+            raise DataError(f"{row.place} has preference {preference!r}; it is 1 to 2, or 0 for a draw")
+        points[output] = float(preference) - 1 if preference else 0.5
     found = paired_bootstrap(points, dict.fromkeys(points, 0.5))
     if found is None:
         raise DataError(f"{path} has {len(points)} preferences: an interval needs two at least")
-    rate = found.value + 0.5
+    first = rows[0].values
     return {
-        "baseline": rows[0]["generator_1"],
-        "annotator": rows[0]["annotator"],
+        "baseline": first["generator_1"],
+        "annotator": first["annotator"],
         "n": found.count,
         "unannotated": len(outputs) - found.count,
         "wins": sum(value > 0.5 for value in points.values()),
         "draws": sum(value == 0.5 for value in points.values()),
         "losses": sum(value < 0.5 for value in points.values()),
-        "win_rate": rate,
+        "win_rate": found.value + 0.5,
         "low": found.low + 0.5,
         "high": found.high + 0.5,
         "better": found.low > 0,
-        "length_controlled": _length_controlled(path.with_name("leaderboard.csv"), rows[0]["generator_2"], points),
+        "length_controlled": _length_controlled(path.with_name("leaderboard.csv"), first["generator_2"], points),
         "points": points,
     }
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    rows = _read_list(path, str(path), "a list of annotations, as alpaca_eval writes it")
-    for number, row in enumerate(rows, start=1):
-        if missing := [key for key in KEYS if not isinstance(row, dict) or key not in row]:
-            raise DataError(
-                f"{path}: annotation {number} lacks {', '.join(missing)}: was it written by alpaca_eval 0.6?"
-            )
-    return rows
-
-
-def _points(path: Path, number: int, preference: Any) -> float:
-    """1 for the model, 0 for the baseline, ½ for a draw: the package writes 2, 1, and 1.5 or 0."""
-    if preference == 0:
-        return 0.5
-    if not isinstance(preference, int | float) or not 1 <= preference <= 2:
-        raise DataError(f"{path}: annotation {number} has preference {preference!r}; it is 1 to 2, or 0 for a draw")
-    return float(preference) - 1
 
 
 def _length_controlled(leaderboard: Path, name: str, points: Mapping[str, float]) -> dict[str, Any]:
@@ -197,29 +153,16 @@ def _length_controlled(leaderboard: Path, name: str, points: Mapping[str, float]
     Its lc_standard_error is the spread of its model's predictions over instructions, no sampling error. The interval
     takes the raw rate's standard error over to the logit of this rate; what the fit of the length adds is left out.
     """
-    row = _leaderboard_row(leaderboard, name)
+    rows = read_rows("leaderboard", str(leaderboard)) if leaderboard.exists() else []
+    row = next((row.values for row in rows if row.values.get("") == name), None)
     text = (row or {}).get("length_controlled_winrate")
     if not text:
         reason = f"{leaderboard} has no length_controlled_winrate of {name}" if row else f"no {name} in {leaderboard}"
         return {"win_rate": None, "reason": f"{reason}: it exists for AlpacaEval's own {PROMPTS} prompts only"}
-    rate, count = float(text) / 100, len(points)
-    raw = sum(points.values()) / count
-    spread = math.sqrt(sum((value - raw) ** 2 for value in points.values()) / (count - 1) / count)
+    rate, count, raw = float(text) / 100, len(points), fmean(points.values())
     if not (0 < raw < 1 and 0 < rate < 1):
         return {"win_rate": rate, "n": count, "low": None, "high": None, "interval": "none: a rate at its end has none"}
-    logit, half = math.log(rate / (1 - rate)), Z95 * spread / (raw * (1 - raw))
+    standard_error = stdev(points.values()) / math.sqrt(count)
+    logit, half = math.log(rate / (1 - rate)), Z95 * standard_error / (raw * (1 - raw))
     low, high = (1 / (1 + math.exp(-(logit + sign * half))) for sign in (-1, 1))
     return {"win_rate": rate, "n": count, "low": low, "high": high, "interval": "raw standard error, logit scale"}
-
-
-def _leaderboard_row(path: Path, name: str) -> dict[str, str] | None:
-    if not path.exists():
-        return None
-    with path.open(encoding="utf-8", newline="") as file:
-        return next((row for row in csv.DictReader(file) if row.get("") == name), None)
-
-
-def _difference(ours: Mapping[str, float] | None, theirs: Mapping[str, float] | None) -> dict[str, Any] | None:
-    """Policy − reference against the same baseline, by instruction; None where one of them is not annotated."""
-    found = paired_bootstrap(ours, theirs) if ours and theirs else None
-    return asdict(found) if found else None

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from dpo_kit.errors import ConfigError
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.judge.answers import Asking, draw_locally
 from dpo_kit.model.chats import Prompt
 from dpo_kit.run.journal import Journal
 
-FILE_NAME = r"[\w+-][\w.+-]*"
-
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model that answers: `answer(prompts, temperature)` gives one answer per prompt; temperature 0 is greedy."""
+    """A model that answers: `answer(prompts, temperature)` gives one answer per prompt; temperature 0 is greedy.
+
+    Its name becomes that of files.
+    """
 
     name: str
     answer: Callable[[Sequence[Prompt], float], list[str]]
-
-
-def check_names(*names: str) -> None:
-    """ConfigError where names of models, which become names of files, are no such names or are not distinct."""
-    for name in names:
-        if not re.fullmatch(FILE_NAME, name):
-            raise ConfigError(f"a model's name becomes a file's: it takes letters, digits and . _ + -, got {name!r}")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two models are called {names[0]!r}: their results could not be told apart")
 
 
 def local_speaker(candidate: Candidate, journal: Journal, asking: Asking) -> Speaker:
@@ -44,6 +34,6 @@ def local_speaker(candidate: Candidate, journal: Journal, asking: Asking) -> Spe
 
     def answer(prompts: Sequence[Prompt], temperature: float) -> list[str]:
         drawn = draw_locally(local, [temperature], 1, prompts, asking, journal)
-        return [each.text for own in drawn for each in own if each is not None]
+        return [each.text for (each,) in drawn if each is not None]
 
     return Speaker(candidate.name, answer)

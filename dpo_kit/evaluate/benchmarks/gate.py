@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from dpo_kit.errors import DataError
-from dpo_kit.run.statistics import Difference, needed_mean, paired_bootstrap
+from dpo_kit.run.statistics import needed_mean, paired_bootstrap
 
 Outcome = Literal["failed", "inconclusive", "passed"]
 LEAST_CHANGED = 6  # samples: with fewer, not even all of them getting worse is beyond chance (2·½⁵ = .0625)
@@ -59,26 +59,18 @@ def compare_task(
     found = paired_bootstrap(policy, reference)
     assert found is not None
     gaps = [policy[name] - reference[name] for name in policy]
-    verdict = _verdict(found, sum(gap != 0 for gap in gaps), limit)
-    return TaskComparison(
-        task, metric, fmean(policy.values()), fmean(reference.values()), found.count, found.value, found.low,
-        found.high, verdict, _needed(gaps, found.value, limit) if verdict == "inconclusive" else None,
-    )  # fmt: skip
-
-
-def _verdict(found: Difference, changed: int, limit: float) -> Outcome:
-    if found.value < -limit and found.high < 0 and changed >= LEAST_CHANGED:
-        return "failed"
-    seen_enough = found.low > 0 or UNSEEN / found.count <= limit
-    return "passed" if found.low >= -limit and seen_enough else "inconclusive"
-
-
-def _needed(gaps: Sequence[float], difference: float, limit: float) -> int | None:
-    """Samples that would show a loss of this size, or where it is within the limit, that it stays there."""
-    if difference < -limit:
-        return max(needed_mean(gaps) or 0, math.ceil(LEAST_CHANGED / -difference))
-    within = needed_mean([gap + limit for gap in gaps])
-    return max(within, math.ceil(UNSEEN / limit)) if within is not None and limit else None
+    needed = None
+    if found.value < -limit and found.high < 0 and sum(gap != 0 for gap in gaps) >= LEAST_CHANGED:
+        verdict: Outcome = "failed"
+    elif found.low >= -limit and (found.low > 0 or UNSEEN / found.count <= limit):
+        verdict = "passed"
+    elif found.value < -limit:
+        verdict, needed = "inconclusive", max(needed_mean(gaps) or 0, math.ceil(LEAST_CHANGED / -found.value))
+    else:  # how many would show that the loss stays within the limit
+        verdict, within = "inconclusive", needed_mean([gap + limit for gap in gaps])
+        needed = max(within, math.ceil(UNSEEN / limit)) if within is not None and limit else None
+    means = fmean(policy.values()), fmean(reference.values())
+    return TaskComparison(task, metric, *means, found.count, found.value, found.low, found.high, verdict, needed)
 
 
 def decide_gate(tasks: Sequence[TaskComparison], limit: float) -> dict[str, Any]:
@@ -86,7 +78,14 @@ def decide_gate(tasks: Sequence[TaskComparison], limit: float) -> dict[str, Any]
 
     The worst task is the one of the worst verdict, and of those the one with the largest loss.
     """
-    worst = min(tasks, key=lambda each: (WORST_FIRST.index(each.verdict), each.difference))
+    worst = min(tasks, key=lambda task: (WORST_FIRST.index(task.verdict), task.difference))
+    more = f"about {worst.needed:,} samples would settle it" if worst.needed else "no number of samples settles that"
+    reasons: dict[Outcome, str] = {
+        "failed": f": a loss beyond chance, and above the limit of {limit:g}",
+        "passed": f", the worst task: no loss above {limit:g} is left in any interval",
+        "inconclusive": f": neither a loss nor that it stays within {limit:g} is shown; {more}",
+    }
+    seen = f"{worst.difference:+.3f} [{worst.low:+.3f}, {worst.high:+.3f}] on {worst.n} samples of {worst.task}"
     return {
         "passed": worst.verdict != "failed",
         "verdict": worst.verdict,
@@ -95,16 +94,6 @@ def decide_gate(tasks: Sequence[TaskComparison], limit: float) -> dict[str, Any]
         "low": worst.low,
         "high": worst.high,
         "limit": limit,
-        "inconclusive": [each.task for each in tasks if each.verdict == "inconclusive"],
-        "reason": _reason(worst, limit),
+        "inconclusive": [task.task for task in tasks if task.verdict == "inconclusive"],
+        "reason": seen + reasons[worst.verdict],
     }
-
-
-def _reason(worst: TaskComparison, limit: float) -> str:
-    seen = f"{worst.difference:+.3f} [{worst.low:+.3f}, {worst.high:+.3f}] on {worst.n} samples of {worst.task}"
-    if worst.verdict == "failed":
-        return f"{seen}: a loss beyond chance, and above the limit of {limit:g}"
-    if worst.verdict == "passed":
-        return f"{seen}, the worst task: no loss above {limit:g} is left in any interval"
-    more = f"about {worst.needed:,} samples would settle it" if worst.needed else "no number of samples settles that"
-    return f"{seen}: neither a loss nor that it stays within {limit:g} is shown; {more}"

@@ -7,6 +7,7 @@ judged by gate.py.
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.metadata
 import logging
 import math
@@ -14,19 +15,16 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from dpo_kit.config.limits import missing_package
 from dpo_kit.errors import ConfigError, DataError, did_you_mean
-from dpo_kit.evaluate.benchmark_options import Harness
-from dpo_kit.evaluate.benchmarks.dialogue import check_names
 from dpo_kit.evaluate.benchmarks.gate import TaskComparison, compare_task, decide_gate
 from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.judge.answers import LocalModel
+from dpo_kit.evaluate.options import Harness
 from dpo_kit.run.files import cache_folder, read_json, write_json, write_jsonl
 from dpo_kit.run.history import plain
 from dpo_kit.run.journal import key_of
@@ -63,10 +61,16 @@ def run_harness(policy: Candidate, reference: Candidate, options: Harness, folde
     Each model's samples are written to `folder`/gate. What was scored before, by the same weights on the same samples,
     is not scored again. ConfigError where a task cannot be had, DataError where it cannot be paired.
     """
-    check_names(policy.name, reference.name)
+    check_harness(options)
     quiet_imports()
     with _harness_settings(options):
-        manager = _open_manager(options)
+        from lm_eval.tasks import TaskManager
+
+        folders = [str(Path(path).expanduser()) for path in options.include_path]
+        # reading the harness's thousands of task files takes seconds
+        manager = TaskManager(include_path=folders, include_defaults=False) if folders else None
+        if manager is None or any(name not in manager.task_index for name in options.tasks):
+            manager = TaskManager(include_path=folders or None)
         tasks = [_load_task(manager, name, options) for name in options.tasks]
         ours, theirs = (_score(each, manager, tasks, options, folder / "gate") for each in (policy, reference))
     compared = [_compare(task, ours, theirs, options) for task in tasks]
@@ -77,9 +81,6 @@ def run_harness(policy: Candidate, reference: Candidate, options: Harness, folde
     }
 
 
-# --- tasks -------------------------------------------------------------------------------------------------------
-
-
 def check_harness(options: Harness) -> None:
     """ConfigError for what is wrong with the options whatever the tasks hold; loads nothing."""
     for name in options.tasks:
@@ -87,25 +88,20 @@ def check_harness(options: Harness) -> None:
             _refuse_code(name, options)
     if fault := missing_package("the gate (lm-evaluation-harness)", "lm_eval"):
         raise ConfigError(fault)
-    missing = [path for path in options.include_path if not Path(path).expanduser().is_dir()]
-    if missing:
-        raise ConfigError(f"include_path={missing[0]} is no folder: name the one that holds your task's .yaml file")
-    unknown = [name for name in options.metrics if name not in options.tasks]
-    if unknown:
-        raise ConfigError(f"metrics names {unknown[0]}, which is not among tasks={','.join(options.tasks)}")
+    for path in options.include_path:
+        if not Path(path).expanduser().is_dir():
+            raise ConfigError(f"include_path={path} is no folder: name the one that holds your task's .yaml file")
+    for name in options.metrics:
+        if name not in options.tasks:
+            raise ConfigError(f"metrics names {name}, which is not among tasks={','.join(options.tasks)}")
 
 
-def _open_manager(options: Harness) -> Any:
-    """The harness's index of tasks, with those of `include_path`."""
-    check_harness(options)
-    from lm_eval.tasks import TaskManager
-
-    own = [str(Path(path).expanduser()) for path in options.include_path]
-    if own:  # reading the harness's thousands of task files takes seconds
-        manager = TaskManager(include_path=own, include_defaults=False)
-        if all(name in manager.task_index for name in options.tasks):
-            return manager
-    return TaskManager(include_path=own or None)
+def _refuse_code(name: str, options: Harness) -> None:
+    if not options.allow_code:
+        raise ConfigError(
+            f"task {name} executes on this machine what the model writes: allow_code=true, in a container without "
+            "network or anything to lose, if that is meant"
+        )
 
 
 def _load_task(manager: Any, name: str, options: Harness) -> Task:
@@ -118,50 +114,31 @@ def _load_task(manager: Any, name: str, options: Harness) -> Task:
     try:
         leaves = manager.load([name])["tasks"]
     except ImportError as error:
-        raise ConfigError(
-            f"task {name} needs a package that is not there ({error}): pip install {error.name}"
-        ) from error
+        needed = f"task {name} needs a package that is not there ({error}): pip install {error.name}"
+        raise ConfigError(needed) from error
     except OSError as error:
-        raise ConfigError(_no_data(manager, name, error)) from error
+        config = manager.task_index[name].cfg or {}
+        data = ", ".join(repr(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key))
+        fetch = f'python -c "from datasets import load_dataset; load_dataset({data})"'
+        remedy = f"fetch it once where there is a network, with HF_HUB_OFFLINE=0: {fetch}; or " if data else ""
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE") else ""
+        raise ConfigError(
+            f"the data of task {name} are not on this machine and cannot be fetched{offline}: {remedy}set HF_HOME to a "
+            f"cache that has them, or choose other tasks=. ({str(error).splitlines()[0]})"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"task {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if any(getattr(leaf, "UNSAFE_CODE", False) for leaf in leaves.values()):
         _refuse_code(name, options)
     metric, _, chosen = options.metrics.get(name, USUAL_METRICS.get(name, "")).partition(",")
-    # now, since the harness changes their config when it evaluates them
-    contents = {own: _contents(leaf, options) for own, leaf in leaves.items()}
+    contents = {}
+    for leaf_name, leaf in leaves.items():  # now, since the harness changes their config when it evaluates them
+        text = re.sub(r" at 0x[0-9a-f]+", "", repr(sorted(leaf.dump_config().items(), key=str)))
+        shots = leaf.config.num_fewshot if options.num_fewshot is None else options.num_fewshot
+        samples = [doc for _, doc in leaf.doc_iterator(limit=options.limit)]
+        shown = list(leaf.fewshot_docs() or []) if shots else []
+        contents[leaf_name] = key_of(text, repr(samples), repr(shown), shots)
     return Task(name, leaves, contents, metric or None, chosen or None)
-
-
-def _contents(leaf: Any, options: Harness) -> str:
-    text = re.sub(r" at 0x[0-9a-f]+", "", repr(sorted(leaf.dump_config().items(), key=str)))
-    shots = leaf.config.num_fewshot if options.num_fewshot is None else options.num_fewshot
-    samples = [doc for _, doc in leaf.doc_iterator(limit=options.limit)]
-    shown = list(leaf.fewshot_docs() or []) if shots else []
-    return key_of(text, repr(samples), repr(shown), shots)
-
-
-def _refuse_code(name: str, options: Harness) -> None:
-    if not options.allow_code:
-        raise ConfigError(
-            f"task {name} executes on this machine what the model writes: allow_code=true, in a container without "
-            "network or anything to lose, if that is meant"
-        )
-
-
-def _no_data(manager: Any, name: str, error: OSError) -> str:
-    config = manager.task_index[name].cfg or {}
-    arguments = [repr(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)]
-    fetch = f'python -c "from datasets import load_dataset; load_dataset({", ".join(arguments)})"' if arguments else ""
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE") else ""
-    remedy = f"fetch it once where there is a network, with HF_HUB_OFFLINE=0: {fetch}; or " if fetch else ""
-    return (
-        f"the data of task {name} are not on this machine and cannot be fetched{offline}: {remedy}set HF_HOME to a "
-        f"cache that has them, or choose other tasks=. ({str(error).splitlines()[0]})"
-    )
-
-
-# --- scores ------------------------------------------------------------------------------------------------------
 
 
 def _score(
@@ -169,20 +146,25 @@ def _score(
 ) -> dict[str, Rows]:
     """The samples of every leaf task by its name, scored by `candidate`; from the cache where it has them."""
     leaves = {name: leaf for task in tasks for name, leaf in task.leaves.items()}
-    tokenizer = candidate.tokenizer()
-    chat = tokenizer.chat_template is not None if options.chat == "auto" else options.chat
-    if chat and tokenizer.chat_template is None:
+    templated = candidate.tokenizer().chat_template is not None
+    chat = templated if options.chat == "auto" else options.chat
+    if chat and not templated:
         raise ConfigError(f"chat=true, but the tokenizer of {candidate.name} has no chat template: use chat=auto")
     sampler = candidate.sampler()
-    own = [importlib.metadata.version("lm-eval"), sampler.identity, options.seed, chat]
-    kept = cache_folder("harness")
-    files = {name: kept / f"{key_of(own, text)}.json" for task in tasks for name, text in task.contents.items()}
-    missing = [name for name, file in files.items() if not file.exists()]
-    if missing:
-        model = _wrap(sampler, options)
+    identity = [importlib.metadata.version("lm-eval"), sampler.identity, options.seed, chat]
+    files = {
+        name: cache_folder("harness") / f"{key_of(identity, text)}.json"
+        for task in tasks
+        for name, text in task.contents.items()
+    }
+    if missing := [name for name, file in files.items() if not file.exists()]:
+        from lm_eval.models.huggingface import HFLM
+
+        weights, tokenizer = sampler.open()
+        model = HFLM(pretrained=weights, tokenizer=tokenizer, batch_size=options.batch_size, backend="causal")
         for name in missing:
             write_json(files[name], _evaluate(model, manager, leaves[name], options, chat))
-        del model
+        del model, weights
         gc.collect()
     rows = {name: read_json(file) for name, file in files.items()}
     for name, samples in rows.items():
@@ -190,52 +172,39 @@ def _score(
     return rows
 
 
-def _wrap(sampler: LocalModel, options: Harness) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    weights, tokenizer = sampler.open()
-    return HFLM(pretrained=weights, tokenizer=tokenizer, batch_size=options.batch_size, backend="causal")
-
-
 def _evaluate(model: Any, manager: Any, leaf: Any, options: Harness, chat: bool) -> Rows:
-    import lm_eval
-
+    """The samples of a leaf task; metrics that are no number per sample (perplexity, BLEU) are left out."""
+    evaluator: Any = importlib.import_module("lm_eval.evaluator")
+    evaluator.get_git_commit_hash = lambda: None  # git complains on the terminal where there is no repository
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    with patch("lm_eval.evaluator.get_git_commit_hash"):  # git complains on the terminal where there is no repository
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=[leaf],
-            task_manager=manager,
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            apply_chat_template=chat,
-            bootstrap_iters=0,
-            confirm_run_unsafe_code=options.allow_code,
-            **dict.fromkeys(seeds, options.seed),
-        )
+    found = evaluator.simple_evaluate(
+        model=model,
+        tasks=[leaf],
+        task_manager=manager,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        apply_chat_template=chat,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=options.allow_code,
+        **dict.fromkeys(seeds, options.seed),
+    )
     assert found is not None  # None on the other processes of a distributed launch only
-    return [_row(sample) for sample in found["samples"][leaf.task_name]]
-
-
-def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a sample; metrics that are no number per sample (perplexity, BLEU) are left out."""
-    metrics = {name: plain(sample[name]) for name in sample["metrics"]}
-    return {
-        "sample": sample["doc_id"],
-        "document": sample["doc_hash"],
-        "filter": sample["filter"],
-        "prompt": str(sample["arguments"][0][0]),
-        "target": str(sample["target"]),
-        "response": str(sample["filtered_resps"]),
-        "metrics": {name: float(value) for name, value in metrics.items() if _is_number(value)},
-    }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, bool | int | float) and math.isfinite(value)
-
-
-# --- pairs -------------------------------------------------------------------------------------------------------
+    rows = []
+    for sample in found["samples"][leaf.task_name]:
+        values = {name: plain(sample[name]) for name in sample["metrics"]}
+        numbers = {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
+        rows.append(
+            {
+                "sample": sample["doc_id"],
+                "document": sample["doc_hash"],
+                "filter": sample["filter"],
+                "prompt": str(sample["arguments"][0][0]),
+                "target": str(sample["target"]),
+                "response": str(sample["filtered_resps"]),
+                "metrics": {name: float(value) for name, value in numbers.items() if math.isfinite(value)},
+            }
+        )
+    return rows
 
 
 def _compare(task: Task, policy: Mapping[str, Rows], reference: Mapping[str, Rows], options: Harness) -> TaskComparison:
@@ -249,40 +218,30 @@ def _compare(task: Task, policy: Mapping[str, Rows], reference: Mapping[str, Row
             f"choose one with metrics={{{task.name}: …}}: "
             + (", ".join(sorted(known)) or "it has none, so leave it out")
         )
-    ours, theirs = (_values(task, rows, metric, chosen) for rows in (policy, reference))
+    ours: dict[str, float] = {}
+    theirs: dict[str, float] = {}
+    for values, rows in ((ours, policy), (theirs, reference)):
+        for name, leaf in task.leaves.items():
+            sign = 1 if leaf.higher_is_better().get(metric, True) else -1  # more is better
+            for row in rows[name]:
+                if row["filter"] == chosen and metric in row["metrics"]:
+                    values[f"{name}/{row['sample']}/{row['document']}"] = sign * row["metrics"][metric]
     shown = metric if len({row["filter"] for row in first}) == 1 else f"{metric},{chosen}"
     return compare_task(task.name, shown, ours, theirs, options.max_regression)
-
-
-def _values(task: Task, rows: Mapping[str, Rows], metric: str, chosen: str) -> dict[str, float]:
-    """{leaf/sample/document: value}, more being better."""
-    return {
-        f"{name}/{row['sample']}/{row['document']}": _sign(leaf, metric) * row["metrics"][metric]
-        for name, leaf in task.leaves.items()
-        for row in rows[name]
-        if row["filter"] == chosen and metric in row["metrics"]
-    }
-
-
-def _sign(leaf: Any, metric: str) -> int:
-    return 1 if leaf.higher_is_better().get(metric, True) else -1
 
 
 @contextmanager
 def _harness_settings(options: Harness) -> Iterator[None]:
     """The harness draws its progress on terminals only, says what went wrong only, and executes code where it may."""
-    speaks, variable = logging.getLogger("lm_eval"), "HF_ALLOW_CODE_EVAL"
-    level, before = speaks.level, os.environ.get(variable)
-    speaks.setLevel(logging.ERROR)
+    logger, variable = logging.getLogger("lm_eval"), "HF_ALLOW_CODE_EVAL"
+    level, before = logger.level, os.environ.get(variable)
+    logger.setLevel(logging.ERROR)
     if options.allow_code:
         os.environ[variable] = "1"
     try:
-        with ExitStack() as stack:
-            if not sys.stderr.isatty():
-                nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
-                stack.enter_context(redirect_stderr(nowhere))
+        with Path(os.devnull).open("w") as nowhere, redirect_stderr(sys.stderr if sys.stderr.isatty() else nowhere):
             yield
     finally:
-        speaks.setLevel(level)
+        logger.setLevel(level)
         if options.allow_code:
             os.environ.pop(variable) if before is None else os.environ.update({variable: before})

@@ -6,20 +6,21 @@ verdict are our own: scores compare between models graded here, not with publish
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeGuard
 
+from dpo_kit.config.settings import LLMJudge
 from dpo_kit.errors import DataError
-from dpo_kit.evaluate.benchmark_options import MTBench, MTBenchJudge
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker, check_names
-from dpo_kit.judge.llm import fence_parts
+from dpo_kit.evaluate.benchmarks.dialogue import Speaker
+from dpo_kit.evaluate.options import MTBench
+from dpo_kit.evaluate.rows import read_rows
+from dpo_kit.judge.llm import fence_parts, last_line
 from dpo_kit.judge.server import Reply, Request, Server
 from dpo_kit.model.chats import Prompt
 from dpo_kit.run.files import write_jsonl
@@ -59,6 +60,11 @@ class Question:
     turns: list[str]
     references: list[str]
 
+    @property
+    def temperature(self) -> float:
+        """At which FastChat has it answered."""
+        return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
+
 
 @dataclass(frozen=True)
 class Grade:
@@ -72,7 +78,7 @@ class Grade:
 
 
 def run_mt_bench(
-    policy: Speaker, reference: Speaker | None, options: MTBench, folder: Path, shared: Path | None = None
+    policy: Speaker, reference: Speaker, options: MTBench, judge: LLMJudge, folder: Path, shared: Path
 ) -> dict[str, Any]:
     """Answers, judgements and means of both models; the same call goes on where an earlier one stopped.
 
@@ -81,34 +87,49 @@ def run_mt_bench(
     `folder`/mt_bench/{model_answer,model_judgment}/ are in FastChat's formats. Replies are kept in `shared`,
     so that a sweep pays for those on the reference once.
     """
-    speakers = [policy, reference] if reference else [policy]
-    check_names(*(speaker.name for speaker in speakers))
     questions, place = read_questions(options), folder / "mt_bench"
-    graded = {}
-    with Journal((shared or folder) / "mt_bench_replies.jsonl") as journal:
-        server = Server(options.judge, journal)
-        for speaker in speakers:
+    graded, judgements = {}, []
+    with Journal(shared / "mt_bench_replies.jsonl") as journal:
+        server = Server(judge, journal)
+        for speaker in (policy, reference):
             answers = ask_questions(speaker, questions)
-            write_jsonl(
-                place / "model_answer" / f"{speaker.name}.jsonl", _answer_rows(speaker.name, questions, answers)
-            )
-            graded[speaker.name] = grade_answers(server, options.judge, questions, answers)
+            rows = [
+                {
+                    "question_id": question.id,
+                    "answer_id": key_of(speaker.name, question.id, answers[question.id])[:22],
+                    "model_id": speaker.name,
+                    "choices": [{"index": 0, "turns": answers[question.id]}],
+                    "tstamp": time.time(),
+                }
+                for question in questions
+            ]
+            write_jsonl(place / "model_answer" / f"{speaker.name}.jsonl", rows)
+            graded[speaker.name] = grade_answers(server, judge, questions, answers)
+            judgements += [
+                {
+                    "question_id": grade.question.id,
+                    "model": speaker.name,
+                    "judge": [judge.model, "single-dpo-kit-v1" + ("-multi-turn" if grade.turn > 1 else "")],
+                    "user_prompt": grade.prompt,
+                    "judgment": grade.judgment,
+                    "score": grade.score,
+                    "turn": grade.turn,
+                    "tstamp": time.time(),
+                }
+                for grade in graded[speaker.name]
+                if grade.score is not None
+            ]
         spend = server.spend()
-    judge = options.judge.model.replace("/", "_")
-    rows = [row for name, grades in graded.items() for row in _judgement_rows(name, options.judge.model, grades)]
-    write_jsonl(place / "model_judgment" / f"{judge}_single.jsonl", rows)
+    write_jsonl(place / "model_judgment" / f"{judge.model.replace('/', '_')}_single.jsonl", judgements)
     models = {name: summarize_grades(grades) for name, grades in graded.items()}
     return {
         "questions": len(questions),
-        "status": "partial" if any(each["unjudged"] for each in models.values()) else "done",
+        "status": "partial" if any(means["unjudged"] for means in models.values()) else "done",
         "models": models,
-        "difference": compare_grades(*graded.values()) if reference else None,
+        "difference": compare_grades(*graded.values()),
         "without_reference": sum(each.category in REFERENCED and not each.references for each in questions),
         "spend": spend,
     }
-
-
-# --- questions ---------------------------------------------------------------------------------------------------
 
 
 def read_questions(options: MTBench) -> list[Question]:
@@ -116,153 +137,89 @@ def read_questions(options: MTBench) -> list[Question]:
 
     DataError names file, line and what is wrong.
     """
-    known = _read_references(Path(options.references).expanduser()) if options.references else {}
-    found = []
-    for where, row in _read_lines(Path(options.questions).expanduser()):
-        turns = row.get("turns")
-        if "question_id" not in row or not _are_texts(turns) or not 1 <= len(turns) <= 2:
-            raise DataError(
-                f"{where} must have question_id, category and one or two turns, as FastChat's question.jsonl"
-            )
-        references = row.get("reference") or known.get(row["question_id"], [])
-        if not _are_texts(references):
-            raise DataError(f"{where}: reference must be a list of texts, one for each turn")
-        found.append(Question(row["question_id"], str(row.get("category", "other")), turns, references))
-    if len({question.id for question in found}) < len(found) or not found:
-        raise DataError(f"questions={options.questions} must have questions, and each question_id once")
-    return found[: options.limit]
-
-
-def _read_references(path: Path) -> dict[int | str, list[str]]:
-    rows = [row for _, row in _read_lines(path)]
-    try:
-        return {row["question_id"]: row["choices"][0]["turns"] for row in rows}
-    except (KeyError, IndexError, TypeError) as error:
-        raise DataError(
-            f"references={path} must be answers in FastChat's format (choices[0].turns): {error}"
-        ) from error
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    known: dict[int | str, Any] = {}
+    for row in read_rows("mt_bench.references", options.references) if options.references else ():
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number} is not JSON: {error}") from error
-        yield f"{path}:{number}", row if isinstance(row, dict) else {}
+            known[row.values["question_id"]] = row.values["choices"][0]["turns"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise DataError(f"{row.place} must be in FastChat's format (choices[0].turns): {error}") from error
+    questions = []
+    for row in read_rows("mt_bench.questions", options.questions):
+        name, turns = row.values.get("question_id"), row.values.get("turns")
+        if name is None or not _are_texts(turns) or not 1 <= len(turns) <= 2:
+            raise DataError(
+                f"{row.place} must have question_id, category and one or two turns, as FastChat's question.jsonl"
+            )
+        references = row.values.get("reference") or known.get(name, [])
+        if not _are_texts(references):
+            raise DataError(f"{row.place}: reference must be a list of texts, one for each turn")
+        questions.append(Question(name, str(row.values.get("category", "other")), turns, references))
+    if len({question.id for question in questions}) < len(questions) or not questions:
+        raise DataError(f"mt_bench.questions={options.questions} must have questions, and each question_id once")
+    return questions[: options.limit]
 
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-# --- answers -----------------------------------------------------------------------------------------------------
-
-
 def ask_questions(speaker: Speaker, questions: Sequence[Question]) -> dict[int | str, list[str]]:
     """{question id: answers}: each turn asked after the answers to those before, at its category's temperature."""
     answers: dict[int | str, list[str]] = {question.id: [] for question in questions}
-    for temperature in sorted({_temperature(question) for question in questions}):
+    for temperature in sorted({question.temperature for question in questions}):
         for turn in (0, 1):
-            asked = [each for each in questions if _temperature(each) == temperature and turn < len(each.turns)]
-            said = (
-                speaker.answer([_conversation(each, answers[each.id]) for each in asked], temperature) if asked else []
-            )
-            for question, answer in zip(asked, said, strict=True):
+            asked = [each for each in questions if each.temperature == temperature and turn < len(each.turns)]
+            conversations = [_conversation(question, answers[question.id]) for question in asked]
+            drawn = speaker.answer(conversations, temperature) if asked else []
+            for question, answer in zip(asked, drawn, strict=True):
                 answers[question.id].append(answer.strip())
     return answers
 
 
-def _temperature(question: Question) -> float:
-    return TEMPERATURES.get(question.category, OTHER_TEMPERATURE)
-
-
-def _conversation(question: Question, answered: Sequence[str]) -> Prompt:
+def _conversation(question: Question, answers: Sequence[str]) -> Prompt:
     """The messages up to the first turn without an answer; a first turn is plain text."""
-    if not answered:
+    if not answers:
         return question.turns[0]
     before = [
         {"role": role, "content": text}
-        for asked, said in zip(question.turns, answered, strict=False)
-        for role, text in (("user", asked), ("assistant", said))
+        for turn, answer in zip(question.turns, answers, strict=False)
+        for role, text in (("user", turn), ("assistant", answer))
     ]
-    return [*before, {"role": "user", "content": question.turns[len(answered)]}]
-
-
-def _answer_rows(
-    name: str, questions: Sequence[Question], answers: Mapping[int | str, list[str]]
-) -> Iterator[dict[str, Any]]:
-    for question in questions:
-        yield {
-            "question_id": question.id,
-            "answer_id": key_of(name, question.id, answers[question.id])[:22],
-            "model_id": name,
-            "choices": [{"index": 0, "turns": answers[question.id]}],
-            "tstamp": time.time(),
-        }
-
-
-# --- grades ------------------------------------------------------------------------------------------------------
+    return [*before, {"role": "user", "content": question.turns[len(answers)]}]
 
 
 def grade_answers(
-    server: Server, judge: MTBenchJudge, questions: Sequence[Question], answers: Mapping[int | str, list[str]]
+    server: Server, judge: LLMJudge, questions: Sequence[Question], answers: Mapping[int | str, list[str]]
 ) -> list[Grade]:
     """A grade for every turn of every question; what the server's journal has is not asked again."""
-    places = [(question, turn) for question in questions for turn in range(len(question.turns))]
-    requests = [_request(judge, question, answers[question.id], turn) for question, turn in places]
+    places, requests = [], []
+    for question in questions:
+        for turn in range(len(question.turns)):
+            parts = {}
+            for number in range(turn + 1):
+                label = f" {number + 1}" if turn else ""
+                parts[f"question{label}"] = question.turns[number]
+                if question.category in REFERENCED and number < len(question.references):
+                    parts[f"reference answer{label}"] = question.references[number]
+                parts[f"answer{label}"] = answers[question.id][number]
+            instructions = RUBRIC + PROTOCOL.format(task=TASKS[turn])
+            key = key_of("mt_bench", judge.model, instructions, judge.temperature, judge.max_tokens, parts)
+            text = f"{instructions}\n{fence_parts(parts, secrets.token_hex(8))}"
+            places.append((question, turn + 1, text))
+            requests.append(Request(key, [{"role": "user", "content": text}], judge.max_tokens, judge.temperature))
     replies = server.ask(requests, "grades")
     return [
-        Grade(question, turn + 1, request.messages[0]["content"], reply.text if reply else "", read_grade(reply))
-        for (question, turn), request, reply in zip(places, requests, replies, strict=True)
+        Grade(*place, reply.text if reply else "", read_grade(reply))
+        for place, reply in zip(places, replies, strict=True)
     ]
-
-
-def _request(judge: MTBenchJudge, question: Question, answers: Sequence[str], turn: int) -> Request:
-    parts = {}
-    for number in range(turn + 1):
-        label = f" {number + 1}" if turn else ""
-        parts[f"question{label}"] = question.turns[number]
-        if question.category in REFERENCED and number < len(question.references):
-            parts[f"reference answer{label}"] = question.references[number]
-        parts[f"answer{label}"] = answers[number]
-    instructions = RUBRIC + PROTOCOL.format(task=TASKS[turn])
-    key = key_of("mt_bench", judge.model, instructions, judge.temperature, judge.max_tokens, parts)
-    text = f"{instructions}\n{fence_parts(parts, secrets.token_hex(8))}"
-    return Request(key, [{"role": "user", "content": text}], judge.max_tokens, judge.temperature)
 
 
 def read_grade(reply: Reply | None) -> int | None:
     """The grade on the last line that is not blank; −1 where that line is anything else, None without a reply."""
     if reply is None:
         return None
-    lines = reply.text.strip().splitlines()
-    found = _GRADE.fullmatch(lines[-1].strip()) if lines else None
+    found = _GRADE.fullmatch(last_line(reply.text))
     return int(found[1]) if found else UNPARSABLE
-
-
-def _judgement_rows(name: str, judge: str, grades: Sequence[Grade]) -> Iterator[dict[str, Any]]:
-    for grade in grades:
-        if grade.score is not None:
-            yield {
-                "question_id": grade.question.id,
-                "model": name,
-                "judge": [judge, "single-dpo-kit-v1" + ("-multi-turn" if grade.turn > 1 else "")],
-                "user_prompt": grade.prompt,
-                "judgment": grade.judgment,
-                "score": grade.score,
-                "turn": grade.turn,
-                "tstamp": time.time(),
-            }
-
-
-# --- means -------------------------------------------------------------------------------------------------------
 
 
 def summarize_grades(grades: Sequence[Grade]) -> dict[str, Any]:
@@ -282,10 +239,10 @@ def _mean(grades: Sequence[Grade]) -> dict[str, Any]:
 
     from dpo_kit.callbacks.metrics import bootstrap_interval
 
-    known = list(_known(grades).items())
+    known = _known(grades)
     if not known:
         return {"mean": None, "low": None, "high": None, "n": 0}
-    names, scores = [str(question) for (question, _), _ in known], [score for _, score in known]
+    names, scores = [str(question) for question, _ in known], list(known.values())
     low, high = bootstrap_interval(torch.tensor(scores, dtype=torch.float64), names)
     return {"mean": fmean(scores), "low": low, "high": high, "n": len(set(names))}
 
@@ -296,11 +253,12 @@ def _known(grades: Sequence[Grade]) -> dict[tuple[int | str, int], int]:
 
 def compare_grades(policy: Sequence[Grade], reference: Sequence[Grade]) -> dict[str, Any] | None:
     """Policy − reference by question, over the turns that were graded for both; None below two such questions."""
-    ours, theirs = _known(policy), _known(reference)
-    both = ours.keys() & theirs.keys()
-    by_question: dict[str, list[tuple[int, int]]] = {}
-    for place in both:
-        by_question.setdefault(str(place[0]), []).append((ours[place], theirs[place]))
-    means = [{name: fmean(pair[side] for pair in pairs) for name, pairs in by_question.items()} for side in (0, 1)]
+    both = _known(policy), _known(reference)
+    means = []
+    for side in both:
+        by_question: dict[str, list[int]] = {}
+        for question, turn in both[0].keys() & both[1].keys():
+            by_question.setdefault(str(question), []).append(side[question, turn])
+        means.append({question: fmean(scores) for question, scores in by_question.items()})
     found = paired_bootstrap(means[0], means[1])
     return asdict(found) if found else None

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dpo_kit.config.settings import Data, Endpoint, ServerAnswers
+from dpo_kit.config.settings import Data, ServerAnswers
 from dpo_kit.data.build.prompts import read_prompts
-from dpo_kit.data.read import Fault, read_source
 from dpo_kit.errors import DataError
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import Job
+from dpo_kit.evaluate.rows import read_rows
 from dpo_kit.judge.answers import Answer, Asking, draw_answers, draw_locally
 from dpo_kit.model.chats import Prompt, as_messages
 from dpo_kit.run.files import digest
 from dpo_kit.run.journal import Journal
-
-AGAIN = "again"  # what tells the second answers of a control from the first
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,6 @@ class Question:
 
     prompt_id: str
     prompt: Prompt
-
-
-@dataclass(frozen=True)
-class Side:
-    """Who answers, under which seed, and where the answers are kept."""
-
-    who: Candidate | Path
-    server: Endpoint | None
-    seed: int
-    journal: Path
 
 
 def read_questions(job: Job) -> list[Question]:
@@ -53,68 +41,51 @@ def read_questions(job: Job) -> list[Question]:
     return [Question(digest(prompt), as_messages(prompt) if chat else prompt) for prompt in prompts]
 
 
-def sides_of(job: Job) -> tuple[Side, Side]:
-    """Policy and opponent; what the opponent answers serves every job of a sweep."""
-    wanted = job.options.win_rate
-    return (
-        Side(job.policy, wanted.policy_server, wanted.seed, job.folder / "answers.jsonl"),
-        Side(job.opponent, wanted.opponent_server, wanted.opponent_seed, job.shared / "opponent_answers.jsonl"),
-    )
-
-
-def answer(job: Job, side: Side, questions: Sequence[Question]) -> tuple[list[list[Answer | None]], dict[str, Any]]:
-    """For each question `win_rate.draws` answers (None where one failed), and what they cost.
-
-    Whatever was drawn before is read from the journal. Raises DataError, ModelError.
-    """
-    if isinstance(side.who, Path) and side.server is None:
-        return read_answers(side.who, questions, job.options.win_rate.draws), {}
-    with Journal(side.journal) as journal:
-        return _draw(job, side, [each.prompt for each in questions], journal, side.seed, job.options.win_rate.draws)
-
-
-def answer_again(job: Job, side: Side, questions: Sequence[Question]) -> list[str] | None:
-    """Other answers of the same model, one for each question; None where there can be none."""
-    if isinstance(side.who, Path) and side.server is None:
-        return None
-    seed = int(digest([AGAIN, side.seed])[:7], 16)
-    with Journal(side.journal) as journal:
-        drawn, _ = _draw(job, side, [each.prompt for each in questions], journal, seed, 1)
-    return None if any(each is None for (each,) in drawn) else [each.text for (each,) in drawn if each is not None]
-
-
-def _draw(
-    job: Job, side: Side, prompts: Sequence[Prompt], journal: Journal, seed: int, draws: int
+def answer(
+    job: Job, side: Literal["policy", "opponent"], questions: Sequence[Question], *, again: bool = False
 ) -> tuple[list[list[Answer | None]], dict[str, Any]]:
-    wanted = job.options.win_rate
+    """For each question `win_rate.draws` answers (None where one failed), and what they cost; with `again` one answer
+    each, under another seed ([] where answers are given in a file).
+
+    Whatever was drawn before is read from the journal, and what the opponent answers serves every job of a sweep.
+    Raises DataError, ModelError.
+    """
+    wanted, prompts = job.options.win_rate, [question.prompt for question in questions]
+    who: Candidate | Path = job.policy
+    server, seed, kept = wanted.policy_server, wanted.seed, job.folder / "answers.jsonl"
+    if side == "opponent":
+        who, server, seed = job.opponent, wanted.opponent_server, wanted.opponent_seed
+        kept = job.shared / "opponent_answers.jsonl"
+    if isinstance(who, Path) and server is None:
+        return [] if again else read_answers(who, prompts, wanted.draws), {}
+    draws, seed = (1, int(digest(["again", seed])[:7], 16)) if again else (wanted.draws, seed)
     asking = Asking(wanted.max_new_tokens, wanted.chunk, seed)
-    if side.server is not None:
-        source = ServerAnswers(**side.server.model_dump(), temperatures=[wanted.temperature], draws=draws)
-        return draw_answers(source, job.policy.model, prompts, asking, journal)
-    assert isinstance(side.who, Candidate)
-    return draw_locally(side.who.sampler(), [wanted.temperature], draws, prompts, asking, journal), {}
+    with Journal(kept) as journal:
+        if server is not None:
+            source = ServerAnswers(**server.model_dump(), temperatures=[wanted.temperature], draws=draws)
+            return draw_answers(source, job.policy.model, prompts, asking, journal)
+        assert isinstance(who, Candidate)
+        return draw_locally(who.sampler(), [wanted.temperature], draws, prompts, asking, journal), {}
 
 
-def read_answers(path: Path, questions: Sequence[Question], draws: int) -> list[list[Answer | None]]:
+def read_answers(path: Path, prompts: Sequence[Prompt], draws: int) -> list[list[Answer | None]]:
     """The answers of a file of rows with `prompt` and `answer`; further rows of a prompt are further draws.
 
-    DataError where a row is malformed or a question lacks an answer.
+    DataError where a row is malformed or a prompt lacks an answer.
     """
     given: dict[str, list[Answer | None]] = {}
-    for row in read_source(str(path), "train"):
-        if isinstance(row, Fault):
-            raise DataError(f"{row.place}: {row.reason} ({row.found}); {row.remedy}")
+    for row in read_rows("against", str(path)):
         prompt, text = row.values.get("prompt"), row.values.get("answer")
         if not isinstance(text, str) or not isinstance(prompt, str | list):
             raise DataError(f"{row.place}: a row needs prompt and answer, got the columns {', '.join(row.values)}")
         given.setdefault(_key(prompt), []).append(Answer(text, False, path.name))
-    found = [given.get(_key(each.prompt), [])[:draws] for each in questions]
-    if lacking := [each.prompt for each, own in zip(questions, found, strict=True) if len(own) < draws]:
+    answers = [given.get(_key(prompt), [])[:draws] for prompt in prompts]
+    if lacking := [prompt for prompt, drawn in zip(prompts, answers, strict=True) if len(drawn) < draws]:
         raise DataError(
-            f"against={path} has fewer than win_rate.draws={draws} answers to {len(lacking)} of {len(questions)} "
+            f"against={path} has fewer than win_rate.draws={draws} answers to {len(lacking)} of {len(prompts)} "
             f"prompts, the first: {str(lacking[0])[:80]!r}; win_rate.prompts={path} asks just those that it answers"
         )
-    return found
+    return answers
 
 
 def _key(prompt: Any) -> str:
