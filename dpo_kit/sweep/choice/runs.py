@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from dpo_kit.config.compose import own_folders
+from dpo_kit.config.identity import flatten
 from dpo_kit.errors import DataError, did_you_mean
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
@@ -118,7 +119,7 @@ class RunRecord:
             typed = [word for word in shlex.split(command) if "=" in word]
         if typed is None:
             return None
-        pairs = (str(each).lstrip("+~").partition("=") for each in typed)
+        pairs = (str(word).lstrip("+~").partition("=") for word in typed)
         return {key: value for key, _, value in pairs if not key.startswith("hydra")}
 
     @cached_property
@@ -166,14 +167,20 @@ class RunRecord:
         judge = {key: value for key, value in (self.judged.get("judge") or {}).items() if key != "controls_failed"}
         return (json.dumps(judge, sort_keys=True), self.judged.get("opponent"))
 
+    def kl_key(self, direction: str) -> str:
+        """The metric of the forward or reverse KL: Rao-Blackwell where it was affordable, else k1."""
+        best, fallback = (f"probe/kl_{direction}_{estimator}_nats" for estimator in ("rb", "k1"))
+        if self.final(best) is not None or (self.final(fallback) is None and self.series(best)):
+            return best
+        return fallback
+
     @property
     def kl_reverse_key(self) -> str:
-        """Rao-Blackwell where it was affordable, else k1."""
-        best, fallback = "probe/kl_reverse_rb_nats", "probe/kl_reverse_k1_nats"
-        return best if self.final(best) is not None or self.series(best) else fallback
+        return self.kl_key("reverse")
 
     @property
     def kl_reverse(self) -> float | None:
+        """At the end, nats per answer."""
         return self.final(self.kl_reverse_key)
 
     @property
@@ -183,14 +190,14 @@ class RunRecord:
         lengths = [row["tokens"] for row in self.answers if row["step"] == last and number(row.get("tokens"))]
         if lengths and self.finished:
             return sum(lengths) / len(lengths)
-        each = self.final(f"{self.kl_reverse_key}_per_token")
-        return self.kl_reverse / each if each and self.kl_reverse is not None else None
+        per_token = self.final(f"{self.kl_reverse_key}_per_token")
+        return self.kl_reverse / per_token if per_token and self.kl_reverse is not None else None
 
 
 def number(value: Any) -> float | None:
     """`value` where it is a finite number, else None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if good else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
 
 
 def _first_number(*values: Any) -> float | None:
@@ -216,18 +223,50 @@ def read_runs(sweep_dir: str | Path) -> list[RunRecord]:
         beside = [entry.name for entry in root.parent.iterdir() if entry.is_dir()] if root.parent.is_dir() else []
         meant = did_you_mean(root.name, beside, ": name the folder above the runs")
         raise DataError(f"sweep={root} is not a folder{meant}")
-    jobs = {_relative(root, job["dir"]): job for job in read_jobs(root) if job.get("dir")}
-    found = {path.parent.relative_to(root).as_posix() for path in root.glob("*/manifest.json")}
-    runs = [read_run(root, path, jobs.get(path, {})) for path in sorted(found | jobs.keys())]
+    jobs: dict[str, Mapping[str, Any]] = {}
+    for job in read_jobs(root):
+        if written := job.get("dir"):  # relative to the sweep or absolute, as who wrote it had it
+            path = Path(written)
+            above = next((base for base in (root, root.resolve()) if path.is_relative_to(base)), None)
+            path = path.relative_to(above) if above else Path(path.name) if path.is_absolute() else path
+            jobs[path.as_posix()] = job
+    folders = {path.parent.relative_to(root).as_posix() for path in root.glob("*/manifest.json")}
+    runs = [_read_run(root, path, jobs.get(path, {})) for path in sorted(folders | jobs.keys())]
     runs = [run for run in runs if run.config or run.job or run.fault]  # the data tool leaves a manifest.json too
     if not runs:
         inside = " (it is itself a run: give the folder above)" if RunDirectory(root).manifest.exists() else ""
         raise DataError(f"sweep={root} holds no run{inside}: a run is a subfolder with manifest.json")
-    return sorted(runs, key=lambda run: (run.method or "~", *_order(run.beta), *_order(run.seed), run.path))
+    return sorted(
+        runs,
+        key=lambda run: (
+            run.method or "~", run.beta is None, run.beta or 0.0, run.seed is None, run.seed or 0.0, run.path
+        ),
+    )  # fmt: skip
 
 
-def _order(value: float | None) -> tuple[bool, float]:
-    return (value is None, value or 0.0)
+def _read_run(root: Path, path: str, job: Mapping[str, Any]) -> RunRecord:
+    """One run; a file that cannot be read is named in its `fault` and does not stop the others."""
+    names = ("manifest.json", "result.json", "evaluation/result.json", "test.json")
+    contents, faults = zip(*(_read(root / path / name) for name in names), strict=True)
+    manifest, result, judged, test = contents
+    return RunRecord(root / path, path, manifest, result, job, judged, test, next(filter(None, faults), None))
+
+
+def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
+    """The jobs of a sweep directory's sweep.json; [] where it has none."""
+    jobs = _read(sweep_dir / "sweep.json")[0].get("jobs") or []
+    return [job for job in jobs if isinstance(job, dict)]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The content of a JSON file, {} where there is none; and why it cannot be read."""
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        return {}, None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return {}, f"{path.name} cannot be read: {error}"
+    return (value, None) if isinstance(value, dict) else ({}, f"{path.name} is not a JSON object")
 
 
 def sweep_command(root: Path) -> str | None:
@@ -241,65 +280,25 @@ def sweep_command(root: Path) -> str | None:
     return shlex.join(["python", "-m", "dpo_kit", "-m", *redact_argv([*folders, *words])])
 
 
-def read_jobs(root: Path) -> list[dict[str, Any]]:
-    found, _ = _read(root / "sweep.json")
-    return [job for job in found.get("jobs") or [] if isinstance(job, dict)]
-
-
-def _relative(root: Path, path: str) -> str:
-    """A job's folder as seen from the sweep's, whether it was written relative or absolute."""
-    given = Path(path)
-    for base in (root, root.resolve()):
-        if given.is_relative_to(base):
-            return given.relative_to(base).as_posix()
-    return given.as_posix() if not given.is_absolute() else given.name
-
-
-def read_run(root: Path, path: str, job: Mapping[str, Any]) -> RunRecord:
-    """One run; a file that cannot be read is named in its `fault` and does not stop the others."""
-    folder = root / path
-    names = ("manifest.json", "result.json", "evaluation/result.json", "test.json")
-    read = {name: _read(folder / name) for name in names}
-    fault = next((fault for _, fault in read.values() if fault), None)
-    manifest, result, judged, test = (read[name][0] for name in names)
-    return RunRecord(folder, path, manifest, result, job, judged, test, fault)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], str | None]:
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        return {}, None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        return {}, f"{path.name} cannot be read: {error}"
-    return (value, None) if isinstance(value, dict) else ({}, f"{path.name} is not a JSON object")
-
-
 def swept_keys(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
     """{key: {run path: value}} of the keys beside method, beta and seed in which the runs differ.
 
     From what was typed where that is recorded for every run, else from the configs of runs of the same method.
     """
-    typed = {run.path: run.overrides for run in runs}
-    if all(values is not None for values in typed.values()):
-        values: dict[str, Mapping[str, Any]] = {path: given or {} for path, given in typed.items()}
-        return _differing(values, [list(values)])
-    values = {run.path: _flat(run.config) for run in runs if run.config}
-    methods = {run.path: run.method for run in runs if run.config}
-    return _differing(values, [[p for p in methods if methods[p] == name] for name in dict.fromkeys(methods.values())])
-
-
-def _differing(values: Mapping[str, Mapping[str, Any]], groups: list[list[str]]) -> dict[str, dict[str, Any]]:
+    values = {run.path: run.overrides for run in runs if run.overrides is not None}
+    groups = [list(values)]
+    if len(values) < len(runs):
+        values = {run.path: flatten(run.config) for run in runs if run.config}
+        by_method: dict[str | None, list[str]] = {}
+        for run in runs:
+            if run.config:
+                by_method.setdefault(run.method, []).append(run.path)
+        groups = list(by_method.values())
     keys = dict.fromkeys(key for given in values.values() for key in given)
-    shown = [key for key in keys if key not in SELDOM_SWEPT and not key.startswith("method.")]
     return {
         key: {path: given.get(key) for path, given in values.items()}
-        for key in shown
-        if any(len({str(values[path].get(key)) for path in group}) > 1 for group in groups)
+        for key in keys
+        if key not in SELDOM_SWEPT
+        and not key.startswith("method.")
+        and any(len({str(values[path].get(key)) for path in group}) > 1 for group in groups)
     }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix.removesuffix("."): tree}
-    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
