@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ModelError
@@ -24,7 +23,6 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import hash_weights
 
 log = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "float16")
 NOISE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
 PROMPTS = (
     "Hello, how are you?",
@@ -59,8 +57,10 @@ def merge(model: Model, run: RunDirectory, tokenizer: Any, base: str) -> tuple[P
         policy = load_weights(model.model_copy(update={"dtype": "float32"}), str(run.model))
         return policy, prompt_logits(policy, tokenizer)
     weights = _load_base(model, base)
-    if tied := _is_tied(weights):
-        _untie(weights)
+    head: Any = weights.get_output_embeddings()
+    tied = head is not None and head.weight is weights.get_input_embeddings().weight
+    if tied:  # merged into a shared matrix, an adapter on either would change both
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
     adapted = PeftModel.from_pretrained(weights, run.model).eval()  # type: ignore[arg-type]
     before = prompt_logits(adapted, tokenizer)
     merged = adapted.merge_and_unload(safe_merge=True)
@@ -69,12 +69,6 @@ def merge(model: Model, run: RunDirectory, tokenizer: Any, base: str) -> tuple[P
     difference = compare(before, prompt_logits(merged, tokenizer))
     refuse_other("merging the adapter", difference, "float32")
     return merged, before
-
-
-def quantised_logits(model: Model, run: RunDirectory, tokenizer: Any) -> Tensor:
-    """Logits on PROMPTS of a QLoRA policy as it was trained and measured: the adapter on the 4-bit base."""
-    adapted = PeftModel.from_pretrained(load_weights(base_of(model)), run.model)  # type: ignore[arg-type]
-    return prompt_logits(adapted.eval(), tokenizer)
 
 
 def refuse_other_base(model: Model, manifest: dict[str, Any]) -> None:
@@ -104,17 +98,6 @@ def _load_base(model: Model, base: str) -> PreTrainedModel:
     return weights
 
 
-def _is_tied(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Give the head a matrix of its own: merged into a shared one, an adapter on either would change both."""
-    head: Any = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())
-
-
 def _tie_again(model: PreTrainedModel) -> None:
     """Tie the embeddings where the adapter left them alike; else say in the config that they are two."""
     head: Any = model.get_output_embeddings()
@@ -131,8 +114,8 @@ def _tie_again(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def prompt_logits(model: Any, tokenizer: Any) -> Tensor:
     """Logits at every position of PROMPTS, in the tokenizer's chat form where it has one: (positions, vocabulary)."""
-    ids = (torch.tensor([encode(tokenizer, prompt)], device=model.device) for prompt in PROMPTS)
-    return torch.cat([model(input_ids=each, use_cache=False).logits[0].float().cpu() for each in ids])
+    batches = (torch.tensor([encode(tokenizer, prompt)], device=model.device) for prompt in PROMPTS)
+    return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in batches])
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -162,18 +145,13 @@ def refuse_other(what: str, difference: Difference, dtype: str) -> None:
         )
 
 
-def load_plain(folder: Path) -> PreTrainedModel:
-    """`folder` as anybody loads it, without dpo_kit."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-
-
 def choose_dtype(model: Model, run: RunDirectory, asked: str) -> str:
     """`asked`, or for auto the dtype of what training left: of model/, or of the base that an adapter belongs to."""
     if asked != "auto":
         return asked
     if model.tuning == "full":
-        own = AutoConfig.from_pretrained(run.model).dtype
+        dtype = AutoConfig.from_pretrained(run.model).dtype
     else:
         base = base_of(model)
-        own = AutoConfig.from_pretrained(base.path, revision=base.revision or "main").dtype
-    return str(own or torch.float32).removeprefix("torch.")
+        dtype = AutoConfig.from_pretrained(base.path, revision=base.revision or "main").dtype
+    return str(dtype or torch.float32).removeprefix("torch.")
