@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,9 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import write_json, write_text
 from dpo_kit.run.report.markdown import code, fence, inline, table
 from dpo_kit.run.report.picture import TABLE, interval_text
-from dpo_kit.sweep.choice.advice import next_command
+from dpo_kit.run.words import again, longer
 from dpo_kit.sweep.choice.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
-from dpo_kit.sweep.choice.rule import Choice, choose, read_limits
+from dpo_kit.sweep.choice.rule import Choice, choose, read_limits, unfelt_saturation
 from dpo_kit.sweep.choice.runs import RunRecord, number, read_runs, sweep_command
 
 if TYPE_CHECKING:
@@ -51,6 +52,34 @@ def summarize(
     choice = choose(runs, limits)
     command = next_command(runs, choice, sweep_command(Path(sweep_dir)))
     return Summary(Path(sweep_dir), tuple(runs), tuple(summary_rows(runs)), choice, command)
+
+
+def next_command(runs: Sequence[RunRecord], choice: Choice, command: str | None) -> str | None:
+    """One command that would make the answer better, None where there is none to name.
+
+    Unfinished runs: the sweep's own `command` again. Nothing beats the reference, or beta is
+    not felt: twice as long. A choice from one seed: the betas that tie, over three seeds.
+    """
+    finished = [run for run in runs if run.finished]
+    if len(finished) < len(runs):
+        return command
+    if len({run.start_model for run in finished}) > 1:
+        return None
+    run, changed = finished[0], {}
+    no_gain = all(verdict.gain and verdict.gain.low <= 0 for verdict in choice.verdicts)
+    if no_gain or unfelt_saturation(finished) is not None:
+        changed = longer(run.config.get("trl") or {})
+        if command is not None:
+            return again(command, None, "-m", **changed)
+        rivals = finished
+    elif choice.recommended and len({run.seed for run in finished}) == 1:
+        run, changed = choice.recommended, {"seed": "0,1,2"}
+        rivals = [v.run for v in choice.verdicts if v.tied and v.run.method == run.method]
+    else:
+        return None
+    betas = sorted({rival.beta for rival in rivals if rival.beta is not None})
+    changed = {"beta": ",".join(f"{beta:g}" for beta in betas)} | changed
+    return again(run.manifest.get("command"), run.method, "-m", **changed)
 
 
 def write_summary(sweep_dir: str | Path, *, ideal: str | Path | None = None, **limits: float | None) -> Summary:
@@ -100,7 +129,7 @@ def describe(summary: Summary) -> list[str]:
     for run in summary.runs:
         if run.error:
             logged = f" (log: {folder / run.job['log']})" if run.job.get("log") else ""
-            lines.append(f"{run.path} {run.status}: {run.error.strip().splitlines()[0]}{logged}")
+            lines.append(f"{run.path} {run.status}: {str(run.error).strip().splitlines()[0]}{logged}")
     lines += _tested(choice)
     lines.append(f"table and pictures: {folder} (summary.md, frontier.png, curves.png, best.json)")
     lines += [f"model: {choice.recommended.root / 'model'}"] if choice.recommended else []

@@ -6,9 +6,8 @@ Fresh samples decide (gold reward, else a judge's win rate). Held-out accuracy a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from dpo_kit.run.statistics import Difference, from_intervals, mcnemar, needed_against_half, paired_bootstrap
 from dpo_kit.sweep.choice.runs import RunRecord, number
@@ -19,9 +18,8 @@ HALF: Interval = (0.5, 0.5, 0.5)
 
 
 class Quality:
-    """One measure, and its test against the reference and between runs; None where a run lacks what that needs.
-
-    By default a share that the untrained policy has by one half.
+    """One measure and its tests, None where a run lacks what they need. By default a share that the untrained policy
+    has by one half.
     """
 
     name: str
@@ -33,7 +31,7 @@ class Quality:
 
     def read(self, run: RunRecord) -> Interval | None:
         """The measure at the end of `run`."""
-        return _interval(*(run.final(f"{self.key}{end}") for end in ENDS))
+        return _interval(run.final(f"{self.key}{end}") for end in ENDS)
 
     def start(self, run: RunRecord) -> Interval | None:
         """The measure of the step-0 model."""
@@ -44,9 +42,8 @@ class Quality:
         final = self.read(run)
         if final is None:
             return None
-        value, low, high = final
-        needed = needed_against_half(value)
-        return replace(from_intervals(final, HALF), low=low - 0.5, high=high - 0.5, needed=needed, basis="its interval")
+        low, high, needed = final[1] - 0.5, final[2] - 0.5, needed_against_half(final[0])
+        return replace(from_intervals(final, HALF), low=low, high=high, needed=needed, basis="its interval")
 
     def compare(self, first: RunRecord, second: RunRecord) -> Difference | None:
         """`first` minus `second`: paired where that is possible, else by the two intervals."""
@@ -64,7 +61,7 @@ class GoldReward(Quality):
     name, key, axis = "gold reward", "gold/reward", "gold reward of fresh samples"
 
     def start(self, run: RunRecord) -> Interval | None:
-        return _interval(*(run.start(f"{self.key}{end}") for end in ENDS))
+        return _interval(run.start(f"{self.key}{end}") for end in ENDS)
 
     def gain(self, run: RunRecord) -> Difference | None:
         """Paired by prompt; by the two intervals where answers are not recorded by prompt."""
@@ -84,7 +81,7 @@ class WinRate(Quality):
     def read(self, run: RunRecord) -> Interval | None:
         """None while verdicts are missing: those that are there may be the easy ones."""
         whole = run.finished and (run.judged.get("parts") or {}).get("win_rate", "done") == "done"
-        return _interval(*(number(run.judged.get(f"{self.key}{end}")) for end in ENDS)) if whole else None
+        return _interval(number(run.judged.get(f"{self.key}{end}")) for end in ENDS) if whole else None
 
     def compare(self, first: RunRecord, second: RunRecord) -> Difference | None:
         """None where another judge or another opponent stood behind them: these do not compare."""
@@ -119,5 +116,6 @@ def quality_of(runs: Sequence[RunRecord]) -> Quality:
     return next((quality for quality in QUALITIES if any(map(quality.read, runs))), QUALITIES[2])
 
 
-def _interval(value: Any, low: Any, high: Any) -> Interval | None:
+def _interval(ends: Iterable[float | None]) -> Interval | None:
+    value, low, high = ends
     return None if value is None or low is None or high is None else (value, low, high)

@@ -10,7 +10,7 @@ import logging
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,66 +26,32 @@ from dpo_kit.run.history import read_metrics, series
 from dpo_kit.run.redact import redact_argv
 
 log = logging.getLogger(__name__)
-DONE = "done"
-UNKNOWN = "running or killed"  # what no result.json means where no launcher says more
 SELDOM_SWEPT = ("beta", "seed", "method", "trl.beta", "trl.seed", "trl.data_seed")  # shown anyway, or follow from these
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run of a sweep. `path` is relative to the sweep directory; `result` is empty where the run has not ended.
-
-    `job` is the launcher's entry for it (sweep.json), empty where there is none; `fault` says which of its files
-    cannot be read.
-    """
+    """One run of a sweep: what its files say, and what follows from them; {} or None where they do not say it."""
 
     root: Path
-    path: str
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-    result: Mapping[str, Any] = field(default_factory=dict)
-    job: Mapping[str, Any] = field(default_factory=dict)
-    judged: Mapping[str, Any] = field(default_factory=dict)
-    test: Mapping[str, Any] = field(default_factory=dict)
-    fault: str | None = None
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.manifest.get("config") or {}
-
-    @property
-    def method(self) -> str | None:
-        return self.result.get("method") or (self.config.get("method") or {}).get("name") or self.job.get("method")
-
-    @property
-    def beta(self) -> float | None:
-        return _first_number(self.result.get("beta"), self.config.get("beta"), self.job.get("beta"))
-
-    @property
-    def seed(self) -> float | None:
-        return _first_number(self.result.get("seed"), self.config.get("seed"), self.job.get("seed"))
-
-    @property
-    def tuning(self) -> str | None:
-        return self.result.get("tuning") or (self.config.get("model") or {}).get("tuning")
-
-    @property
-    def status(self) -> str:
-        """A written result that says done is final; else what the launcher says, else what result.json says."""
-        ended = self.result.get("status")
-        return DONE if ended == DONE else str(self.job.get("state") or ended or UNKNOWN)
-
-    @property
-    def finished(self) -> bool:
-        return self.result.get("status") == DONE
-
-    @property
-    def error(self) -> str | None:
-        return None if self.finished else self.fault or self.result.get("error") or self.job.get("error")
-
-    @property
-    def seconds(self) -> float | None:
-        """Wall-clock of the whole job where the launcher measured it, else of training."""
-        return _first_number(self.job.get("seconds"), (self.result.get("seconds") or {}).get("train"))
+    path: str  # relative to the sweep directory
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]  # empty where the run has not ended
+    judged: Mapping[str, Any]  # evaluation/result.json
+    test: Mapping[str, Any]
+    job: Mapping[str, Any]  # the launcher's entry in sweep.json
+    fault: str | None  # which of its files cannot be read
+    method: str | None
+    beta: float | None
+    seed: float | None
+    tuning: str | None
+    status: str
+    finished: bool  # and well
+    error: str | None
+    seconds: float | None  # wall-clock of the whole job where the launcher measured it, else of training
+    start_model: tuple[str, ...]  # what tells step-0 models apart: weights and an explicit reference
+    start_name: str  # the step-0 model in words that fit a picture
 
     def final(self, key: str) -> float | None:
         """A measured value at the end, None where it was not measured or the run has not ended well."""
@@ -94,20 +60,6 @@ class RunRecord:
     def start(self, key: str) -> float | None:
         """A measured value of the step-0 model, None where it was not measured."""
         return number((self.result.get("start") or {}).get(key))
-
-    @property
-    def start_model(self) -> tuple[str, ...]:
-        """What tells step-0 models apart: weights (their hash, else path and revision), and an explicit reference."""
-        model = self.manifest.get("model") or {}
-        weights = model.get("sha256") or f"{model.get('path')}@{model.get('revision')}"
-        return (str(weights), str((self.config.get("model") or {}).get("reference") or ""))
-
-    @property
-    def start_name(self) -> str:
-        """The step-0 model in words that fit a picture."""
-        name = Path(str((self.manifest.get("model") or {}).get("path") or "unknown model")).name
-        reference = (self.config.get("model") or {}).get("reference")
-        return f"{name} (reference {Path(reference).name})" if reference else name
 
     @cached_property
     def overrides(self) -> dict[str, str] | None:
@@ -169,10 +121,9 @@ class RunRecord:
 
     def kl_key(self, direction: str) -> str:
         """The metric of the forward or reverse KL: Rao-Blackwell where it was affordable, else k1."""
-        best, fallback = (f"probe/kl_{direction}_{estimator}_nats" for estimator in ("rb", "k1"))
-        if self.final(best) is not None or (self.final(fallback) is None and self.series(best)):
-            return best
-        return fallback
+        rb, k1 = f"probe/kl_{direction}_rb_nats", f"probe/kl_{direction}_k1_nats"
+        has_rb = self.final(rb) is not None or (self.final(k1) is None and self.series(rb))
+        return rb if has_rb else k1
 
     @property
     def kl_reverse_key(self) -> str:
@@ -249,7 +200,36 @@ def _read_run(root: Path, path: str, job: Mapping[str, Any]) -> RunRecord:
     names = ("manifest.json", "result.json", "evaluation/result.json", "test.json")
     contents, faults = zip(*(_read(root / path / name) for name in names), strict=True)
     manifest, result, judged, test = contents
-    return RunRecord(root / path, path, manifest, result, job, judged, test, next(filter(None, faults), None))
+    fault = next(filter(None, faults), None)
+    config, weights = manifest.get("config") or {}, manifest.get("model") or {}
+    model, ended = config.get("model") or {}, result.get("status")
+    finished, reference = ended == "done", model.get("reference")
+    start_name = Path(str(weights.get("path") or "unknown model")).name
+    return RunRecord(
+        root=root / path,
+        path=path,
+        manifest=manifest,
+        config=config,
+        result=result,
+        judged=judged,
+        test=test,
+        job=job,
+        fault=fault,
+        method=result.get("method") or (config.get("method") or {}).get("name") or job.get("method"),
+        beta=_first_number(result.get("beta"), config.get("beta"), job.get("beta")),
+        seed=_first_number(result.get("seed"), config.get("seed"), job.get("seed")),
+        tuning=result.get("tuning") or model.get("tuning"),
+        # a result that says done is final: the launcher may have died before it could note the end
+        status="done" if finished else str(job.get("state") or ended or "running or killed"),
+        finished=finished,
+        error=None if finished else fault or result.get("error") or job.get("error"),
+        seconds=_first_number(job.get("seconds"), (result.get("seconds") or {}).get("train")),
+        start_model=(
+            str(weights.get("sha256") or f"{weights.get('path')}@{weights.get('revision')}"),
+            str(reference or ""),
+        ),
+        start_name=f"{start_name} (reference {Path(reference).name})" if reference else start_name,
+    )
 
 
 def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hydra.core.utils import JobRuntime, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
@@ -36,24 +36,9 @@ class JobFile(NamedTuple):
     threads: int | None = None  # of torch; None: as many as it takes
 
 
-class Answer(NamedTuple):
-    """How a task ended: its return value, or its error in one line."""
-
-    value: Any = None
-    error: str | None = None
-
-
 def answer_path(path: Path) -> Path:
-    """Where the job of the file at `path` leaves its answer."""
+    """Where the job of the file at `path` leaves how its task ended: (return value, error in one line or None)."""
     return path.with_suffix(".answer")
-
-
-def read_answer(path: Path) -> Answer | None:
-    """The answer to the job file at `path`; None where the process ended without giving one."""
-    try:
-        return pickle.loads(answer_path(path).read_bytes())
-    except (OSError, EOFError, pickle.UnpicklingError):
-        return None
 
 
 def run_file(path: Path) -> int:
@@ -78,18 +63,16 @@ def run_file(path: Path) -> int:
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-        if returned.status is JobStatus.COMPLETED:
-            answer = Answer(value=returned.return_value)
-        else:
-            error = returned._return_value  # the public property would raise it
-            sys.stderr.write(redact_text("".join(traceback.format_exception(error))))
-            answer = Answer(error=redact_text(f"{type(error).__name__}: {error}".splitlines()[0]))
+        value, error = returned._return_value, None  # the public property would raise an error
+        if returned.status is not JobStatus.COMPLETED:
+            sys.stderr.write(redact_text("".join(traceback.format_exception(value))))
+            value, error = None, redact_text(f"{type(value).__name__}: {value}".splitlines()[0])
         if os.environ.get("RANK", "0") == "0":
-            answer_path(path).write_bytes(pickle.dumps(answer))
+            answer_path(path).write_bytes(pickle.dumps((value, error)))
     except KeyboardInterrupt:
         sys.stderr.write("dpo_kit: interrupted\n")
         return INTERRUPTED
-    return 0 if answer.error is None else 1
+    return 0 if error is None else 1
 
 
 def _end_with_sweep(parent: int, grace: float) -> None:
@@ -116,6 +99,4 @@ def _alive(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    from dpo_kit.sweep.launch import job  # an answer pickled from __main__ could not be read
-
-    sys.exit(job.run_file(Path(sys.argv[1])))
+    sys.exit(run_file(Path(sys.argv[1])))

@@ -24,7 +24,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.lock import only_writer
 from dpo_kit.sweep.choice.runs import read_jobs
 from dpo_kit.sweep.launch.devices import device_slots, visible_devices
-from dpo_kit.sweep.launch.job import INTERRUPTED, TERMINATED, JobFile, answer_path, read_answer
+from dpo_kit.sweep.launch.job import INTERRUPTED, TERMINATED, JobFile, answer_path
 from dpo_kit.sweep.launch.live_table import Board, near, open_board
 from dpo_kit.sweep.launch.plan import without_hydra
 from dpo_kit.sweep.launch.record import LOG, JobRecord, State, write_jobs
@@ -231,17 +231,21 @@ class Sweep:
         send(job.process, signal.SIGKILL)  # what it started and left behind
         self.running.remove(job)
         self.free.append(job.slot)
-        answer, record = read_answer(job.file), job.record
+        record, error, answered = job.record, None, True
         state: State = "failed"
         record.exit_code, record.seconds = code, round(time.monotonic() - job.started, 1)
-        if code == 0 and answer is not None and answer.error is None:
-            job.value, state = answer.value, "done"
+        try:
+            job.value, error = pickle.loads(answer_path(job.file).read_bytes())
+        except (OSError, EOFError, pickle.UnpicklingError):
+            answered = False
+        if code == 0 and answered and error is None:
+            state = "done"
         elif job.kill_at is not None:
             state, record.error = "timed out", f"ran longer than {self.options['timeout_minutes']:g} minutes"
         elif stopped or code in (INTERRUPTED, TERMINATED, -signal.SIGINT, -signal.SIGTERM):
             state, record.error = "interrupted", "interrupted; goes on from its newest checkpoint"
-        elif answer is not None and answer.error is not None:
-            record.error = answer.error
+        elif error is not None:
+            record.error = error
         elif code < 0:
             often = " (often: out of memory)" if code == -signal.SIGKILL else ""
             state, record.error = "killed", f"ended by {signal.Signals(-code).name}{often}"
