@@ -55,12 +55,25 @@ def export(arguments: Sequence[str]) -> None:
     ours.setLevel(logging.INFO)
     quiet_imports()
     try:
-        lines = _export_script(run, values) if values["mode"] == "script" else _export_model(run, values)
+        if values["mode"] == "script":
+            from dpo_kit.export.script import write_reproduction
+
+            script = write_reproduction(run, Path(values.get("out") or run.reproduction))
+            sys.stdout.write(f"{script.read_text(encoding='utf-8')}\nnext: python {shlex.quote(str(script))}\n")
+            return
+        from dpo_kit.export.folder import export_run, push
+
+        out = Path(values.get("out") or run.export)
+        facts = export_run(run, out, values["dtype"], values["base"])
+        sys.stdout.write(f"{out}: {facts['dtype']}. {facts['how']}\nchecked: {facts['checked']}\n")
+        if "push" in values:
+            sys.stdout.write(f"on the hub: {push(out, values['push'], private=values['private'] == 'true')}\n")
+        name = shlex.quote(str(out))
+        sys.stdout.write(f"next: transformers chat {name}, or vllm serve {name}\n")
     finally:
         everyone.removeHandler(silence)
         ours.removeHandler(terminal)
         ours.setLevel(level)
-    sys.stdout.write("\n".join([*lines, ""]))
 
 
 def parse_words(arguments: Sequence[str]) -> Values:
@@ -76,24 +89,6 @@ def parse_words(arguments: Sequence[str]) -> Values:
     if "push" in values and values["push"].count("/") != 1:
         raise ConfigError(f"push must be org/name, got {values['push']}")
     return values
-
-
-def _export_model(run: RunDirectory, values: Values) -> list[str]:
-    from dpo_kit.export.folder import export_run, push
-
-    out = Path(values.get("out") or run.export)
-    facts = export_run(run, out, values["dtype"], values["base"])
-    sys.stdout.write(f"{out}: {facts['dtype']}. {facts['how']}\nchecked: {facts['checked']}\n")
-    hub = push(out, values["push"], private=values["private"] == "true") if "push" in values else None
-    name = shlex.quote(str(out))
-    return [*([f"on the hub: {hub}"] if hub else []), f"next: transformers chat {name}, or vllm serve {name}"]
-
-
-def _export_script(run: RunDirectory, values: Values) -> list[str]:
-    from dpo_kit.export.script import write_reproduction
-
-    script = write_reproduction(run, Path(values.get("out") or run.reproduction))
-    return [script.read_text(encoding="utf-8"), f"next: python {shlex.quote(str(script))}"]
 
 
 if __name__ == "__main__":

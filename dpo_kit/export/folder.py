@@ -20,7 +20,7 @@ from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.export.merge import (
     NOISE,
-    Difference,
+    Distance,
     choose_dtype,
     compare,
     merge,
@@ -70,11 +70,11 @@ def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "o
         return earlier
     refuse_other_base(model, manifest)
     with complete_or_absent(out) as aside:
-        difference, from_quantised = _write(run, model, dtype, base, aside)
-        checked = difference.describe()
+        distance, from_quantised = _write(run, model, dtype, base, aside)
+        checked = distance.describe()
         if from_quantised is not None:
             checked += f"; against the policy as trained in 4 bit, KL {from_quantised:.1e} nats a token"
-        facts = {**asked, "how": HOW[base if is_qlora else model.tuning], "checked": checked, **asdict(difference)}
+        facts = {**asked, "how": HOW[base if is_qlora else model.tuning], "checked": checked, **asdict(distance)}
         evaluated = run.evaluation / "result.json"
         judged = read_json(evaluated) if evaluated.exists() else None
         write_text(aside / "README.md", card_text(result, manifest, judged, facts))
@@ -123,7 +123,7 @@ def push(out: Path, repository: str, *, private: bool) -> str:
     return str(made)
 
 
-def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) -> tuple[Difference, float | None]:
+def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) -> tuple[Distance, float | None]:
     """The files of the export in `aside`; how far they are from the policy, and with QLoRA the KL (nats a token) of the
     export from the policy as it was trained in 4 bit.
     """
@@ -147,10 +147,10 @@ def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) 
     if not tokenizer.chat_template:
         log.warning("the tokenizer has no chat template: servers can complete text with this model, but not chat")
     plain = AutoModelForCausalLM.from_pretrained(aside, dtype="auto").eval()  # as anybody loads it, without dpo_kit
-    difference = compare(before, prompt_logits(plain, tokenizer))
-    refuse_other("writing the export", difference, dtype)
+    distance = compare(before, prompt_logits(plain, tokenizer))
+    refuse_other("writing the export", distance, dtype)
     if model.tuning != "qlora":
-        return difference, None
+        return distance, None
     trained = PeftModel.from_pretrained(load_weights(base_of(model)), run.model).eval()  # type: ignore[arg-type]
     kl = compare(prompt_logits(trained, tokenizer), before).kl
     if kl > FAR:
@@ -159,7 +159,7 @@ def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) 
             "base is not rounded any more: measure it again, or take base=dequantised",
             kl,
         )
-    return difference, kl
+    return distance, kl
 
 
 def find_faults(folder: Path) -> list[str]:

@@ -36,7 +36,7 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Difference:
+class Distance:
     """How far two models are apart on PROMPTS: logits, relative to the largest; KL in nats per token; greedy tokens."""
 
     logits: float
@@ -56,7 +56,16 @@ def merge(model: Model, run: RunDirectory, tokenizer: Any, base: str) -> tuple[P
     if model.tuning == "full":
         policy = load_weights(model.model_copy(update={"dtype": "float32"}), str(run.model))
         return policy, prompt_logits(policy, tokenizer)
-    weights = _load_base(model, base)
+    start = base_of(model)
+    if base == "dequantised":  # with the rounding that its 4-bit form had in training
+        weights = load_weights(start).dequantize(dtype=torch.float32)
+    else:
+        weights = load_weights(start.model_copy(update={"dtype": "float32", "tuning": "lora"}))
+        if getattr(weights, "is_quantized", False):
+            raise ModelError(
+                f"model.path={start.path} is published in a quantised form, into which no adapter can be merged "
+                "without rounding it away: name the original repository as model.path, or say base=dequantised"
+            )
     head: Any = weights.get_output_embeddings()
     tied = head is not None and head.weight is weights.get_input_embeddings().weight
     if tied:  # merged into a shared matrix, an adapter on either would change both
@@ -65,9 +74,15 @@ def merge(model: Model, run: RunDirectory, tokenizer: Any, base: str) -> tuple[P
     before = prompt_logits(adapted, tokenizer)
     merged = adapted.merge_and_unload(safe_merge=True)
     if tied:
-        _tie_again(merged)
-    difference = compare(before, prompt_logits(merged, tokenizer))
-    refuse_other("merging the adapter", difference, "float32")
+        head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+        alike = torch.equal(head.weight, embedding.weight)
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = alike
+        if alike:
+            head.weight = embedding.weight
+        else:
+            merged._tied_weights_keys = merged.all_tied_weights_keys = {}
+            log.warning("the adapter changed one of the tied embeddings: the export holds both, untied")
+    refuse_other("merging the adapter", compare(before, prompt_logits(merged, tokenizer)), "float32")
     return merged, before
 
 
@@ -82,33 +97,6 @@ def refuse_other_base(model: Model, manifest: dict[str, Any]) -> None:
             f"{base} does not hold the weights that the adapter was trained on (sha256 "
             f"{recorded[:12]}… then): bring them back, or train again on what is there now"
         )
-
-
-def _load_base(model: Model, base: str) -> PreTrainedModel:
-    """The base in float32: as published, or with the rounding that its 4-bit form had in training."""
-    model = base_of(model)
-    if base == "dequantised":
-        return load_weights(model).dequantize(dtype=torch.float32)
-    weights = load_weights(model.model_copy(update={"dtype": "float32", "tuning": "lora"}))
-    if getattr(weights, "is_quantized", False):
-        raise ModelError(
-            f"model.path={model.path} is published in a quantised form, into which no adapter can be merged without "
-            "rounding it away: name the original repository as model.path, or say base=dequantised"
-        )
-    return weights
-
-
-def _tie_again(model: PreTrainedModel) -> None:
-    """Tie the embeddings where the adapter left them alike; else say in the config that they are two."""
-    head: Any = model.get_output_embeddings()
-    embedding: Any = model.get_input_embeddings()
-    alike = torch.equal(head.weight, embedding.weight)
-    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = alike
-    if alike:
-        head.weight = embedding.weight
-    else:
-        model._tied_weights_keys = model.all_tied_weights_keys = {}
-        log.warning("the adapter changed one of the tied embeddings: the export holds both, untied")
 
 
 @torch.no_grad()
@@ -126,21 +114,21 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def compare(one: Tensor, other: Tensor) -> Difference:
+def compare(one: Tensor, other: Tensor) -> Distance:
     """How far `other` is from `one`: KL(one‖other), logits; shapes (positions, vocabulary) twice."""
     logp, logq = one.double().log_softmax(-1), other.double().log_softmax(-1)
-    return Difference(
+    return Distance(
         logits=float((one - other).abs().max() / one.abs().max()),
         kl=max(0.0, float((logp.exp() * (logp - logq)).sum(-1).mean())),
         greedy=float((one.argmax(-1) == other.argmax(-1)).float().mean()),
     )
 
 
-def refuse_other(what: str, difference: Difference, dtype: str) -> None:
-    """ModelError where `difference` is more than rounding in `dtype` explains; not a number counts as more."""
-    if not difference.logits <= NOISE[dtype]:
+def refuse_other(what: str, distance: Distance, dtype: str) -> None:
+    """ModelError where `distance` is more than rounding in `dtype` explains; not a number counts as more."""
+    if not distance.logits <= NOISE[dtype]:
         raise ModelError(
-            f"{what} changed the policy: its logits differ by {difference.logits:.2g} of the largest one, where "
+            f"{what} changed the policy: its logits differ by {distance.logits:.2g} of the largest one, where "
             f"{dtype} explains {NOISE[dtype]:g}; nothing is exported"
         )
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.identity import recall_settings
-from dpo_kit.config.settings import Model, Settings
-from dpo_kit.data.prepare import Prepared
+from dpo_kit.config.settings import Settings
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.export.folder import complete_or_absent, finished
 from dpo_kit.model.load import load_tokenizer, read_template
@@ -77,7 +76,15 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
         raise ConfigError(f"{out} is there already: delete it, or name another folder with out=DIR")
     quiet_libraries()
     settings = recall_settings(manifest)
-    data = prepare_again(settings, run)
+    tokenizer = load_tokenizer(settings.model)
+    keep_date(run, tokenizer)
+    data = read_data(settings, tokenizer)
+    for name, part in (("train", data.train), ("select", data.select)):
+        if digest(contents(part)) != manifest["data"][name]["sha256"]:
+            raise DataError(
+                f"data.train={settings.data.train} gives other {name} rows now than the run was made of "
+                f"({len(part)}, then {manifest['data'][name]['rows']}): bring its files back to what they were"
+            )
     rows = {"train": data.train, "eval": held_out_rows(data, settings)}
     with complete_or_absent(out) as aside:
         for name, part in rows.items():
@@ -86,105 +93,6 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
         write_text(aside / NAME, build_script(settings, manifest, result))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     log.info("%s: %d rows to train on, %d held out, %.1f MB", out, len(rows["train"]), len(rows["eval"]), size)
-    _say_what_differs(settings)
-    return out / NAME
-
-
-def prepare_again(settings: Settings, run: RunDirectory) -> Prepared:
-    """The run's rows from their sources; DataError where their fingerprints are not those of its manifest."""
-    tokenizer, manifest = load_tokenizer(settings.model), read_json(run.manifest)
-    keep_date(run, tokenizer)
-    data = read_data(settings, tokenizer)
-    for name, rows in (("train", data.train), ("select", data.select)):
-        if digest(contents(rows)) != manifest["data"][name]["sha256"]:
-            raise DataError(
-                f"data.train={settings.data.train} gives other {name} rows now than the run was made of "
-                f"({len(rows)}, then {manifest['data'][name]['rows']}): bring its files back to what they were"
-            )
-    return data
-
-
-def build_script(settings: Settings, manifest: dict[str, Any], result: dict[str, Any]) -> str:
-    """The text of the script."""
-    model, machine = settings.model, manifest["machine"]
-    processes = machine["world_size"]
-    (trainer_module, trainer), (config_module, config) = (
-        path.rsplit(".", 1) for path in (settings.method.trainer, settings.method.config)
-    )
-    wanted = {"datasets": {"load_from_disk"}, "transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
-    wanted.setdefault(trainer_module, set()).add(trainer)
-    wanted.setdefault(config_module, set()).add(config)
-    if model.tuning != "full":
-        wanted["peft"] = {"PeftModel" if read_adapter(model) else "LoraConfig"}
-    if model.tuning == "qlora":
-        wanted["transformers"].add("BitsAndBytesConfig")
-    imports = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(wanted.items())]
-    start = f"python {NAME}" if processes == 1 else f"accelerate launch --num_processes {processes} {NAME}"
-    return SCRIPT.format(
-        title=f"{result['method']} of {model.path}, beta {result['beta']:g}, seed {result['seed']}",
-        versions=manifest["versions"],
-        start=f"Start it with: {start}",
-        imports="\n".join(["import torch", *imports] if model.tuning == "qlora" else imports),
-        model="\n".join([*_model_lines(model, machine), *_tokenizer_lines(model)]),
-        trainer=trainer,
-        given=inspect.getsource(GivenTokens),
-        config=config,
-        more="".join(f"\n    {line}," for line in _trainer_lines(settings, machine)),
-    )
-
-
-def _model_lines(model: Model, machine: dict[str, Any]) -> list[str]:
-    """Base (quantised for QLoRA) and, where training went on with one, adapter."""
-    base = base_of(model)
-    options = _arguments(base.path, **_code(base), **_numbers(base, machine))
-    lines = [f"model = AutoModelForCausalLM.from_pretrained({options})"]
-    if base.tuning == "qlora":
-        lines = [
-            f"quantization = BitsAndBytesConfig({_arguments(**base.quantization)})",
-            f"model = AutoModelForCausalLM.from_pretrained({options}, "
-            'device_map={"": 0 if torch.cuda.is_available() else "cpu"}, quantization_config=quantization)',
-            *(ON_A_CPU if machine["device"] == "cpu" else []),
-        ]
-    if read_adapter(model) is None:
-        return lines
-    options = _arguments(model.path, revision=model.revision, is_trainable=True)
-    return [*lines, f"model = PeftModel.from_pretrained(model, {options})  # TRL keeps a copy of it as the reference"]
-
-
-def _tokenizer_lines(model: Model) -> list[str]:
-    holder = model if has_tokenizer(model.path, model.revision) else base_of(model)
-    lines = [f"tokenizer = AutoTokenizer.from_pretrained({_arguments(holder.path, **_code(holder))})"]
-    lines.append("tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token")
-    template = holder.chat_template and read_template(holder.chat_template)
-    return [*lines, *([f"tokenizer.chat_template = {template!r}"] if template else [])]
-
-
-def _trainer_lines(settings: Settings, machine: dict[str, Any]) -> list[str]:
-    model, lines = settings.model, []
-    if model.tuning != "full" and read_adapter(model) is None:
-        lines.append(f"peft_config=LoraConfig({_arguments(**(model.lora | {'task_type': 'CAUSAL_LM'}))})")
-    if model.reference and settings.method.reference:
-        reference = _arguments(model.reference, **_numbers(model, machine))
-        lines.append(f"ref_model=AutoModelForCausalLM.from_pretrained({reference})")
-    return lines
-
-
-def _code(model: Model) -> dict[str, Any]:
-    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code or None}
-
-
-def _numbers(model: Model, machine: dict[str, Any]) -> dict[str, Any]:
-    return {"dtype": machine["dtype"], "attn_implementation": model.attn_implementation}
-
-
-def _arguments(*first: str, **options: Any) -> str:
-    """The inside of a call's brackets; what is None is left to the called one."""
-    named = [f"{name}={value!r}" for name, value in options.items() if value is not None]
-    return ", ".join([*map(repr, first), *named])
-
-
-def _say_what_differs(settings: Settings) -> None:
-    """Where the script's numbers cannot be those of the run beyond rounding."""
     drops = not settings.trl["disable_dropout"] and settings.model.tuning != "full"
     if drops and settings.model.lora.get("lora_dropout") and settings.speed.share_prefix:
         log.warning(
@@ -195,3 +103,66 @@ def _say_what_differs(settings: Settings) -> None:
         log.warning(
             "the run's own callbacks are not in the script (%s): add those that change training", ", ".join(extra)
         )
+    return out / NAME
+
+
+def build_script(settings: Settings, manifest: dict[str, Any], result: dict[str, Any]) -> str:
+    """The text of the script."""
+    model, base, adapter = settings.model, base_of(settings.model), read_adapter(settings.model)
+    machine, is_qlora = manifest["machine"], settings.model.tuning == "qlora"
+    numbers = {"dtype": machine["dtype"], "attn_implementation": model.attn_implementation}
+    (trainer_module, trainer), (config_module, config) = (
+        path.rsplit(".", 1) for path in (settings.method.trainer, settings.method.config)
+    )
+    wanted = {"datasets": {"load_from_disk"}, "transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
+    wanted.setdefault(trainer_module, set()).add(trainer)
+    wanted.setdefault(config_module, set()).add(config)
+    more = []  # arguments of the trainer
+
+    loads = _arguments(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code or None, **numbers)
+    lines = [f"model = AutoModelForCausalLM.from_pretrained({loads})"]
+    if is_qlora:
+        wanted["transformers"].add("BitsAndBytesConfig")
+        lines = [
+            f"quantization = BitsAndBytesConfig({_arguments(**base.quantization)})",
+            f"model = AutoModelForCausalLM.from_pretrained({loads}, "
+            'device_map={"": 0 if torch.cuda.is_available() else "cpu"}, quantization_config=quantization)',
+            *(ON_A_CPU if machine["device"] == "cpu" else []),
+        ]
+    if adapter:
+        wanted["peft"] = {"PeftModel"}
+        loads = _arguments(model.path, revision=model.revision, is_trainable=True)
+        lines.append(f"model = PeftModel.from_pretrained(model, {loads})  # TRL keeps a copy of it as the reference")
+    elif model.tuning != "full":
+        wanted["peft"] = {"LoraConfig"}
+        more.append(f"peft_config=LoraConfig({_arguments(**(model.lora | {'task_type': 'CAUSAL_LM'}))})")
+    if model.reference and settings.method.reference:
+        more.append(f"ref_model=AutoModelForCausalLM.from_pretrained({_arguments(model.reference, **numbers)})")
+
+    holder = model if has_tokenizer(model.path, model.revision) else base
+    loads = _arguments(holder.path, revision=holder.revision, trust_remote_code=holder.trust_remote_code or None)
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({loads})")
+    lines.append("tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token")
+    if template := holder.chat_template and read_template(holder.chat_template):
+        lines.append(f"tokenizer.chat_template = {template!r}")
+
+    imports = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(wanted.items())]
+    processes = machine["world_size"]
+    start = f"python {NAME}" if processes == 1 else f"accelerate launch --num_processes {processes} {NAME}"
+    return SCRIPT.format(
+        title=f"{result['method']} of {model.path}, beta {result['beta']:g}, seed {result['seed']}",
+        versions=manifest["versions"],
+        start=f"Start it with: {start}",
+        imports="\n".join(["import torch", *imports] if is_qlora else imports),
+        model="\n".join(lines),
+        trainer=trainer,
+        given=inspect.getsource(GivenTokens),
+        config=config,
+        more="".join(f"\n    {line}," for line in more),
+    )
+
+
+def _arguments(*first: str, **options: Any) -> str:
+    """The inside of a call's brackets; what is None is left to the called one."""
+    named = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    return ", ".join([*map(repr, first), *named])

@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 from hydra.core.utils import JobRuntime, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -81,21 +82,11 @@ def _end_with_sweep(parent: int, grace: float) -> None:
         forked_by.join()
     else:
         above = os.getppid()  # changes at once; `parent`, further up under a launcher, may stay a zombie for a while
-        while os.getppid() == above and _alive(parent):
+        while os.getppid() == above and psutil.pid_exists(parent):
             time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(grace)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 if __name__ == "__main__":
