@@ -165,8 +165,8 @@ def _choose_within(runs: Sequence[RunRecord], limits: Choose) -> Choice:
 
 def judge(run: RunRecord, quality: Quality, limits: Choose) -> Verdict:
     """Whether one finished run is eligible, and if not, each reason why."""
-    value, gain, faults = quality.read(run), quality.gain(run), []
-    if value is None or gain is None:
+    reached, gain, faults = quality.read(run), quality.gain(run), []
+    if reached is None or gain is None:
         faults.append(f"the {quality.name} was not measured")
     elif gain.low <= 0:
         difference = f"{gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}]"
@@ -182,17 +182,12 @@ def judge(run: RunRecord, quality: Quality, limits: Choose) -> Verdict:
         faults.append(f"capability fell by {loss:.3f}, more than {limits.max_regression:g}")
     gate = run.judged.get("gate")
     if isinstance(gate, Mapping) and not gate.get("passed", True):
-        faults.append(_describe_gate(gate))
-    return Verdict(run, value, gain, loss, tuple(faults))
-
-
-def _describe_gate(gate: Mapping[str, Any]) -> str:
-    """Why the regression gate of evaluation/result.json refuses a run."""
-    value, low, high, limit = (number(gate.get(key)) for key in ("difference", "low", "high", "limit"))
-    text = f"the regression gate failed on {gate.get('worst_task', 'a benchmark')}"
-    text += f": difference to the reference {value:+.3f}" if value is not None else ""
-    text += f" [{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else ""
-    return text + (f", where at most {limit:g} may be lost" if limit is not None else "")
+        value, low, high, limit = (number(gate.get(key)) for key in ("difference", "low", "high", "limit"))
+        text = f"the regression gate failed on {gate.get('worst_task', 'a benchmark')}"
+        text += f": difference to the reference {value:+.3f}" if value is not None else ""
+        text += f" [{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else ""
+        faults.append(text + (f", where at most {limit:g} may be lost" if limit is not None else ""))
+    return Verdict(run, reached, gain, loss, tuple(faults))
 
 
 def _compare_with_best(verdicts: list[Verdict], quality: Quality) -> list[Verdict]:
@@ -279,27 +274,22 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
     if any(test.basis == "their intervals alone" for test in tests):
         notes.append("Some runs have no answers by prompt: these were compared by their intervals alone.")
     if quality.key == "win_rate":
-        notes += _notes_on_judges(choice.verdicts)
-    run = choice.recommended
-    share = run.final(f"{run.kl_reverse_key}_cut_share") if run else None
+        judged = [verdict.run for verdict in choice.verdicts if verdict.quality]
+        if len({run.judged_by for run in judged}) > 1:
+            different = "The win rates come from different judges or opponents and are not compared"
+            notes.append(f"{different}: evaluate the sweep as a whole.")
+        judges = [verdict.run.judged.get("judge") or {} for verdict in choice.verdicts]
+        if failed := {name for judge in judges for name in judge.get("controls_failed") or []}:
+            controls = ", ".join(sorted(failed))
+            notes.append(f"The judge failed its own controls ({controls}): do not trust the win rates.")
+        if "test" in {run.judged.get("split") for run in judged}:
+            spent = "the winner has no untouched data left to report on"
+            notes.append(f"Win rates of the test split play a part in this choice: {spent}.")
+    best = choice.recommended
+    share = best.final(f"{best.kl_reverse_key}_cut_share") if best else None
     if share is not None and share > CUT:
         reached = f"{share:.0%} of the recommended run's answers reached callbacks.max_new_tokens"
         notes.append(f"{reached}: its KL is a lower bound.")
-    return notes
-
-
-def _notes_on_judges(verdicts: Sequence[Verdict]) -> list[str]:
-    notes = []
-    measured = [verdict.run for verdict in verdicts if verdict.quality]
-    if len({run.judged_by for run in measured}) > 1:
-        different = "The win rates come from different judges or opponents and are not compared"
-        notes.append(f"{different}: evaluate the sweep as a whole.")
-    judges = [verdict.run.judged.get("judge") or {} for verdict in verdicts]
-    if failed := {name for judge in judges for name in judge.get("controls_failed") or []}:
-        notes.append(f"The judge failed its own controls ({', '.join(sorted(failed))}): do not trust the win rates.")
-    if "test" in {run.judged.get("split") for run in measured}:
-        spent = "the winner has no untouched data left to report on"
-        notes.append(f"Win rates of the test split play a part in this choice: {spent}.")
     return notes
 
 

@@ -169,7 +169,11 @@ class Sweep:
             while self.waiting or self.running or self.summary_is_old:
                 self._start_ready()
                 if self.summary_is_old:  # after the next job has started: drawing takes a second or two
-                    self._summarise()
+                    self.summary_is_old = False
+                    # an interrupt that lands in a finaliser or callback of a library would be lost: both wait
+                    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+                    refresh(self.sweep_dir)  # raises nothing
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 self._look()
                 self.board.tick()
                 time.sleep(POLL_SECONDS)
@@ -202,15 +206,6 @@ class Sweep:
             job.process = self.start(job.file, self.sweep_dir / job.record.log, environment)
             self.running.append(job)
             self._change(job, "running")
-
-    def _summarise(self) -> None:
-        """Ctrl-C and SIGTERM wait for its end: one that lands in a finaliser or callback of a library would be lost."""
-        self.summary_is_old = False
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            refresh(self.sweep_dir)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _look(self) -> None:
         """Settle what has ended, end what is over its time."""

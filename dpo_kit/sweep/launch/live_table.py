@@ -70,6 +70,10 @@ class Board:
         for job, label in zip(self.jobs, self.labels, strict=True):
             progress = self.read(job)
             accuracy, drift, steps = progress.figure(ACCURACY), progress.figure(DRIFT), progress.steps()
+            shown_time = "before" if job.before else "" if job.seconds is None else format_seconds(job.seconds)
+            if job.state == "running":
+                left = progress.seconds_left()
+                shown_time = "" if left is None else f"{format_seconds(left, coarse=True)} left"
             table.add_row(
                 str(job.number),
                 Text(label),
@@ -77,16 +81,9 @@ class Board:
                 f"{progress.step}/{steps}" if steps and progress.latest else "",
                 "" if accuracy is None else f"{accuracy:.3f}",
                 "" if drift is None else f"{drift:.2f}",
-                _time(job, progress),
+                shown_time,
             )
         return table
-
-
-def _time(job: JobRecord, progress: Progress) -> str:
-    if job.state == "running":
-        left = progress.seconds_left()
-        return "" if left is None else f"{format_seconds(left, coarse=True)} left"
-    return "before" if job.before else "" if job.seconds is None else format_seconds(job.seconds)
 
 
 class LiveTable(Board):

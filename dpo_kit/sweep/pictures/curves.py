@@ -47,7 +47,7 @@ def draw_curves(sweep_dir: str | Path, runs: Sequence[RunRecord]) -> Path:
         members = [run for run in measured if names[run.path] == name]
         for column, panel in enumerate(PANELS):
             axes = figure.add_subplot(len(rows), 3, 3 * row + column + 1)
-            _draw_panel(axes, *panel, members, colors)
+            _draw_panel(axes, panel, members, colors)
             if column == 0:
                 axes.annotate(
                     name, (-0.13, 1.28), xycoords="axes fraction", fontsize=18, fontweight="bold", annotation_clip=False
@@ -62,13 +62,10 @@ def draw_curves(sweep_dir: str | Path, runs: Sequence[RunRecord]) -> Path:
 
 
 def _draw_panel(
-    axes: Axes,
-    title: str,
-    options: Sequence[Keys],
-    note: str,
-    runs: Sequence[RunRecord],
-    colors: dict[float | None, Any],
+    axes: Axes, panel: tuple[str, Sequence[Keys], str], runs: Sequence[RunRecord], colors: dict[float | None, Any]
 ) -> None:
+    """Each run's curves; each beta once beside the end of its solid one (the mean over its seeds)."""
+    title, options, note = panel
     if title.startswith("Implicit") and not any(run.series(options[0][0]) for run in runs):
         title, options = "Log-ratio to the reference (nats)", (LOG_RATIOS,)
     axes.set_title(title, loc="left", fontsize=14.5, pad=22)
@@ -92,17 +89,12 @@ def _draw_panel(
                 else:
                     has_dashes = True
     axes.margins(y=0.08)
-    _label_betas(axes, ends, colors)
-    if note and has_dashes:
-        axes.text(0.0, 1.02, note, transform=axes.transAxes, fontsize=12.5, color=GREY, va="bottom")
-
-
-def _label_betas(axes: Axes, ends: dict[float | None, list[float]], colors: dict[float | None, Any]) -> None:
-    """Each beta once beside its curve's end (the mean over its seeds), pushed apart where they would touch."""
     bottom, top = axes.get_ylim()
-    placed = spread([fmean(values) for values in ends.values()], 0.095 * (top - bottom), bottom, top)
-    for beta, height in zip(ends, placed, strict=True):
+    heights = spread([fmean(values) for values in ends.values()], 0.095 * (top - bottom), bottom, top)
+    for beta, height in zip(ends, heights, strict=True):
         axes.text(
             1.02, height, f"β {beta:g}" if beta is not None else "?", transform=axes.get_yaxis_transform(),
             color=colors[beta], fontsize=14, fontweight="bold", va="center", ha="left",
         )  # fmt: skip
+    if note and has_dashes:
+        axes.text(0.0, 1.02, note, transform=axes.transAxes, fontsize=12.5, color=GREY, va="bottom")
