@@ -27,7 +27,7 @@ from dpo_kit.data.__main__ import compose_tool
 from dpo_kit.data.build.pairs import build_pairs
 from dpo_kit.data.build.prompts import read_prompts
 from dpo_kit.data.fresh import distinct_prompts
-from dpo_kit.export.folder import Export, export_run
+from dpo_kit.export.folder import export_run
 from dpo_kit.model.load import load_reference, load_tokenizer
 from dpo_kit.model.sampling import measuring
 from dpo_kit.model.scoring import Reference
@@ -83,7 +83,7 @@ def policy_of(run):
     if not (run.model / "adapter_config.json").exists():
         return run.model
     if not run.export.exists():
-        export_run(Export(run, run.export, "auto", "original"))
+        export_run(run, run.export, "auto", "original")
     return run.export
 
 

@@ -15,7 +15,7 @@ from trl.experimental.online_dpo import online_dpo_trainer
 from dpo_kit import ConfigError, ModelError, compose, train
 from dpo_kit.cli.plan import plan_run
 from dpo_kit.config.compose import check
-from dpo_kit.export.folder import Export, export_run
+from dpo_kit.export.folder import export_run
 from dpo_kit.export.script import write_reproduction
 from dpo_kit.model import origin
 from dpo_kit.model.load import (
@@ -58,7 +58,7 @@ def test_a_variant_of_lora_trains_every_kind_of_method_and_is_merged(variant, me
     assert adapter[variant] == (True if value == "true" else adapter[variant])
     assert variant != "target_modules" or set(adapter[variant]) == {"q_proj", "v_proj"}
     base = "dequantised" if tuning == "qlora" else "original"
-    assert export_run(Export(RunDirectory(tmp_path / "run"), tmp_path / "export", base=base))["greedy"] == 1
+    assert export_run(RunDirectory(tmp_path / "run"), tmp_path / "export", base=base)["greedy"] == 1
 
 
 def test_a_full_reference_that_the_adapter_has_already_is_refused():
@@ -268,7 +268,7 @@ def test_a_run_that_goes_on_with_an_adapter_resumes_to_the_last_bit_and_is_merge
     assert differences(whole, halved) == []
     assert not (whole / "model" / "ref").exists() and read_json(whole / "model" / "adapter_config.json")["r"] == 8
     base = "dequantised" if tuning == "qlora" else "original"
-    assert export_run(Export(RunDirectory(whole), tmp_path / "export", base=base))["greedy"] == 1
+    assert export_run(RunDirectory(whole), tmp_path / "export", base=base)["greedy"] == 1
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     if tuning == "lora":
         ids = torch.arange(5, 45)[None]

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_kit import ConfigError, ModelError, compose, train
 from dpo_kit.export.__main__ import main, parse_words
-from dpo_kit.export.folder import Export, export_run, push
+from dpo_kit.export.folder import export_run, find_faults, push
 from dpo_kit.export.merge import encode
-from dpo_kit.export.serving import find_faults
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.report.card import card_text
@@ -49,7 +48,7 @@ def _policy(run, tuning):
 @torch.no_grad()
 def test_an_export_answers_as_the_policy_in_plain_transformers(tuning, runs, tmp_path):
     out = tmp_path / "export"
-    facts = export_run(Export(RunDirectory(runs / tuning), out))
+    facts = export_run(RunDirectory(runs / tuning), out)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     ids = torch.tensor([encode(tokenizer, "My kettle leaks. What can I do?")])
     expected, start = _policy(runs / tuning, tuning), AutoModelForCausalLM.from_pretrained(MODEL).eval()
@@ -65,7 +64,7 @@ def test_an_export_answers_as_the_policy_in_plain_transformers(tuning, runs, tmp
 
 def test_an_export_in_bfloat16_says_how_far_rounding_moved_it(runs, tmp_path):
     out = tmp_path / "export"
-    facts = export_run(Export(RunDirectory(runs / "lora"), out, dtype="bfloat16"))
+    facts = export_run(RunDirectory(runs / "lora"), out, dtype="bfloat16")
     assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(out / "model.safetensors").values())
     assert read_json(out / "config.json")["dtype"] == "bfloat16"
     assert 1e-5 < facts["logits"] < 5e-2 and facts["kl"] > 0
@@ -75,7 +74,7 @@ def test_an_export_in_bfloat16_says_how_far_rounding_moved_it(runs, tmp_path):
 def test_a_qlora_adapter_on_its_dequantised_base_is_the_policy_that_was_measured(runs, tmp_path, caplog):
     run = RunDirectory(runs / "qlora")
     caplog.set_level("WARNING", "dpo_kit")
-    texts = [export_run(Export(run, tmp_path / base, base=base))["checked"] for base in ("original", "dequantised")]
+    texts = [export_run(run, tmp_path / base, base=base)["checked"] for base in ("original", "dequantised")]
     apart = [float(text.split("4 bit, KL ")[1].split()[0]) for text in texts]
     assert apart[0] > 0.02 > 100 * apart[1]  # the tiny model feels the rounding of its base
     assert caplog.text.count("take base=dequantised") == 1
@@ -86,16 +85,16 @@ def test_a_qlora_adapter_on_its_dequantised_base_is_the_policy_that_was_measured
 
 def test_the_same_command_again_leaves_the_export_and_another_one_is_refused(runs, tmp_path):
     run, out = RunDirectory(runs / "full"), tmp_path / "export"
-    first = export_run(Export(run, out))
+    first = export_run(run, out)
     written = (out / "export.json").stat().st_mtime_ns
-    assert export_run(Export(run, out)) == first and (out / "export.json").stat().st_mtime_ns == written
+    assert export_run(run, out) == first and (out / "export.json").stat().st_mtime_ns == written
     with pytest.raises(ConfigError, match="holds something else"):
-        export_run(Export(run, out, dtype="bfloat16"))
+        export_run(run, out, dtype="bfloat16")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("…")
     with pytest.raises(ConfigError, match="holds something else"):
-        export_run(Export(run, mine))
+        export_run(run, mine)
     assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
 
 
@@ -105,7 +104,7 @@ def test_what_merging_would_change_is_refused_and_nothing_is_left(lora, tmp_path
 
     monkeypatch.setattr("peft.tuners.lora.LoraModel.merge_and_unload", wrong)
     with pytest.raises(ModelError, match=r"merging the adapter changed the policy.*nothing is exported"):
-        export_run(Export(lora, tmp_path / "export"))
+        export_run(lora, tmp_path / "export")
     assert not (tmp_path / "export").exists() and not list(tmp_path.glob(".saving*"))
 
 
@@ -118,7 +117,7 @@ def test_what_writing_would_change_is_refused(lora, tmp_path, monkeypatch):
     kept = AutoModelForCausalLM.from_pretrained(MODEL).__class__.save_pretrained
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", spoil)
     with pytest.raises(ModelError, match="writing the export changed the policy"):
-        export_run(Export(lora, tmp_path / "export"))
+        export_run(lora, tmp_path / "export")
     assert not (tmp_path / "export").exists()
 
 
@@ -131,7 +130,7 @@ def test_an_adapter_on_another_base_is_refused(lora, tmp_path):
     manifest["config"]["model"]["path"] = str(other)
     write_json(lora.manifest, manifest)
     with pytest.raises(ModelError, match="does not hold the weights that the adapter was trained on"):
-        export_run(Export(lora, tmp_path / "export"))
+        export_run(lora, tmp_path / "export")
 
 
 def test_an_adapter_on_one_of_two_tied_embeddings_unties_them(lora, tmp_path):
@@ -139,7 +138,7 @@ def test_an_adapter_on_one_of_two_tied_embeddings_unties_them(lora, tmp_path):
     options = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), options).eval()
     adapted.save_pretrained(lora.model, save_embedding_layers=False)
-    export_run(Export(lora, tmp_path / "export"))
+    export_run(lora, tmp_path / "export")
     assert read_json(tmp_path / "export" / "config.json")["tie_word_embeddings"] is False
     with torch.no_grad():
         ids = torch.arange(5, 25)[None]
@@ -154,7 +153,7 @@ def test_answers_end_at_the_tokenizer_s_end_whatever_the_base_s_generation_confi
     manifest = read_json(lora.manifest)
     manifest["config"]["model"]["path"] = str(base)
     write_json(lora.manifest, manifest)
-    export_run(Export(lora, tmp_path / "export"))
+    export_run(lora, tmp_path / "export")
     assert read_json(tmp_path / "export" / "generation_config.json")["eos_token_id"] == [3, 4]
 
 
@@ -163,7 +162,6 @@ def test_answers_end_at_the_tokenizer_s_end_whatever_the_base_s_generation_confi
     [
         ("config.json", {"architectures": None}, "names no architectures"),
         ("config.json", {"dtype": "float64"}, "has dtype float64"),
-        ("config.json", {"vocab_size": 650}, "has 640 rows, config.json says vocab_size 650"),
         ("config.json", {"quantization_config": {"load_in_4bit": True}}, "asks for quantisation"),
         ("config.json", {"auto_map": {"AutoModel": "code.Model"}}, "asks for code"),
         ("generation_config.json", {"eos_token_id": 2}, "does not end at the tokenizer's EOS .id 4."),
@@ -178,24 +176,20 @@ def test_what_a_server_would_trip_over_is_named(file, change, fault, tmp_path):
     assert re.search(fault, found)
 
 
-def test_tied_embeddings_saved_twice_and_missing_files_are_named(tmp_path):
+def test_missing_files_are_named(tmp_path):
     folder = shutil.copytree(MODEL, tmp_path / "model")
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    save_file(weights, folder / "model.safetensors")
-    assert find_faults(folder) == [
-        "tie_word_embeddings is true but the folder holds lm_head.weight, which would not be read"
-    ]
+    (folder / "model.safetensors").unlink()
+    assert find_faults(folder) == ["there are no weights in safetensors"]
     (folder / "generation_config.json").unlink()
     assert find_faults(folder) == ["generation_config.json is missing"]
 
 
 def test_only_a_run_that_ended_well_is_exported(lora, tmp_path):
     with pytest.raises(ConfigError, match=r"is no run directory; did you mean run=.*run\?"):
-        export_run(Export(RunDirectory(lora.model), tmp_path / "export"))
+        export_run(RunDirectory(lora.model), tmp_path / "export")
     write_json(lora.result, {"status": "interrupted"})
     with pytest.raises(ConfigError, match=r"has not ended well \(status: interrupted\)"):
-        export_run(Export(lora, tmp_path / "export"))
+        export_run(lora, tmp_path / "export")
 
 
 @pytest.mark.parametrize(

@@ -461,7 +461,7 @@ def test_a_sweep_of_two_betas_trains_both_and_the_second_starts_warm(command, tm
 
 
 def test_a_warm_job_imports_nothing_that_takes_time(tmp_path):
-    """Fails when a run needs a module that dpo_kit/sweep/warm.py does not name."""
+    """Fails when a run needs a module that dpo_kit/sweep/launch/warm.py does not name."""
     words = few_pairs(tmp_path / "pairs.jsonl")
     script = (
         "import sys, dpo_kit.sweep.launch.warm; before = set(sys.modules)\n"

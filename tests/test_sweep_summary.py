@@ -241,6 +241,14 @@ def test_runs_of_two_models_have_a_panel_each(tmp_path: Path, texts: list[list[s
     assert titles == ["Quality against drift, from model", "Quality against drift, from other"]
 
 
+def test_each_panel_marks_the_run_recommended_within_its_model(tmp_path: Path, texts: list[list[str]]) -> None:
+    for name, status in (("a", None), ("b", "done"), ("c", "done")):  # of the first model no run has ended
+        model = {"path": f"org/{name}", "revision": "main", "sha256": None}
+        write_run(tmp_path, name, gold=rewards(1.0, 64), gold_start=START, model=model, status=status)
+    write_summary(tmp_path)
+    assert texts[0].count("recommended") == 2
+
+
 def test_predictions_are_drawn_as_such_and_the_ideal_where_it_is_known(tmp_path: Path, texts: list[list[str]]) -> None:
     four(tmp_path)
     points = [{"beta": b, "probe/kl_reverse_rb_nats": kl, "gold/reward": 1.0} for b, kl in ((0.2, 4.1), (1.0, 1.5))]

@@ -5,19 +5,14 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpo_kit.config.command_line import Values, parse, run_tool
 from dpo_kit.config.places import refuse_unwritable
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.quiet import quiet_imports
-
-if TYPE_CHECKING:
-    from dpo_kit.export.folder import Export
 
 USAGE = """\
 usage: python -m dpo_kit export run=DIR [key=value] …
@@ -52,12 +47,33 @@ def export(arguments: Sequence[str]) -> None:
     values = parse_words(arguments)
     if "out" in values:
         refuse_unwritable("out", values["out"])
-    with _log_to_terminal():
-        quiet_imports()
+    run = RunDirectory(Path(values["run"]))
+    everyone, ours = logging.getLogger(), logging.getLogger("dpo_kit")
+    silence, terminal, level = logging.NullHandler(), logging.StreamHandler(), ours.level
+    everyone.addHandler(silence)  # libraries and their warnings say nothing
+    ours.addHandler(terminal)
+    ours.setLevel(logging.INFO)
+    quiet_imports()
+    try:
         if values["mode"] == "script":
-            _export_script(values)
-        else:
-            _export_model(values)
+            from dpo_kit.export.script import write_reproduction
+
+            script = write_reproduction(run, Path(values.get("out") or run.reproduction))
+            sys.stdout.write(f"{script.read_text(encoding='utf-8')}\nnext: python {shlex.quote(str(script))}\n")
+            return
+        from dpo_kit.export.folder import export_run, push
+
+        out = Path(values.get("out") or run.export)
+        facts = export_run(run, out, values["dtype"], values["base"])
+        sys.stdout.write(f"{out}: {facts['dtype']}. {facts['how']}\nchecked: {facts['checked']}\n")
+        if "push" in values:
+            sys.stdout.write(f"on the hub: {push(out, values['push'], private=values['private'] == 'true')}\n")
+        name = shlex.quote(str(out))
+        sys.stdout.write(f"next: transformers chat {name}, or vllm serve {name}\n")
+    finally:
+        everyone.removeHandler(silence)
+        ours.removeHandler(terminal)
+        ours.setLevel(level)
 
 
 def parse_words(arguments: Sequence[str]) -> Values:
@@ -73,47 +89,6 @@ def parse_words(arguments: Sequence[str]) -> Values:
     if "push" in values and values["push"].count("/") != 1:
         raise ConfigError(f"push must be org/name, got {values['push']}")
     return values
-
-
-def _export_model(values: Values) -> None:
-    from dpo_kit.export.folder import Export, export_run, push
-
-    run = RunDirectory(Path(values["run"]))
-    wanted: Export = Export(run, Path(values.get("out") or run.export), values["dtype"], values["base"])
-    facts = export_run(wanted)
-    _say(f"{wanted.out}: {facts['dtype']}. {facts['how']}\nchecked: {facts['checked']}")
-    if "push" in values:
-        _say(f"on the hub: {push(wanted.out, values['push'], private=values['private'] == 'true')}")
-    out = shlex.quote(str(wanted.out))
-    _say(f"next: transformers chat {out}, or vllm serve {out}")
-
-
-def _export_script(values: Values) -> None:
-    from dpo_kit.export.script import write_reproduction
-
-    run = RunDirectory(Path(values["run"]))
-    script = write_reproduction(run, Path(values.get("out") or run.reproduction))
-    _say(f"{script.read_text(encoding='utf-8')}\nnext: python {shlex.quote(str(script))}")
-
-
-@contextmanager
-def _log_to_terminal() -> Iterator[None]:
-    """For the length of the block: what we have to say; libraries and their warnings say nothing."""
-    everyone, own = logging.getLogger(), logging.getLogger("dpo_kit")
-    silence, terminal, level = logging.NullHandler(), logging.StreamHandler(), own.level
-    everyone.addHandler(silence)
-    own.addHandler(terminal)
-    own.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        everyone.removeHandler(silence)
-        own.removeHandler(terminal)
-        own.setLevel(level)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -5,28 +5,31 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_kit.config.identity import recall_config
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.export.merge import (
+    NOISE,
+    Distance,
     choose_dtype,
     compare,
-    load_plain,
     merge,
     prompt_logits,
-    quantised_logits,
     refuse_other,
     refuse_other_base,
 )
-from dpo_kit.export.serving import find_faults, has_chat_template
-from dpo_kit.model.load import end_as_trained
+from dpo_kit.model.load import end_as_trained, load_weights
+from dpo_kit.model.origin import base_of
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json, write_text
 from dpo_kit.run.quiet import quiet_libraries
@@ -46,46 +49,49 @@ HOW = {
 }
 
 
-@dataclass(frozen=True)
-class Export:
-    """What was asked for."""
+def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "original") -> dict[str, Any]:
+    """Write `out` and return its export.json; one that is there already, and is the same, is left as it is.
 
-    run: RunDirectory
-    out: Path
-    dtype: str = "auto"
-    base: str = "original"
-
-
-def export_run(wanted: Export) -> dict[str, Any]:
-    """Write `wanted.out` and return its export.json; one that is there already, and is the same, is left as it is.
-
+    `base` is what a QLoRA adapter is merged into: the original weights, or the "dequantised" ones it was trained on.
     ConfigError where the run has not ended well or `out` holds something else; ModelError where the folder would not
     be the policy that the run left.
     """
-    manifest, result = finished(wanted.run)
+    manifest, result = finished(run)
     model = Model(**recall_config(manifest)["model"])
     quiet_libraries()
-    dtype = choose_dtype(model, wanted.run, wanted.dtype)
-    asked = {
-        "config_hash": manifest["config_hash"],
-        "dtype": dtype,
-        "base": wanted.base if model.tuning == "qlora" else None,
-    }
-    if there := _already_there(wanted.out, asked):
-        return there
+    dtype = choose_dtype(model, run, dtype)
+    is_qlora = model.tuning == "qlora"
+    asked = {"config_hash": manifest["config_hash"], "dtype": dtype, "base": base if is_qlora else None}
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        earlier = read_json(out / FACTS) if (out / FACTS).exists() else {}
+        if {name: earlier.get(name) for name in asked} != asked:
+            raise ConfigError(f"out={out} holds something else: choose another folder, or delete that one")
+        log.info("%s is there already", out)
+        return earlier
     refuse_other_base(model, manifest)
-    aside = wanted.out.with_name(f"{SAVING}-{wanted.out.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        facts = asked | _write(wanted, model, dtype, aside)
-        evaluated = wanted.run.evaluation / "result.json"
+    with complete_or_absent(out) as aside:
+        distance, from_quantised = _write(run, model, dtype, base, aside)
+        checked = distance.describe()
+        if from_quantised is not None:
+            checked += f"; against the policy as trained in 4 bit, KL {from_quantised:.1e} nats a token"
+        facts = {**asked, "how": HOW[base if is_qlora else model.tuning], "checked": checked, **asdict(distance)}
+        evaluated = run.evaluation / "result.json"
         judged = read_json(evaluated) if evaluated.exists() else None
         write_text(aside / "README.md", card_text(result, manifest, judged, facts))
         write_json(aside / FACTS, facts)
-        put_in_place(aside, wanted.out)
+    return facts
+
+
+@contextmanager
+def complete_or_absent(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which takes its place at the end of the block; gone where that fails."""
+    aside = out.with_name(f"{SAVING}-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+        put_in_place(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return facts
 
 
 def finished(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,23 +123,18 @@ def push(out: Path, repository: str, *, private: bool) -> str:
     return str(made)
 
 
-def _already_there(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    there = read_json(out / FACTS) if (out / FACTS).exists() else {}
-    if {name: there.get(name) for name in asked} == asked:
-        log.info("%s is there already", out)
-        return there
-    raise ConfigError(f"out={out} holds something else: choose another folder, or delete that one")
-
-
-def _write(wanted: Export, model: Model, dtype: str, aside: Path) -> dict[str, Any]:
-    """The files of the export in `aside`, compared with the policy; what export.json says of them."""
-    tokenizer = AutoTokenizer.from_pretrained(wanted.run.model)
+def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) -> tuple[Distance, float | None]:
+    """The files of the export in `aside`; how far they are from the policy, and with QLoRA the KL (nats a token) of the
+    export from the policy as it was trained in 4 bit.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
     for how_loaded in ("is_local", "local_files_only"):  # transformers would save these, true on this machine only
         tokenizer.init_kwargs.pop(how_loaded, None)
-    policy, before = merge(model, wanted.run, tokenizer, wanted.base)
-    _complete_configs(policy, tokenizer)
+    policy, before = merge(model, run, tokenizer, base)
+    policy.config.use_cache = True  # which training had turned off
+    end_as_trained(policy, tokenizer)
+    if policy.generation_config.pad_token_id is None:
+        policy.generation_config.pad_token_id = tokenizer.pad_token_id
     try:
         policy.to(getattr(torch, dtype)).save_pretrained(aside)
     except ValueError as error:  # transformers refuses to write a generation config that contradicts itself
@@ -143,26 +144,47 @@ def _write(wanted: Export, model: Model, dtype: str, aside: Path) -> dict[str, A
     gc.collect()
     if faults := find_faults(aside):
         raise ModelError(f"the export would not be served right: {'; '.join(faults)}")
-    if not has_chat_template(aside):
+    if not tokenizer.chat_template:
         log.warning("the tokenizer has no chat template: servers can complete text with this model, but not chat")
-    difference = compare(before, prompt_logits(load_plain(aside), tokenizer))
-    refuse_other("writing the export", difference, dtype)
-    how = {"how": HOW[wanted.base if model.tuning == "qlora" else model.tuning], "checked": difference.describe()}
-    if model.tuning == "qlora":
-        trained = compare(quantised_logits(model, wanted.run, tokenizer), before)
-        how["checked"] += f"; against the policy as trained in 4 bit, KL {trained.kl:.1e} nats a token"
-        if trained.kl > FAR:
-            log.warning(
-                "the export is %.2f nats a token from the policy that was trained and measured in 4 bit, since the "
-                "base is not rounded any more: measure it again, or take base=dequantised",
-                trained.kl,
-            )
-    return how | {"logits": difference.logits, "kl": difference.kl, "greedy": difference.greedy}
+    plain = AutoModelForCausalLM.from_pretrained(aside, dtype="auto").eval()  # as anybody loads it, without dpo_kit
+    distance = compare(before, prompt_logits(plain, tokenizer))
+    refuse_other("writing the export", distance, dtype)
+    if model.tuning != "qlora":
+        return distance, None
+    trained = PeftModel.from_pretrained(load_weights(base_of(model)), run.model).eval()  # type: ignore[arg-type]
+    kl = compare(prompt_logits(trained, tokenizer), before).kl
+    if kl > FAR:
+        log.warning(
+            "the export is %.2f nats a token from the policy that was trained and measured in 4 bit, since the "
+            "base is not rounded any more: measure it again, or take base=dequantised",
+            kl,
+        )
+    return distance, kl
 
 
-def _complete_configs(policy: Any, tokenizer: Any) -> None:
-    """Answers end where they ended in training; the cache is used, which training had turned off."""
-    policy.config.use_cache = True
-    end_as_trained(policy, tokenizer)
-    if policy.generation_config.pad_token_id is None:
-        policy.generation_config.pad_token_id = tokenizer.pad_token_id
+def find_faults(folder: Path) -> list[str]:
+    """Why a server (vLLM, TGI, transformers) would refuse the model in `folder` or would not end its answers; [] where
+    it is right. What the weights say is compared apart from this.
+    """
+    names = ("config.json", "generation_config.json", "tokenizer_config.json")
+    if missing := [name for name in names if not (folder / name).exists()]:
+        return [f"{name} is missing" for name in missing]
+    config, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
+    text = config.get("text_config") or config
+    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
+    checks = {
+        "config.json names no architectures": not config.get("architectures"),
+        f"config.json has dtype {dtype}, not one of {', '.join(NOISE)}": dtype not in NOISE,
+        "config.json asks for code of a repository (auto_map)": "auto_map" in config,
+        "config.json asks for quantisation (quantization_config) of weights that have none": "quantization_config"
+        in config,
+        "there are no weights in safetensors": not any(folder.glob("*.safetensors")),
+    }
+    eos, ends = AutoTokenizer.from_pretrained(folder).eos_token_id, generation.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    for end in ends:
+        outside = end is not None and not 0 <= end < text["vocab_size"]
+        checks[f"eos_token_id {end} lies outside the vocabulary"] = outside
+    run_on = f"generation_config.json does not end at the tokenizer's EOS (id {eos}): answers would run on"
+    checks[run_on] = eos is not None and eos not in ends
+    return [fault for fault, holds in checks.items() if holds]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ModelError
@@ -24,7 +23,6 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import hash_weights
 
 log = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "float16")
 NOISE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
 PROMPTS = (
     "Hello, how are you?",
@@ -38,7 +36,7 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Difference:
+class Distance:
     """How far two models are apart on PROMPTS: logits, relative to the largest; KL in nats per token; greedy tokens."""
 
     logits: float
@@ -58,23 +56,34 @@ def merge(model: Model, run: RunDirectory, tokenizer: Any, base: str) -> tuple[P
     if model.tuning == "full":
         policy = load_weights(model.model_copy(update={"dtype": "float32"}), str(run.model))
         return policy, prompt_logits(policy, tokenizer)
-    weights = _load_base(model, base)
-    if tied := _is_tied(weights):
-        _untie(weights)
+    start = base_of(model)
+    if base == "dequantised":  # with the rounding that its 4-bit form had in training
+        weights = load_weights(start).dequantize(dtype=torch.float32)
+    else:
+        weights = load_weights(start.model_copy(update={"dtype": "float32", "tuning": "lora"}))
+        if getattr(weights, "is_quantized", False):
+            raise ModelError(
+                f"model.path={start.path} is published in a quantised form, into which no adapter can be merged "
+                "without rounding it away: name the original repository as model.path, or say base=dequantised"
+            )
+    head: Any = weights.get_output_embeddings()
+    tied = head is not None and head.weight is weights.get_input_embeddings().weight
+    if tied:  # merged into a shared matrix, an adapter on either would change both
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
     adapted = PeftModel.from_pretrained(weights, run.model).eval()  # type: ignore[arg-type]
     before = prompt_logits(adapted, tokenizer)
     merged = adapted.merge_and_unload(safe_merge=True)
     if tied:
-        _tie_again(merged)
-    difference = compare(before, prompt_logits(merged, tokenizer))
-    refuse_other("merging the adapter", difference, "float32")
+        head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+        alike = torch.equal(head.weight, embedding.weight)
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = alike
+        if alike:
+            head.weight = embedding.weight
+        else:
+            merged._tied_weights_keys = merged.all_tied_weights_keys = {}
+            log.warning("the adapter changed one of the tied embeddings: the export holds both, untied")
+    refuse_other("merging the adapter", compare(before, prompt_logits(merged, tokenizer)), "float32")
     return merged, before
-
-
-def quantised_logits(model: Model, run: RunDirectory, tokenizer: Any) -> Tensor:
-    """Logits on PROMPTS of a QLoRA policy as it was trained and measured: the adapter on the 4-bit base."""
-    adapted = PeftModel.from_pretrained(load_weights(base_of(model)), run.model)  # type: ignore[arg-type]
-    return prompt_logits(adapted.eval(), tokenizer)
 
 
 def refuse_other_base(model: Model, manifest: dict[str, Any]) -> None:
@@ -90,49 +99,11 @@ def refuse_other_base(model: Model, manifest: dict[str, Any]) -> None:
         )
 
 
-def _load_base(model: Model, base: str) -> PreTrainedModel:
-    """The base in float32: as published, or with the rounding that its 4-bit form had in training."""
-    model = base_of(model)
-    if base == "dequantised":
-        return load_weights(model).dequantize(dtype=torch.float32)
-    weights = load_weights(model.model_copy(update={"dtype": "float32", "tuning": "lora"}))
-    if getattr(weights, "is_quantized", False):
-        raise ModelError(
-            f"model.path={model.path} is published in a quantised form, into which no adapter can be merged without "
-            "rounding it away: name the original repository as model.path, or say base=dequantised"
-        )
-    return weights
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Give the head a matrix of its own: merged into a shared one, an adapter on either would change both."""
-    head: Any = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())
-
-
-def _tie_again(model: PreTrainedModel) -> None:
-    """Tie the embeddings where the adapter left them alike; else say in the config that they are two."""
-    head: Any = model.get_output_embeddings()
-    embedding: Any = model.get_input_embeddings()
-    alike = torch.equal(head.weight, embedding.weight)
-    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = alike
-    if alike:
-        head.weight = embedding.weight
-    else:
-        model._tied_weights_keys = model.all_tied_weights_keys = {}
-        log.warning("the adapter changed one of the tied embeddings: the export holds both, untied")
-
-
 @torch.no_grad()
 def prompt_logits(model: Any, tokenizer: Any) -> Tensor:
     """Logits at every position of PROMPTS, in the tokenizer's chat form where it has one: (positions, vocabulary)."""
-    ids = (torch.tensor([encode(tokenizer, prompt)], device=model.device) for prompt in PROMPTS)
-    return torch.cat([model(input_ids=each, use_cache=False).logits[0].float().cpu() for each in ids])
+    batches = (torch.tensor([encode(tokenizer, prompt)], device=model.device) for prompt in PROMPTS)
+    return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in batches])
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -143,28 +114,23 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def compare(one: Tensor, other: Tensor) -> Difference:
+def compare(one: Tensor, other: Tensor) -> Distance:
     """How far `other` is from `one`: KL(one‖other), logits; shapes (positions, vocabulary) twice."""
     logp, logq = one.double().log_softmax(-1), other.double().log_softmax(-1)
-    return Difference(
+    return Distance(
         logits=float((one - other).abs().max() / one.abs().max()),
         kl=max(0.0, float((logp.exp() * (logp - logq)).sum(-1).mean())),
         greedy=float((one.argmax(-1) == other.argmax(-1)).float().mean()),
     )
 
 
-def refuse_other(what: str, difference: Difference, dtype: str) -> None:
-    """ModelError where `difference` is more than rounding in `dtype` explains; not a number counts as more."""
-    if not difference.logits <= NOISE[dtype]:
+def refuse_other(what: str, distance: Distance, dtype: str) -> None:
+    """ModelError where `distance` is more than rounding in `dtype` explains; not a number counts as more."""
+    if not distance.logits <= NOISE[dtype]:
         raise ModelError(
-            f"{what} changed the policy: its logits differ by {difference.logits:.2g} of the largest one, where "
+            f"{what} changed the policy: its logits differ by {distance.logits:.2g} of the largest one, where "
             f"{dtype} explains {NOISE[dtype]:g}; nothing is exported"
         )
-
-
-def load_plain(folder: Path) -> PreTrainedModel:
-    """`folder` as anybody loads it, without dpo_kit."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
 def choose_dtype(model: Model, run: RunDirectory, asked: str) -> str:
@@ -172,8 +138,8 @@ def choose_dtype(model: Model, run: RunDirectory, asked: str) -> str:
     if asked != "auto":
         return asked
     if model.tuning == "full":
-        own = AutoConfig.from_pretrained(run.model).dtype
+        dtype = AutoConfig.from_pretrained(run.model).dtype
     else:
         base = base_of(model)
-        own = AutoConfig.from_pretrained(base.path, revision=base.revision or "main").dtype
-    return str(own or torch.float32).removeprefix("torch.")
+        dtype = AutoConfig.from_pretrained(base.path, revision=base.revision or "main").dtype
+    return str(dtype or torch.float32).removeprefix("torch.")

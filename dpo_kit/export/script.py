@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.identity import recall_settings
-from dpo_kit.config.settings import Model, Settings
-from dpo_kit.data.prepare import Prepared
+from dpo_kit.config.settings import Settings
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.export.folder import finished
+from dpo_kit.export.folder import complete_or_absent, finished
 from dpo_kit.model.load import load_tokenizer, read_template
 from dpo_kit.model.origin import base_of, has_tokenizer, read_adapter
 from dpo_kit.run.directory import RunDirectory
@@ -20,7 +18,6 @@ from dpo_kit.run.files import digest, read_json, write_json, write_text
 from dpo_kit.run.quiet import quiet_libraries
 from dpo_kit.trainer.given_tokens import GivenTokens
 from dpo_kit.trainer.manifest import contents, keep_date
-from dpo_kit.trainer.resume.checkpoints import SAVING, put_in_place
 from dpo_kit.trainer.rows import build_dataset, held_out_rows, read_data
 
 log = logging.getLogger(__name__)
@@ -79,131 +76,93 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
         raise ConfigError(f"{out} is there already: delete it, or name another folder with out=DIR")
     quiet_libraries()
     settings = recall_settings(manifest)
-    data = prepare_again(settings, run)
-    aside = out.with_name(f"{SAVING}-{out.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        rows = {"train": data.train, "eval": held_out_rows(data, settings)}
+    tokenizer = load_tokenizer(settings.model)
+    keep_date(run, tokenizer)
+    data = read_data(settings, tokenizer)
+    for name, part in (("train", data.train), ("select", data.select)):
+        if digest(contents(part)) != manifest["data"][name]["sha256"]:
+            raise DataError(
+                f"data.train={settings.data.train} gives other {name} rows now than the run was made of "
+                f"({len(part)}, then {manifest['data'][name]['rows']}): bring its files back to what they were"
+            )
+    rows = {"train": data.train, "eval": held_out_rows(data, settings)}
+    with complete_or_absent(out) as aside:
         for name, part in rows.items():
             build_dataset(part, settings.method.rows).save_to_disk(str(aside / name))
         write_json(aside / "trl_config.json", read_json(run.trl_config) | {"hub_token": None, "push_to_hub": False})
         write_text(aside / NAME, build_script(settings, manifest, result))
-        put_in_place(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     log.info("%s: %d rows to train on, %d held out, %.1f MB", out, len(rows["train"]), len(rows["eval"]), size)
-    _say_what_differs(settings)
-    return out / NAME
-
-
-def prepare_again(settings: Settings, run: RunDirectory) -> Prepared:
-    """The run's rows from their sources; DataError where their fingerprints are not those of its manifest."""
-    tokenizer, manifest = load_tokenizer(settings.model), read_json(run.manifest)
-    keep_date(run, tokenizer)
-    data = read_data(settings, tokenizer)
-    for name, rows in (("train", data.train), ("select", data.select)):
-        if digest(contents(rows)) != manifest["data"][name]["sha256"]:
-            raise DataError(
-                f"data.train={settings.data.train} gives other {name} rows now than the run was made of "
-                f"({len(rows)}, then {manifest['data'][name]['rows']}): bring its files back to what they were"
-            )
-    return data
-
-
-def build_script(settings: Settings, manifest: dict[str, Any], result: dict[str, Any]) -> str:
-    """The text of the script."""
-    model, machine = settings.model, manifest["machine"]
-    processes = machine["world_size"]
-    trainer, config = settings.method.trainer, settings.method.config
-    start = f"python {NAME}" if processes == 1 else f"accelerate launch --num_processes {processes} {NAME}"
-    return SCRIPT.format(
-        title=f"{result['method']} of {model.path}, beta {result['beta']:g}, seed {result['seed']}",
-        versions=manifest["versions"],
-        start=f"Start it with: {start}",
-        imports=_imports(settings),
-        model="\n".join([*_model_lines(model, machine), *_tokenizer_lines(model)]),
-        trainer=trainer.rpartition(".")[2],
-        given=inspect.getsource(GivenTokens),
-        config=config.rpartition(".")[2],
-        more="".join(f"\n    {line}," for line in _trainer_lines(settings, machine)),
-    )
-
-
-def _imports(settings: Settings) -> str:
-    """Import lines, sorted as isort has them."""
-    wanted = {"datasets": {"load_from_disk"}, "transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
-    for path in (settings.method.trainer, settings.method.config):
-        module, name = path.rsplit(".", 1)
-        wanted.setdefault(module, set()).add(name)
-    if settings.model.tuning != "full":
-        wanted["peft"] = {"PeftModel" if read_adapter(settings.model) else "LoraConfig"}
-    if settings.model.tuning == "qlora":
-        wanted["transformers"].add("BitsAndBytesConfig")
-    lines = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(wanted.items())]
-    return "\n".join(["import torch", *lines] if settings.model.tuning == "qlora" else lines)
-
-
-def _model_lines(model: Model, machine: dict[str, Any]) -> list[str]:
-    lines = _base_lines(base_of(model), machine)
-    if read_adapter(model) is None:
-        return lines
-    options = _arguments({"revision": model.revision, "is_trainable": True}, model.path)
-    return [*lines, f"model = PeftModel.from_pretrained(model, {options})  # TRL keeps a copy of it as the reference"]
-
-
-def _base_lines(model: Model, machine: dict[str, Any]) -> list[str]:
-    options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code or None}
-    options |= _weights(model, machine)
-    if model.tuning != "qlora":
-        return [f"model = AutoModelForCausalLM.from_pretrained({_arguments(options, model.path)})"]
-    quantised = {name: value for name, value in model.quantization.items() if value is not None}
-    lines = [
-        f"quantization = BitsAndBytesConfig({_arguments(quantised)})",
-        f"model = AutoModelForCausalLM.from_pretrained({_arguments(options, model.path)}, "
-        'device_map={"": 0 if torch.cuda.is_available() else "cpu"}, quantization_config=quantization)',
-    ]
-    return lines + (ON_A_CPU if machine["device"] == "cpu" else [])
-
-
-def _weights(model: Model, machine: dict[str, Any]) -> dict[str, Any]:
-    return {"dtype": machine["dtype"], "attn_implementation": model.attn_implementation}
-
-
-def _tokenizer_lines(model: Model) -> list[str]:
-    model = model if has_tokenizer(model.path, model.revision) else base_of(model)
-    here = {"revision": model.revision, "trust_remote_code": model.trust_remote_code or None}
-    lines = [f"tokenizer = AutoTokenizer.from_pretrained({_arguments(here, model.path)})"]
-    lines.append("tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token")
-    template = model.chat_template and read_template(model.chat_template)
-    return [*lines, *([f"tokenizer.chat_template = {template!r}"] if template else [])]
-
-
-def _trainer_lines(settings: Settings, machine: dict[str, Any]) -> list[str]:
-    model, lines = settings.model, []
-    if model.tuning != "full" and read_adapter(model) is None:
-        lines.append(f"peft_config=LoraConfig({_arguments(model.lora | {'task_type': 'CAUSAL_LM'})})")
-    if model.reference and settings.method.reference:
-        given = _arguments(_weights(model, machine), model.reference)
-        lines.append(f"ref_model=AutoModelForCausalLM.from_pretrained({given})")
-    return lines
-
-
-def _arguments(options: dict[str, Any], *first: str) -> str:
-    """The inside of a call's brackets; what is None is left to the called one."""
-    named = [f"{name}={value!r}" for name, value in options.items() if value is not None]
-    return ", ".join([*map(repr, first), *named])
-
-
-def _say_what_differs(settings: Settings) -> None:
-    """Where the script's numbers cannot be those of the run beyond rounding."""
     drops = not settings.trl["disable_dropout"] and settings.model.tuning != "full"
     if drops and settings.model.lora.get("lora_dropout") and settings.speed.share_prefix:
         log.warning(
             "which values LoRA's dropout drops depends on how a batch is laid out: the script's losses scatter around "
             "those of the run; runs with trl.disable_dropout=true or speed.share_prefix=false are repeated exactly"
         )
-    if own := [each["_target_"] for each in settings.callbacks.extra]:
+    if extra := [callback["_target_"] for callback in settings.callbacks.extra]:
         log.warning(
-            "the run's own callbacks are not in the script (%s): add those that change training", ", ".join(own)
+            "the run's own callbacks are not in the script (%s): add those that change training", ", ".join(extra)
         )
+    return out / NAME
+
+
+def build_script(settings: Settings, manifest: dict[str, Any], result: dict[str, Any]) -> str:
+    """The text of the script."""
+    model, base, adapter = settings.model, base_of(settings.model), read_adapter(settings.model)
+    machine, is_qlora = manifest["machine"], settings.model.tuning == "qlora"
+    numbers = {"dtype": machine["dtype"], "attn_implementation": model.attn_implementation}
+    (trainer_module, trainer), (config_module, config) = (
+        path.rsplit(".", 1) for path in (settings.method.trainer, settings.method.config)
+    )
+    wanted = {"datasets": {"load_from_disk"}, "transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
+    wanted.setdefault(trainer_module, set()).add(trainer)
+    wanted.setdefault(config_module, set()).add(config)
+    more = []  # arguments of the trainer
+
+    loads = _arguments(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code or None, **numbers)
+    lines = [f"model = AutoModelForCausalLM.from_pretrained({loads})"]
+    if is_qlora:
+        wanted["transformers"].add("BitsAndBytesConfig")
+        lines = [
+            f"quantization = BitsAndBytesConfig({_arguments(**base.quantization)})",
+            f"model = AutoModelForCausalLM.from_pretrained({loads}, "
+            'device_map={"": 0 if torch.cuda.is_available() else "cpu"}, quantization_config=quantization)',
+            *(ON_A_CPU if machine["device"] == "cpu" else []),
+        ]
+    if adapter:
+        wanted["peft"] = {"PeftModel"}
+        loads = _arguments(model.path, revision=model.revision, is_trainable=True)
+        lines.append(f"model = PeftModel.from_pretrained(model, {loads})  # TRL keeps a copy of it as the reference")
+    elif model.tuning != "full":
+        wanted["peft"] = {"LoraConfig"}
+        more.append(f"peft_config=LoraConfig({_arguments(**(model.lora | {'task_type': 'CAUSAL_LM'}))})")
+    if model.reference and settings.method.reference:
+        more.append(f"ref_model=AutoModelForCausalLM.from_pretrained({_arguments(model.reference, **numbers)})")
+
+    holder = model if has_tokenizer(model.path, model.revision) else base
+    loads = _arguments(holder.path, revision=holder.revision, trust_remote_code=holder.trust_remote_code or None)
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({loads})")
+    lines.append("tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token")
+    if template := holder.chat_template and read_template(holder.chat_template):
+        lines.append(f"tokenizer.chat_template = {template!r}")
+
+    imports = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(wanted.items())]
+    processes = machine["world_size"]
+    start = f"python {NAME}" if processes == 1 else f"accelerate launch --num_processes {processes} {NAME}"
+    return SCRIPT.format(
+        title=f"{result['method']} of {model.path}, beta {result['beta']:g}, seed {result['seed']}",
+        versions=manifest["versions"],
+        start=f"Start it with: {start}",
+        imports="\n".join(["import torch", *imports] if is_qlora else imports),
+        model="\n".join(lines),
+        trainer=trainer,
+        given=inspect.getsource(GivenTokens),
+        config=config,
+        more="".join(f"\n    {line}," for line in more),
+    )
+
+
+def _arguments(*first: str, **options: Any) -> str:
+    """The inside of a call's brackets; what is None is left to the called one."""
+    named = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    return ", ".join([*map(repr, first), *named])

@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summarise(arguments: Sequence[str]) -> None:
     """Write and show the summary that `arguments` ask for."""
     values = parse_words(arguments)
-    budget, regression = (_number(values.get(f"choose.{name}")) for name in ("kl_budget_nats", "max_regression"))
+    budget, regression = (
+        float(values[key]) if key in values else None for key in ("choose.kl_budget_nats", "choose.max_regression")
+    )
     if values.get("test") == "true":
         measure_recommended(values["sweep"])
     show_summary(values["sweep"], ideal=values.get("ideal"), kl_budget_nats=budget, max_regression=regression)
@@ -46,21 +48,13 @@ def parse_words(arguments: Sequence[str]) -> Values:
     values = parse(arguments, KEYS, needed="sweep", meaning="DIR, a folder whose subfolders are runs")
     if values.get("test", "false") not in ("true", "false"):
         raise ConfigError(f"test must be true or false, got {values['test']}")
-    _check_limits({key: value for key, value in values.items() if key.startswith("choose.")})
-    return values
-
-
-def _number(text: str | None) -> float | None:
-    return None if text is None else float(text)
-
-
-def _check_limits(limits: dict[str, str]) -> None:
-    for key, value in limits.items():
+    for key in (key for key in values if key.startswith("choose.")):
         try:
-            Choose.model_validate({key.removeprefix("choose."): value})
+            Choose.model_validate({key.removeprefix("choose."): values[key]})
         except ValidationError as error:
             message = error.errors()[0]["msg"]
-            raise ConfigError(f"{key}: {message[0].lower()}{message[1:]}, got {value}") from error
+            raise ConfigError(f"{key}: {message[0].lower()}{message[1:]}, got {values[key]}") from error
+    return values
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import write_json, write_text
 from dpo_kit.run.report.markdown import code, fence, inline, table
 from dpo_kit.run.report.picture import TABLE, interval_text
-from dpo_kit.sweep.choice.advice import next_command
+from dpo_kit.run.words import again, longer
 from dpo_kit.sweep.choice.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
-from dpo_kit.sweep.choice.rule import Choice, choose, read_limits
+from dpo_kit.sweep.choice.rule import Choice, choose, read_limits, unfelt_saturation
 from dpo_kit.sweep.choice.runs import RunRecord, number, read_runs, sweep_command
 
 if TYPE_CHECKING:
@@ -54,6 +54,34 @@ def summarize(
     return Summary(Path(sweep_dir), tuple(runs), tuple(summary_rows(runs)), choice, command)
 
 
+def next_command(runs: Sequence[RunRecord], choice: Choice, command: str | None) -> str | None:
+    """One command that would make the answer better, None where there is none to name.
+
+    Unfinished runs: the sweep's own `command` again. Nothing beats the reference, or beta is
+    not felt: twice as long. A choice from one seed: the betas that tie, over three seeds.
+    """
+    finished = [run for run in runs if run.finished]
+    if len(finished) < len(runs):
+        return command
+    if len({run.start_model for run in finished}) > 1:
+        return None
+    run, changed = finished[0], {}
+    no_gain = all(verdict.gain and verdict.gain.low <= 0 for verdict in choice.verdicts)
+    if no_gain or unfelt_saturation(finished) is not None:
+        changed = longer(run.config.get("trl") or {})
+        if command is not None:
+            return again(command, None, "-m", **changed)
+        rivals = finished
+    elif choice.recommended and len({run.seed for run in finished}) == 1:
+        run, changed = choice.recommended, {"seed": "0,1,2"}
+        rivals = [v.run for v in choice.verdicts if v.tied and v.run.method == run.method]
+    else:
+        return None
+    betas = sorted({rival.beta for rival in rivals if rival.beta is not None})
+    changed = {"beta": ",".join(f"{beta:g}" for beta in betas)} | changed
+    return again(run.manifest.get("command"), run.method, "-m", **changed)
+
+
 def write_summary(sweep_dir: str | Path, *, ideal: str | Path | None = None, **limits: float | None) -> Summary:
     """Write summary.csv, summary.md, best.json, frontier.png and curves.png into `sweep_dir`; each whole or not at all.
 
@@ -89,67 +117,54 @@ def show_summary(
     summary = write_summary(sweep_dir, ideal=ideal, **limits)
     console = console or Console()
     console.print(terminal_table(summary.rows, summary.recommended, f"sweep {summary.sweep_dir.resolve().name}"))
-    plain: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
     for line in describe(summary):
-        console.print(line, **plain)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return summary
 
 
 def describe(summary: Summary) -> list[str]:
     """The choice in plain sentences, errors of failed runs, where the files are, the next command."""
-    choice = summary.choice
+    choice, folder = summary.choice, summary.sweep_dir
     lines = [f"{_head(summary)} {choice.reason}", *choice.notes]
-    lines += [f"{run.path} {run.status}: {_first_line(summary, run)}" for run in summary.runs if run.error]
-    lines += [tested] if (tested := _tested(choice)) else []
-    lines.append(f"table and pictures: {summary.sweep_dir} (summary.md, frontier.png, curves.png, best.json)")
-    if choice.recommended:
-        lines.append(f"model: {choice.recommended.root / 'model'}")
+    for run in summary.runs:
+        if run.error:
+            logged = f" (log: {folder / run.job['log']})" if run.job.get("log") else ""
+            lines.append(f"{run.path} {run.status}: {str(run.error).strip().splitlines()[0]}{logged}")
+    lines += _tested(choice)
+    lines.append(f"table and pictures: {folder} (summary.md, frontier.png, curves.png, best.json)")
+    lines += [f"model: {choice.recommended.root / 'model'}"] if choice.recommended else []
     return [*lines, *([f"next: {summary.next}"] if summary.next else [])]
-
-
-def _measured(values: Mapping[str, Any]) -> str:
-    """The measured quantities with their intervals, in one line."""
-    shown = ("probe/accuracy", "probe/auc", "gold/reward", "gold/capability")
-    rows = [(label, key, form) for key, label, form in TABLE if key in shown and number(values.get(key)) is not None]
-    return ", ".join(
-        f"{label} {values[key]:{form}} {interval_text(values, key, form)}".rstrip() for label, key, form in rows
-    )
-
-
-def _first_line(summary: Summary, run: RunRecord) -> str:
-    log = f" (log: {summary.sweep_dir / run.job['log']})" if run.job.get("log") else ""
-    return str(run.error).strip().splitlines()[0] + log
 
 
 def _page(summary: Summary) -> str:
     """summary.md: the sweep on one page, for whoever finds the folder."""
-    choice, folder = summary.choice, summary.sweep_dir
-    pages = {run.path for run in summary.runs if RunDirectory(run.root).page.exists()}
+    choice, folder, runs = summary.choice, summary.sweep_dir, summary.runs
+    methods = dict.fromkeys(inline(str(run.method)) for run in runs)
+    starts = dict.fromkeys(code(str((run.manifest.get("model") or {}).get("path"))) for run in runs)
+    data = dict.fromkeys(code(str(path)) for run in runs if (path := (run.config.get("data") or {}).get("train")))
+    trained = ", ".join(methods) + " of " + ", ".join(starts) + (f" on {', '.join(data)}" if data else "")
+    pages = {run.path for run in runs if RunDirectory(run.root).page.exists()}
     parts = [
         f"# Sweep {inline(folder.resolve().name)}",
-        _about(summary.runs),
+        f"{sum(run.finished for run in runs)} of {len(runs)} runs are done: {trained}.",
         f"{_head(summary, '**')} {inline(choice.reason)}",
         f"Next:\n\n{fence(summary.next, 'bash')}" if summary.next else "",
         to_markdown(summary.rows, summary.recommended, pages).rstrip(),
         "\n".join(f"- {inline(note)}" for note in choice.notes),
-        _means_table(choice),
-        _tested(choice),
-        f"Rule: {inline(choice.rule)}",
-        "![quality against KL](frontier.png)",
-        "![curves over steps](curves.png)",
-        _repeat(summary),
     ]
+    if choice.means:
+        cells = [[_cell(value) for value in mean.values()] for mean in choice.means]
+        parts.append(table(list(choice.means[0]), cells, left=len(choice.means[0])))
+    parts += _tested(choice)
+    parts += [f"Rule: {inline(choice.rule)}", "![quality against KL](frontier.png)", "![curves over steps](curves.png)"]
+    command = sweep_command(folder)
+    versions = next((run.manifest["versions"] for run in runs if "versions" in run.manifest), None) or {}
+    used = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if command or used:
+        parts.append("## Repeat it")
+        parts += [fence(command, "bash")] if command else []
+        parts += [f"Versions: {inline(used)}."] if used else []
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _about(runs: Sequence[RunRecord]) -> str:
-    """What was trained from what on what, in a sentence."""
-    done = sum(run.finished for run in runs)
-    methods = dict.fromkeys(inline(str(run.method)) for run in runs)
-    starts = dict.fromkeys(code(str((run.manifest.get("model") or {}).get("path"))) for run in runs)
-    data = dict.fromkeys(code(str(path)) for run in runs if (path := (run.config.get("data") or {}).get("train")))
-    on = f" on {', '.join(data)}" if data else ""
-    return f"{done} of {len(runs)} runs are done: {', '.join(methods)} of {', '.join(starts)}{on}."
 
 
 def _head(summary: Summary, bold: str = "") -> str:
@@ -159,26 +174,19 @@ def _head(summary: Summary, bold: str = "") -> str:
     return f"Recommended: {bold}{summary.recommended}{bold}{provisional}."
 
 
-def _tested(choice: Choice) -> str:
+def _tested(choice: Choice) -> list[str]:
+    """What the recommended run measured on the test split, in a sentence; [] where it was not measured."""
     test = choice.recommended and choice.recommended.test
-    return f"On the test split, which played no part in the choice: {_measured(test)}." if test else ""
-
-
-def _means_table(choice: Choice) -> str:
-    if not choice.means:
-        return ""
-    headings = list(choice.means[0])
-    return table(headings, ([_cell(mean[key]) for key in headings] for mean in choice.means), left=len(headings))
+    if not test:
+        return []
+    shown = ("probe/accuracy", "probe/auc", "gold/reward", "gold/capability")
+    values = ", ".join(
+        f"{label} {test[key]:{form}} {interval_text(test, key, form)}".rstrip()
+        for key, label, form in TABLE
+        if key in shown and number(test.get(key)) is not None
+    )
+    return [f"On the test split, which played no part in the choice: {values}."]
 
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else inline(str(value))
-
-
-def _repeat(summary: Summary) -> str:
-    """The command of the sweep, and the versions of its first run."""
-    command = sweep_command(summary.sweep_dir)
-    versions = next((run.manifest["versions"] for run in summary.runs if "versions" in run.manifest), None) or {}
-    said = ", ".join(f"{name} {version}" for name, version in versions.items())
-    parts = [fence(command, "bash") if command else "", f"Versions: {inline(said)}." if said else ""]
-    return "\n\n".join(["## Repeat it", *filter(None, parts)]) if any(parts) else ""

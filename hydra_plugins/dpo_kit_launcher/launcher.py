@@ -32,11 +32,12 @@ ConfigStore.instance().store(group="hydra/launcher", name="processes", node=Proc
 class ProcessLauncher(Launcher):
     """The face that Hydra sees; the work is done in dpo_kit.sweep."""
 
+    hydra_context: HydraContext
+    task_function: TaskFunction
+    config: DictConfig
+
     def __init__(self, **options: Any) -> None:
         self.options = options
-        self.hydra_context: HydraContext | None = None
-        self.task_function: TaskFunction | None = None
-        self.config: DictConfig | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what `launch` needs."""
@@ -44,6 +45,7 @@ class ProcessLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; their return values in the same order."""
-        from dpo_kit.sweep.launch.launcher import launch
+        from dpo_kit.sweep.launch.launcher import Sweep
 
-        return launch(self, job_overrides, initial_job_idx)
+        sweep = Sweep(self.options, self.config, self.hydra_context, self.task_function)
+        return sweep.launch(job_overrides, initial_job_idx)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.run.report.markdown import inline, table
+from dpo_kit.run.report.picture import number_text
 from dpo_kit.sweep.choice.runs import RunRecord, number, swept_keys
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def _row(run: RunRecord, swept: Row) -> Row:
         **_interval("accuracy", run, "probe/accuracy"),
         **_interval("auc", run, "probe/auc"),
         **_interval("margin_nats", run, "probe/margin_nats"),
-        **_kl("forward", run),
-        **_kl("reverse", run),
+        **{f"kl_forward_nats{end}": run.final(f"{run.kl_key('forward')}{end}") for end in ("", "_se")},
+        **{f"kl_reverse_nats{end}": run.final(f"{run.kl_key('reverse')}{end}") for end in ("", "_se")},
         "displacement": run.final("probe/displacement"),
         "sample_tokens": run.tokens_per_answer,
         **_interval("gold_reward", run, "gold/reward"),
@@ -50,13 +51,6 @@ def _row(run: RunRecord, swept: Row) -> Row:
 
 def _interval(name: str, run: RunRecord, key: str) -> Row:
     return {f"{name}{end}": run.final(f"{key}{end}") for end in ("", "_low", "_high")}
-
-
-def _kl(direction: str, run: RunRecord) -> Row:
-    """Rao-Blackwell where it was affordable, else k1."""
-    keys = [f"probe/kl_{direction}_{estimator}_nats" for estimator in ("rb", "k1")]
-    key = next((key for key in keys if run.final(key) is not None), keys[0])
-    return {f"kl_{direction}_nats{end}": run.final(f"{key}{end}") for end in ("", "_se")}
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -106,19 +100,15 @@ def _leading(rows: Sequence[Row]) -> list[str]:
 
 
 def _measured(row: Row, key: str, form: str) -> str:
+    """A measured value with its 95 % interval or standard error; empty where it was not measured."""
     value = row[key]
     if value is None:
         return ""
     low, high, error = (row.get(f"{key}{end}") for end in ("_low", "_high", "_se"))
-    text = _signed(value, form)
+    text = number_text(value, form)
     if low is not None and high is not None:
-        return f"{text} [{_signed(low, form)}, {_signed(high, form)}]"
-    return f"{text} ± {_signed(error, form)}" if error is not None else text
-
-
-def _signed(value: float, form: str) -> str:
-    text = f"{value:{form}}"
-    return f"{0:{form}}" if float(text) == 0 else text.replace("-", "−")
+        return f"{text} [{number_text(low, form)}, {number_text(high, form)}]"
+    return f"{text} ± {number_text(error, form)}" if error is not None else text
 
 
 def _text(value: Any) -> str:
@@ -148,7 +138,7 @@ def terminal_table(rows: Sequence[Row], recommended: str | None, title: str) -> 
         table.add_column(heading.replace(" reverse, nats", "\nreverse").replace(" reward", ""), justify="right")
     for row in rows:
         mark = "→" if row["path"] == recommended else ""
-        cells = (_signed(row[key], form) if row[key] is not None else "" for _, key, form in shown)
+        cells = (number_text(row[key], form) if row[key] is not None else "" for _, key, form in shown)
         style = "bold" if mark else None if row["status"] == "done" else "dim"
         table.add_row(mark, *(escape(_text(row[key])) for key in leading), *cells, style=style)
     return table

@@ -10,7 +10,7 @@ import logging
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from dpo_kit.config.compose import own_folders
+from dpo_kit.config.identity import flatten
 from dpo_kit.errors import DataError, did_you_mean
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
@@ -25,66 +26,32 @@ from dpo_kit.run.history import read_metrics, series
 from dpo_kit.run.redact import redact_argv
 
 log = logging.getLogger(__name__)
-DONE = "done"
-UNKNOWN = "running or killed"  # what no result.json means where no launcher says more
 SELDOM_SWEPT = ("beta", "seed", "method", "trl.beta", "trl.seed", "trl.data_seed")  # shown anyway, or follow from these
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run of a sweep. `path` is relative to the sweep directory; `result` is empty where the run has not ended.
-
-    `job` is the launcher's entry for it (sweep.json), empty where there is none; `fault` says which of its files
-    cannot be read.
-    """
+    """One run of a sweep: what its files say, and what follows from them; {} or None where they do not say it."""
 
     root: Path
-    path: str
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-    result: Mapping[str, Any] = field(default_factory=dict)
-    job: Mapping[str, Any] = field(default_factory=dict)
-    judged: Mapping[str, Any] = field(default_factory=dict)
-    test: Mapping[str, Any] = field(default_factory=dict)
-    fault: str | None = None
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.manifest.get("config") or {}
-
-    @property
-    def method(self) -> str | None:
-        return self.result.get("method") or (self.config.get("method") or {}).get("name") or self.job.get("method")
-
-    @property
-    def beta(self) -> float | None:
-        return _first_number(self.result.get("beta"), self.config.get("beta"), self.job.get("beta"))
-
-    @property
-    def seed(self) -> float | None:
-        return _first_number(self.result.get("seed"), self.config.get("seed"), self.job.get("seed"))
-
-    @property
-    def tuning(self) -> str | None:
-        return self.result.get("tuning") or (self.config.get("model") or {}).get("tuning")
-
-    @property
-    def status(self) -> str:
-        """A written result that says done is final; else what the launcher says, else what result.json says."""
-        ended = self.result.get("status")
-        return DONE if ended == DONE else str(self.job.get("state") or ended or UNKNOWN)
-
-    @property
-    def finished(self) -> bool:
-        return self.result.get("status") == DONE
-
-    @property
-    def error(self) -> str | None:
-        return None if self.finished else self.fault or self.result.get("error") or self.job.get("error")
-
-    @property
-    def seconds(self) -> float | None:
-        """Wall-clock of the whole job where the launcher measured it, else of training."""
-        return _first_number(self.job.get("seconds"), (self.result.get("seconds") or {}).get("train"))
+    path: str  # relative to the sweep directory
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]  # empty where the run has not ended
+    judged: Mapping[str, Any]  # evaluation/result.json
+    test: Mapping[str, Any]
+    job: Mapping[str, Any]  # the launcher's entry in sweep.json
+    fault: str | None  # which of its files cannot be read
+    method: str | None
+    beta: float | None
+    seed: float | None
+    tuning: str | None
+    status: str
+    finished: bool  # and well
+    error: str | None
+    seconds: float | None  # wall-clock of the whole job where the launcher measured it, else of training
+    start_model: tuple[str, ...]  # what tells step-0 models apart: weights and an explicit reference
+    start_name: str  # the step-0 model in words that fit a picture
 
     def final(self, key: str) -> float | None:
         """A measured value at the end, None where it was not measured or the run has not ended well."""
@@ -93,20 +60,6 @@ class RunRecord:
     def start(self, key: str) -> float | None:
         """A measured value of the step-0 model, None where it was not measured."""
         return number((self.result.get("start") or {}).get(key))
-
-    @property
-    def start_model(self) -> tuple[str, ...]:
-        """What tells step-0 models apart: weights (their hash, else path and revision), and an explicit reference."""
-        model = self.manifest.get("model") or {}
-        weights = model.get("sha256") or f"{model.get('path')}@{model.get('revision')}"
-        return (str(weights), str((self.config.get("model") or {}).get("reference") or ""))
-
-    @property
-    def start_name(self) -> str:
-        """The step-0 model in words that fit a picture."""
-        name = Path(str((self.manifest.get("model") or {}).get("path") or "unknown model")).name
-        reference = (self.config.get("model") or {}).get("reference")
-        return f"{name} (reference {Path(reference).name})" if reference else name
 
     @cached_property
     def overrides(self) -> dict[str, str] | None:
@@ -118,7 +71,7 @@ class RunRecord:
             typed = [word for word in shlex.split(command) if "=" in word]
         if typed is None:
             return None
-        pairs = (str(each).lstrip("+~").partition("=") for each in typed)
+        pairs = (str(word).lstrip("+~").partition("=") for word in typed)
         return {key: value for key, _, value in pairs if not key.startswith("hydra")}
 
     @cached_property
@@ -166,14 +119,19 @@ class RunRecord:
         judge = {key: value for key, value in (self.judged.get("judge") or {}).items() if key != "controls_failed"}
         return (json.dumps(judge, sort_keys=True), self.judged.get("opponent"))
 
+    def kl_key(self, direction: str) -> str:
+        """The metric of the forward or reverse KL: Rao-Blackwell where it was affordable, else k1."""
+        rb, k1 = f"probe/kl_{direction}_rb_nats", f"probe/kl_{direction}_k1_nats"
+        has_rb = self.final(rb) is not None or (self.final(k1) is None and self.series(rb))
+        return rb if has_rb else k1
+
     @property
     def kl_reverse_key(self) -> str:
-        """Rao-Blackwell where it was affordable, else k1."""
-        best, fallback = "probe/kl_reverse_rb_nats", "probe/kl_reverse_k1_nats"
-        return best if self.final(best) is not None or self.series(best) else fallback
+        return self.kl_key("reverse")
 
     @property
     def kl_reverse(self) -> float | None:
+        """At the end, nats per answer."""
         return self.final(self.kl_reverse_key)
 
     @property
@@ -183,14 +141,14 @@ class RunRecord:
         lengths = [row["tokens"] for row in self.answers if row["step"] == last and number(row.get("tokens"))]
         if lengths and self.finished:
             return sum(lengths) / len(lengths)
-        each = self.final(f"{self.kl_reverse_key}_per_token")
-        return self.kl_reverse / each if each and self.kl_reverse is not None else None
+        per_token = self.final(f"{self.kl_reverse_key}_per_token")
+        return self.kl_reverse / per_token if per_token and self.kl_reverse is not None else None
 
 
 def number(value: Any) -> float | None:
     """`value` where it is a finite number, else None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if good else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
 
 
 def _first_number(*values: Any) -> float | None:
@@ -216,18 +174,79 @@ def read_runs(sweep_dir: str | Path) -> list[RunRecord]:
         beside = [entry.name for entry in root.parent.iterdir() if entry.is_dir()] if root.parent.is_dir() else []
         meant = did_you_mean(root.name, beside, ": name the folder above the runs")
         raise DataError(f"sweep={root} is not a folder{meant}")
-    jobs = {_relative(root, job["dir"]): job for job in read_jobs(root) if job.get("dir")}
-    found = {path.parent.relative_to(root).as_posix() for path in root.glob("*/manifest.json")}
-    runs = [read_run(root, path, jobs.get(path, {})) for path in sorted(found | jobs.keys())]
+    jobs: dict[str, Mapping[str, Any]] = {}
+    for job in read_jobs(root):
+        if written := job.get("dir"):  # relative to the sweep or absolute, as who wrote it had it
+            path = Path(written)
+            above = next((base for base in (root, root.resolve()) if path.is_relative_to(base)), None)
+            path = path.relative_to(above) if above else Path(path.name) if path.is_absolute() else path
+            jobs[path.as_posix()] = job
+    folders = {path.parent.relative_to(root).as_posix() for path in root.glob("*/manifest.json")}
+    runs = [_read_run(root, path, jobs.get(path, {})) for path in sorted(folders | jobs.keys())]
     runs = [run for run in runs if run.config or run.job or run.fault]  # the data tool leaves a manifest.json too
     if not runs:
         inside = " (it is itself a run: give the folder above)" if RunDirectory(root).manifest.exists() else ""
         raise DataError(f"sweep={root} holds no run{inside}: a run is a subfolder with manifest.json")
-    return sorted(runs, key=lambda run: (run.method or "~", *_order(run.beta), *_order(run.seed), run.path))
+    return sorted(
+        runs,
+        key=lambda run: (
+            run.method or "~", run.beta is None, run.beta or 0.0, run.seed is None, run.seed or 0.0, run.path
+        ),
+    )  # fmt: skip
 
 
-def _order(value: float | None) -> tuple[bool, float]:
-    return (value is None, value or 0.0)
+def _read_run(root: Path, path: str, job: Mapping[str, Any]) -> RunRecord:
+    """One run; a file that cannot be read is named in its `fault` and does not stop the others."""
+    names = ("manifest.json", "result.json", "evaluation/result.json", "test.json")
+    contents, faults = zip(*(_read(root / path / name) for name in names), strict=True)
+    manifest, result, judged, test = contents
+    fault = next(filter(None, faults), None)
+    config, weights = manifest.get("config") or {}, manifest.get("model") or {}
+    model, ended = config.get("model") or {}, result.get("status")
+    finished, reference = ended == "done", model.get("reference")
+    start_name = Path(str(weights.get("path") or "unknown model")).name
+    return RunRecord(
+        root=root / path,
+        path=path,
+        manifest=manifest,
+        config=config,
+        result=result,
+        judged=judged,
+        test=test,
+        job=job,
+        fault=fault,
+        method=result.get("method") or (config.get("method") or {}).get("name") or job.get("method"),
+        beta=_first_number(result.get("beta"), config.get("beta"), job.get("beta")),
+        seed=_first_number(result.get("seed"), config.get("seed"), job.get("seed")),
+        tuning=result.get("tuning") or model.get("tuning"),
+        # a result that says done is final: the launcher may have died before it could note the end
+        status="done" if finished else str(job.get("state") or ended or "running or killed"),
+        finished=finished,
+        error=None if finished else fault or result.get("error") or job.get("error"),
+        seconds=_first_number(job.get("seconds"), (result.get("seconds") or {}).get("train")),
+        start_model=(
+            str(weights.get("sha256") or f"{weights.get('path')}@{weights.get('revision')}"),
+            str(reference or ""),
+        ),
+        start_name=f"{start_name} (reference {Path(reference).name})" if reference else start_name,
+    )
+
+
+def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
+    """The jobs of a sweep directory's sweep.json; [] where it has none."""
+    jobs = _read(sweep_dir / "sweep.json")[0].get("jobs") or []
+    return [job for job in jobs if isinstance(job, dict)]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The content of a JSON file, {} where there is none; and why it cannot be read."""
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        return {}, None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return {}, f"{path.name} cannot be read: {error}"
+    return (value, None) if isinstance(value, dict) else ({}, f"{path.name} is not a JSON object")
 
 
 def sweep_command(root: Path) -> str | None:
@@ -241,65 +260,25 @@ def sweep_command(root: Path) -> str | None:
     return shlex.join(["python", "-m", "dpo_kit", "-m", *redact_argv([*folders, *words])])
 
 
-def read_jobs(root: Path) -> list[dict[str, Any]]:
-    found, _ = _read(root / "sweep.json")
-    return [job for job in found.get("jobs") or [] if isinstance(job, dict)]
-
-
-def _relative(root: Path, path: str) -> str:
-    """A job's folder as seen from the sweep's, whether it was written relative or absolute."""
-    given = Path(path)
-    for base in (root, root.resolve()):
-        if given.is_relative_to(base):
-            return given.relative_to(base).as_posix()
-    return given.as_posix() if not given.is_absolute() else given.name
-
-
-def read_run(root: Path, path: str, job: Mapping[str, Any]) -> RunRecord:
-    """One run; a file that cannot be read is named in its `fault` and does not stop the others."""
-    folder = root / path
-    names = ("manifest.json", "result.json", "evaluation/result.json", "test.json")
-    read = {name: _read(folder / name) for name in names}
-    fault = next((fault for _, fault in read.values() if fault), None)
-    manifest, result, judged, test = (read[name][0] for name in names)
-    return RunRecord(folder, path, manifest, result, job, judged, test, fault)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], str | None]:
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        return {}, None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        return {}, f"{path.name} cannot be read: {error}"
-    return (value, None) if isinstance(value, dict) else ({}, f"{path.name} is not a JSON object")
-
-
 def swept_keys(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
     """{key: {run path: value}} of the keys beside method, beta and seed in which the runs differ.
 
     From what was typed where that is recorded for every run, else from the configs of runs of the same method.
     """
-    typed = {run.path: run.overrides for run in runs}
-    if all(values is not None for values in typed.values()):
-        values: dict[str, Mapping[str, Any]] = {path: given or {} for path, given in typed.items()}
-        return _differing(values, [list(values)])
-    values = {run.path: _flat(run.config) for run in runs if run.config}
-    methods = {run.path: run.method for run in runs if run.config}
-    return _differing(values, [[p for p in methods if methods[p] == name] for name in dict.fromkeys(methods.values())])
-
-
-def _differing(values: Mapping[str, Mapping[str, Any]], groups: list[list[str]]) -> dict[str, dict[str, Any]]:
+    values = {run.path: run.overrides for run in runs if run.overrides is not None}
+    groups = [list(values)]
+    if len(values) < len(runs):
+        values = {run.path: flatten(run.config) for run in runs if run.config}
+        by_method: dict[str | None, list[str]] = {}
+        for run in runs:
+            if run.config:
+                by_method.setdefault(run.method, []).append(run.path)
+        groups = list(by_method.values())
     keys = dict.fromkeys(key for given in values.values() for key in given)
-    shown = [key for key in keys if key not in SELDOM_SWEPT and not key.startswith("method.")]
     return {
         key: {path: given.get(key) for path, given in values.items()}
-        for key in shown
-        if any(len({str(values[path].get(key)) for path in group}) > 1 for group in groups)
+        for key in keys
+        if key not in SELDOM_SWEPT
+        and not key.startswith("method.")
+        and any(len({str(values[path].get(key)) for path in group}) > 1 for group in groups)
     }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix.removesuffix("."): tree}
-    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}

@@ -10,11 +10,11 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from hydra.core.utils import JobReturn, JobRuntime, JobStatus, run_job, setup_globals
+import psutil
+from hydra.core.utils import JobRuntime, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
@@ -25,9 +25,8 @@ from dpo_kit.run.redact import redact_text
 INTERRUPTED, TERMINATED = 130, 143
 
 
-@dataclass(frozen=True)
-class JobFile:
-    """What a job needs in order to run in any process: the task (by its name), its config, who waits for it."""
+class JobFile(NamedTuple):
+    """What a job needs in order to run in any process: the task (pickled by its name), its config, who waits for it."""
 
     task: TaskFunction
     cfg: DictConfig
@@ -37,104 +36,58 @@ class JobFile:
     grace: float  # seconds to save and end, once it was told to
     threads: int | None = None  # of torch; None: as many as it takes
 
-    def write(self, path: Path) -> None:
-        """Leave it at `path`, and no answer of an earlier start."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        answer_path(path).unlink(missing_ok=True)
-        path.write_bytes(pickle.dumps(self))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a task ended: its return value, or its error in one line."""
-
-    value: Any = None
-    error: str | None = None
-
 
 def answer_path(path: Path) -> Path:
+    """Where the job of the file at `path` leaves how its task ended: (return value, error in one line or None)."""
     return path.with_suffix(".answer")
-
-
-def read_answer(path: Path) -> Answer | None:
-    """The answer to the job file at `path`; None where the process ended without giving one."""
-    try:
-        return pickle.loads(answer_path(path).read_bytes())
-    except (OSError, EOFError, pickle.UnpicklingError):
-        return None
 
 
 def run_file(path: Path) -> int:
     """Run the job of a file, leave its answer beside it; returns the exit code."""
-    job = pickle.loads(path.read_bytes())
-    signal.signal(signal.SIGTERM, _terminate)
+    job: JobFile = pickle.loads(path.read_bytes())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_end_without, args=(job.parent, job.grace), daemon=True).start()
+    threading.Thread(target=_end_with_sweep, args=(job.parent, job.grace), daemon=True).start()
     try:
         wait_for_writer(path.parent, job.grace)  # left by a sweep that was killed, and about to save and end
-        return _leave(path, _run(job))
+        register()
+        setup_globals()
+        JobRuntime.instance().set("name", job.name)
+        if job.threads is not None:
+            import torch
+
+            torch.set_num_threads(job.threads)
+        returned = run_job(
+            hydra_context=job.context,
+            task_function=job.task,
+            config=job.cfg,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+        value, error = returned._return_value, None  # the public property would raise an error
+        if returned.status is not JobStatus.COMPLETED:
+            sys.stderr.write(redact_text("".join(traceback.format_exception(value))))
+            value, error = None, redact_text(f"{type(value).__name__}: {value}".splitlines()[0])
+        if os.environ.get("RANK", "0") == "0":
+            answer_path(path).write_bytes(pickle.dumps((value, error)))
     except KeyboardInterrupt:
         sys.stderr.write("dpo_kit: interrupted\n")
         return INTERRUPTED
+    return 0 if error is None else 1
 
 
-def _run(job: JobFile) -> JobReturn:
-    register()
-    setup_globals()
-    JobRuntime.instance().set("name", job.name)
-    if job.threads is not None:
-        import torch
-
-        torch.set_num_threads(job.threads)
-    return run_job(
-        hydra_context=job.context,
-        task_function=job.task,
-        config=job.cfg,
-        job_dir_key="hydra.sweep.dir",
-        job_subdir_key="hydra.sweep.subdir",
-    )
-
-
-def _leave(path: Path, returned: JobReturn) -> int:
-    if returned.status is JobStatus.COMPLETED:
-        answer = Answer(value=returned.return_value)
-    else:
-        error = returned._return_value  # the public property would raise it
-        sys.stderr.write(redact_text("".join(traceback.format_exception(error))))
-        answer = Answer(error=redact_text(f"{type(error).__name__}: {error}".splitlines()[0]))
-    if os.environ.get("RANK", "0") == "0":
-        answer_path(path).write_bytes(pickle.dumps(answer))
-    return 0 if answer.error is None else 1
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise SystemExit(TERMINATED)
-
-
-def _end_without(parent: int, grace: float) -> None:
+def _end_with_sweep(parent: int, grace: float) -> None:
     """A sweep that was killed takes its jobs along: no second start may find one still writing."""
     if forked_by := multiprocessing.parent_process():
         forked_by.join()
     else:
         above = os.getppid()  # changes at once; `parent`, further up under a launcher, may stay a zombie for a while
-        while os.getppid() == above and _alive(parent):
+        while os.getppid() == above and psutil.pid_exists(parent):
             time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(grace)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 if __name__ == "__main__":
-    from dpo_kit.sweep.launch import job  # an answer pickled from __main__ could not be read
-
-    sys.exit(job.run_file(Path(sys.argv[1])))
+    sys.exit(run_file(Path(sys.argv[1])))

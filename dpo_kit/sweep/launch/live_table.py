@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -30,21 +29,8 @@ STYLES = {
 log = logging.getLogger("dpo_kit.sweep")
 
 
-class View(Protocol):
-    """Told of each change of a job and, several times a second, of the time."""
-
-    def changed(self, job: JobRecord) -> None:
-        """`job` has started or ended."""
-
-    def tick(self) -> None:
-        """Some time has passed."""
-
-    def close(self) -> None:
-        """The sweep has ended, well or not: leave the table as it stands."""
-
-
 class Board:
-    """The jobs with their figures, as a table."""
+    """The jobs with their figures, as a table; what is shown of it and when, its subclasses say."""
 
     def __init__(self, sweep_dir: Path, jobs: Sequence[JobRecord]) -> None:
         self.jobs, self.labels = jobs, label_jobs(jobs)
@@ -52,11 +38,19 @@ class Board:
         self.started: dict[int, float] = {}
         self.place = near(sweep_dir)
 
-    def note_start(self, job: JobRecord) -> None:
-        """Figures of an earlier start stay until this one writes its own."""
-        self.started[job.number] = time.time()
+    def changed(self, job: JobRecord) -> None:
+        """`job` has started or ended. Figures of an earlier start stay until this one writes its own."""
+        if job.state == "running":
+            self.started[job.number] = time.time()
+
+    def tick(self) -> None:
+        """Some time has passed: called several times a second."""
+
+    def close(self) -> None:
+        """The sweep has ended, well or not: leave the table as it stands."""
 
     def read(self, job: JobRecord) -> Progress:
+        """What `job` has measured so far."""
         progress = self.progress[job.number]
         progress.read(since=self.started.get(job.number, 0.0))
         return progress
@@ -74,42 +68,35 @@ class Board:
         for name, width in (("step", 11), ("held-out\naccuracy", 8), ("KL, nats\n(forward)", 9), ("time", 12)):
             table.add_column(name, justify="right", no_wrap=True, min_width=width)
         for job, label in zip(self.jobs, self.labels, strict=True):
-            table.add_row(*self._cells(job, label))
+            progress = self.read(job)
+            accuracy, drift, steps = progress.figure(ACCURACY), progress.figure(DRIFT), progress.steps()
+            shown_time = "before" if job.before else "" if job.seconds is None else format_seconds(job.seconds)
+            if job.state == "running":
+                left = progress.seconds_left()
+                shown_time = "" if left is None else f"{format_seconds(left, coarse=True)} left"
+            table.add_row(
+                str(job.number),
+                Text(label),
+                Text(job.state, STYLES[job.state]),
+                f"{progress.step}/{steps}" if steps and progress.latest else "",
+                "" if accuracy is None else f"{accuracy:.3f}",
+                "" if drift is None else f"{drift:.2f}",
+                shown_time,
+            )
         return table
 
-    def _cells(self, job: JobRecord, label: str) -> list[Text | str]:
-        progress = self.read(job)
-        accuracy, drift, steps = progress.figure(ACCURACY), progress.figure(DRIFT), progress.steps()
-        done = f"{progress.step}/{steps}" if steps else ""
-        return [
-            str(job.number),
-            Text(label),
-            Text(job.state, STYLES[job.state]),
-            done if progress.latest else "",
-            "" if accuracy is None else f"{accuracy:.3f}",
-            "" if drift is None else f"{drift:.2f}",
-            self._time(job, progress),
-        ]
 
-    def _time(self, job: JobRecord, progress: Progress) -> str:
-        if job.state == "running":
-            left = progress.seconds_left()
-            return "" if left is None else f"{format_seconds(left, coarse=True)} left"
-        return "before" if job.before else "" if job.seconds is None else format_seconds(job.seconds)
-
-
-class LiveTable:
+class LiveTable(Board):
     """The board, redrawn in place."""
 
-    def __init__(self, board: Board, console: Console) -> None:
-        self.board = board
-        self.live = Live(board.table(), console=console, auto_refresh=False)
+    def __init__(self, sweep_dir: Path, jobs: Sequence[JobRecord], console: Console) -> None:
+        super().__init__(sweep_dir, jobs)
+        self.live = Live(self.table(), console=console, auto_refresh=False)
         self.live.start()
         self.drawn = time.monotonic()
 
     def changed(self, job: JobRecord) -> None:
-        if job.state == "running":
-            self.board.note_start(job)
+        super().changed(job)
         self._draw()
 
     def tick(self) -> None:
@@ -122,57 +109,51 @@ class LiveTable:
 
     def _draw(self) -> None:
         self.drawn = time.monotonic()
-        self.live.update(self.board.table(), refresh=True)
+        self.live.update(self.table(), refresh=True)
 
 
-class Lines:
+class Lines(Board):
     """A line at the start and the end of each job, the table at the end."""
 
-    def __init__(self, board: Board, console: Console) -> None:
-        self.board, self.console = board, console
-        if before := sum(job.before for job in board.jobs):
-            log.info("%d of %d jobs were done by an earlier start", before, len(board.jobs))
+    def __init__(self, sweep_dir: Path, jobs: Sequence[JobRecord]) -> None:
+        super().__init__(sweep_dir, jobs)
+        if before := sum(job.before for job in jobs):
+            log.info("%d of %d jobs were done by an earlier start", before, len(jobs))
 
     def changed(self, job: JobRecord) -> None:
-        label = self.board.labels[[each.number for each in self.board.jobs].index(job.number)]
+        super().changed(job)
+        label = self.labels[[other.number for other in self.jobs].index(job.number)]
         if job.state == "running":
-            self.board.note_start(job)
             log.info("job %d, %s: started", job.number, label)
             return
-        log.info("job %d, %s: %s%s", job.number, label, job.state, self._outcome(job))
-
-    def _outcome(self, job: JobRecord) -> str:
-        if job.error:
-            return f" after {format_seconds(job.seconds or 0)}: {job.error}"
-        accuracy, drift = (self.board.read(job).figure(keys) for keys in (ACCURACY, DRIFT))
-        figures = [f"held-out accuracy {accuracy:.3f}"] if accuracy is not None else []
-        figures += [f"forward KL {drift:.2f} nats"] if drift is not None else []
-        return ", ".join([f" in {format_seconds(job.seconds or 0)}", *figures])
-
-    def tick(self) -> None:
-        """Nothing: a line is for good."""
+        took = format_seconds(job.seconds or 0)
+        outcome = f" after {took}: {job.error}"
+        if not job.error:
+            accuracy, drift = (self.read(job).figure(keys) for keys in (ACCURACY, DRIFT))
+            outcome = f" in {took}" + (f", held-out accuracy {accuracy:.3f}" if accuracy is not None else "")
+            outcome += f", forward KL {drift:.2f} nats" if drift is not None else ""
+        log.info("job %d, %s: %s%s", job.number, label, job.state, outcome)
 
     def close(self) -> None:
-        self.console.print(self.board.table())
+        Console(width=100).print(self.table())
 
 
-def open_view(sweep_dir: Path, jobs: Sequence[JobRecord]) -> View:
+def open_board(sweep_dir: Path, jobs: Sequence[JobRecord]) -> Board:
     """A live table where there is a terminal, lines elsewhere."""
-    console, board = Console(), Board(sweep_dir, jobs)
-    return LiveTable(board, console) if console.is_terminal else Lines(board, Console(width=100))
+    console = Console()
+    return LiveTable(sweep_dir, jobs, console) if console.is_terminal else Lines(sweep_dir, jobs)
 
 
 def label_jobs(jobs: Sequence[JobRecord]) -> list[str]:
-    """What tells each job from the others: its overrides that not all of them have."""
+    """What tells each job from the others: its overrides that not all of them have, by the last part of their keys."""
     if len(jobs) == 1:
         return [f"beta={jobs[0].beta}"]
     common = set.intersection(*(set(job.overrides) for job in jobs))
-    return [" ".join(_brief(word) for word in job.overrides if word not in common) for job in jobs]
-
-
-def _brief(override: str) -> str:
-    key, equals, value = override.partition("=")
-    return key.rpartition(".")[2] + equals + value
+    labels = []
+    for job in jobs:
+        words = (word.partition("=") for word in job.overrides if word not in common)
+        labels.append(" ".join(f"{key.rpartition('.')[2]}{equals}{value}" for key, equals, value in words))
+    return labels
 
 
 def near(path: Path) -> Path:

@@ -33,16 +33,12 @@ LOCAL = ("processes", "basic")  # launchers whose jobs run on this machine
 
 
 @dataclass(frozen=True)
-class Job:
-    """One job of a sweep: its overrides, what they say, what makes it the same run as another, its directory's name."""
+class PlannedJob:
+    """One job of a sweep before it runs: its overrides, what they say, its directory's name."""
 
     overrides: list[str]
     settings: Settings
     subdir: str | None  # None: known only when it is launched
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return comparable(self.settings)
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Plan:
     directory: Path
     tracking: Tracking
     local: bool
-    jobs: Sequence[Job] = ()
+    jobs: Sequence[PlannedJob] = ()
 
 
 def means_multirun(args: argparse.Namespace) -> bool:
@@ -74,20 +70,26 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
     Raises ConfigError.
     """
     parsed = parse_overrides(overrides)
-    fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    swept, fixed = ([str(o.input_line) for o in parsed if o.is_sweep_override() is wanted] for wanted in (True, False))
     base = compose_unchecked([*search, *fixed], config_name, with_hydra=True)
-    refuse_missing_launcher(base)
-    swept = [str(override.input_line) for override in parsed if override.is_sweep_override()]
+    package = ".".join(str(base.hydra.launcher.get("_target_", "")).split(".")[:2])
+    if package == "hydra_plugins.hydra_ray_launcher" and (fault := missing_package("hydra/launcher=ray", package)):
+        raise ConfigError(fault)
+    params = [f"{key}={value}" for key, value in (base.hydra.sweeper.get("params") or {}).items()]
     if not base.hydra.sweeper.get("_target_", "").endswith(".BasicSweeper"):
-        grid = [*_params(base), *swept]
+        grid = [*params, *swept]
         content = {"fixed": comparable(check(without_hydra(base))), "swept": sorted(grid)}
         return _plan(base, [content], _add_axes(base, grid, prefix="${hydra.job.num}-"))
-    jobs = [compose_job(job, search, config_name) for job in split_jobs([*_params(base), *overrides])]
-    refuse_doubles(jobs)
-    refuse_idle_words(jobs)
+    jobs = [compose_job(job, search, config_name) for job in split_jobs([*params, *overrides])]
+    configs = [comparable(job.settings) for job in jobs]
+    for number, job in enumerate(jobs):
+        if configs[number] in configs[:number]:
+            raise ConfigError(f"two jobs of this sweep are the same run ({' '.join(job.overrides)}): name each once")
+    if everywhere := set.intersection(*({*idle_faults(job.settings, job.overrides)} for job in jobs)):
+        raise ConfigError("\n".join(sorted(everywhere)))
     for job in jobs:
         refuse_unusable(job.settings)
-    plan = _plan(base, [job.config for job in jobs], _name_subdirectories(base, jobs, swept))
+    plan = _plan(base, configs, _tell_apart(base, jobs, swept))
     if plan.named and (plan.directory.is_dir() or jobs[0].settings.dry_run):
         jobs = [compose_job([*job.overrides, *plan.named], search, config_name) for job in jobs]
     if plan.directory.is_dir():
@@ -96,26 +98,18 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
 
 
 def _plan(base: DictConfig, configs: list[dict[str, Any]], subdirectories: list[str]) -> Plan:
-    directory = _directory(base).replace(SWEEP_ID, sweep_id(configs))
-    named = [f"hydra.sweep.dir={quote(directory)}"] if SWEEP_ID in _directory(base) else []
-    written = Path(OmegaConf.create({"at": directory, "hydra": base.hydra}).at)
-    refuse_unwritable("hydra.sweep.dir", written)
+    """Where the sweep writes: its directory is named by a hash of `configs` unless somebody has named it."""
+    written: Any = OmegaConf.to_container(base.hydra.sweep, resolve=False)
+    named = written["dir"].replace(SWEEP_ID, sweep_id(configs))
+    directory = Path(OmegaConf.create({"at": named, "hydra": base.hydra}).at)
+    refuse_unwritable("hydra.sweep.dir", directory)
     local = base.hydra.runtime.choices["hydra/launcher"] in LOCAL
-    if not local:
-        named = _for_a_cluster(written)
-    return Plan([*named, *subdirectories], written, Tracking(**base.tracking), local)
-
-
-def _for_a_cluster(directory: Path) -> list[str]:
-    """A cluster's job may start in another folder and without this process's environment: name both."""
-    group = os.environ.get("WANDB_RUN_GROUP", directory.name)
-    absolute = f"hydra.sweep.dir={quote(str(directory.absolute()))}"
-    return [absolute, f"++hydra.job.env_set.WANDB_RUN_GROUP={quote(group)}"]
-
-
-def _directory(base: DictConfig) -> str:
-    """hydra.sweep.dir as it is written."""
-    return OmegaConf.to_container(base.hydra.sweep, resolve=False)["dir"]  # type: ignore[index,call-overload,return-value]
+    words = [f"hydra.sweep.dir={quote(named)}"] if SWEEP_ID in written["dir"] else []
+    if not local:  # a cluster's job may start in another folder and without this process's environment: name both
+        group = os.environ.get("WANDB_RUN_GROUP", directory.name)
+        words = [f"hydra.sweep.dir={quote(str(directory.absolute()))}"]
+        words.append(f"++hydra.job.env_set.WANDB_RUN_GROUP={quote(group)}")
+    return Plan([*words, *subdirectories], directory, Tracking(**base.tracking), local)
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -138,7 +132,7 @@ def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for batch in batches for job in batch]
 
 
-def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -> Job:
+def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -> PlannedJob:
     """The job of `overrides`, checked."""
     cfg = compose_unchecked([*search, *overrides], config_name, with_hydra=True)
     try:
@@ -147,7 +141,7 @@ def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -
         subdir = None
     if subdir is not None and (Path(subdir).is_absolute() or ".." in Path(subdir).parts):
         raise ConfigError(f"hydra.sweep.subdir must stay inside hydra.sweep.dir, got {subdir}: name a plain folder")
-    return Job(overrides, check(without_hydra(cfg)), subdir)
+    return PlannedJob(overrides, check(without_hydra(cfg)), subdir)
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
@@ -158,78 +152,44 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def refuse_missing_launcher(base: DictConfig) -> None:
-    """ConfigError where the chosen launcher's package is not installed."""
-    package = ".".join(str(base.hydra.launcher.get("_target_", "")).split(".")[:2])
-    if package == "hydra_plugins.hydra_ray_launcher" and (fault := missing_package("hydra/launcher=ray", package)):
-        raise ConfigError(fault)
-
-
-def refuse_idle_words(jobs: Sequence[Job]) -> None:
-    """ConfigError for overrides that change nothing in any job."""
-    idle = [{*idle_faults(job.settings, job.overrides)} for job in jobs]
-    if idle and (everywhere := set.intersection(*idle)):
-        raise ConfigError("\n".join(sorted(everywhere)))
-
-
-def refuse_other_runs(directory: Path, jobs: Sequence[Job]) -> None:
+def refuse_other_runs(directory: Path, jobs: Sequence[PlannedJob]) -> None:
     """ConfigError where the sweep's directory holds a run of another config, or one that has not ended and is none of
     `jobs`, so that nobody would finish it.
     """
     for job in jobs:
         if job.subdir is not None:
             refuse_other_run(RunDirectory(directory / job.subdir), job.settings, "hydra.sweep.dir")
-    mine = {job.subdir for job in jobs}
-    left = (
-        [run.path for run in read_runs(directory) if not run.finished] if any(directory.glob("*/manifest.json")) else []
-    )
-    if None not in mine and (others := [path for path in left if path not in mine]):
+    planned = {job.subdir for job in jobs}
+    if None in planned or not any(directory.glob("*/manifest.json")):
+        return
+    if left := [run.path for run in read_runs(directory) if not run.finished and run.path not in planned]:
         raise ConfigError(
-            f"hydra.sweep.dir={directory} holds {', '.join(others)}, not ended and no job of this command: "
+            f"hydra.sweep.dir={directory} holds {', '.join(left)}, not ended and no job of this command: "
             "give the command that it came from again, or choose another hydra.sweep.dir"
         )
 
 
-def refuse_doubles(jobs: Sequence[Job]) -> None:
-    """ConfigError where two jobs are the same run."""
-    for number, job in enumerate(jobs):
-        if any(job.config == earlier.config for earlier in jobs[:number]):
-            raise ConfigError(f"two jobs of this sweep are the same run ({' '.join(job.overrides)}): name each once")
-
-
-def _params(base: DictConfig) -> list[str]:
-    return [f"{key}={value}" for key, value in (base.hydra.sweeper.get("params") or {}).items()]
-
-
-def _name_subdirectories(base: DictConfig, jobs: Sequence[Job], swept: Sequence[str]) -> list[str]:
-    """Where two jobs would share a directory, further axes go into its name."""
+def _tell_apart(base: DictConfig, jobs: Sequence[PlannedJob], swept: Sequence[str]) -> list[str]:
+    """Where two jobs would share a directory, the override that names further axes in it."""
     names = [job.subdir for job in jobs]
     if None in names or len({*names}) == len(names):
         return []
     values: dict[str, set[str]] = {}
-    for word in {word for job in jobs for word in job.overrides}:
-        values.setdefault(word.partition("=")[0].lstrip("+"), set()).add(word.partition("=")[2])
-    return _add_axes(base, swept, whole=[key for key, each in values.items() if len({*map(_last, each)}) < len(each)])
-
-
-def _last(path: str) -> str:
-    return path.strip("'\"").rstrip("/").rpartition("/")[2]
+    for key, _, value in (word.partition("=") for job in jobs for word in job.overrides):
+        values.setdefault(key.lstrip("+"), set()).add(value)
+    last_parts = {key: {v.strip("'\"").rstrip("/").rpartition("/")[2] for v in values[key]} for key in values}
+    return _add_axes(base, swept, whole=[key for key in values if len(last_parts[key]) < len(values[key])])
 
 
 def _add_axes(base: DictConfig, swept: Sequence[str], prefix: str = "", whole: Sequence[str] = ()) -> list[str]:
     """The name of a job's directory with the `swept` axes in it: of paths the last part, for `whole` keys all of it."""
-    written = OmegaConf.to_container(base.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
-    keys = [word.partition("=")[0].lstrip("+") for word in swept]
-    added = [key for key in keys if "${" + key + "}" not in written and not key.startswith(("method", "hydra"))]
-    by = {key: "path_name" if key in whole else "file_name" for key in added}
-    axes = "".join(f"-{_short(key)}${{dpo_kit.{by[key]}:${{{_node(base, key)}}}}}" for key in added)
-    return [f"hydra.sweep.subdir={quote(prefix + written + axes)}"]
-
-
-def _short(key: str) -> str:
-    return key.rpartition(".")[2].rpartition("/")[2]
-
-
-def _node(base: DictConfig, key: str) -> str:
-    """Where the value of an axis stands in a job's config: a group's choice, or the key itself."""
-    return f"hydra.runtime.choices.{key}" if key in base.hydra.runtime.choices else key
+    written: Any = OmegaConf.to_container(base.hydra.sweep, resolve=False)
+    name = prefix + written["subdir"]
+    for key in (word.partition("=")[0].lstrip("+") for word in swept):
+        if "${" + key + "}" in written["subdir"] or key.startswith(("method", "hydra")):
+            continue
+        short = key.rpartition(".")[2].rpartition("/")[2]
+        resolver = "path_name" if key in whole else "file_name"
+        node = f"hydra.runtime.choices.{key}" if key in base.hydra.runtime.choices else key  # a group's choice
+        name += f"-{short}${{dpo_kit.{resolver}:${{{node}}}}}"
+    return [f"hydra.sweep.subdir={quote(name)}"]

@@ -38,15 +38,13 @@ class Progress:
             return
         if status.st_ino != self.seen[0] or status.st_size < self.seen[1]:
             self.forget()
-        if status.st_size > self.seen[1]:
-            with self.run.metrics.open("rb") as file:
-                file.seek(self.seen[1])
-                whole, _, _ = file.read().rpartition(b"\n")
-            self.seen = (status.st_ino, self.seen[1] + len(whole) + 1 if whole else self.seen[1])
-            self._take(whole.decode(errors="replace").splitlines(), since)
-
-    def _take(self, lines: list[str], since: float) -> None:
-        for line in lines:
+        if status.st_size <= self.seen[1]:
+            return
+        with self.run.metrics.open("rb") as file:
+            file.seek(self.seen[1])
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self.seen = (status.st_ino, self.seen[1] + len(whole) + len(newline))
+        for line in whole.decode(errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError, AttributeError):
                 row = decode_row(line)
                 self.latest |= row

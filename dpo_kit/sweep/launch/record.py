@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_kit.run.files import read_json, write_json
+from dpo_kit.run.files import write_json
 
 State = Literal["waiting", "running", "done", "failed", "interrupted", "killed", "timed out"]
-FILE, LOG = "sweep.json", "job.log"
+LOG = "job.log"
 
 
 @dataclasses.dataclass
@@ -30,12 +30,6 @@ class JobRecord:
     seconds: float | None = None
 
 
-def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
-    """The jobs of a sweep directory's sweep.json; [] where it has none."""
-    path = sweep_dir / FILE
-    return read_json(path)["jobs"] if path.exists() else []
-
-
 def write_jobs(sweep_dir: Path, earlier: list[dict[str, Any]], jobs: list[JobRecord]) -> None:
     """sweep.json with the jobs of earlier batches (a sweeper that learns asks for several) and of this one."""
-    write_json(sweep_dir / FILE, {"jobs": [*earlier, *(dataclasses.asdict(job) for job in jobs)]})
+    write_json(sweep_dir / "sweep.json", {"jobs": [*earlier, *(dataclasses.asdict(job) for job in jobs)]})

@@ -16,66 +16,26 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from dpo_kit.errors import DataError
 from dpo_kit.run.files import read_json
 from dpo_kit.run.statistics import Z95
-from dpo_kit.sweep.choice.quality import Interval, Quality, start_interval
+from dpo_kit.sweep.choice.quality import Interval, Quality
 from dpo_kit.sweep.choice.rule import Choice
-from dpo_kit.sweep.choice.runs import RunRecord, number, swept_keys
-from dpo_kit.sweep.pictures.labels import (
-    GREY,
-    MARKERS,
-    PALETTE,
-    Box,
-    Label,
-    new_figure,
-    place_labels,
-    save,
-    series_names,
-)
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from dpo_kit.sweep.choice.runs import RunRecord, number
+from dpo_kit.sweep.pictures.labels import GREY, MARKERS, PALETTE, Box, Label, name_lines, new_figure, place_labels, save
 
 log = logging.getLogger(__name__)
-AXIS = {
-    "gold reward": "gold reward of fresh samples",
-    "win rate": "win rate of fresh samples against the reference",
-    "held-out accuracy": "accuracy on held-out pairs",
-    "held-out AUC": "AUC on held-out answers",
-}
 ROW = 0.33  # inches that a further row of the legend takes
 RING = 11.0  # pixels that the recommended run's ring takes around its point
 TICKS = (
-    0,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-    1,
-    2,
-    3,
-    5,
-    7,
-    10,
-    15,
-    20,
-    30,
-    50,
-    70,
-    100,
-    150,
-    200,
-    300,
-    500,
-    1000,
-    2000,
-    5000,
-)
+    0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 5000
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,13 +49,22 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """The runs of one method (and one value of whatever else is swept), in the order of beta."""
+    """The runs of one method (and one value of whatever else is swept) in the order of beta, and the points of those
+    that have KL and quality.
+    """
 
     name: str
     color: str
     marker: str
-    points: tuple[Point, ...]
     runs: tuple[RunRecord, ...]
+    points: tuple[Point, ...]
+
+    def means(self) -> dict[float | None, tuple[float, float]]:
+        """{beta: (KL, quality)}, the mean over its seeds: the line's way."""
+        groups: dict[float | None, list[Point]] = {}
+        for point in self.points:
+            groups.setdefault(point.run.beta, []).append(point)
+        return {b: (fmean(p.kl[0] for p in group), fmean(p.quality[0] for p in group)) for b, group in groups.items()}
 
 
 def draw_frontier(
@@ -107,21 +76,26 @@ def draw_frontier(
         if run.manifest:
             models.setdefault(run.start_model, []).append(run)
     panels = list(models.values()) if len(models) > 1 else [list(runs)]
-    lines = build_lines(runs, choice.quality)
-    extra = math.ceil(len(lines) / _legend_columns(lines)) - 1  # rows of the legend beyond the first
+    names = name_lines(runs)
+    styles = {
+        name: (PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)])
+        for index, name in enumerate(dict.fromkeys(names.values()))
+    }
+    extra = math.ceil(len(styles) / _legend_columns(styles)) - 1  # rows of the legend beyond the first
     figure = new_figure((7.4 + ROW * extra) * len(panels))
     best = find_ideal(Path(sweep_dir), runs, ideal) if choice.quality.key == "gold/reward" else {}
-    for number_, group in enumerate(panels):
-        axes = figure.add_subplot(len(panels), 1, number_ + 1)
-        inside = {run.path for run in group}
-        shown = [line for line in lines if {run.path for run in line.runs} & inside]
-        picked = choice if len(panels) == 1 else choice.within[number_][1] if number_ < len(choice.within) else choice
-        _draw_panel(axes, [_only(line, inside) for line in shown], picked, best)
+    for place, group in enumerate(panels):
+        members = {name: tuple(run for run in group if names[run.path] == name) for name in styles}
+        lines = [_build_line(name, styles[name], runs, choice.quality) for name, runs in members.items() if runs]
+        paths = {run.path for run in group}
+        within = (inner for _, inner in choice.within if inner.verdicts[0].run.path in paths)
+        axes = figure.add_subplot(len(panels), 1, place + 1)
+        _draw_panel(axes, lines, next(within, choice) if len(panels) > 1 else choice, best)
         title = "Quality against drift" + (f", from {group[0].start_name}" if len(panels) > 1 else "")
         axes.set_title(title, loc="left", fontsize=21, fontweight="bold", pad=42 + 24 * extra)
-        axes.set_title(
-            _note([_only(line, inside) for line in shown]), loc="right", fontsize=14, color=GREY, pad=42 + 24 * extra
-        )
+        drawn = sum(len(line.points) for line in lines)
+        note = (f"{drawn} of {len(group)} runs so far · " if drawn < len(group) else "") + "bars: 95 % intervals"
+        axes.set_title(f"{note} · faint: on the way", loc="right", fontsize=14, color=GREY, pad=42 + 24 * extra)
     height, top = figure.get_figheight(), 1.02 + ROW * extra
     figure.subplots_adjust(
         left=0.085, right=0.975, bottom=0.85 / height, top=1 - top / height, hspace=0.36 + ROW * extra / 5.5
@@ -129,35 +103,19 @@ def draw_frontier(
     return save(figure, Path(sweep_dir) / "frontier.png")
 
 
-def _note(lines: Sequence[Line]) -> str:
-    """How to read the picture, and how many of the runs it has."""
-    drawn, runs = sum(len(line.points) for line in lines), sum(len(line.runs) for line in lines)
-    return (f"{drawn} of {runs} runs so far · " if drawn < runs else "") + "bars: 95 % intervals · faint: on the way"
+def _build_line(name: str, style: tuple[str, str], runs: tuple[RunRecord, ...], quality: Quality) -> Line:
+    points = []
+    for run in runs:
+        value, kl = quality.read(run), run.kl_reverse
+        if value is not None and kl is not None:
+            reach = Z95 * (run.final(f"{run.kl_reverse_key}_se") or 0.0)
+            points.append(Point(run, (kl, max(0.0, kl - reach), kl + reach), value))
+    return Line(name, *style, runs, tuple(points))
 
 
-def _only(line: Line, paths: set[str]) -> Line:
-    points = tuple(point for point in line.points if point.run.path in paths)
-    return Line(line.name, line.color, line.marker, points, tuple(run for run in line.runs if run.path in paths))
-
-
-def build_lines(runs: Sequence[RunRecord], quality: Quality) -> list[Line]:
-    """A line per method and further swept value; a run without KL or quality has no point."""
-    names = series_names(runs, swept_keys(runs))
-    lines = []
-    for index, name in enumerate(dict.fromkeys(names.values())):
-        members = tuple(run for run in runs if names[run.path] == name)
-        points = tuple(point for run in members if (point := _point(run, quality)))
-        style = (PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)])
-        lines.append(Line(name, *style, points, members))
-    return lines
-
-
-def _point(run: RunRecord, quality: Quality) -> Point | None:
-    found, kl = quality.read(run), run.kl_reverse
-    if found is None or kl is None:
-        return None
-    reach = Z95 * (run.final(f"{run.kl_reverse_key}_se") or 0.0)
-    return Point(run, (kl, max(0.0, kl - reach), kl + reach), found)
+def _legend_columns(names: Sequence[str] | Mapping[str, Any]) -> int:
+    """As many names as fit into a row of about 95 characters."""
+    return max(1, min(len(names), 95 // (max(map(len, names), default=1) + 6)))
 
 
 def find_ideal(sweep_dir: Path, runs: Sequence[RunRecord], given: str | Path | None) -> dict[str, Any]:
@@ -170,108 +128,103 @@ def find_ideal(sweep_dir: Path, runs: Sequence[RunRecord], given: str | Path | N
     """
     if given:
         return _read_ideal(Path(given))
-    module = next((m for run in runs if (m := (run.config.get("data") or {}).get("gold"))), None)
-    found = next((path for path in (sweep_dir / "ideal.json", *_beside(module)) if path.exists()), None)
-    read = _read_ideal(found) if found else {}
-    weights = {(run.manifest.get("model") or {}).get("sha256") for run in runs if run.manifest}
-    return read if read.get("model_sha256") is None or weights == {read["model_sha256"]} else {}
-
-
-def _beside(module: str | None) -> list[Path]:
+    places = [sweep_dir / "ideal.json"]
+    module = next((gold for run in runs if (gold := (run.config.get("data") or {}).get("gold"))), None)
     try:
-        found = importlib.util.find_spec(module) if module else None
+        spec = importlib.util.find_spec(module) if module else None
     except ImportError:
-        return []
-    return [Path(found.origin).parent / "ideal.json"] if found and found.origin else []
+        spec = None
+    places += [Path(spec.origin).parent / "ideal.json"] if spec and spec.origin else []
+    ideal = next((_read_ideal(path) for path in places if path.exists()), {})
+    weights = {(run.manifest.get("model") or {}).get("sha256") for run in runs if run.manifest}
+    return ideal if ideal.get("model_sha256") is None or weights == {ideal["model_sha256"]} else {}
 
 
 def _read_ideal(path: Path) -> dict[str, Any]:
     try:
-        read = read_json(path)
-        curve = [(float(kl), float(gold)) for kl, gold in read.get("ideal") or []]
-        best_of = [(float(n), float(kl), float(gold)) for n, kl, gold in read.get("best_of_n") or []]
+        ideal = read_json(path)
+        curve = [(float(kl), float(gold)) for kl, gold in ideal.get("ideal") or []]
+        best_of = [(float(n), float(kl), float(gold)) for n, kl, gold in ideal.get("best_of_n") or []]
     except (OSError, json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
         form = '{"ideal": [[kl, gold], …], "best_of_n": [[n, kl, gold], …]}'
         raise DataError(f"ideal={path} must hold {form}: {error}") from error
-    return {"ideal": curve, "best_of_n": best_of, "model_sha256": read.get("model_sha256")}
+    return {"ideal": curve, "best_of_n": best_of, "model_sha256": ideal.get("model_sha256")}
 
 
 def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mapping[str, Any]) -> None:
-    _dress(axes, choice.quality)
-    trails = [trail for line in lines for run in line.runs if (trail := _trail(run, choice.quality))]
-    if not any(line.points for line in lines):
-        text = "no finished run has a quality and a reverse KL yet"
-        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", fontsize=19, color=GREY)
-        return
-    for line in lines:
-        _draw_line(axes, line, choice.quality)
-    reference = _reference(lines, choice.quality)
-    if reference:
-        _error_bar(axes, Point(lines[0].runs[0], (0, 0, 0), reference), GREY, "D")
-    predictions = [each for line in lines for each in _draw_predictions(axes, line, choice.quality)]
-    widest = _limit_x(axes, lines, trails, predictions, choice.limits.kl_budget_nats)
-    labels = [*_point_labels(lines, choice), *predictions]
-    labels += [Label(0, reference[0], "reference", GREY, clear=5)] if reference else []
-    labels += _draw_ideal(axes, ideal, widest)
-    axes.margins(y=0.14)
-    axes.autoscale_view(scalex=False)
-    _mark_winner(axes, lines, choice)
-    _draw_budget(axes, choice.limits.kl_budget_nats, widest)
-    place_labels(axes, labels, [*_obstacles(lines, reference), *((p.x, p.y, p.x, p.y) for p in predictions)])
-    _draw_legend(axes, lines)
-
-
-def _dress(axes: Axes, quality: Quality) -> None:
-    import numpy as np
-
+    quality, budget = choice.quality, choice.limits.kl_budget_nats
     axes.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=15, colors=GREY)
     axes.set_xlabel("reverse KL to the reference (nats per answer, square-root scale)", fontsize=16, color=GREY)
-    axes.set_ylabel(AXIS[quality.name], fontsize=16, color=GREY)
+    axes.set_ylabel(quality.axis, fontsize=16, color=GREY)
     axes.locator_params(axis="y", nbins=6)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
+    points = [point for line in lines for point in line.points]
+    if not points:
+        text = "no finished run has a quality and a reverse KL yet"
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", fontsize=19, color=GREY)
+        return
+    seen = [point.kl[2] for point in points]  # KLs that the axis must reach
+    for line in lines:
+        seen += _draw_line(axes, line, quality)
+    starts = [start for point in points if (start := quality.start(point.run))]
+    reference = tuple(map(fmean, zip(*starts, strict=True)))
+    if reference:
+        _error_bar(axes, (0, 0, 0), reference, GREY, "D")
+    predictions = [label for line in lines for label in _draw_predictions(axes, line, quality)]
+    widest = _limit_x(axes, [*seen, *(label.x for label in predictions)], budget)
+    recommended = next((p for p in points if choice.recommended and p.run.path == choice.recommended.path), None)
+    labels = [*_point_labels(lines, recommended, choice.quality), *predictions]
+    labels += [Label(0, reference[0], "reference", GREY, clear=5)] if reference else []
+    labels += _draw_ideal(axes, ideal, widest)
+    axes.margins(y=0.14)
+    axes.autoscale_view(scalex=False)
+    if recommended:
+        axes.plot(
+            [recommended.kl[0]], [recommended.quality[0]], marker="o", markersize=24, markerfacecolor="none",
+            markeredgecolor="black", markeredgewidth=2.4, zorder=5,
+        )  # fmt: skip
+    if budget <= widest:
+        axes.axvline(budget, color=GREY, linewidth=1.4, linestyle=(0, (5, 4)), zorder=1)
+        text = f"KL budget {budget:g} "
+        axes.text(budget, 0.02, text, transform=axes.get_xaxis_transform(), ha="right", fontsize=14, color=GREY)
+    obstacles = [*_obstacles(lines), *((label.x, label.y, label.x, label.y) for label in predictions)]
+    place_labels(axes, labels, [*([(0, reference[1], 0, reference[2])] if reference else []), *obstacles])
+    handles = [
+        Line2D([], [], color=line.color, marker=line.marker, markersize=11, linewidth=2.6, label=line.name)
+        for line in lines
+    ]
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0)}
+    columns = _legend_columns([line.name for line in lines])
+    axes.legend(
+        handles=handles, **place, ncols=columns, frameon=False, fontsize=15, handlelength=1.6, columnspacing=1.4
+    )
 
 
-def _trail(run: RunRecord, quality: Quality) -> list[tuple[float, float]]:
-    """(KL, quality) of the checkpoints at which both were measured."""
-    kls, values = run.series(run.kl_reverse_key), run.series(quality.key)
-    return [(max(0.0, kls[step]), values[step]) for step in kls if step in values]
-
-
-def _draw_line(axes: Axes, line: Line, quality: Quality) -> None:
+def _draw_line(axes: Axes, line: Line, quality: Quality) -> list[float]:
+    """Points with their intervals, the way through their means and, faint, each run's own way; the KLs of these."""
+    seen = []
     for run in line.runs:
-        if trail := _trail(run, quality):
+        kls, values = run.series(run.kl_reverse_key), run.series(quality.key)
+        if trail := [(max(0.0, kls[step]), values[step]) for step in kls if step in values]:
             axes.plot(*zip(*trail, strict=True), color=line.color, alpha=0.3, linewidth=1.2, marker=".", markersize=6)
+            seen += [kl for kl, _ in trail]
     for point in line.points:
-        _error_bar(axes, point, line.color, line.marker)
+        _error_bar(axes, point.kl, point.quality, line.color, line.marker)
     if len(line.points) > 1:
-        axes.plot(*zip(*_means(line), strict=True), color=line.color, linewidth=2.6, zorder=3)
+        axes.plot(*zip(*line.means().values(), strict=True), color=line.color, linewidth=2.6, zorder=3)
+    return seen
 
 
-def _means(line: Line) -> list[tuple[float, float]]:
-    """The line's way through its betas; where a beta has several seeds, through their mean."""
-    betas = dict.fromkeys(point.run.beta for point in line.points)
-    groups = [[point for point in line.points if point.run.beta == beta] for beta in betas]
-    return [(fmean(p.kl[0] for p in group), fmean(p.quality[0] for p in group)) for group in groups]
-
-
-def _error_bar(axes: Axes, point: Point, color: str, marker: str) -> None:
-    (x, left, right), (y, low, high) = point.kl, point.quality
+def _error_bar(axes: Axes, kl: Interval, quality: Sequence[float], color: str, marker: str) -> None:
+    (x, left, right), (y, low, high) = kl, quality
     reach: dict[str, Any] = {"xerr": [[x - left], [right - x]], "yerr": [[max(0.0, y - low)], [max(0.0, high - y)]]}
     axes.errorbar(
         [x], [y], **reach, color=color, ecolor=f"{color}90", elinewidth=1.8, marker=marker, markersize=11,
         markeredgecolor="white", markeredgewidth=1.2, zorder=4,
     )  # fmt: skip
-
-
-def _reference(lines: Sequence[Line], quality: Quality) -> Interval | None:
-    """The step-0 model: as measured for gold reward, one half by construction for the others."""
-    if quality.key != "gold/reward":
-        return (0.5, 0.5, 0.5)
-    starts = [s for line in lines for p in line.points if (s := start_interval(p.run, quality.key))]
-    return (fmean(s[0] for s in starts), fmean(s[1] for s in starts), fmean(s[2] for s in starts)) if starts else None
 
 
 def _draw_predictions(axes: Axes, line: Line, quality: Quality) -> list[Label]:
@@ -285,15 +238,15 @@ def _draw_predictions(axes: Axes, line: Line, quality: Quality) -> list[Label]:
         points = read_preview(run)
         if not points:
             continue
+        betas, kls, golds = zip(*points, strict=True)
         axes.plot(
-            [kl for _, kl, _ in points], [gold for _, _, gold in points], color=line.color, linewidth=1.8,
-            linestyle=(0, (4, 2.5)), marker=line.marker, markersize=8, markerfacecolor="white", zorder=3.5,
+            kls, golds, color=line.color, linewidth=1.8, linestyle=(0, (4, 2.5)), marker=line.marker, markersize=8,
+            markerfacecolor="white", zorder=3.5,
         )  # fmt: skip
-        named = {point[0] for point in points} - trained or {points[-1][0]}
-        labels += [
-            Label(kl, gold, f"β {beta:g} predicted" if beta in named else f"β {beta:g}", line.color, 13)
-            for beta, kl, gold in points
-        ]
+        predicted = set(betas) - trained or {betas[-1]}
+        for beta, kl, gold in points:
+            text = f"β {beta:g} predicted" if beta in predicted else f"β {beta:g}"
+            labels.append(Label(kl, gold, text, line.color, 13))
     return labels
 
 
@@ -306,70 +259,39 @@ def read_preview(run: RunRecord) -> list[tuple[float, float, float]]:
         log.warning("%s is left out: %s", path, error)
         return []
     keys = ("beta", "probe/kl_reverse_rb_nats", "gold/reward")
-    found = [tuple(number(row.get(key)) for key in keys) for row in rows]
-    return sorted(((b, kl, gold) for b, kl, gold in found if None not in (b, kl, gold)), key=lambda p: p[1])  # type: ignore
+    points = [tuple(number(row.get(key)) for key in keys) for row in rows]
+    return sorted((point for point in points if None not in point), key=lambda point: point[1])  # type: ignore
 
 
-def _limit_x(
-    axes: Axes, lines: Sequence[Line], trails: list[Any], predictions: Sequence[Label], budget: float
-) -> float:
-    """Set the range of KL, with air on both sides; the budget is shown where it is not far off."""
-    seen = [point.kl[2] for line in lines for point in line.points] + [label.x for label in predictions]
-    seen += [kl for trail in trails for kl, _ in trail]
-    widest = max(max(seen), 1e-3)
+def _limit_x(axes: Axes, seen: Sequence[float], budget: float) -> float:
+    """Set the range of KL so that it holds all of `seen`, with air on both sides, and the budget where it is not far
+    off; its ticks are round values at least a twelfth of the axis apart. Returns the widest KL.
+    """
+    widest = max(*seen, 1e-3)
     widest = max(widest, budget) if budget <= 1.6 * widest else widest
+    ticks: list[float] = []
+    for tick in TICKS:
+        if tick <= widest * 1.1 and (not ticks or (tick**0.5 - ticks[-1] ** 0.5) > widest**0.5 / 12):
+            ticks.append(tick)
     axes.set_xlim(-0.0016 * widest, 1.12 * widest)  # signed square: 4 % of the axis
-    axes.set_xticks(_ticks(widest))
-    axes.set_xticklabels([f"{tick:g}" for tick in _ticks(widest)])
+    axes.set_xticks(ticks)
+    axes.set_xticklabels([f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     return widest
 
 
-def _ticks(widest: float) -> list[float]:
-    """Round values at least a twelfth of the axis apart on its square-root scale."""
-    kept: list[float] = []
-    for tick in TICKS:
-        if tick <= widest * 1.1 and (not kept or (tick**0.5 - kept[-1] ** 0.5) > widest**0.5 / 12):
-            kept.append(tick)
-    return kept
-
-
-def _point_labels(lines: Sequence[Line], choice: Choice) -> list[Label]:
+def _point_labels(lines: Sequence[Line], recommended: Point | None, quality: Quality) -> list[Label]:
     """Beta beside each point (once per beta, at the mean over its seeds); the recommended run says so."""
-    won = _winner(lines, choice)
-    ring = won[1] if won else None
-    labels = []
-    if ring:
-        text = "recommended" + ("\n(provisional)" if choice.quality.provisional else "")
-        labels.append(Label(ring.kl[0], ring.quality[0], text, "black", 16, bold=True, clear=RING))
+    labels, ring = [], None
+    if recommended:
+        ring = (recommended.kl[0], recommended.quality[0])
+        text = "recommended" + ("\n(provisional)" if quality.provisional else "")
+        labels.append(Label(*ring, text, "black", 16, bold=True, clear=RING))
     for line in lines:
-        betas = dict.fromkeys(point.run.beta for point in line.points)
-        for beta, (x, y) in zip(betas, _means(line), strict=True):
+        for beta, place in line.means().items():
             text = f"β {beta:g}" if beta is not None else "?"
-            clear = RING if ring and (x, y) == (ring.kl[0], ring.quality[0]) else 0
-            labels.append(Label(x, y, text, line.color, clear=clear))
+            labels.append(Label(*place, text, line.color, clear=RING if place == ring else 0))
     return labels
-
-
-def _winner(lines: Sequence[Line], choice: Choice) -> tuple[Line, Point] | None:
-    path = choice.recommended.path if choice.recommended else None
-    return next(((line, p) for line in lines for p in line.points if p.run.path == path), None)
-
-
-def _mark_winner(axes: Axes, lines: Sequence[Line], choice: Choice) -> None:
-    if won := _winner(lines, choice):
-        axes.plot(
-            [won[1].kl[0]], [won[1].quality[0]], marker="o", markersize=24, markerfacecolor="none",
-            markeredgecolor="black", markeredgewidth=2.4, zorder=5,
-        )  # fmt: skip
-
-
-def _draw_budget(axes: Axes, budget: float, widest: float) -> None:
-    if budget > widest:
-        return
-    axes.axvline(budget, color=GREY, linewidth=1.4, linestyle=(0, (5, 4)), zorder=1)
-    text = f"KL budget {budget:g} "
-    axes.text(budget, 0.02, text, transform=axes.get_xaxis_transform(), ha="right", fontsize=14, color=GREY)
 
 
 def _draw_ideal(axes: Axes, ideal: Mapping[str, Any], widest: float) -> list[Label]:
@@ -379,46 +301,23 @@ def _draw_ideal(axes: Axes, ideal: Mapping[str, Any], widest: float) -> list[Lab
     labels = []
     if curve:
         axes.plot(*zip(*curve, strict=True), color=GREY, linewidth=2, zorder=2)
-        x, y = curve[len(curve) * 2 // 3]
-        labels.append(Label(x, y, "ideal", GREY, 14))
+        kl, gold = curve[len(curve) * 2 // 3]
+        labels.append(Label(kl, gold, "ideal", GREY, 14))
     if best_of:
-        xs, ys = [kl for _, kl, _ in best_of], [gold for _, _, gold in best_of]
-        axes.plot(xs, ys, color=GREY, linewidth=1.5, linestyle=":", marker="x", markersize=7, zorder=2)
-        labels.append(Label(xs[-1], ys[-1], f"best of {best_of[-1][0]:g}", GREY, 14))
+        counts, kls, golds = zip(*best_of, strict=True)
+        axes.plot(kls, golds, color=GREY, linewidth=1.5, linestyle=":", marker="x", markersize=7, zorder=2)
+        labels.append(Label(kls[-1], golds[-1], f"best of {counts[-1]:g}", GREY, 14))
     return labels
 
 
-def _obstacles(lines: Sequence[Line], reference: Interval | None) -> list[Box]:
+def _obstacles(lines: Sequence[Line]) -> list[Box]:
     """Points, intervals and lines, as boxes that labels keep clear of."""
-    boxes: list[Box] = [(0, reference[1], 0, reference[2])] if reference else []
+    boxes: list[Box] = []
     for line in lines:
-        for point in line.points:
-            (x, left, right), (y, low, high) = point.kl, point.quality
+        for (x, left, right), (y, low, high) in ((point.kl, point.quality) for point in line.points):
             boxes += [(x, low, x, high), (left, y, right, y), (x, y, x, y)]
-        way = _means(line) if line.points else []
-        for (x0, y0), (x1, y1) in pairwise(way):
-            boxes += [_between(x0, y0, x1, y1, part / 8) for part in range(1, 8)]
+        for (x0, y0), (x1, y1) in pairwise(line.means().values()):
+            for share in (part / 8 for part in range(1, 8)):
+                x, y = (x0**0.5 + share * (x1**0.5 - x0**0.5)) ** 2, y0 + share * (y1 - y0)
+                boxes.append((x, y, x, y))
     return boxes
-
-
-def _between(x0: float, y0: float, x1: float, y1: float, part: float) -> Box:
-    x, y = (x0**0.5 + part * (x1**0.5 - x0**0.5)) ** 2, y0 + part * (y1 - y0)
-    return (x, y, x, y)
-
-
-def _legend_columns(lines: Sequence[Line]) -> int:
-    """As many names as fit into a row of about 95 characters."""
-    longest = max((len(line.name) for line in lines), default=1)
-    return max(1, min(len(lines), 95 // (longest + 6)))
-
-
-def _draw_legend(axes: Axes, lines: Sequence[Line]) -> None:
-    """Lines by name, colour and marker above the axes."""
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=line.color, marker=line.marker, markersize=11, linewidth=2.6, label=line.name)
-        for line in lines
-    ]
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "ncols": _legend_columns(lines)}
-    axes.legend(handles=handles, **place, frameon=False, fontsize=15, handlelength=1.6, columnspacing=1.4)

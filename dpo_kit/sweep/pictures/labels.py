@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dpo_kit.sweep.choice.runs import RunRecord
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from dpo_kit.sweep.choice.runs import RunRecord, swept_keys
 
 # Okabe-Ito, the well visible ones first; each with a marker of its own, so that colour is never alone
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#595959"
-SIDES = ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+SIDES = np.array([(1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)])
 DISTANCES = (7.0, 16.0, 30.0, 50.0, 80.0)  # pixels between a point and its label
 FAR = 40.0  # pixels from which on a thin line leads from the label to its point
+AIR = 5.0 * np.array([-1, -1, 1, 1])  # pixels kept around an obstacle
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
@@ -40,9 +42,6 @@ class Label:
 
 def new_figure(height: float) -> Figure:
     """An empty figure 1200 pixels wide and `height` inches of 100 pixels high, with its renderer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, height), dpi=100)
     FigureCanvasAgg(figure)
     return figure
@@ -56,20 +55,18 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def series_names(runs: Sequence[RunRecord], swept: dict[str, dict[str, Any]]) -> dict[str, str]:
+def name_lines(runs: Sequence[RunRecord]) -> dict[str, str]:
     """{run path: the line it belongs to}: its method, and its values of what is swept beside beta and seed."""
-    names = {}
+    names, swept = {}, swept_keys(runs)
     for run in runs:
         extra = (f"{key.removeprefix('trl.')} {values.get(run.path)}" for key, values in swept.items())
         names[run.path] = ", ".join([run.method or "?", *extra])
     return names
 
 
-def place_labels(axes: Axes, labels: Iterable[Label], obstacles: Iterable[Box]) -> None:
+def place_labels(axes: Axes, labels: Iterable[Label], obstacles: Sequence[Box]) -> None:
     """Write each label beside its point where it covers least: of other labels, of `obstacles` (data units)."""
-    from matplotlib.patheffects import withStroke
-
-    taken = [_pixels(axes, box) for box in obstacles]
+    taken = axes.transData.transform(np.reshape(obstacles, (-1, 2))).reshape(-1, 4) + AIR
     for label in labels:
         text = axes.annotate(
             label.text, (label.x, label.y), (0, 0), textcoords="offset pixels", color=label.color, fontsize=label.size,
@@ -77,50 +74,32 @@ def place_labels(axes: Axes, labels: Iterable[Label], obstacles: Iterable[Box]) 
             path_effects=[withStroke(linewidth=3.5, foreground="white")],
         )  # fmt: skip
         size = text.get_window_extent(axes.figure.canvas.get_renderer())  # type: ignore[attr-defined]
-        x, y = axes.transData.transform((label.x, label.y))
-        best = min(_candidates(size.width, size.height, label.clear), key=lambda o: _cost(o, (x, y), size, taken, axes))
-        text.set_position(best)
-        taken.append(_around(x + best[0], y + best[1], size.width, size.height))
-        if max(abs(best[0]) - size.width / 2, abs(best[1]) - size.height / 2) > FAR:
-            edge = (_towards_zero(best[0], size.width / 2), _towards_zero(best[1], size.height / 2))
-            axes.annotate("", (label.x, label.y), edge, textcoords="offset pixels", arrowprops=_leader(label))
+        half, point = np.array([size.width, size.height]) / 2, axes.transData.transform((label.x, label.y))
+        # On the diagonals a corner of the label is nearest to the point, so that it keeps clear of the point's bars
+        offsets = np.array([side * (distance + label.clear + half) for distance in DISTANCES for side in SIDES])
+        boxes = np.hstack([point + offsets - half, point + offsets + half])
+        outside = size.width * size.height - _overlap(boxes, np.array([axes.bbox.extents]))[:, 0]
+        cost = 4 * outside + _overlap(boxes, taken).sum(1) + 0.6 * np.hypot(*offsets.T)
+        best = int(cost.argmin())
+        text.set_position(offsets[best])
+        taken = np.vstack([taken, boxes[best]])
+        gap = np.abs(offsets[best]) - half  # between the point and the label's nearest side
+        if gap.max() > FAR:
+            leader = {
+                "arrowstyle": "-",
+                "color": label.color,
+                "linewidth": 0.9,
+                "shrinkA": 1,
+                "shrinkB": 5 + label.clear,
+            }
+            edge = np.copysign(gap.clip(0), offsets[best])
+            axes.annotate("", (label.x, label.y), edge, textcoords="offset pixels", arrowprops=leader)
 
 
-def _towards_zero(middle: float, half: float) -> float:
-    """The side of a label, reaching `half` around `middle`, that is nearest to its point at 0."""
-    return math.copysign(max(0.0, abs(middle) - half), middle)
-
-
-def _leader(label: Label) -> dict[str, Any]:
-    return {"arrowstyle": "-", "color": label.color, "linewidth": 0.9, "shrinkA": 1, "shrinkB": 5 + label.clear}
-
-
-def _candidates(width: float, height: float, clear: float) -> list[tuple[float, float]]:
-    """Offsets of the label's middle, nearest first."""
-    # On the diagonals a corner of the label is nearest to the point, so that it keeps clear of the point's bars
-    return [(x * (r + clear + width / 2), y * (r + clear + height / 2)) for r in DISTANCES for x, y in SIDES]
-
-
-def _cost(offset: tuple[float, float], at: tuple[float, float], size: Any, taken: list[Box], axes: Axes) -> float:
-    box = _around(at[0] + offset[0], at[1] + offset[1], size.width, size.height)
-    inside = axes.bbox
-    outside = size.width * size.height - _overlap(box, (inside.x0, inside.y0, inside.x1, inside.y1))
-    return 4 * outside + sum(_overlap(box, other) for other in taken) + 0.6 * math.hypot(*offset)
-
-
-def _around(x: float, y: float, width: float, height: float) -> Box:
-    return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-
-
-def _overlap(one: Box, other: Box) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return width * height if width > 0 and height > 0 else 0.0
-
-
-def _pixels(axes: Axes, box: Box, air: float = 5) -> Box:
-    (left, bottom), (right, top) = axes.transData.transform([(box[0], box[1]), (box[2], box[3])])
-    return (left - air, bottom - air, right + air, top + air)
+def _overlap(boxes: Any, others: Any) -> Any:
+    """Square pixels that each of `boxes`, (n, 4), shares with each of `others`, (m, 4): (n, m)."""
+    low, high = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
+    return (high - low).clip(0).prod(-1)
 
 
 def spread(heights: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
