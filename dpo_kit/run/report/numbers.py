@@ -35,7 +35,8 @@ def range_text(low: float | None, high: float | None, form: str) -> str:
 
 def interval_text(values: Mapping[str, Any], key: str, form: str) -> str:
     """`[low, high]` of a measured key, or an empty text where it has no interval."""
-    return range_text(*(bounds(values, key) or (None, None)), form)
+    ends = bounds(values, key)
+    return range_text(*ends, form) if ends else ""
 
 
 def bounds(values: Mapping[str, Any], key: str) -> tuple[float, float] | None:
