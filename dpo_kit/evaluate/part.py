@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_kit.evaluate.job import Job
-from dpo_kit.run.report.numbers import number_text
-from dpo_kit.run.report.numbers import range_text as interval_text
 
 Found = dict[str, Any]
 Line = tuple[str, str, str]  # measure, value, 95 % interval
@@ -37,3 +35,16 @@ def interval_line(found: Mapping[str, Any], key: str, label: str, form: str = ".
     value, low, high = (found.get(f"{key}{end}") for end in ("", "_low", "_high"))
     if value is not None:
         yield label, number_text(value, form), interval_text(low, high, form)
+
+
+def interval_text(low: float | None, high: float | None, form: str) -> str:
+    """[low, high], or nothing where one of them is not known."""
+    if low is None or high is None:
+        return ""
+    return f"[{number_text(low, form)}, {number_text(high, form)}]"
+
+
+def number_text(value: Any, form: str) -> str:
+    """A number for the reader: a real minus, and none before 0."""
+    text = f"{value:{form}}"
+    return f"{0:{form}}" if float(text) == 0 else text.replace("-", "−")

@@ -7,9 +7,7 @@ import io
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.run.measures import kl_key, kl_keys
 from dpo_kit.run.report.markdown import inline, table
-from dpo_kit.run.report.numbers import number_text, range_text
 from dpo_kit.sweep.choice.runs import RunRecord, number, swept_keys
 
 if TYPE_CHECKING:
@@ -56,7 +54,8 @@ def _interval(name: str, run: RunRecord, key: str) -> Row:
 
 def _kl(direction: str, run: RunRecord) -> Row:
     """Rao-Blackwell where it was affordable, else k1."""
-    key = kl_key(direction, [key for key in kl_keys(direction) if run.final(key) is not None])
+    keys = [f"probe/kl_{direction}_{estimator}_nats" for estimator in ("rb", "k1")]
+    key = next((key for key in keys if run.final(key) is not None), keys[0])
     return {f"kl_{direction}_nats{end}": run.final(f"{key}{end}") for end in ("", "_se")}
 
 
@@ -111,10 +110,15 @@ def _measured(row: Row, key: str, form: str) -> str:
     if value is None:
         return ""
     low, high, error = (row.get(f"{key}{end}") for end in ("_low", "_high", "_se"))
-    text = number_text(value, form)
-    if interval := range_text(low, high, form):
-        return f"{text} {interval}"
-    return f"{text} ± {number_text(error, form)}" if error is not None else text
+    text = _signed(value, form)
+    if low is not None and high is not None:
+        return f"{text} [{_signed(low, form)}, {_signed(high, form)}]"
+    return f"{text} ± {_signed(error, form)}" if error is not None else text
+
+
+def _signed(value: float, form: str) -> str:
+    text = f"{value:{form}}"
+    return f"{0:{form}}" if float(text) == 0 else text.replace("-", "−")
 
 
 def _text(value: Any) -> str:
@@ -144,7 +148,7 @@ def terminal_table(rows: Sequence[Row], recommended: str | None, title: str) -> 
         table.add_column(heading.replace(" reverse, nats", "\nreverse").replace(" reward", ""), justify="right")
     for row in rows:
         mark = "→" if row["path"] == recommended else ""
-        cells = (number_text(row[key], form) if row[key] is not None else "" for _, key, form in shown)
+        cells = (_signed(row[key], form) if row[key] is not None else "" for _, key, form in shown)
         style = "bold" if mark else None if row["status"] == "done" else "dim"
         table.add_row(mark, *(escape(_text(row[key])) for key in leading), *cells, style=style)
     return table

@@ -22,7 +22,6 @@ from dpo_kit.errors import DataError, did_you_mean
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics, series
-from dpo_kit.run.measures import kl_key, kl_keys
 from dpo_kit.run.redact import redact_argv
 
 log = logging.getLogger(__name__)
@@ -170,7 +169,8 @@ class RunRecord:
     @property
     def kl_reverse_key(self) -> str:
         """Rao-Blackwell where it was affordable, else k1."""
-        return kl_key("reverse", [key for key in kl_keys("reverse") if self.final(key) is not None or self.series(key)])
+        best, fallback = "probe/kl_reverse_rb_nats", "probe/kl_reverse_k1_nats"
+        return best if self.final(best) is not None or self.series(best) else fallback
 
     @property
     def kl_reverse(self) -> float | None:
