@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pkgutil
 import re
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.data_files import KNOWN, ending
+from dpo_kit.config.extensions import no_module
 from dpo_kit.config.settings import Data, Model, Settings
 from dpo_kit.errors import ConfigError, did_you_mean
 
@@ -22,7 +21,14 @@ LISTS = ("deepspeed", "fsdp_config", "accelerator_config")  # of TRL's fields: a
 def refuse_missing(settings: Settings) -> None:
     """ConfigError for each place that `settings` name and that is not there, or is no place of its kind."""
     faults = [*data_faults(settings.data), *model_faults(settings.model), *judge_faults(settings.judge)]
-    faults += _module_faults("data.gold", settings.data.gold)
+    if gold := settings.data.gold:
+        try:
+            missing = "" if importlib.util.find_spec(gold) else gold
+        except ModuleNotFoundError as error:
+            missing = str(error.name)
+        except (ImportError, ValueError) as error:
+            missing = f"{gold} ({error})"
+        faults += [no_module(f"data.gold={gold}", missing)] if missing else []
     for name in LISTS:
         value = settings.trl.get(name)
         if isinstance(value, str) and not value.lstrip().startswith("{"):
@@ -60,18 +66,6 @@ def model_faults(model: Model) -> Iterator[str]:
             yield f"{key}={path} does not exist{_siblings(local)}"
     if model.chat_template and "{" not in model.chat_template:
         yield from file_faults("model.chat_template", model.chat_template)
-
-
-def _module_faults(key: str, name: str | None) -> Iterator[str]:
-    try:
-        missing = name and importlib.util.find_spec(name) is None and name
-    except ModuleNotFoundError as error:
-        missing = error.name
-    except (ImportError, ValueError) as error:
-        missing = f"{name} ({error})"
-    if missing:
-        meant = did_you_mean(str(missing), (module.name for module in pkgutil.iter_modules()))
-        yield f"{key}={name}: there is no module {missing} in the folder of the command or in PYTHONPATH{meant}"
 
 
 def judge_faults(judge: Any) -> Iterator[str]:
@@ -149,11 +143,11 @@ def refuse_foreign(key: str, folder: str | Path) -> None:
 
 def claim(folder: Path) -> Path:
     """`folder` made anew, or beside it one with a number behind its name, where another start has taken it."""
-    for number in count(1):
-        mine = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+    mine, number = folder, 1
+    while True:
         try:
             mine.mkdir(parents=True)
+            return mine
         except FileExistsError:
-            continue
-        return mine
-    raise AssertionError
+            number += 1
+            mine = folder.with_name(f"{folder.name}-{number}")
