@@ -18,7 +18,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dpo_kit.config.best_metric import selection_faults
@@ -110,6 +110,14 @@ def compose_unchecked(overrides: Sequence[str], config_name: str = "config", *, 
     except Exception as error:  # Hydra lets some of its own kinds through, and ValueError for an option that is no name
         raise explain(error, overrides) from error
     refuse_secrets(OmegaConf.to_container(cfg, resolve=False), overrides)
+    return cfg
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """`cfg` as a job's task sees it."""
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
     return cfg
 
 
