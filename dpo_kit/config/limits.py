@@ -59,14 +59,25 @@ TYPES: dict[str, Any] = {t.__name__: t for t in (int, float, bool, str, dict, li
 
 def library_faults(settings: Settings) -> Iterator[str]:
     """Values, combinations and packages with which TRL, transformers or peft would fail after loading."""
-    trl = settings.trl
+    trl, model = settings.trl, settings.model
     yield from number_faults("trl.", trl)
-    yield from _combination_faults(trl)
+    for one, other in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
+        if trl[one] and trl[other]:
+            yield f"trl.{one}=true and trl.{other}=true exclude each other: set one of them"
+    for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+        if trl[name] and trl["dataloader_num_workers"] == 0:
+            yield f"trl.{name} needs processes that load: add trl.dataloader_num_workers=1, or leave it out"
+    if trl["push_to_hub"] and not trl["hub_model_id"]:
+        yield (
+            "trl.push_to_hub=true needs the name of a repository (else every run of yours goes to one called "
+            "checkpoints): add trl.hub_model_id=org/name, or push the finished model, python -m dpo_kit export run=… "
+            "push=org/name"
+        )
     yield from _schedule_faults(trl)
-    if settings.model.tuning != "full":
-        yield from _lora_faults(settings.model.lora)
-    if settings.model.tuning == "qlora":
-        yield from field_faults("model.quantization", settings.model.quantization, load_schema()["quantization"])
+    if model.tuning != "full":
+        yield from _lora_faults(model.lora)
+    if model.tuning == "qlora":
+        yield from field_faults("model.quantization", model.quantization, load_schema()["quantization"])
     yield from _package_faults(settings)
 
 
@@ -130,21 +141,6 @@ def wrong_choice(key: str, value: Any, choices: Iterable[Any]) -> str:
     return f"{key} must be one of {', '.join(names)}, got {value!r}{meant}"
 
 
-def _combination_faults(trl: dict[str, Any]) -> Iterator[str]:
-    for one, other in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
-        if trl[one] and trl[other]:
-            yield f"trl.{one}=true and trl.{other}=true exclude each other: set one of them"
-    for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
-        if trl[name] and trl["dataloader_num_workers"] == 0:
-            yield f"trl.{name} needs processes that load: add trl.dataloader_num_workers=1, or leave it out"
-    if trl["push_to_hub"] and not trl["hub_model_id"]:
-        yield (
-            "trl.push_to_hub=true needs the name of a repository (else every run of yours goes to one called "
-            "checkpoints): add trl.hub_model_id=org/name, or push the finished model, python -m dpo_kit export run=… "
-            "push=org/name"
-        )
-
-
 def _schedule_faults(trl: dict[str, Any]) -> Iterator[str]:
     kind, options = trl["lr_scheduler_type"], trl["lr_scheduler_kwargs"] or {}
     schedules = load_schema()["schedules"]
@@ -170,8 +166,8 @@ def _lora_faults(lora: dict[str, Any]) -> Iterator[str]:
     for key in ("target_modules", "modules_to_save"):
         named = lora.get(key)
         if isinstance(named, str) and named != "all-linear" and re.fullmatch(r"[\w, ]+", named):
-            listed = ",".join(re.findall(r"\w+", named))
-            yield f"model.lora.{key}={named} would be read as a pattern of whole names: say model.lora.{key}=[{listed}]"
+            listed = f"model.lora.{key}=[{','.join(named.replace(',', ' ').split())}]"
+            yield f"model.lora.{key}={named} would be read as a pattern of whole names: say {listed}"
             return
     if not lora.get("target_modules") and not lora.get("target_parameters"):
         yield "model.lora.target_modules must name modules, such as all-linear or [q_proj,v_proj], got none"
