@@ -37,10 +37,7 @@ published runs (experiment=NAME; what the source says and what it reached is in 
 {experiments}
 """
 GROUPS = ("method", "model", "data", "beta-sweep", "judge", "callbacks", "tracking", "experiment", "hydra/launcher")
-PULL = {
-    "closer": "Higher stays closer to the reference.",
-    "stronger": "Higher pulls harder at the preferences.",
-}
+PULL = {"closer": "Higher stays closer to the reference.", "stronger": "Higher pulls harder at the preferences."}
 
 
 def help_text(config_dir: str | None = None) -> str:
