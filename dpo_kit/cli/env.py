@@ -168,14 +168,14 @@ def _size(folder: Path) -> int:
 
 def to_markdown(facts: Mapping[str, Any]) -> str:
     """The block to paste."""
-    own, processor, devices = facts["dpo_kit"], facts["processor"], facts["devices"]
-    commit = f", commit {code(own['commit'])}" if own["commit"] else ""
+    ours, processor, devices = facts["dpo_kit"], facts["processor"], facts["devices"]
+    commit = f", commit {code(ours['commit'])}" if ours["commit"] else ""
     if "torch" in devices:
         torch = ("torch", inline(devices["torch"]))
     else:
         torch = ("precision", f"{devices['precision']} (CUDA of torch: {devices['torch_cuda'] or 'none'})")
     rows = [
-        ("dpo_kit", (own["version"] or "not installed") + commit),
+        ("dpo_kit", (ours["version"] or "not installed") + commit),
         ("Python", inline(facts["python"])),
         ("system", inline(facts["system"])),
         ("processor", inline(f"{processor['name']}, {processor['cores']} cores, {' '.join(processor['features'])}")),

@@ -72,18 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan(arguments: Sequence[str]) -> None:
     """Plan the run that `arguments` describe, and print it. Raises ConfigError, DataError, ModelError."""
-    own, overrides = split_words(arguments)
-    if "out" in own:
-        refuse_no_file("out", own["out"])
+    options, overrides = split_words(arguments)
+    if "out" in options:
+        refuse_no_file("out", options["out"])
     settings = check(compose_unchecked(overrides))
     refuse_idle(settings, overrides)
     refuse_unusable(settings)
     quiet_imports()
     planned = plan_run(settings)
-    measured = measure_first_steps(overrides) if own.get("first_step") == "true" else {}
+    measured = measure_first_steps(overrides) if options.get("first_step") == "true" else {}
     show(planned, settings, measured)
-    if "out" in own:
-        write_json(Path(own["out"]), vars(planned) | {"measured": measured})
+    if "out" in options:
+        write_json(Path(options["out"]), vars(planned) | {"measured": measured})
 
 
 def split_words(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -92,20 +92,26 @@ def split_words(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if "=" not in word:
             raise ConfigError(f"arguments are key=value, got {word}; did you mean model=local model.path={word}?")
     words = [(word, *word.split("=", 1)) for word in arguments]
-    own = {key: value for _, key, value in words if key in OWN}
-    if own.get("first_step", "false") not in ("true", "false"):
-        raise ConfigError(f"first_step must be true or false, got {own['first_step']}")
-    return own, [word for word, key, _ in words if key not in OWN]
+    options = {key: value for _, key, value in words if key in OWN}
+    if options.get("first_step", "false") not in ("true", "false"):
+        raise ConfigError(f"first_step must be true or false, got {options['first_step']}")
+    return options, [word for word, key, _ in words if key not in OWN]
 
 
 def plan_run(settings: Settings) -> Plan:
     """The plan of one run; its rows are read and checked, nothing is written."""
+    return plan_on(settings, _read_rows(settings)[1])
+
+
+def _read_rows(settings: Settings) -> tuple[Any, Prepared]:
+    """The run's tokenizer, and its rows as training reads them."""
     from dpo_kit.model.load import load_tokenizer
     from dpo_kit.run.quiet import quiet_libraries
     from dpo_kit.training import read_data
 
     quiet_libraries()
-    return plan_on(settings, read_data(settings, load_tokenizer(settings.model)))
+    tokenizer = load_tokenizer(settings.model)
+    return tokenizer, read_data(settings, tokenizer)
 
 
 def plan_on(settings: Settings, data: Prepared) -> Plan:
@@ -286,13 +292,7 @@ def dry_run(settings: Settings) -> None:
     """Compose, check, tokenise, show which rows would be dropped, one row as it is trained on, and the plan; write
     nothing. Raises as training.
     """
-    from dpo_kit.model.load import load_tokenizer
-    from dpo_kit.run.quiet import quiet_libraries
-    from dpo_kit.training import read_data
-
-    quiet_libraries()
-    tokenizer = load_tokenizer(settings.model)
-    data = read_data(settings, tokenizer)
+    tokenizer, data = _read_rows(settings)
     sys.stdout.write("".join(f"{path} is read as {form}\n" for path, form in data.report["forms"].items()))
     sys.stdout.write(show_dropped(data))
     sys.stdout.write(show_row(data.train[0], tokenizer, settings.trl) + "\n\n")

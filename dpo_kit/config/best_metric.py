@@ -98,15 +98,15 @@ def measured_keys(callbacks: Callbacks, *, rewards: bool) -> list[str]:
     return [*probed, *(f"custom/{name}" for name in callbacks.metrics)]
 
 
-def kind_fault(metric: str | None, kind: str, own: Iterable[str] = ()) -> str | None:
-    """Why held-out rows of this kind do not have the measure `metric`, or the user's `own` ones; None where they do."""
+def kind_fault(metric: str | None, kind: str, metrics: Iterable[str] = ()) -> str | None:
+    """Why held-out rows of this kind lack the measure `metric`, or the user's own `metrics`; None where they do."""
     name = str(metric or "").removeprefix("eval_")
     key = name.removeprefix("probe/")
     if kind == "unary" and key in PAIRS + REWARDS:
         return f"trl.metric_for_best_model={metric} needs held-out pairs, and these rows are unary: take probe/auc"
     if kind == "prompts" and (name.startswith("custom/") or key in (*PAIRS, *UNARY, *REWARDS, *SIDES, *SIDE_REWARDS)):
         return f"trl.metric_for_best_model={metric} needs held-out pairs, and these rows are prompts alone"
-    if kind == "prompts" and (names := ", ".join(own)):
+    if kind == "prompts" and (names := ", ".join(metrics)):
         return (
             f"callbacks.metrics ({names}) measures held-out answers, and these rows are prompts alone: take "
             "callbacks.sample_metrics, which measures the policy's own answers, or held-out pairs (data.eval)"

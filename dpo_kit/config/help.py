@@ -80,7 +80,7 @@ def _options(group: str, roots: tuple[Path, ...]) -> list[str]:
 def _load(group: str, name: str, roots: tuple[Path, ...]) -> Any:
     """A file of a group with what it inherits from others of that group."""
     file = next(path for root in roots if (path := root / group / f"{name}.yaml").exists())
-    own = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    named = (entry for entry in own.get("defaults", []) if isinstance(entry, str))
+    content = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    named = (entry for entry in content.get("defaults", []) if isinstance(entry, str))
     parents = [_load(group, entry, roots) for entry in named if not entry.startswith(("/", "_"))]
-    return OmegaConf.to_container(OmegaConf.merge(*parents, own))
+    return OmegaConf.to_container(OmegaConf.merge(*parents, content))

@@ -59,7 +59,10 @@ def refuse_other_run(run: RunDirectory, settings: Settings, key: str = "hydra.ru
 NUMERIC = ("python", "torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes")
 
 
-def origin(manifest: dict[str, Any]) -> dict[str, Any]:
+Origin = dict[str, Any]
+
+
+def origin(manifest: dict[str, Any]) -> Origin:
     """The part of a run's manifest on which every bit of its outcome depends; it travels with each checkpoint."""
     return {
         "config": manifest["config"],
@@ -77,28 +80,28 @@ INEXACT = {
 }  # of TRL: what no checkpoint brings back
 
 
-def refuse_inexact_resume(checkpoint: Path, there: dict[str, Any], here: dict[str, Any], settings: Settings) -> None:
+def refuse_inexact_resume(checkpoint: Path, recorded: Origin, current: Origin, settings: Settings) -> None:
     """ConfigError where going on from `checkpoint` would not give what the run would have given without a stop."""
     anew = "start anew with resume=never, or in another hydra.run.dir"
     for key, reason in INEXACT.items():
         if settings.trl.get(key):
             raise ConfigError(f"trl.{key}=true cannot be resumed from {checkpoint}{reason}; {anew}")
-    if differing := describe_difference(there, here):
+    if differing := describe_difference(recorded, current):
         raise ConfigError(f"{checkpoint} cannot be resumed exactly ({differing}): make it as it was, or {anew}")
 
 
-def describe_difference(there: Any, here: Any) -> str:
+def describe_difference(recorded: Any, current: Any) -> str:
     """The keys in which two trees differ, with both values; empty where they are equal."""
-    differing = list_differences(there, here)
+    differing = list_differences(recorded, current)
     more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
     return ", ".join(differing[:5]) + more
 
 
-def list_differences(there: Any, here: Any) -> list[str]:
+def list_differences(recorded: Any, current: Any) -> list[str]:
     """Each key in which two trees differ, with both values."""
-    there, here = flatten(there), flatten(here)
-    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    return [f"{key}: {there.get(key)} there, {here.get(key)} now" for key in differing]
+    old, new = flatten(recorded), flatten(current)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in differing]
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -94,9 +94,10 @@ def draw_report(run_dir: str | Path, *, title: str = "", ceiling: float | None =
 
 def shown_panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     """The panels that these rows can fill; log-ratios only where there is no implicit reward."""
-    found = [panel for panel in PANELS if any(series(rows, curve.key) for curve in panel.curves)]
-    rewards = [panel for panel in found if panel.curves[0].key in ("probe/reward_chosen", "probe/logratio_chosen_nats")]
-    return [panel for panel in found if panel not in rewards[1:]]
+    panels = [panel for panel in PANELS if any(series(rows, curve.key) for curve in panel.curves)]
+    either = ("probe/reward_chosen", "probe/logratio_chosen_nats")
+    of_sides = [panel for panel in panels if panel.curves[0].key in either]
+    return [panel for panel in panels if panel not in of_sides[1:]]
 
 
 def _draw_panel(axes: "Axes", panel: Panel, rows: Sequence[Mapping[str, Any]], ceiling: float | None) -> None:
