@@ -191,6 +191,15 @@ def test_composing_imports_neither_torch_nor_trl():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_plain_start_is_checked_without_loading_judge_sweep_help_or_reports(tmp_path):
+    late = ("dpo_kit.judge", "dpo_kit.sweep", "dpo_kit.run.report", "dpo_kit.config.help", "scipy")
+    script = "import sys, dpo_kit.cli.main as c\n"
+    script += "c.refuse_early(c.read_arguments(['method=ipo', 'hydra.run.dir=run', 'tracking=none']))\n"
+    script += f"print([name for name in sys.modules if name.startswith({late})])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_near_misses_are_sought_among_real_keys_only():
     assert {"beta", "beta-sweep", "model.path", "trl.beta", "method.beta.grid"} <= set(known_keys())
 

@@ -43,8 +43,14 @@ def find_files(path: str, split: str) -> list[Path] | None:
 
 
 def near_miss(path: str) -> str:
-    folder = Path(path).expanduser().parent
-    return did_you_mean(Path(path).name, (entry.name for entry in folder.glob("*")), count=2)
+    """What beside `path`, or beside its nearest folder that is there, has a similar name."""
+    place = Path(path).expanduser()
+    while not place.parent.is_dir() and place != place.parent:
+        place = place.parent
+    try:
+        return did_you_mean(place.name, (entry.name for entry in place.parent.iterdir()), count=2)
+    except OSError:
+        return ""
 
 
 def ending(path: Path) -> str | None:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.data_files import KNOWN, ending
+from dpo_kit.config.data_files import KNOWN, ending, near_miss
 from dpo_kit.config.extensions import no_module
 from dpo_kit.config.settings import Data, Model, Settings
-from dpo_kit.errors import ConfigError, did_you_mean
+from dpo_kit.errors import ConfigError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LISTS = ("deepspeed", "fsdp_config", "accelerator_config")  # of TRL's fields: a dict, or a JSON file with one
@@ -36,7 +36,7 @@ def refuse_missing(settings: Settings) -> None:
     if settings.resume not in ("auto", "never") and not Path(settings.resume).expanduser().is_dir():
         faults.append(
             f"resume must be auto, never or a checkpoint folder, got {settings.resume}, which does not exist"
-            f"{_siblings(Path(settings.resume).expanduser())}"
+            f"{near_miss(settings.resume)}"
         )
     if faults:
         raise ConfigError("\n".join(faults))
@@ -63,7 +63,7 @@ def model_faults(model: Model) -> Iterator[str]:
         if path and local.is_file():
             yield f"{key}={path} is a file, not a folder with a model: name the folder above it, {key}={local.parent}"
         elif path and not local.exists() and is_local(path):
-            yield f"{key}={path} does not exist{_siblings(local)}"
+            yield f"{key}={path} does not exist{near_miss(path)}"
     if model.chat_template and "{" not in model.chat_template:
         yield from file_faults("model.chat_template", model.chat_template)
 
@@ -73,14 +73,14 @@ def judge_faults(judge: Any) -> Iterator[str]:
     for name in ("path", "rubric"):
         value = getattr(judge, name, None)
         if value and (name == "rubric" or is_local(value)) and not Path(value).expanduser().exists():
-            yield f"judge.{name}={value} does not exist{_siblings(Path(value).expanduser())}"
+            yield f"judge.{name}={value} does not exist{near_miss(value)}"
 
 
 def file_faults(key: str, path: str) -> Iterator[str]:
     """Why the file at `path` cannot be read."""
     local = Path(path).expanduser()
     if not local.exists():
-        yield f"{key}={path}: no such file or folder{_siblings(local)}"
+        yield f"{key}={path}: no such file or folder{near_miss(path)}"
     elif not local.is_file():
         yield f"{key}={path} is a folder: name a file in it"
     elif not os.access(local, os.R_OK):
@@ -90,16 +90,6 @@ def file_faults(key: str, path: str) -> Iterator[str]:
 def is_local(path: str) -> bool:
     """Whether `path` can mean nothing but a place on this machine."""
     return path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path)
-
-
-def _siblings(path: Path) -> str:
-    """The near miss: what beside `path`, or beside its nearest folder that is there, has a similar name."""
-    while not path.parent.is_dir() and path != path.parent:
-        path = path.parent
-    try:
-        return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()), count=2)
-    except OSError:
-        return ""
 
 
 # --- where something is written ----------------------------------------------------------------------------------
