@@ -99,7 +99,7 @@ def measured_keys(callbacks: Callbacks, *, rewards: bool) -> list[str]:
 
 
 def kind_fault(metric: str | None, kind: str, metrics: Iterable[str] = ()) -> str | None:
-    """Why rows of this kind lack the measure `metric` or cannot have the user's own `metrics`; None where all is well."""
+    """Why rows of this kind lack the measure `metric`, or are none for the user's own `metrics`; None otherwise."""
     name = str(metric or "").removeprefix("eval_")
     key = name.removeprefix("probe/")
     if kind == "unary" and key in PAIRS + REWARDS:

@@ -48,9 +48,12 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Send one row of numbers, drawn against `train/global_step` = `step`; other values are left out."""
-        values = {key: plain(value) for key, value in metrics.items()}
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        self._guard(lambda run: run.log(numbers | {STEP: step}))
+
+        def send(run: Any) -> None:
+            values = {key: plain(value) for key, value in metrics.items()}
+            run.log({key: value for key, value in values.items() if isinstance(value, int | float)} | {STEP: step})
+
+        self._guard(send)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final scalars, each under its plain key (so that tables and scatter plots find it)."""
