@@ -148,7 +148,7 @@ def check(cfg: DictConfig, *, trains: bool = True) -> Settings:
     try:
         settings = Settings(**values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
-        raise ConfigError(describe_faults(error)) from error
+        raise ConfigError("\n".join(map(describe_fault, error.errors()))) from error
     faults = [*_trl_faults(settings)]  # the others rely on types
     if not faults:
         faults = [*_method_faults(settings), *_model_faults(settings.model)]
@@ -426,20 +426,20 @@ def _model_keys(model: type[Strict], prefix: str = "") -> Iterator[str]:
 KINDS = ("gold", "reward_model", "llm", "human", "local", "server")  # by which pydantic tells judges and answers apart
 
 
-def describe_faults(error: pydantic.ValidationError, known: Iterable[str] | None = None) -> str:
-    """What pydantic refuses, a line each: key, rule, value, near miss among the `known` keys (by default a run's)."""
-    lines = []
-    for fault in error.errors():
-        parts = [str(part) for part in fault["loc"]]
-        key = ".".join(part for part in parts if part not in KINDS or parts[0] not in ("judge", "build"))
-        if fault["type"] == "extra_forbidden":
-            ours = known_keys() if parts[0] == "judge" else _model_keys(Settings)
-            lines.append(unknown_key(key, ours if known is None else known))
-        elif fault["type"] == "missing":
-            lines.append(f"{key} is missing: add {key}=…")
-        else:
-            rule = fault["msg"].removeprefix("Value error, ")
-            choices = re.findall(r"'([^']+)'", str(fault.get("ctx", {}).get("expected", "")))
-            meant = did_you_mean(str(fault["input"]), choices)
-            lines.append(f"{key}: {rule[0].lower()}{rule[1:]}, got {fault['input']!r:.80}{meant}")
-    return "\n".join(lines)
+def describe_fault(fault: Any, known: Iterable[str] | None = None) -> str:
+    """What pydantic refuses (one of `ValidationError.errors()`): key, rule, value, and the near miss among the `known`
+    keys, by default those of a run.
+    """
+    parts = [str(part) for part in fault["loc"]]
+    key = ".".join(part for part in parts if part not in KINDS or parts[0] not in ("judge", "build"))
+    if fault["type"] == "extra_forbidden":
+        ours = known_keys() if parts[0] == "judge" else _model_keys(Settings)
+        return unknown_key(key, ours if known is None else known)
+    if fault["type"] == "missing":
+        return f"{key} is missing: add {key}=…"
+    rule = fault["msg"].removeprefix("Value error, ")
+    if rule.startswith(f"{key}."):  # of several keys of a group: says all itself
+        return rule
+    choices = re.findall(r"'([^']+)'", str(fault.get("ctx", {}).get("expected", "")))
+    meant = did_you_mean(str(fault["input"]), choices)
+    return f"{key}: {rule[0].lower()}{rule[1:]}, got {fault['input']!r:.80}{meant}"
