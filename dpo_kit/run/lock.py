@@ -96,6 +96,8 @@ def is_alive(holder: Holder) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and not younger
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # another user's
+        return True
 
 
 def _in_use(directory: Path) -> str:
