@@ -64,6 +64,11 @@ def test_a_room_imports_only_from_rooms_below(file):
     assert {name for name in _imports(file, ast.walk) if LAYERS.index(_room(name)) > floor} == set()
 
 
+def test_config_and_run_stand_without_the_reports_that_only_the_end_of_a_run_needs():
+    below = [file for file in FILES if _room(_name(file)) in ("config", "run") and "report" not in file.parts]
+    assert not [_name(file) for file in below for name in _imports(file, ast.walk) if name.startswith("run.report")]
+
+
 def test_no_imports_go_round_in_a_circle():
     TopologicalSorter({_name(file): _imports(file, lambda tree: tree.body) for file in FILES}).prepare()
 

@@ -20,7 +20,7 @@ from dpo_kit.export.script import write_reproduction
 from dpo_kit.model.random_state import forked_random
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics, series
-from dpo_kit.run.report.picture import result_rows
+from dpo_kit.run.report.numbers import result_rows
 from tests.conftest import ROOT
 from tests.small import few_pairs, hash_model
 

@@ -16,6 +16,7 @@ from hydra._internal.utils import get_args_parser
 from rich.console import Console
 
 from dpo_kit import training
+from dpo_kit.cli.main import means_multirun
 from dpo_kit.config.compose import compose, compose_unchecked
 from dpo_kit.errors import ConfigError, SweepError
 from dpo_kit.run.directory import RunDirectory
@@ -23,7 +24,7 @@ from dpo_kit.run.files import write_json
 from dpo_kit.sweep.launch.devices import device_slots, visible_devices
 from dpo_kit.sweep.launch.launcher import Job, threads_per_job
 from dpo_kit.sweep.launch.live_table import Board, format_seconds, label_jobs
-from dpo_kit.sweep.launch.plan import means_multirun, plan_sweep, split_jobs
+from dpo_kit.sweep.launch.plan import plan_sweep, split_jobs
 from dpo_kit.sweep.launch.progress import Progress
 from dpo_kit.sweep.launch.record import JobRecord
 from tests.conftest import ROOT

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_kit.config.command_line import Values, parse, run_tool
 from dpo_kit.config.limits import missing_package
 from dpo_kit.errors import ConfigError, DpoKitError
+from dpo_kit.run.measures import kl_keys
 from dpo_kit.run.redact import redact_text
 from dpo_kit.run.tracking import STEP
 
@@ -36,12 +37,11 @@ ELSEWHERE = (
     "summary.md and frontier.png hold the same numbers"
 )
 ACCURACY, MARGIN, GOLD = "probe/accuracy", "probe/margin_nats", "gold/reward"
-KL_FORWARD, KL_REVERSE = "probe/kl_forward_rb_nats", "probe/kl_reverse_rb_nats"
-KL_FORWARD_K1 = "probe/kl_forward_k1_nats"  # what a run logs while it trains where the exact figure costs too much
+KL_REVERSE, _ = kl_keys("reverse")  # k1 stands beside rb only while a run trains
 CURVES: dict[str, tuple[str, ...]] = {
     "Preference margin (nats)": (MARGIN,),
     "Implicit reward (beta times log-ratio)": ("probe/reward_chosen", "probe/reward_rejected"),
-    "KL forward (nats per answer)": (KL_FORWARD, KL_FORWARD_K1),
+    "KL forward (nats per answer)": kl_keys("forward"),
     "Accuracy on held-out pairs": (ACCURACY,),
 }
 MOST_RUNS = 100  # a panel's own limit of 10 hides part of a sweep over methods or seeds
@@ -58,24 +58,23 @@ def print_address(arguments: Sequence[str]) -> None:
     Raises ConfigError, and DpoKitError where the server does not take it.
     """
     values = parse_words(arguments)
-    require_extra()
+    if fault := missing_package("a saved workspace", "wandb_workspaces"):
+        raise ConfigError(fault)
     require_key()
     try:
         address = save(values)
     except Exception as error:  # whatever wandb raises: a lost network, a project that is not there
-        raise DpoKitError(_describe(error)) from error
+        text = " ".join(str(error).split()) or "no message"
+        reason = redact_text(f"{type(error).__name__}: {text[:200]}")
+        raise DpoKitError(
+            f"the workspace was not saved ({reason}); are the network, project and entity right?"
+        ) from error
     sys.stdout.write(f"{address}\n")
 
 
 def parse_words(arguments: Sequence[str]) -> Values:
     """{key: value} of the command line. Raises ConfigError."""
     return parse(arguments, KEYS, needed="project", meaning="NAME, the wandb project of the runs (tracking.project)")
-
-
-def require_extra() -> None:
-    """ConfigError where wandb-workspaces is not installed."""
-    if fault := missing_package("a saved workspace", "wandb_workspaces"):
-        raise ConfigError(fault)
 
 
 def require_key() -> None:
@@ -104,19 +103,37 @@ def save(values: Mapping[str, str]) -> str:
 
 
 def build_workspace(project: str, entity: str, *, group: str | None = None, name: str | None = None) -> Workspace:
-    """The workspace, not saved: a section that compares runs, one with their curves, one for the embedded lab.
+    """The workspace, not saved: a section that compares runs (a point, line or bar for each), one with their curves
+    (for each beta the mean of its runs, and how far they lie apart), one for the embedded lab.
 
     It shows training runs only (a sweep's summary has no beta), those of `group` where one is given. ConfigError where
     wandb refuses `name`.
     """
+    import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
     from pydantic import ValidationError
 
+    by_beta = {"groupby": wr.Config("beta"), "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
+    compared = [
+        _scatter("KL against margin, by beta", MARGIN),
+        _coordinates("From beta to margin", ACCURACY, MARGIN),
+        wr.BarPlot(title="Accuracy by beta", metrics=[f"final/{ACCURACY}"], max_bars_to_show=MOST_RUNS, **by_beta),
+    ]
+    curves = [
+        wr.LinePlot(title=title, x=STEP, y=list(keys), max_runs_to_show=MOST_RUNS, **by_beta)
+        for title, keys in CURVES.items()
+    ]
+    # runs on real data have no gold reward, and an axis without values would hide them
+    gold = [
+        _scatter("KL against gold reward, by beta", GOLD),
+        _coordinates("From beta to gold reward", ACCURACY, MARGIN, GOLD),
+    ]
+    sections = {"Sweep": compared, "Curves": curves, "Embedded lab, where the truth is known": gold}
+    letters = re.sub(r"[^\w.-]+", " ", group or project).strip()  # wandb takes no = or + for a letter of a name
     shown = [ws.Metric("JobType") == "train", *([ws.Metric("Group") == group] if group else [])]
-    sections = {"Sweep": _comparisons(), "Curves": _curves(), "Embedded lab, where the truth is known": _gold()}
     try:
         return ws.Workspace(
-            name=name or _default_name(group or project),
+            name=name or f"beta in {letters}",
             entity=entity,
             project=project,
             sections=[ws.Section(name=title, panels=panels, is_open=True) for title, panels in sections.items()],
@@ -125,56 +142,6 @@ def build_workspace(project: str, entity: str, *, group: str | None = None, name
         )
     except ValidationError as error:
         raise ConfigError(f"name must be without emoji and signs such as = or +, got {name}") from error
-
-
-def _default_name(of: str) -> str:
-    """wandb takes no = or + for a letter of a name."""
-    letters = re.sub(r"[^\w.-]+", " ", of).strip()
-    return f"beta in {letters}"
-
-
-def _comparisons() -> list[Any]:
-    """One point, line or bar a run: what a beta buys, and what it costs."""
-    import wandb_workspaces.reports.v2 as wr
-
-    return [
-        _scatter("KL against margin, by beta", MARGIN),
-        _coordinates("From beta to margin", ACCURACY, MARGIN),
-        wr.BarPlot(
-            title="Accuracy by beta",
-            metrics=[f"final/{ACCURACY}"],
-            groupby=wr.Config("beta"),
-            groupby_aggfunc="mean",
-            groupby_rangefunc="minmax",
-            max_bars_to_show=MOST_RUNS,
-        ),
-    ]
-
-
-def _curves() -> list[Any]:
-    """Measurements over steps, a curve for each beta: the mean of its runs, and how far they lie apart."""
-    import wandb_workspaces.reports.v2 as wr
-
-    return [
-        wr.LinePlot(
-            title=title,
-            x=STEP,
-            y=list(keys),
-            groupby=wr.Config("beta"),
-            groupby_aggfunc="mean",
-            groupby_rangefunc="minmax",
-            max_runs_to_show=MOST_RUNS,
-        )
-        for title, keys in CURVES.items()
-    ]
-
-
-def _gold() -> list[Any]:
-    """Panels of their own: runs on real data have no gold reward, and an axis without values would hide them."""
-    return [
-        _scatter("KL against gold reward, by beta", GOLD),
-        _coordinates("From beta to gold reward", ACCURACY, MARGIN, GOLD),
-    ]
 
 
 def _scatter(title: str, key: str) -> Any:
@@ -192,12 +159,6 @@ def _coordinates(title: str, *keys: str) -> Any:
     settings = [column(metric=wr.Config("method.name"), display_name="method")]
     settings.append(column(metric=wr.Config("beta"), display_name="beta", log=True))
     return wr.ParallelCoordinatesPlot(title=title, columns=[*settings, *ends])
-
-
-def _describe(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    said = redact_text(f"{type(error).__name__}: {text[:200]}")
-    return f"the workspace was not saved ({said}); are the network, project and entity right?"
 
 
 if __name__ == "__main__":

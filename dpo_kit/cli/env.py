@@ -9,7 +9,7 @@ import re
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,21 @@ def report(arguments: Sequence[str]) -> None:
     values = parse(arguments, ("out",))
     if out := values.get("out"):
         refuse_no_file("out", out)
-    found = describe()
-    sys.stdout.write(to_markdown(found) + "\n")
+    facts = describe()
+    sys.stdout.write(to_markdown(facts) + "\n")
     if out:
-        write_json(Path(out), found)
+        write_json(Path(out), facts)
 
 
 def describe() -> dict[str, Any]:
     """Everything by name, plain JSON values; secrets hidden. What cannot be found out is left out, never raised."""
     packages, extras = describe_packages()
     cache = cache_folder("")
+    commit = None
+    if (PACKAGE.parent / ".git").exists():  # a checkout: with +changes where files differ
+        commit = _output(["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty=+changes", "--abbrev=12"])
     return {
-        "dpo_kit": {"version": _version("dpo-kit"), "commit": _commit()},
+        "dpo_kit": {"version": _version("dpo-kit"), "commit": commit},
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "system": platform.platform(),
         "processor": describe_processor(),
@@ -74,23 +77,19 @@ def describe_packages() -> tuple[dict[str, str], dict[str, bool]]:
     """{package: version} of all that dpo-kit names and that is installed, and whether each of its extras is whole."""
     from packaging.requirements import Requirement
 
-    found: dict[str, str] = {}
+    packages: dict[str, str] = {}
     extras: dict[str, bool] = {}
-    for text in _needs():
-        need = Requirement(text)
+    try:
+        needed = requires("dpo-kit") or []
+    except PackageNotFoundError:  # a checkout that is not installed
+        needed = []
+    for need in map(Requirement, needed):
         installed = _version(need.name)
         if installed:
-            found[need.name] = installed
+            packages[need.name] = installed
         for extra in re.findall(r"extra == ['\"]([\w-]+)['\"]", str(need.marker or "")):
             extras[extra] = extras.get(extra, True) and installed is not None
-    return found, extras
-
-
-def _needs() -> list[str]:
-    try:
-        return requires("dpo-kit") or []
-    except PackageNotFoundError:  # a checkout that is not installed
-        return []
+    return packages, extras
 
 
 def _version(name: str) -> str | None:
@@ -100,21 +99,12 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of a checkout, with +changes where files differ; None for an installed wheel."""
-    if not (PACKAGE.parent / ".git").exists():
-        return None
-    words = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
-    return _said(words)
-
-
-def _said(words: Sequence[str]) -> str | None:
+def _output(words: Sequence[str]) -> str | None:
     """The output of a program; None where it is not there, fails or hangs."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def describe_processor() -> dict[str, Any]:
@@ -123,13 +113,12 @@ def describe_processor() -> dict[str, Any]:
 
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
-    name = re.search(r"^model name\s*: (.*)$", text, re.M)
-    flags = set((re.search(r"^flags\s*: (.*)$", text, re.M) or ["", ""])[1].split())
+    name, flags = (re.search(rf"^{key}\s*: (.*)$", text, re.M) for key in ("model name", "flags"))
     memory = psutil.virtual_memory()
     return {
         "name": name[1] if name else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "features": [feature for feature in FEATURES if feature in flags],
+        "features": [feature for feature in FEATURES if flags and feature in flags[1].split()],
         "memory_gib": round(memory.total / GIB, 1),
         "free_gib": round(memory.available / GIB, 1),
     }
@@ -137,21 +126,20 @@ def describe_processor() -> dict[str, Any]:
 
 def describe_devices() -> dict[str, Any]:
     """What torch sees and what training would take; where torch cannot be imported, why."""
-    driver = _said(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
-    found: dict[str, Any] = {"nvidia_smi": driver.splitlines() if driver else []}
+    driver = _output(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
+    devices: dict[str, Any] = {"nvidia_smi": driver.splitlines() if driver else []}
     try:
         import torch
 
         from dpo_kit.model.hardware import WIDE, training_precision
 
-        count = torch.cuda.device_count()
-        return found | {
+        return devices | {
             "torch_cuda": torch.version.cuda,
-            "gpus": [torch.cuda.get_device_name(number) for number in range(count)],
+            "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
             "precision": training_precision(WIDE),
         }
     except Exception as error:  # a broken torch is a reason to ask for help
-        return found | {"torch": f"cannot be imported: {type(error).__name__}: {redact_text(str(error))}"}
+        return devices | {"torch": f"cannot be imported: {type(error).__name__}: {redact_text(str(error))}"}
 
 
 def describe_environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -173,34 +161,33 @@ def _size(folder: Path) -> int:
     for place, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(OSError):
-                found = Path(place, name).lstat()
-                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+                status = Path(place, name).lstat()
+                total += status.st_size if stat.S_ISREG(status.st_mode) else 0
     return total
 
 
-def to_markdown(found: Mapping[str, Any]) -> str:
+def to_markdown(facts: Mapping[str, Any]) -> str:
     """The block to paste."""
-    return "### Environment of dpo_kit\n\n" + table(("", ""), _rows(found), left=2)
-
-
-def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    own, processor, devices = found["dpo_kit"], found["processor"], found["devices"]
-    commit = f", commit {code(own['commit'])}" if own["commit"] else ""
-    yield "dpo_kit", (own["version"] or "not installed") + commit
-    yield "Python", inline(found["python"])
-    yield "system", inline(found["system"])
-    yield "processor", inline(f"{processor['name']}, {processor['cores']} cores, {' '.join(processor['features'])}")
-    yield "memory", f"{processor['memory_gib']} GiB, {processor['free_gib']} free"
-    yield "GPUs", inline("; ".join(devices["nvidia_smi"] or devices.get("gpus") or ["none"]))
+    ours, processor, devices = facts["dpo_kit"], facts["processor"], facts["devices"]
+    commit = f", commit {code(ours['commit'])}" if ours["commit"] else ""
     if "torch" in devices:
-        yield "torch", inline(devices["torch"])
+        torch = ("torch", inline(devices["torch"]))
     else:
-        yield "precision", f"{devices['precision']} (CUDA of torch: {devices['torch_cuda'] or 'none'})"
-    yield "packages", inline(", ".join(f"{name} {number}" for name, number in found["packages"].items()))
-    yield "extras", ", ".join(f"{name}{'' if whole else ' (not whole)'}" for name, whole in found["extras"].items())
-    yield "cache", f"{code(found['cache']['folder'])}, {found['cache']['gib']} GiB"
-    for name, value in found["environment"].items():
-        yield code(name), code(value) if value else "(empty)"
+        torch = ("precision", f"{devices['precision']} (CUDA of torch: {devices['torch_cuda'] or 'none'})")
+    rows = [
+        ("dpo_kit", (ours["version"] or "not installed") + commit),
+        ("Python", inline(facts["python"])),
+        ("system", inline(facts["system"])),
+        ("processor", inline(f"{processor['name']}, {processor['cores']} cores, {' '.join(processor['features'])}")),
+        ("memory", f"{processor['memory_gib']} GiB, {processor['free_gib']} free"),
+        ("GPUs", inline("; ".join(devices["nvidia_smi"] or devices.get("gpus") or ["none"]))),
+        torch,
+        ("packages", inline(", ".join(f"{name} {number}" for name, number in facts["packages"].items()))),
+        ("extras", ", ".join(f"{name}{'' if whole else ' (not whole)'}" for name, whole in facts["extras"].items())),
+        ("cache", f"{code(facts['cache']['folder'])}, {facts['cache']['gib']} GiB"),
+    ]
+    rows += [(code(name), code(value) if value else "(empty)") for name, value in facts["environment"].items()]
+    return "### Environment of dpo_kit\n\n" + table(("", ""), rows, left=2)
 
 
 if __name__ == "__main__":

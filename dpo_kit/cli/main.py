@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -28,13 +28,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_kit.config.command_line import guard
-from dpo_kit.config.compose import CONF, check, compose_unchecked, refuse_idle, register
-from dpo_kit.config.help import help_text
+from dpo_kit.config.compose import CONF, check, compose_unchecked, refuse_idle, register, without_hydra
 from dpo_kit.config.identity import refuse_other_run
 from dpo_kit.config.places import claim, refuse_unwritable
 from dpo_kit.config.settings import Endpoint, Settings
 from dpo_kit.errors import ConfigError, DataError, ModelError
-from dpo_kit.judge.server import refuse_silent
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.lock import refuse_held
@@ -42,9 +40,9 @@ from dpo_kit.run.processes import agree, is_writer, refuse_sweep, world_size
 from dpo_kit.run.quiet import quiet_imports
 from dpo_kit.run.redact import redact_text
 from dpo_kit.run.words import override, readable, refuse_dashes
-from dpo_kit.sweep.launch.plan import Plan, means_multirun, plan_sweep, without_hydra
 
 if TYPE_CHECKING:
+    from dpo_kit.sweep.launch.plan import Plan
     from dpo_kit.trainer.finish import Result
 
 TERMINATED = 143
@@ -107,32 +105,24 @@ def _terminate(number: int, frame: object) -> None:
 
 def _work(args: argparse.Namespace) -> None:
     if args.help:
+        from dpo_kit.config.help import help_text
+
         sys.stdout.write(help_text(args.config_dir))
-        return
-    if args.shell_completion:
-        _complete()
-        return
-    if args.hydra_help or args.info:
+    elif args.shell_completion:
+        if not set(os.environ.get("COMP_LINE", "").split()[1:2]) & set(TOOLS):  # Hydra knows nothing of a tool's words
+            with contextlib.suppress(HydraException):  # silent in a word that it cannot read
+                run()
+    elif args.hydra_help or args.info:
         run()
-        return
-    start = refuse_early(args)
-    if isinstance(start, Settings):
+    elif isinstance(start := refuse_early(args), Settings):
         quiet_imports()
         from dpo_kit.cli.plan import dry_run
 
         dry_run(start)
-    elif isinstance(start, Plan):
-        _sweep(start)
-    else:
+    elif start is None or isinstance(start, Path):
         _single(start)
-
-
-def _complete() -> None:
-    """Hydra's completion, silent where it has nothing to offer: after a tool's name, in a word it cannot read."""
-    if set(os.environ.get("COMP_LINE", "").split()[1:2]) & set(TOOLS):
-        return
-    with contextlib.suppress(HydraException):
-        run()
+    else:
+        _sweep(start)
 
 
 def _single(directory: Path | None) -> None:
@@ -149,7 +139,7 @@ def _single(directory: Path | None) -> None:
 
 
 def _sweep(plan: Plan) -> None:
-    """The sweep `plan` with what it ends with, whether all its jobs ended well or not."""
+    """Run the sweep `plan`; its summary is written whether all jobs ended well or not."""
     try:
         run()
     except Exception as error:  # a cluster's launchers raise the error of the first job that failed
@@ -163,6 +153,14 @@ def _conclude(plan: Plan) -> None:
     from dpo_kit.sweep.conclude import conclude
 
     conclude(plan.directory, plan.tracking, measure=plan.local)
+
+
+def means_multirun(args: argparse.Namespace) -> bool:
+    """Whether `beta-sweep=<option>` asks for a sweep without -m: Hydra 1.4 lets no option say so itself."""
+    asks_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    chosen = [word.split("=", 1)[1] for word in args.overrides if word.lstrip("+").startswith("beta-sweep=")]
+    decided = args.multirun or args.run or any(word.startswith("hydra.mode=") for word in args.overrides)
+    return bool(chosen) and chosen[-1] not in ("none", "null", "") and not (asks_only or decided)
 
 
 def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
@@ -181,9 +179,13 @@ def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
         refuse_idle(settings, args.overrides)
         refuse_unusable(settings)
         if isinstance(settings.judge, Endpoint):
+            from dpo_kit.judge.server import refuse_silent
+
             refuse_silent("judge", settings.judge)
         return settings if settings.dry_run else take_directory(args, cfg, settings)
     refuse_sweep(args.overrides)
+    from dpo_kit.sweep.launch.plan import plan_sweep
+
     plan = plan_sweep(args.overrides, search, args.config_name or "config")
     if plan.jobs and plan.jobs[0].settings.dry_run:
         lines = [f"{len(plan.jobs)} jobs, into {plan.directory}:", *(f"  {job.subdir}" for job in plan.jobs)]
@@ -221,45 +223,43 @@ def task(cfg: DictConfig) -> float | None:
 
     Outside a sweep an error is held back, as Hydra would print a line of its own above ours.
     """
+    hydra_config = HydraConfig.get()
     try:
-        return _task(cfg)
+        if not hydra_config.job.chdir:
+            os.chdir(hydra_config.runtime.cwd)  # a Ray worker starts where its cluster was: paths may be relative
+        directory = hydra_config.runtime.output_dir
+        log.info("method=%s beta=%g seed=%d → %s", cfg.method.name, cfg.beta, cfg.seed, directory)
+        with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
+            from dpo_kit import train
+
+        result = train(cfg, directory)
+        if is_writer():
+            show(result)
+        return result.final.get("probe/accuracy")
     except Exception as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if hydra_config.mode == RunMode.MULTIRUN:
             raise
         held.append(error)
         return None
-
-
-def _task(cfg: DictConfig) -> float | None:
-    hydra_config = HydraConfig.get()
-    directory = hydra_config.runtime.output_dir
-    if not hydra_config.job.chdir:
-        os.chdir(hydra_config.runtime.cwd)  # a Ray worker starts where its cluster was started: paths may be relative
-    log.info("method=%s beta=%g seed=%d → %s", cfg.method.name, cfg.beta, cfg.seed, directory)
-    with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
-        from dpo_kit import train
-
-    result = train(cfg, directory)
-    if is_writer():
-        show(result)
-    return result.final.get("probe/accuracy")
 
 
 run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
 
 
 def show(result: Result) -> None:
-    """The short table at the end, what was noticed, and the next command to type."""
+    """The short table at the end, who compared how many fresh answers, what was noticed, the next command to type."""
     from rich.console import Console
     from rich.markup import escape
 
-    from dpo_kit.run.report.picture import result_table
+    from dpo_kit.run.report.numbers import result_table
     from dpo_kit.run.report.published import sentences
 
     console = Console()
     console.print(result_table(dataclasses.asdict(result)))
-    if result.judge:
-        console.print(_describe_judge(result.judge), highlight=False, markup=False, soft_wrap=True)
+    if judge := result.judge:
+        coins = ", ".join(f"{count:,} {why}" for why, count in judge["coins"].items() if count)
+        compared = f"{judge['comparisons']:,} times two fresh answers, compared by {judge['name']}"
+        console.print(f"{compared}; decided by coin: {coins or 'none'}", highlight=False, markup=False, soft_wrap=True)
     for line in sentences(result.published) if result.published else ():
         console.print(line, highlight=False, markup=False)
     for finding in result.findings:
@@ -267,13 +267,6 @@ def show(result: Result) -> None:
         console.print(f"{finding['meaning']} {finding['remedy']}\n", highlight=False, markup=False)
     console.print(f"run directory: {result.run_dir}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"next: {result.next}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _describe_judge(judge: dict[str, Any]) -> str:
-    """Who compared how many fresh answers, and how often a coin had to."""
-    coins = ", ".join(f"{count:,} {why}" for why, count in judge["coins"].items() if count)
-    said = f"{judge['comparisons']:,} times two fresh answers, compared by {judge['name']}"
-    return f"{said}; decided by coin: {coins or 'none'}"
 
 
 register()

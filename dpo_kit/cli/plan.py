@@ -6,7 +6,6 @@ compares.
 
 from __future__ import annotations
 
-import itertools
 import sys
 import tempfile
 import threading
@@ -46,6 +45,12 @@ SHOWN = 5  # places of dropped rows, of each reason
 LAUNCH = "accelerate launch --config_file examples/accelerate"
 
 
+THREE_STEPS = (
+    "trl.max_steps=3", "trl.save_strategy=no", "trl.save_steps=null", "trl.eval_strategy=no", "trl.eval_steps=null",
+    "trl.logging_strategy=steps", "trl.logging_steps=1", "tracking=none", "resume=never",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Plan:
     """`memory`: bytes by what they are for; `peak`: of one process; `disk`: of checkpoints and model."""
@@ -67,18 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan(arguments: Sequence[str]) -> None:
     """Plan the run that `arguments` describe, and print it. Raises ConfigError, DataError, ModelError."""
-    own, overrides = split_words(arguments)
-    if "out" in own:
-        refuse_no_file("out", own["out"])
+    options, overrides = split_words(arguments)
+    if "out" in options:
+        refuse_no_file("out", options["out"])
     settings = check(compose_unchecked(overrides))
     refuse_idle(settings, overrides)
     refuse_unusable(settings)
     quiet_imports()
-    found = plan_run(settings)
-    measured = measure_first_steps(overrides) if own.get("first_step") == "true" else {}
-    show(found, settings, measured)
-    if "out" in own:
-        write_json(Path(own["out"]), vars(found) | {"measured": measured})
+    planned = plan_run(settings)
+    measured = measure_first_steps(overrides) if options.get("first_step") == "true" else {}
+    show(planned, settings, measured)
+    if "out" in options:
+        write_json(Path(options["out"]), vars(planned) | {"measured": measured})
 
 
 def split_words(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -87,24 +92,31 @@ def split_words(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if "=" not in word:
             raise ConfigError(f"arguments are key=value, got {word}; did you mean model=local model.path={word}?")
     words = [(word, *word.split("=", 1)) for word in arguments]
-    own = {key: value for _, key, value in words if key in OWN}
-    if own.get("first_step", "false") not in ("true", "false"):
-        raise ConfigError(f"first_step must be true or false, got {own['first_step']}")
-    return own, [word for word, key, _ in words if key not in OWN]
+    options = {key: value for _, key, value in words if key in OWN}
+    if options.get("first_step", "false") not in ("true", "false"):
+        raise ConfigError(f"first_step must be true or false, got {options['first_step']}")
+    return options, [word for word, key, _ in words if key not in OWN]
 
 
 def plan_run(settings: Settings) -> Plan:
     """The plan of one run; its rows are read and checked, nothing is written."""
+    return plan_on(settings, _read_rows(settings)[1])
+
+
+def _read_rows(settings: Settings) -> tuple[Any, Prepared]:
+    """The run's tokenizer, and its rows as training reads them."""
     from dpo_kit.model.load import load_tokenizer
     from dpo_kit.run.quiet import quiet_libraries
     from dpo_kit.trainer.rows import read_data
 
     quiet_libraries()
-    return plan_on(settings, read_data(settings, load_tokenizer(settings.model)))
+    tokenizer = load_tokenizer(settings.model)
+    return tokenizer, read_data(settings, tokenizer)
 
 
 def plan_on(settings: Settings, data: Prepared) -> Plan:
     """The plan of a run on `data`."""
+    from dpo_kit.data.fresh import with_answer_lengths
     from dpo_kit.model.load import read_config
     from dpo_kit.trainer.arguments import count_steps, effective_batch
     from dpo_kit.trainer.build import choose_arguments, needs_reference
@@ -115,15 +127,12 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
     args = choose_arguments(settings, data.train, Path(tempfile.gettempdir()) / "dpo_kit-plan", width)
     trl = args.to_dict()
     model = build_weightless(settings, args)
-    memory = estimate(
-        model,
-        settings,
-        args,
-        data.train,
-        loads_reference=needs_reference(settings, args),
-        shares=settings.speed.share_prefix is not False,
-    )
+    needs, shares = needs_reference(settings, args), settings.speed.share_prefix is not False
+    memory = estimate(model, settings, args, data.train, loads_reference=needs, shares=shares)
     steps, batch = count_steps(trl, len(data.train)), effective_batch(trl)
+    # of a row: prompt and answers, each once; answers that are drawn as long as they may be
+    rows = (row["tokens"] for row in with_answer_lengths(data.train, trl.get("max_new_tokens")))
+    tokens = sum(count for row in rows for name, count in row.items() if name != "cut") / len(data.train)
     kept = (args.save_total_limit or 1) + 1 if args.save_strategy != "no" else 0
     return Plan(
         memory=dict(vars(memory)),
@@ -131,23 +140,10 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
         steps=steps,
         batch=batch,
         epochs=steps * batch / len(data.train),
-        tokens=int(steps * batch * _mean_tokens(data, trl.get("max_new_tokens"))),
+        tokens=int(steps * batch * tokens),
         disk=memory.gradients * (1 + kept * (1 + OPTIMIZER_VALUES)),
         parameters=sum(p.numel() for p in model.parameters()),
     )
-
-
-def _mean_tokens(data: Prepared, max_new_tokens: int | None) -> float:
-    """Of a row: prompt and answers, each once; answers that are drawn as long as they may be."""
-    from dpo_kit.data.fresh import with_answer_lengths
-
-    lengths = [
-        value
-        for row in with_answer_lengths(data.train, max_new_tokens)
-        for name, value in row["tokens"].items()
-        if name != "cut"
-    ]
-    return sum(lengths) / len(data.train)
 
 
 # --- first steps -------------------------------------------------------------------------------------------------
@@ -187,22 +183,22 @@ class PeakMemory:
 
 def anonymous_memory() -> int:
     """Bytes of this process that no file backs."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("first_step=true needs a system that says how much memory a process takes (Linux): leave it out")
+    import psutil
+
+    if not psutil.LINUX:
+        raise ConfigError(
+            "first_step=true needs a system that says how much memory a process takes (Linux): leave it out"
+        )
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
 
 
 def mapped_weights() -> int:
     """Bytes of safetensors files that lie in this process's memory unchanged."""
-    size, weights = {"Rss": 0, "Anonymous": 0}, False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        key, _, rest = line.partition(":")
-        if " " in key:  # the head of a mapping: addresses, rights, file
-            weights = line.endswith(".safetensors")
-        elif weights and key in size:
-            size[key] += int(rest.split()[0]) * 1024
-    return size["Rss"] - size["Anonymous"]
+    import psutil
+
+    maps = psutil.Process().memory_maps()
+    return sum(part.rss - part.anonymous for part in maps if part.path.endswith(".safetensors"))
 
 
 def measure_first_steps(overrides: Sequence[str]) -> dict[str, float]:
@@ -211,19 +207,8 @@ def measure_first_steps(overrides: Sequence[str]) -> dict[str, float]:
     from dpo_kit.run.history import read_metrics
     from dpo_kit.training import train
 
-    short = [
-        "trl.max_steps=3",
-        "trl.save_strategy=no",
-        "trl.save_steps=null",
-        "trl.eval_strategy=no",
-        "trl.eval_steps=null",
-        "trl.logging_strategy=steps",
-        "trl.logging_steps=1",
-        "tracking=none",
-        "resume=never",
-    ]
-    keys = tuple(word.split("=")[0] + "=" for word in short)
-    cfg = compose([*(word for word in overrides if not word.startswith(keys)), *short])
+    keys = tuple(word.split("=")[0] + "=" for word in THREE_STEPS)
+    cfg = compose([*(word for word in overrides if not word.startswith(keys)), *THREE_STEPS])
     with tempfile.TemporaryDirectory() as folder:
         with PeakMemory() as peak:
             train(cfg, Path(folder) / "run")
@@ -248,7 +233,7 @@ LABELS = {
 }
 
 
-def show(found: Plan, settings: Settings, measured: dict[str, float]) -> None:
+def show(planned: Plan, settings: Settings, measured: dict[str, float]) -> None:
     """The tables, and the command to start the run with."""
     from rich.console import Console
     from rich.table import Table
@@ -258,25 +243,25 @@ def show(found: Plan, settings: Settings, measured: dict[str, float]) -> None:
     table.add_column("memory of one process")
     table.add_column("GB", justify="right")
     for name, label in LABELS.items():
-        table.add_row(label, f"{found.memory[name] / 1e9:.2f}")
+        table.add_row(label, f"{planned.memory[name] / 1e9:.2f}")
     table.add_section()
-    table.add_row("peak (not all at the same time)", f"{found.peak / 1e9:.2f}")
+    table.add_row("peak (not all at the same time)", f"{planned.peak / 1e9:.2f}")
     if measured:
         table.add_row("measured in three steps", f"{measured['peak'] / 1e9:.2f}")
     console.print(table)
     speed = f", {measured['seconds_per_step']:.2f} s a step" if measured else ""
     console.print(
-        f"{found.steps} steps of {found.batch} rows, {found.epochs:.2f} epochs, {found.tokens / 1e6:.2f}M tokens{speed}"
-        f"; {found.disk / 1e9:.2f} GB of disk for checkpoints and model",
+        f"{planned.steps} steps of {planned.batch} rows, {planned.epochs:.2f} epochs, "
+        f"{planned.tokens / 1e6:.2f}M tokens{speed}; {planned.disk / 1e9:.2f} GB of disk for checkpoints and model",
         highlight=False,
         soft_wrap=True,
     )
-    console.print(advise(found, settings), highlight=False, soft_wrap=True)
+    console.print(advise(planned, settings), highlight=False, soft_wrap=True)
 
 
-def advise(found: Plan, settings: Settings) -> str:
+def advise(planned: Plan, settings: Settings) -> str:
     """How to start the run: on one device where its memory suffices, else sharded over several, else cheaper."""
-    fitting = find_devices(found, settings)
+    fitting = find_devices(planned, settings)
     if fitting is None:
         return (
             "fits no usual device: take trl.gradient_checkpointing=true, a smaller trl.per_device_train_batch_size "
@@ -288,16 +273,16 @@ def advise(found: Plan, settings: Settings) -> str:
     return f"fits {devices} devices of {card} GB, sharded: {LAUNCH}/fsdp2.yaml --num_processes {devices} -m dpo_kit …"
 
 
-def find_devices(found: Plan, settings: Settings) -> tuple[int, int] | None:
+def find_devices(planned: Plan, settings: Settings) -> tuple[int, int] | None:
     """The least that the run fits: one device of the smallest card, or so many of `LARGE` GB that share what can be
     shared (a 4-bit base cannot); (devices, GB of each), None where nothing will do.
     """
-    split = sum(found.memory[name] for name in ("parameters", "reference", "optimizer", "gradients"))
-    rest = max(0, found.peak - split)
-    alone = ((1, card) for card in CARDS if found.peak <= USABLE * card * 1e9)
-    shards = (2, 4, 8, 16, 32) if settings.model.tuning != "qlora" else ()
-    sharded = ((devices, LARGE) for devices in shards if split / devices + rest <= USABLE * LARGE * 1e9)
-    return next(itertools.chain(alone, sharded), None)
+    split = sum(planned.memory[name] for name in ("parameters", "reference", "optimizer", "gradients"))
+    rest = max(0, planned.peak - split)
+    fitting = [(1, card) for card in CARDS if planned.peak <= USABLE * card * 1e9]
+    if settings.model.tuning != "qlora":
+        fitting += [(n, LARGE) for n in (2, 4, 8, 16, 32) if split / n + rest <= USABLE * LARGE * 1e9]
+    return fitting[0] if fitting else None
 
 
 # --- a dry run ---------------------------------------------------------------------------------------------------
@@ -307,13 +292,7 @@ def dry_run(settings: Settings) -> None:
     """Compose, check, tokenise, show which rows would be dropped, one row as it is trained on, and the plan; write
     nothing. Raises as training.
     """
-    from dpo_kit.model.load import load_tokenizer
-    from dpo_kit.run.quiet import quiet_libraries
-    from dpo_kit.trainer.rows import read_data
-
-    quiet_libraries()
-    tokenizer = load_tokenizer(settings.model)
-    data = read_data(settings, tokenizer)
+    tokenizer, data = _read_rows(settings)
     sys.stdout.write("".join(f"{path} is read as {form}\n" for path, form in data.report["forms"].items()))
     sys.stdout.write(show_dropped(data))
     sys.stdout.write(show_row(data.train[0], tokenizer, settings.trl) + "\n\n")
@@ -327,8 +306,8 @@ def show_dropped(data: Prepared) -> str:
     for fault in data.dropped:
         places.setdefault(fault.reason, []).append(fault.place)
     lines = [
-        f"  {len(found):,} ({reason}): {', '.join(found[:SHOWN])}{', …' if len(found) > SHOWN else ''}"
-        for reason, found in places.items()
+        f"  {len(dropped):,} ({reason}): {', '.join(dropped[:SHOWN])}{', …' if len(dropped) > SHOWN else ''}"
+        for reason, dropped in places.items()
     ]
     rows = data.report["rows"]
     counts = f"{rows['train']:,} to train on, {rows['select']:,} and {rows['test']:,} held out"
@@ -349,10 +328,9 @@ def show_row(row: dict[str, Any], tokenizer: Any, trl: dict[str, Any]) -> str:
     for name, answer in zip(names, answers, strict=True):
         read, scored = truncate_both(prompt, answer, trl["max_length"], mode)
         cut = len(prompt) + len(answer) - len(read) - len(scored)
-        said = f"{len(read)} + {len(scored)} tokens" + (
-            f", {cut} cut by trl.max_length={trl['max_length']}" if cut else ""
-        )
-        lines.append(f"{name} ({said}):\n{tokenizer.decode(read)}▶{tokenizer.decode(scored)}")
+        counts = f"{len(read)} + {len(scored)} tokens"
+        counts += f", {cut} cut by trl.max_length={trl['max_length']}" if cut else ""
+        lines.append(f"{name} ({counts}):\n{tokenizer.decode(read)}▶{tokenizer.decode(scored)}")
     return "\n".join(lines)
 
 

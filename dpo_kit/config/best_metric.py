@@ -7,6 +7,7 @@ run, or waits in silence, where it is not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from dpo_kit.config.settings import Callbacks, Settings
 from dpo_kit.errors import did_you_mean
@@ -46,7 +47,7 @@ def selection_faults(settings: Settings) -> Iterator[str]:
             f"trl.metric_for_best_model={metric} is missing where an evaluation batch of method={settings.method.name} "
             "has one class only: take probe/accuracy, or probe/auc where the held-out rows are unary"
         )
-    yield from _cadence_faults(settings)
+    yield from _cadence_faults(trl)
 
 
 def needs_trl_evaluation(settings: Settings) -> bool:
@@ -58,10 +59,11 @@ def needs_trl_evaluation(settings: Settings) -> bool:
         return False
     if wanted.eval_loss != "auto":
         return wanted.eval_loss
+    if not (wanted.preference_margin or wanted.implicit_reward or wanted.metrics or wanted.kl_drift):
+        return True
     chooses = trl["load_best_model_at_end"] or trl["lr_scheduler_type"] in SCHEDULES_BY_METRIC
     metric = str(trl["metric_for_best_model"] or ("loss" if chooses else "")).removeprefix("eval_")
-    probes = wanted.preference_margin or wanted.implicit_reward or wanted.metrics or wanted.kl_drift
-    return (bool(metric) and not metric.startswith(OURS)) or not probes
+    return bool(metric) and not metric.startswith(OURS)
 
 
 def _probe_faults(metric: str, settings: Settings) -> Iterator[str]:
@@ -96,15 +98,15 @@ def measured_keys(callbacks: Callbacks, *, rewards: bool) -> list[str]:
     return [*probed, *(f"custom/{name}" for name in callbacks.metrics)]
 
 
-def kind_fault(metric: str | None, kind: str, own: Iterable[str] = ()) -> str | None:
-    """Why held-out rows of this kind do not have the measure `metric`, or the user's `own` ones; None where they do."""
+def kind_fault(metric: str | None, kind: str, metrics: Iterable[str] = ()) -> str | None:
+    """Why rows of this kind lack the measure `metric`, or are none for the user's own `metrics`; None otherwise."""
     name = str(metric or "").removeprefix("eval_")
     key = name.removeprefix("probe/")
     if kind == "unary" and key in PAIRS + REWARDS:
         return f"trl.metric_for_best_model={metric} needs held-out pairs, and these rows are unary: take probe/auc"
     if kind == "prompts" and (name.startswith("custom/") or key in (*PAIRS, *UNARY, *REWARDS, *SIDES, *SIDE_REWARDS)):
         return f"trl.metric_for_best_model={metric} needs held-out pairs, and these rows are prompts alone"
-    if kind == "prompts" and (names := ", ".join(own)):
+    if kind == "prompts" and (names := ", ".join(metrics)):
         return (
             f"callbacks.metrics ({names}) measures held-out answers, and these rows are prompts alone: take "
             "callbacks.sample_metrics, which measures the policy's own answers, or held-out pairs (data.eval)"
@@ -121,8 +123,7 @@ def greater_is_better(metric: str | None) -> bool | None:
     return False if str(metric or "").removeprefix("eval_").removeprefix("probe/") in LOWER_IS_BETTER else None
 
 
-def _cadence_faults(settings: Settings) -> Iterator[str]:
-    trl = settings.trl
+def _cadence_faults(trl: dict[str, Any]) -> Iterator[str]:
     if trl["save_strategy"] == "best":
         if not trl["metric_for_best_model"]:
             yield "trl.save_strategy=best needs a measure to judge by: add trl.metric_for_best_model=probe/accuracy"

@@ -43,8 +43,14 @@ def find_files(path: str, split: str) -> list[Path] | None:
 
 
 def near_miss(path: str) -> str:
-    folder = Path(path).expanduser().parent
-    return did_you_mean(Path(path).name, [entry.name for entry in folder.iterdir()] if folder.is_dir() else [], count=2)
+    """What beside `path`, or beside its nearest folder that is there, has a similar name."""
+    place = Path(path).expanduser()
+    while not place.parent.is_dir() and place != place.parent:
+        place = place.parent
+    try:
+        return did_you_mean(place.name, (entry.name for entry in place.parent.iterdir()), count=2)
+    except OSError:
+        return ""
 
 
 def ending(path: Path) -> str | None:
@@ -91,19 +97,17 @@ def _data_files(folder: Path) -> Iterable[Path]:
     for file in folder.rglob("*"):
         if any(part.startswith(".") for part in file.relative_to(folder).parts) or not file.is_file():
             continue
-        if ending(file) and file.name not in ABOUT and (not _is_saved(file.parent) or file.name in _saved(file.parent)):
-            yield file
-
-
-def _is_saved(folder: Path) -> bool:
-    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-
-
-def _saved(folder: Path) -> list[str]:
-    try:
-        return [file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'state.json'} is not as save_to_disk writes it: save the data set again") from error
+        if not ending(file) or file.name in ABOUT:
+            continue
+        state = file.with_name("state.json")
+        if state.is_file() and file.with_name("dataset_info.json").is_file():
+            try:
+                saved = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{state} is not as save_to_disk writes it: save the data set again") from error
+            if file.name not in saved:
+                continue
+        yield file
 
 
 def _split_of(path: Path) -> str | None:

@@ -24,8 +24,17 @@ SAMPLE_METRIC = ("prompts", "answers")
 
 def own_faults(callbacks: Callbacks) -> Iterator[str]:
     """Why what `callbacks` names could not be called, key by key."""
-    yield from _metric_faults("callbacks.metrics", callbacks.metrics, PROBE_METRIC)
-    yield from _metric_faults("callbacks.sample_metrics", callbacks.sample_metrics, SAMPLE_METRIC)
+    for key, paths, names in (
+        ("callbacks.metrics", callbacks.metrics, PROBE_METRIC),
+        ("callbacks.sample_metrics", callbacks.sample_metrics, SAMPLE_METRIC),
+    ):
+        for name, path in paths.items():
+            try:
+                inspect.signature(find(path, f"{key}.{name}")).bind(*names)
+            except ConfigError as error:
+                yield str(error)
+            except (TypeError, ValueError):
+                yield f"{key}.{name}={path} must be a function of {names[0]} and {names[1]}"
     for name in sorted(callbacks.metrics.keys() & callbacks.sample_metrics.keys()):
         yield f"callbacks.sample_metrics.{name} and callbacks.metrics.{name} would share one key: rename one"
     if callbacks.sample_metrics and not callbacks.kl_drift:
@@ -34,33 +43,22 @@ def own_faults(callbacks: Callbacks) -> Iterator[str]:
         yield from _callback_faults(f"callbacks.extra[{index}]", given)
 
 
-def _metric_faults(key: str, paths: Mapping[str, str], names: tuple[str, ...]) -> Iterator[str]:
-    for name, path in paths.items():
-        try:
-            function = find(path, f"{key}.{name}")
-            inspect.signature(function).bind(*names)
-        except ConfigError as error:
-            yield str(error)
-        except (TypeError, ValueError):
-            yield f"{key}.{name}={path} must be a function of {names[0]} and {names[1]}"
-
-
 def _callback_faults(key: str, given: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(path := given.get("_target_"), str):
         yield f"{key} needs _target_, the class to make: {{_target_: my_module.MyCallback}}, got {dict(given)}"
         return
     try:
-        found = find(path, f"{key}._target_")
+        callback = find(path, f"{key}._target_")
         from transformers import TrainerCallback
 
-        if not (isinstance(found, type) and issubclass(found, TrainerCallback)):
+        if not (isinstance(callback, type) and issubclass(callback, TrainerCallback)):
             yield f"{key}._target_={path} must be a subclass of transformers.TrainerCallback"
             return
-        inspect.signature(found).bind(**{name: value for name, value in given.items() if name != "_target_"})
+        inspect.signature(callback).bind(**{name: value for name, value in given.items() if name != "_target_"})
     except ConfigError as error:
         yield str(error)
     except TypeError as error:
-        yield f"{key}: {path}{inspect.signature(found)} does not fit: {error}"
+        yield f"{key}: {path}{inspect.signature(callback)} does not fit: {error}"
 
 
 def find(path: str, key: str) -> Any:
@@ -72,18 +70,20 @@ def find(path: str, key: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        meant = did_you_mean(str(error.name), (module.name for module in pkgutil.iter_modules()))
-        raise ConfigError(
-            f"{key}={path}: there is no module {error.name} in the folder of the command or in PYTHONPATH{meant}"
-        ) from error
+        raise ConfigError(no_module(f"{key}={path}", str(error.name))) from error
     except Exception as error:
-        raise ConfigError(
-            f"{key}={path}: {module_name} cannot be imported ({type(error).__name__}: {error})"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{key}={path}: {module_name} cannot be imported ({reason})") from error
     if not callable(getattr(module, name, None)):
-        meant = did_you_mean(name, (each for each, value in vars(module).items() if callable(value)))
+        meant = did_you_mean(name, (name for name, value in vars(module).items() if callable(value)))
         raise ConfigError(f"{key}={path}: {module_name} has no function or class {name}{meant}")
     return getattr(module, name)
+
+
+def no_module(typed: str, missing: str) -> str:
+    """What is said of a module that `typed` names and that is not there."""
+    meant = did_you_mean(missing, (module.name for module in pkgutil.iter_modules()))
+    return f"{typed}: there is no module {missing} in the folder of the command or in PYTHONPATH{meant}"
 
 
 def call_metrics(paths: Mapping[str, str], *given: Any) -> dict[str, float]:

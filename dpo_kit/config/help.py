@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from dpo_kit.config.compose import CONF, REPORTERS
 
@@ -36,72 +37,50 @@ published runs (experiment=NAME; what the source says and what it reached is in 
 {experiments}
 """
 GROUPS = ("method", "model", "data", "beta-sweep", "judge", "callbacks", "tracking", "experiment", "hydra/launcher")
-PULL = {
-    "closer": "Higher stays closer to the reference.",
-    "stronger": "Higher pulls harder at the preferences.",
-}
+PULL = {"closer": "Higher stays closer to the reference.", "stronger": "Higher pulls harder at the preferences."}
 
 
 def help_text(config_dir: str | None = None) -> str:
     """Usage, groups with their options (those of `config_dir` too), and what beta means in each method."""
-    roots = [CONF, *([Path(config_dir)] if config_dir else [])]
+    roots = (CONF, *([Path(config_dir)] if config_dir else []))
     groups = [_entry(group, ", ".join(_options(group, roots)), 17) for group in GROUPS]
-    betas = [_beta_entry(name, tuple(roots)) for name in _options("method", roots)]
-    found = {name: _load("experiment", name, tuple(roots)) for name in _options("experiment", roots)}
-    runs = [_entry(name, said["experiment"]["title"], 28) for name, said in found.items() if "experiment" in said]
+    betas, runs = [], []
+    for name in _options("method", roots):
+        method = _load("method", name, roots)
+        beta, grid = method["method"]["beta"], ", ".join(f"{value:g}" for value in method["method"]["beta"]["grid"])
+        text = f"{method['beta']:g}; {grid}. {beta['meaning']}. {PULL[beta['higher']]}"
+        betas.append(_entry(name, text, 13))
+    for name in _options("experiment", roots):
+        if published := _load("experiment", name, roots).get("experiment"):
+            runs.append(_entry(name, published["title"], 28))
     return USAGE.format(groups="\n".join(groups), betas="\n".join(betas), experiments="\n".join(runs))
 
 
 def keys_of(group: str, *options: str) -> str:
     """The keys of some options of a group with their defaults and comments, as their files have them."""
-    files = ((option, CONF / group / f"{option}.yaml") for option in options)
-    titles = {
-        option: f"{group}.…" if option == "default" else f"{group}={option}, with {group}.…" for option in options
-    }
-    parts = (f"{titles[option]}:\n{textwrap.indent(file.read_text(encoding='utf-8'), '  ')}" for option, file in files)
+    parts = []
+    for option in options:
+        text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
+        title = f"{group}.…" if option == "default" else f"{group}={option}, with {group}.…"
+        parts.append(f"{title}:\n{textwrap.indent(text, '  ')}")
     return "\n" + "\n".join(parts)
 
 
 def _entry(name: str, text: str, column: int) -> str:
-    width = min(100, shutil.get_terminal_size().columns)
-    return textwrap.fill(
-        text,
-        width,
-        initial_indent=f"  {name:<{column - 2}}",
-        subsequent_indent=" " * column,
-        break_on_hyphens=False,
-    )
+    width, start = min(100, shutil.get_terminal_size().columns), f"  {name:<{column - 2}}"
+    return textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * column, break_on_hyphens=False)
 
 
-def _options(group: str, roots: list[Path]) -> list[str]:
+def _options(group: str, roots: tuple[Path, ...]) -> list[str]:
     added = {"tracking": REPORTERS, "hydra/launcher": ("processes",)}.get(group, ())
     return sorted({*(file.stem for root in roots for file in (root / group).glob("*.yaml")), *added})
 
 
-def _beta_entry(name: str, roots: tuple[Path, ...]) -> str:
-    method = _load("method", name, roots)
-    beta, default = method["method"]["beta"], method["beta"]
-    grid = ", ".join(f"{value:g}" for value in beta["grid"])
-    return _entry(name, f"{default:g}; {grid}. {beta['meaning']}. {PULL[beta['higher']]}", 13)
-
-
 @cache
-def _load(group: str, name: str, roots: tuple[Path, ...]) -> dict[str, Any]:
+def _load(group: str, name: str, roots: tuple[Path, ...]) -> Any:
     """A file of a group with what it inherits from others of that group."""
     file = next(path for root in roots if (path := root / group / f"{name}.yaml").exists())
-    own = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    named = (entry for entry in own.get("defaults", []) if isinstance(entry, str))
-    parents = [entry for entry in named if not entry.startswith(("/", "_"))]
-    merged: dict[str, Any] = {}
-    for part in (*(_load(group, parent, roots) for parent in parents), own):
-        merged = _merge(merged, part)
-    return merged
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merge(under[key], value) for key, value in over.items() if _nested(under.get(key), value)}
-    return under | over | both
-
-
-def _nested(one: Any, other: Any) -> bool:
-    return isinstance(one, dict) and isinstance(other, dict)
+    content = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    named = (entry for entry in content.get("defaults", []) if isinstance(entry, str))
+    parents = [_load(group, entry, roots) for entry in named if not entry.startswith(("/", "_"))]
+    return OmegaConf.to_container(OmegaConf.merge(*parents, content))

@@ -16,16 +16,9 @@ from dpo_kit.run.redact import redact
 
 def comparable(settings: Settings) -> dict[str, Any]:
     """The resolved config without what may differ between two starts of one run."""
-    reported = {"benchmark": True, "reference_margin": True}  # they change the data report, not the run
-    judge = True if settings.judge is None else set(COST_ONLY)  # what it may cost can be raised when it is reached
-    left_out: Any = {
-        "judge": judge,
-        "resume": True,
-        "dry_run": True,
-        "tracking": True,
-        "choose": True,
-        "data": reported,
-    }
+    left_out: Any = dict.fromkeys(("resume", "dry_run", "tracking", "choose"), True)
+    left_out["data"] = {"benchmark", "reference_margin"}  # they change the data report, not the run
+    left_out["judge"] = True if settings.judge is None else set(COST_ONLY)  # what it costs can be raised meanwhile
     return redact(settings.model_dump(mode="json", exclude=left_out))
 
 
@@ -34,18 +27,14 @@ def recall_config(manifest: dict[str, Any]) -> dict[str, Any]:
     where it is there. ModelError where the model that training started from is gone.
     """
     config, started_in = copy.deepcopy(manifest["config"]), Path(manifest.get("folder") or ".")
-
-    def found(path: Any) -> Any:
-        there = started_in / Path(path).expanduser() if isinstance(path, str) else None
-        return str(there) if there is not None and there.exists() else path
-
-    for group, key in (("model", "path"), ("model", "reference"), ("data", "train"), ("data", "eval")):
-        named = (config.get(group) or {}).get(key)
-        if isinstance(named, list):
-            config[group][key] = [source | {"path": found(source["path"])} for source in named]
-        elif named is not None:
-            config[group][key] = found(named)
-    path = (config.get("model") or {}).get("path", "")
+    model, data = config.get("model") or {}, config.get("data") or {}
+    named = [(model, "path"), (model, "reference"), (data, "train"), (data, "eval")]
+    for rows in (data.get("train"), data.get("eval")):
+        named += [(source, "path") for source in rows] if isinstance(rows, list) else []
+    for block, key in named:
+        if isinstance(path := block.get(key), str) and (beside := started_in / Path(path).expanduser()).exists():
+            block[key] = str(beside)
+    path = model.get("path", "")
     if (manifest.get("model") or {}).get("sha256") and not Path(path).expanduser().exists():
         raise ModelError(
             f"model.path={path} is not there any more (the run was started in {started_in}): bring it back"
@@ -55,8 +44,8 @@ def recall_config(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def recall_settings(manifest: dict[str, Any]) -> Settings:
     """The settings of the run that wrote `manifest`; what does not belong to a run's identity is as if unset."""
-    silent: dict[str, Any] = {"reporter": "none", "project": "", "entity": None, "group": None, "tags": [], "name": ""}
-    return Settings(**recall_config(manifest), resume="never", tracking=Tracking(**silent), choose=Choose())
+    silent = Tracking(reporter="none", project="", entity=None, group=None, tags=[], name="")
+    return Settings(**recall_config(manifest), resume="never", tracking=silent, choose=Choose())
 
 
 def refuse_other_run(run: RunDirectory, settings: Settings, key: str = "hydra.run.dir") -> None:
@@ -70,7 +59,10 @@ def refuse_other_run(run: RunDirectory, settings: Settings, key: str = "hydra.ru
 NUMERIC = ("python", "torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes")
 
 
-def origin(manifest: dict[str, Any]) -> dict[str, Any]:
+Origin = dict[str, Any]
+
+
+def origin(manifest: dict[str, Any]) -> Origin:
     """The part of a run's manifest on which every bit of its outcome depends; it travels with each checkpoint."""
     return {
         "config": manifest["config"],
@@ -81,41 +73,35 @@ def origin(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def refuse_inexact_resume(checkpoint: Path, there: dict[str, Any], here: dict[str, Any], settings: Settings) -> None:
+INEXACT = {
+    "sync_ref_model": ": the reference that it has moved is in no checkpoint",
+    "save_only_model": ", which has no optimizer state",
+    "use_vllm": ": vLLM draws answers from a random state of its own, which is in no checkpoint",
+}  # of TRL: what no checkpoint brings back
+
+
+def refuse_inexact_resume(checkpoint: Path, recorded: Origin, current: Origin, settings: Settings) -> None:
     """ConfigError where going on from `checkpoint` would not give what the run would have given without a stop."""
     anew = "start anew with resume=never, or in another hydra.run.dir"
-    if settings.trl.get("sync_ref_model"):
-        raise ConfigError(
-            f"trl.sync_ref_model=true cannot be resumed from {checkpoint}: the reference that it has moved is in no "
-            f"checkpoint; {anew}"
-        )
-    if settings.trl.get("save_only_model"):
-        raise ConfigError(
-            f"trl.save_only_model=true cannot be resumed from {checkpoint}, which has no optimizer state; {anew}"
-        )
-    if settings.trl.get("use_vllm"):
-        raise ConfigError(
-            f"trl.use_vllm=true cannot be resumed from {checkpoint}: vLLM draws answers from a random state of its "
-            f"own, which is in no checkpoint; {anew}"
-        )
-    if differing := describe_difference(there, here):
-        raise ConfigError(
-            f"{checkpoint} cannot be resumed exactly ({differing}): make it as it was, or {anew}",
-        )
+    for key, reason in INEXACT.items():
+        if settings.trl.get(key):
+            raise ConfigError(f"trl.{key}=true cannot be resumed from {checkpoint}{reason}; {anew}")
+    if differing := describe_difference(recorded, current):
+        raise ConfigError(f"{checkpoint} cannot be resumed exactly ({differing}): make it as it was, or {anew}")
 
 
-def describe_difference(there: Any, here: Any) -> str:
+def describe_difference(recorded: Any, current: Any) -> str:
     """The keys in which two trees differ, with both values; empty where they are equal."""
-    differing = list_differences(there, here)
+    differing = list_differences(recorded, current)
     more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
     return ", ".join(differing[:5]) + more
 
 
-def list_differences(there: Any, here: Any) -> list[str]:
+def list_differences(recorded: Any, current: Any) -> list[str]:
     """Each key in which two trees differ, with both values."""
-    there, here = flatten(there), flatten(here)
-    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    return [f"{key}: {there.get(key)} there, {here.get(key)} now" for key in differing]
+    old, new = flatten(recorded), flatten(current)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in differing]
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Union
 
 import pydantic
 
@@ -54,16 +54,30 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )  # a rule, whether a value keeps it, the fields that have it
 
 
+TYPES: dict[str, Any] = {t.__name__: t for t in (int, float, bool, str, dict, list)} | {"Any": Any, "None": None}
+
+
 def library_faults(settings: Settings) -> Iterator[str]:
     """Values, combinations and packages with which TRL, transformers or peft would fail after loading."""
-    trl = settings.trl
+    trl, model = settings.trl, settings.model
     yield from number_faults("trl.", trl)
-    yield from _combination_faults(trl)
+    for one, other in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
+        if trl[one] and trl[other]:
+            yield f"trl.{one}=true and trl.{other}=true exclude each other: set one of them"
+    for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+        if trl[name] and trl["dataloader_num_workers"] == 0:
+            yield f"trl.{name} needs processes that load: add trl.dataloader_num_workers=1, or leave it out"
+    if trl["push_to_hub"] and not trl["hub_model_id"]:
+        yield (
+            "trl.push_to_hub=true needs the name of a repository (else every run of yours goes to one called "
+            "checkpoints): add trl.hub_model_id=org/name, or push the finished model, python -m dpo_kit export run=… "
+            "push=org/name"
+        )
     yield from _schedule_faults(trl)
-    if settings.model.tuning != "full":
-        yield from _lora_faults(settings.model.lora)
-    if settings.model.tuning == "qlora":
-        yield from field_faults("model.quantization", settings.model.quantization, load_schema()["quantization"])
+    if model.tuning != "full":
+        yield from _lora_faults(model.lora)
+    if model.tuning == "qlora":
+        yield from field_faults("model.quantization", model.quantization, load_schema()["quantization"])
     yield from _package_faults(settings)
 
 
@@ -110,7 +124,12 @@ def checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, lis
 
 
 def _type(annotation: str) -> Any:
-    return eval(annotation, {"Any": Any, "__builtins__": {t.__name__: t for t in (int, float, bool, str, dict, list)}})
+    """The type that trl_schema.py writes as `annotation`: builtins, lists and dicts of them, joined by |."""
+    if len(parts := annotation.split(" | ")) > 1:
+        return Union[tuple(map(_type, parts))]  # noqa: UP007 - of types that are known only here
+    outer, _, inner = annotation.removesuffix("]").partition("[")
+    known = TYPES.get(outer, Any)
+    return known[tuple(map(_type, inner.split(", ", 1)))] if inner else known
 
 
 def wrong_choice(key: str, value: Any, choices: Iterable[Any]) -> str:
@@ -120,21 +139,6 @@ def wrong_choice(key: str, value: Any, choices: Iterable[Any]) -> str:
     longer = same or [name for name in names if value and name.startswith(str(value).lower())]
     meant = f"; did you mean {' or '.join(longer[:3])}?" if longer else did_you_mean(str(value), names)
     return f"{key} must be one of {', '.join(names)}, got {value!r}{meant}"
-
-
-def _combination_faults(trl: dict[str, Any]) -> Iterator[str]:
-    for one, other in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
-        if trl[one] and trl[other]:
-            yield f"trl.{one}=true and trl.{other}=true exclude each other: set one of them"
-    for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
-        if trl[name] and trl["dataloader_num_workers"] == 0:
-            yield f"trl.{name} needs processes that load: add trl.dataloader_num_workers=1, or leave it out"
-    if trl["push_to_hub"] and not trl["hub_model_id"]:
-        yield (
-            "trl.push_to_hub=true needs the name of a repository (else every run of yours goes to one called "
-            "checkpoints): add trl.hub_model_id=org/name, or push the finished model, python -m dpo_kit export run=… "
-            "push=org/name"
-        )
 
 
 def _schedule_faults(trl: dict[str, Any]) -> Iterator[str]:
@@ -162,8 +166,8 @@ def _lora_faults(lora: dict[str, Any]) -> Iterator[str]:
     for key in ("target_modules", "modules_to_save"):
         named = lora.get(key)
         if isinstance(named, str) and named != "all-linear" and re.fullmatch(r"[\w, ]+", named):
-            listed = ",".join(re.findall(r"\w+", named))
-            yield f"model.lora.{key}={named} would be read as a pattern of whole names: say model.lora.{key}=[{listed}]"
+            listed = f"model.lora.{key}=[{','.join(named.replace(',', ' ').split())}]"
+            yield f"model.lora.{key}={named} would be read as a pattern of whole names: say {listed}"
             return
     if not lora.get("target_modules") and not lora.get("target_parameters"):
         yield "model.lora.target_modules must name modules, such as all-linear or [q_proj,v_proj], got none"
@@ -195,14 +199,14 @@ def idle_faults(settings: Settings, words: Iterable[str]) -> Iterator[str]:
         needed = next((needed for start, needed in ONLY_WITH.items() if key.startswith(start)), None)
         if needed is None or value in ("null", ""):
             continue
-        there = settings.model_dump()
+        current = settings.model_dump()
         for part in needed[0].split("."):
-            there = there[part]
-        values: list[Any] = there if isinstance(there, list) else ["null" if there is None else there]
+            current = current[part]
+        values: list[Any] = current if isinstance(current, list) else ["null" if current is None else current]
         if not set(values) & set(needed[1]):
-            other = " or ".join(f"{needed[0]}={str(each).lower()}" for each in needed[1])
-            said = ", ".join(str(each).lower() for each in values)
-            yield f"{word} has no effect with {needed[0]}={said}: add {other}, or leave it out"
+            other = " or ".join(f"{needed[0]}={str(value).lower()}" for value in needed[1])
+            now = ", ".join(str(value).lower() for value in values)
+            yield f"{word} has no effect with {needed[0]}={now}: add {other}, or leave it out"
 
 
 # --- packages that are not there ---------------------------------------------------------------------------------

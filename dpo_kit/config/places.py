@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pkgutil
 import re
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.data_files import KNOWN, ending
+from dpo_kit.config.data_files import KNOWN, ending, near_miss
+from dpo_kit.config.extensions import no_module
 from dpo_kit.config.settings import Data, Model, Settings
-from dpo_kit.errors import ConfigError, did_you_mean
+from dpo_kit.errors import ConfigError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LISTS = ("deepspeed", "fsdp_config", "accelerator_config")  # of TRL's fields: a dict, or a JSON file with one
@@ -22,7 +21,14 @@ LISTS = ("deepspeed", "fsdp_config", "accelerator_config")  # of TRL's fields: a
 def refuse_missing(settings: Settings) -> None:
     """ConfigError for each place that `settings` name and that is not there, or is no place of its kind."""
     faults = [*data_faults(settings.data), *model_faults(settings.model), *judge_faults(settings.judge)]
-    faults += _module_faults("data.gold", settings.data.gold)
+    if gold := settings.data.gold:
+        try:
+            missing = "" if importlib.util.find_spec(gold) else gold
+        except ModuleNotFoundError as error:
+            missing = str(error.name)
+        except (ImportError, ValueError) as error:
+            missing = f"{gold} ({error})"
+        faults += [no_module(f"data.gold={gold}", missing)] if missing else []
     for name in LISTS:
         value = settings.trl.get(name)
         if isinstance(value, str) and not value.lstrip().startswith("{"):
@@ -30,7 +36,7 @@ def refuse_missing(settings: Settings) -> None:
     if settings.resume not in ("auto", "never") and not Path(settings.resume).expanduser().is_dir():
         faults.append(
             f"resume must be auto, never or a checkpoint folder, got {settings.resume}, which does not exist"
-            f"{_siblings(Path(settings.resume).expanduser())}"
+            f"{near_miss(settings.resume)}"
         )
     if faults:
         raise ConfigError("\n".join(faults))
@@ -57,21 +63,9 @@ def model_faults(model: Model) -> Iterator[str]:
         if path and local.is_file():
             yield f"{key}={path} is a file, not a folder with a model: name the folder above it, {key}={local.parent}"
         elif path and not local.exists() and is_local(path):
-            yield f"{key}={path} does not exist{_siblings(local)}"
+            yield f"{key}={path} does not exist{near_miss(path)}"
     if model.chat_template and "{" not in model.chat_template:
         yield from file_faults("model.chat_template", model.chat_template)
-
-
-def _module_faults(key: str, name: str | None) -> Iterator[str]:
-    try:
-        missing = name and importlib.util.find_spec(name) is None and name
-    except ModuleNotFoundError as error:
-        missing = error.name
-    except (ImportError, ValueError) as error:
-        missing = f"{name} ({error})"
-    if missing:
-        meant = did_you_mean(str(missing), (module.name for module in pkgutil.iter_modules()))
-        yield f"{key}={name}: there is no module {missing} in the folder of the command or in PYTHONPATH{meant}"
 
 
 def judge_faults(judge: Any) -> Iterator[str]:
@@ -79,14 +73,14 @@ def judge_faults(judge: Any) -> Iterator[str]:
     for name in ("path", "rubric"):
         value = getattr(judge, name, None)
         if value and (name == "rubric" or is_local(value)) and not Path(value).expanduser().exists():
-            yield f"judge.{name}={value} does not exist{_siblings(Path(value).expanduser())}"
+            yield f"judge.{name}={value} does not exist{near_miss(value)}"
 
 
 def file_faults(key: str, path: str) -> Iterator[str]:
     """Why the file at `path` cannot be read."""
     local = Path(path).expanduser()
     if not local.exists():
-        yield f"{key}={path}: no such file or folder{_siblings(local)}"
+        yield f"{key}={path}: no such file or folder{near_miss(path)}"
     elif not local.is_file():
         yield f"{key}={path} is a folder: name a file in it"
     elif not os.access(local, os.R_OK):
@@ -96,16 +90,6 @@ def file_faults(key: str, path: str) -> Iterator[str]:
 def is_local(path: str) -> bool:
     """Whether `path` can mean nothing but a place on this machine."""
     return path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path)
-
-
-def _siblings(path: Path) -> str:
-    """The near miss: what beside `path`, or beside its nearest folder that is there, has a similar name."""
-    while not path.parent.is_dir() and path != path.parent:
-        path = path.parent
-    try:
-        return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()), count=2)
-    except OSError:
-        return ""
 
 
 # --- where something is written ----------------------------------------------------------------------------------
@@ -149,11 +133,11 @@ def refuse_foreign(key: str, folder: str | Path) -> None:
 
 def claim(folder: Path) -> Path:
     """`folder` made anew, or beside it one with a number behind its name, where another start has taken it."""
-    for number in count(1):
-        mine = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+    mine, number = folder, 1
+    while True:
         try:
             mine.mkdir(parents=True)
+            return mine
         except FileExistsError:
-            continue
-        return mine
-    raise AssertionError
+            number += 1
+            mine = folder.with_name(f"{folder.name}-{number}")

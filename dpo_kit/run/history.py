@@ -70,5 +70,5 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     """{step: value} of the finite values of `key`, in the order of steps; the last one counts where a step has two."""
-    found = {row.get("step", 0): row[key] for row in rows if isinstance(row.get(key), int | float)}
-    return {step: found[step] for step in sorted(found) if math.isfinite(found[step])}
+    values = {row.get("step", 0): row[key] for row in rows if isinstance(row.get(key), int | float)}
+    return {step: values[step] for step in sorted(values) if math.isfinite(values[step])}

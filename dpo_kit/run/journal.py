@@ -80,19 +80,15 @@ class Journal:
                 file.truncate(len(whole))
         rows: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(whole.splitlines(), start=1):
-            row = _parse(self.path, number, line)
+            place, remedy = f"{self.path}:{number}", "delete that line, and its row is made again"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{place} is damaged ({error}): {remedy}") from error
+            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+                raise DataError(f"{place} has no key: {remedy}")
             rows.setdefault(row.pop("key"), row)
         return rows
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number} is damaged ({error}): delete that line, and its row is made again") from error
-    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-        raise DataError(f"{path}:{number} has no key: delete that line, and its row is made again")
-    return row
 
 
 def key_of(*parts: Any) -> str:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import write_json, write_text
+from dpo_kit.run.measures import MEASURES
 from dpo_kit.run.report.markdown import code, fence, inline, table
-from dpo_kit.run.report.picture import TABLE, interval_text
+from dpo_kit.run.report.numbers import value_text
 from dpo_kit.run.words import again, longer
 from dpo_kit.sweep.choice.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
 from dpo_kit.sweep.choice.rule import Choice, choose, read_limits, unfelt_saturation
@@ -181,9 +182,9 @@ def _tested(choice: Choice) -> list[str]:
         return []
     shown = ("probe/accuracy", "probe/auc", "gold/reward", "gold/capability")
     values = ", ".join(
-        f"{label} {test[key]:{form}} {interval_text(test, key, form)}".rstrip()
-        for key, label, form in TABLE
-        if key in shown and number(test.get(key)) is not None
+        f"{measure.label} {value_text(test, measure.key, measure.form)}"
+        for measure in MEASURES
+        if measure.key in shown and number(test.get(measure.key)) is not None
     )
     return [f"On the test split, which played no part in the choice: {values}."]
 

@@ -18,6 +18,7 @@ from dpo_kit.config.settings import Settings
 from dpo_kit.run import tracking
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import append_row, plain
+from dpo_kit.run.measures import MEASURES
 from dpo_kit.run.processes import is_writer
 
 log = logging.getLogger(__name__)
@@ -54,15 +55,8 @@ class Recorder(TrainerCallback):
 class Progress(ProgressCallback):
     """A bar with the figures that matter behind it; where the output is no terminal a line with them now and then."""
 
-    SHOWN: ClassVar = {  # the loss of training, all else on held-out rows and in nats
-        "loss": "loss",
-        "probe/accuracy": "accuracy",
-        "probe/auc": "auc",
-        "probe/margin_nats": "margin",
-        "probe/class_gap_nats": "class gap",
-        "probe/kl_forward_rb_nats": "KL",
-        "probe/kl_forward_k1_nats": "KL",
-    }
+    # the loss of training, all else on held-out rows and in nats
+    SHOWN: ClassVar = {"loss": "loss"} | {measure.key: measure.short for measure in MEASURES if measure.short}
 
     def __init__(self) -> None:
         super().__init__()

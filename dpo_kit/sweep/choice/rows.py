@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.run.report.markdown import inline, table
-from dpo_kit.run.report.picture import number_text
+from dpo_kit.run.report.numbers import number_text
 from dpo_kit.sweep.choice.runs import RunRecord, number, swept_keys
 
 if TYPE_CHECKING:

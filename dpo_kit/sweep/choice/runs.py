@@ -23,6 +23,7 @@ from dpo_kit.errors import DataError, did_you_mean
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics, series
+from dpo_kit.run.measures import kl_keys
 from dpo_kit.run.redact import redact_argv
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class RunRecord:
 
     def kl_key(self, direction: str) -> str:
         """The metric of the forward or reverse KL: Rao-Blackwell where it was affordable, else k1."""
-        rb, k1 = f"probe/kl_{direction}_rb_nats", f"probe/kl_{direction}_k1_nats"
+        rb, k1 = kl_keys(direction)
         has_rb = self.final(rb) is not None or (self.final(k1) is None and self.series(rb))
         return rb if has_rb else k1
 

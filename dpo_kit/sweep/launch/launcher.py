@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, se
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dpo_kit.config.compose import check
+from dpo_kit.config.compose import check, without_hydra
 from dpo_kit.config.identity import refuse_other_run
 from dpo_kit.errors import ConfigError, SweepError
 from dpo_kit.run.directory import RunDirectory
@@ -26,7 +26,6 @@ from dpo_kit.sweep.choice.runs import read_jobs
 from dpo_kit.sweep.launch.devices import device_slots, visible_devices
 from dpo_kit.sweep.launch.job import INTERRUPTED, TERMINATED, JobFile, answer_path
 from dpo_kit.sweep.launch.live_table import Board, near, open_board
-from dpo_kit.sweep.launch.plan import without_hydra
 from dpo_kit.sweep.launch.record import LOG, JobRecord, State, write_jobs
 from dpo_kit.sweep.launch.starters import Process, choose_starter, send
 from dpo_kit.sweep.summary import refresh

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_kit.config.compose import check, compose_unchecked, explain
+from dpo_kit.config.compose import check, compose_unchecked, explain, without_hydra
 from dpo_kit.config.identity import comparable, refuse_other_run, sweep_id
 from dpo_kit.config.limits import idle_faults, missing_package
 from dpo_kit.config.places import refuse_unwritable
@@ -53,14 +52,6 @@ class Plan:
     tracking: Tracking
     local: bool
     jobs: Sequence[PlannedJob] = ()
-
-
-def means_multirun(args: argparse.Namespace) -> bool:
-    """Whether `beta-sweep=<option>` asks for a sweep without -m: Hydra 1.4 lets no option say so itself."""
-    asks_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
-    chosen = [word.split("=", 1)[1] for word in args.overrides if word.lstrip("+").startswith(f"{OPTION}=")]
-    decided = args.multirun or args.run or any(word.startswith("hydra.mode=") for word in args.overrides)
-    return bool(chosen) and chosen[-1] not in ("none", "null", "") and not (asks_only or decided)
 
 
 def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str) -> Plan:
@@ -142,14 +133,6 @@ def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -
     if subdir is not None and (Path(subdir).is_absolute() or ".." in Path(subdir).parts):
         raise ConfigError(f"hydra.sweep.subdir must stay inside hydra.sweep.dir, got {subdir}: name a plain folder")
     return PlannedJob(overrides, check(without_hydra(cfg)), subdir)
-
-
-def without_hydra(cfg: DictConfig) -> DictConfig:
-    """`cfg` as a job's task sees it."""
-    cfg = cfg.copy()
-    with open_dict(cfg):
-        cfg.pop("hydra", None)
-    return cfg
 
 
 def refuse_other_runs(directory: Path, jobs: Sequence[PlannedJob]) -> None:
