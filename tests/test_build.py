@@ -409,7 +409,7 @@ def test_each_prompt_is_taken_once_and_every_row_accounted_for(tmp_path):
     rows += [{"prompt": [{"role": "assistant", "content": "Hi"}]}, {"prompt": [{"role": "usr", "content": "x"}]}]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"4 malformed prompts; the first at .*prompts\.jsonl:5: prompt is empty"):
+    with pytest.raises(DataError, match=r"4 malformed rows:\n  .*prompts\.jsonl:5: prompt is empty"):
         read_prompts(str(path), data(), None)
     found = read_prompts(str(path), data(on_bad_row="drop"), 3)
     assert found.prompts == ["one", "two", "three"]

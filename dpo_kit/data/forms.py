@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_kit.config.settings import FormName
-from dpo_kit.data.read import Fault, Row, Tie
+from dpo_kit.data.read import Fault, Row, Tie, TieError, UnfitError
 from dpo_kit.data.report.figures import number
-from dpo_kit.data.rows import ANSWERS, is_blank, missing_fault, normalise
-from dpo_kit.data.spelling import LEAVE, TieError, UnfitError, conversation, looks_written, read_chat, unwritten
+from dpo_kit.data.rows import ANSWERS, is_blank, normalise, refuse_missing
+from dpo_kit.data.spelling import LEAVE, conversation, looks_written, read_chat, unwritten
 from dpo_kit.errors import DataError
 
 Values = dict[str, Any]
@@ -313,7 +313,7 @@ class Match:
         return tuple(name for group, name in groups if name and not group.endswith("?"))
 
     def fits(self, sample: Sequence[Values]) -> bool:
-        whole = [values for values in sample if not missing_fault(values, self.required)]
+        whole = [values for values in sample if all(values.get(name) is not None for name in self.required)]
         return self.form.fits is None or 2 * sum(map(self._fits, whole)) >= len(whole)
 
     def _fits(self, values: Values) -> bool:
@@ -323,29 +323,22 @@ class Match:
             return False
 
     def read(self, row: Row) -> Row | Fault:
-        """`row` under our names, checked; scored answers not yet."""
+        """`row` under our names, checked; scored answers are checked when they are paired."""
+        values = rename(row.values, self.columns)
         try:
-            made = self._read(rename(row.values, self.columns))
+            refuse_missing(values, self.required)
+            values |= {name: unwritten(name, values[name]) for name in self.texts if values.get(name) is not None}
+            made = self.form.read(values, *self.names)
         except UnfitError as unfit:
-            return (Tie if isinstance(unfit, TieError) else Fault)(row.place, *unfit.args)
-        kind: Any = (
-            self.form.rows if self.form.rows in ANSWERS else "prompts"
-        )  # answers are checked when they are paired
-        return normalise(Row(row.place, made, row.typed), kind)
-
-    def _read(self, values: Values) -> Values:
-        if fault := missing_fault(values, self.required):
-            raise UnfitError(*fault)
-        values = values | {name: unwritten(name, values[name]) for name in self.texts if values.get(name) is not None}
-        made = self.form.read(values, *self.names)
+            return unfit.at(row.place)
         taken = {*made, *self.names, *(("input", "history") if "instruction" in self.names else ())}
-        return made | {name: value for name, value in values.items() if name not in taken}
+        made |= {name: value for name, value in values.items() if name not in taken}
+        kind: Any = self.form.rows if self.form.rows in ANSWERS else "prompts"
+        return normalise(Row(row.place, made, row.typed), kind)
 
 
 def rename(values: Values, columns: dict[str, str]) -> Values:
     """`values` with our names of `columns` (ours: theirs) for theirs."""
-    if not columns:
-        return values
     ours = {mine: values[theirs] for mine, theirs in columns.items() if theirs in values}
     return {name: value for name, value in values.items() if name not in columns.values()} | ours
 

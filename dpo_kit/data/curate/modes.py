@@ -16,8 +16,8 @@ from dpo_kit.config.settings import Settings
 from dpo_kit.data.curate.convert import Converted, convert
 from dpo_kit.data.curate.options import Tool
 from dpo_kit.data.curate.rules import Curated, Setting, curate
-from dpo_kit.data.gather import Gathered, Rows, eval_sources, gather, read_rows, refuse_malformed, sources
-from dpo_kit.data.prepare import split
+from dpo_kit.data.gather import Gathered, eval_sources, gather, read_rows, refuse_malformed, sources
+from dpo_kit.data.prepare import keep_signal, split
 from dpo_kit.data.read import Fault
 from dpo_kit.data.report.advice import OTHER_TOKENS
 from dpo_kit.data.report.inspect import inspect
@@ -25,7 +25,7 @@ from dpo_kit.data.report.leaks import held_prompts, read_benchmark
 from dpo_kit.data.report.picture import draw_data_report
 from dpo_kit.data.report.preference import measure_preference, reference_margins
 from dpo_kit.data.report.table import show_report
-from dpo_kit.data.signal import keep_signal
+from dpo_kit.data.rows import Rows
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.run.files import write_json, write_text
 from dpo_kit.run.words import command, override, training
