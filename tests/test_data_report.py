@@ -10,7 +10,7 @@ import pytest
 from dpo_kit.data.report import figures
 from dpo_kit.data.report.duplicates import find_near, jaccard, sketch
 from dpo_kit.data.report.leaks import find_leaks, held_prompts, read_benchmark
-from dpo_kit.data.report.shortcuts import is_refusal, list_items, script_of
+from dpo_kit.data.report.text_rules import is_refusal, list_items, script_of
 from dpo_kit.errors import DataError
 from tests.preferences import labels, pairs, report, tokenizer, words, write_jsonl
 

@@ -17,9 +17,8 @@ import numpy as np
 
 from dpo_kit.data.curate.options import Curate
 from dpo_kit.data.gather import Rows
-from dpo_kit.data.report.duplicates import content_keys, find_copies, find_near, sketch
+from dpo_kit.data.report.duplicates import content_keys, find_copies, find_near, rank, sketch
 from dpo_kit.data.report.figures import agreement_of, scores_of
-from dpo_kit.data.report.inspect import rank
 from dpo_kit.data.report.leaks import find_leaks
 from dpo_kit.data.rows import Kind
 from dpo_kit.errors import ConfigError, DataError
