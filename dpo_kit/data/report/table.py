@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_kit.data.report.picture import REPEATS, deciding
 
-if TYPE_CHECKING:
+
+def show_report(report: dict[str, Any], *, title: str, before: dict[str, Any] | None = None) -> None:
+    """Print the figures that one looks at first, beside those from before where there are any, and each warning.
+
+    What the data do not have has no row.
+    """
     from rich.console import Console
-    from rich.table import Table
-
-
-def show_report(console: Console, report: dict[str, Any], *, title: str, before: dict[str, Any] | None = None) -> None:
-    """Print the table (two columns of values where there is a report from before) and then each warning."""
     from rich.markup import escape
-
-    console.print(report_table(report, title=title, before=before))
-    for warning in report["warnings"]:
-        console.print(f"[bold]{escape(warning['what'])}[/bold]", highlight=False)
-        console.print(f"{warning['why']}\n→ {warning['do']}\n", highlight=False, markup=False)
-
-
-def report_table(report: dict[str, Any], *, title: str, before: dict[str, Any] | None = None) -> Table:
-    """The figures that one looks at first; what the data do not have has no row."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -33,7 +24,11 @@ def report_table(report: dict[str, Any], *, title: str, before: dict[str, Any] |
         table.add_column(name, justify="right")
     for label in dict.fromkeys(label for column in columns for label in column):
         table.add_row(label, *(column.get(label, "–") for column in columns))
-    return table
+    console = Console()
+    console.print(table)
+    for warning in report["warnings"]:
+        console.print(f"[bold]{escape(warning['what'])}[/bold]", highlight=False)
+        console.print(f"{warning['why']}\n→ {warning['do']}\n", highlight=False, markup=False)
 
 
 def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
