@@ -21,7 +21,6 @@ from dpo_kit.config.identity import refuse_inexact_resume
 from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.run import lock
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.run.files import write_json
 from dpo_kit.run.lock import only_writer
 from dpo_kit.trainer.resume import checkpoints
 from dpo_kit.trainer.resume import find as resume
@@ -538,15 +537,18 @@ def test_where_the_file_system_has_no_locks_a_marker_file_takes_their_place(tmp_
     def no_locks(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     with only_writer(tmp_path), pytest.raises(ConfigError, match="is being written by process"), only_writer(tmp_path):
         pass
     with only_writer(tmp_path):
         pass
 
 
-def left_by(tmp_path, **changed):
-    write_json(tmp_path / ".lock", lock.this_process() | changed)
+def left_by(tmp_path, pid=None, host=None, since=None):
+    """A lock as it stands after its holder died; by default as if this process held it."""
+    (tmp_path / ".lock").write_text(f"{pid or os.getpid()}\n{host or socket.gethostname()}\n")
+    if since is not None:
+        os.utime(tmp_path / ".lock", (since, since))
 
 
 @pytest.mark.fault("a lock left on another host", promise="P6")
@@ -559,15 +561,15 @@ def test_a_lock_left_on_another_host_is_refused_with_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     "changed",
     [
-        fault("a lock left before a reboot", "P6", {"boot": "another"}),
-        fault("a lock whose process number was given to another process", "P6", {"started": "1"}),
+        fault("a lock left before a reboot", "P6", {"pid": 1, "since": 1e9}),
+        fault("a lock whose process number was given to another process", "P6", {"since": 1e9}),
         fault("a lock of a process that is gone", "P6", {"pid": 2**22 + 1}),
     ],
 )
 def test_a_stale_lock_is_recovered(changed, tmp_path):
     left_by(tmp_path, **changed)
     with only_writer(tmp_path):
-        assert lock.read_holder(tmp_path)["pid"] == os.getpid()
+        assert lock.read_holder(tmp_path).pid == os.getpid()
 
 
 @pytest.mark.fault("a lock that the file system does not enforce, its holder alive", promise="P6")

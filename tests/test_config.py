@@ -253,9 +253,41 @@ def test_the_checked_in_schema_is_what_the_installed_trl_says():
     """Fails at a TRL upgrade: run `python -m dpo_kit.config.trl_schema`, read the difference, then the golden files."""
     import json
 
-    from dpo_kit.config.trl_schema import PINNED_FILE, derive_schema
+    from dpo_kit.config.trl_schema import PINNED_FILE, pinned_schema
 
-    assert json.loads(json.dumps(derive_schema())) == json.loads(PINNED_FILE.read_text())
+    assert json.loads(json.dumps(pinned_schema())) == json.loads(PINNED_FILE.read_text())
+
+
+def test_what_only_trl_s_code_says_is_declared_as_it_stands_there():
+    """Which strings its trainer compares a field with, and the losses whose formula reads `label_smoothing`."""
+    import ast
+    import importlib
+    import inspect
+
+    from dpo_kit.config.trl_schema import COMPARED, CONFIG_CLASSES, SMOOTHED
+
+    def name(node):
+        return getattr(node, "attr", None) or getattr(node, "id", None)
+
+    def strings(test):
+        return {c.value for c in test.comparators if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+
+    compared, smoothed = {key: set() for key in COMPARED}, {}
+    for path in CONFIG_CLASSES:
+        module, cls = path.rsplit(".", 1)
+        module = getattr(importlib.import_module(module), cls).__module__
+        sources = [
+            inspect.getsource(importlib.import_module(of)) for of in (module, module.replace("_config", "_trainer"))
+        ]
+        for node in (node for source in sources for node in ast.walk(ast.parse(source))):
+            if cls == "DPOConfig" and isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq):
+                compared.get(name(node.left), set()).update(strings(node))
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and name(node.test.left) == "loss_type":
+                read = {name(inner) for statement in node.body for inner in ast.walk(statement)}
+                if isinstance(node.test.ops[0], ast.Eq) and {"logsigmoid", "label_smoothing"} <= read:
+                    smoothed.setdefault(cls, set()).update(strings(node.test))
+    assert compared == {key: set(values) for key, values in COMPARED.items()}
+    assert smoothed == {key: set(values) for key, values in SMOOTHED.items()}
 
 
 def test_composed_trl_fields_build_trl_s_own_config_object(tmp_path):

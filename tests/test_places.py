@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 
@@ -17,7 +18,6 @@ from dpo_kit.config.places import claim, refuse_foreign, refuse_no_file, refuse_
 from dpo_kit.errors import ConfigError, DataError, ModelError
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.files import cache_folder, write_json
-from dpo_kit.run.lock import this_process
 from dpo_kit.toy import MODEL
 from tests.small import write_pairs
 
@@ -137,7 +137,8 @@ def test_a_refused_start_changes_nothing_in_the_run_directory_that_is_there(here
     write_json(here / "r" / "manifest.json", {"config": comparable(check(compose(["beta=0.2"])))})
     with pytest.raises(ConfigError, match=r"holds a run of another config \(beta: 0\.2 there, 0\.1 now"):
         start(["hydra.run.dir=r"], monkeypatch)
-    write_json(here / "s" / ".lock", this_process())
+    (here / "s").mkdir()
+    (here / "s" / ".lock").write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
     with pytest.raises(ConfigError, match=f"s is being written by process {os.getpid()} on"):
         start(["hydra.run.dir=s"], monkeypatch)
     assert sorted(path.name for path in here.rglob("[rs]/*")) == [".lock", "manifest.json"]

@@ -196,7 +196,7 @@ def test_a_killed_pass_keeps_the_parts_that_it_finished(stored, computed, monkey
 WORKER = """
 import sys
 from pathlib import Path
-from dpo_kit import reference
+from dpo_kit.trainer import reference_store as reference
 from tests import tiny
 folder, root, out = sys.argv[1:]
 wrap = lambda cls: reference.with_store(cls, Path(root))

@@ -10,15 +10,8 @@ from PIL import Image
 from rich.console import Console
 
 from dpo_kit.run.history import append_row
-from dpo_kit.run.report.picture import (
-    PANELS,
-    ceiling_line,
-    draw_report,
-    interval_text,
-    result_rows,
-    result_table,
-    shown_panels,
-)
+from dpo_kit.run.report.numbers import ceiling_line, interval_text, result_rows, result_table
+from dpo_kit.run.report.picture import PANELS, draw_report, shown_panels
 
 PAIRS = {
     "probe/margin_nats": 4.0,

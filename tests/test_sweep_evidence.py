@@ -142,6 +142,12 @@ def test_pairs_needed_for_mcnemar_are_the_published_ones() -> None:
     assert needed_pairs(0.0, 0.3) is None
 
 
+def test_pairs_needed_for_mcnemar_are_fewer_where_most_discordant_pairs_are_won() -> None:
+    # ψ − δ² = .21: ((1.959964·√.25 + .841621·√.21) / .2)² = 46.63, and 49.06 without δ²
+    assert needed_pairs(0.2, 0.25) == needed_pairs(-0.2, 0.25) == 47
+    assert needed_pairs(0.5, 0.5) == 14  # ψ − δ² = .25: ((1.959964·√.5 + .841621·√.25) / .5)² = 13.06
+
+
 def test_prompts_needed_find_the_effect_in_four_of_five_trials() -> None:
     gaps = [0.5 + (1 if number % 2 else -1) for number in range(1000)]  # mean .5, sd 1
     count = needed_mean(gaps)

@@ -378,7 +378,7 @@ def test_an_interrupted_sweep_ends_its_jobs_shows_the_table_and_goes_on_later(sw
 
 
 def test_ctrl_c_in_the_middle_of_an_import_exits_with_its_own_code_too(tmp_path):
-    script = "from dpo_kit import cli\ncli.run = lambda: exec('raise KeyboardInterrupt')\ncli.main()\n"
+    script = "from dpo_kit.cli import main as cli\ncli.run = lambda: exec('raise KeyboardInterrupt')\ncli.main()\n"
     (tmp_path / "interrupted.py").write_text(script)
     done = subprocess.run([sys.executable, "-m", "interrupted", "tracking=none"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 130, done.stderr

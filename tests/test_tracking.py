@@ -149,7 +149,7 @@ def test_no_key_on_a_terminal_goes_offline_in_seconds_without_a_question_and_kee
     tmp_path: Path,
 ) -> None:
     code = (
-        "import logging, sys; logging.basicConfig(level='INFO'); from dpo_kit import tracking\n"
+        "import logging, sys; logging.basicConfig(level='INFO'); from dpo_kit.run import tracking\n"
         "t = tracking.start({'beta': 1}, run_dir=sys.argv[1], project='p', name='n')\n"
         "t.log({'loss': 1.0}, 1); t.finish(); print('MODE', t.mode)"
     )

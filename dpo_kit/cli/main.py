@@ -253,7 +253,7 @@ def show(result: Result) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from dpo_kit.run.report.picture import result_table
+    from dpo_kit.run.report.numbers import result_table
     from dpo_kit.run.report.published import sentences
 
     console = Console()

@@ -69,7 +69,7 @@ def register() -> None:
     resolvers: dict[str, Callable[..., Any]] = {
         "file": lambda name: str(PACKAGE / name),
         "multiply": lambda a, b: float(a) * float(b),
-        "learning_rate": _learning_rate,
+        "learning_rate": lambda of_model, of_method, tuning: Rates(**(of_model or of_method)).for_tuning(tuning),
         "file_name": lambda value: re.sub(r"[^\w.+-]+", "_", str(value).rstrip("/").rpartition("/")[2]),
         "path_name": lambda value: re.sub(r"[^\w.+-]+", "_", str(value)).strip("_"),
         "listed": lambda text: ListConfig([item.strip() for item in str(text).split(",") if item.strip()]),
@@ -77,10 +77,6 @@ def register() -> None:
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(f"dpo_kit.{name}", resolver, replace=True)
-
-
-def _learning_rate(of_model: Any, of_method: Any, tuning: str) -> float:
-    return Rates(**(of_model or of_method)).for_tuning(tuning)
 
 
 def own_folders(sources: Iterable[Any]) -> list[str]:
@@ -138,11 +134,13 @@ def check(cfg: DictConfig, *, trains: bool = True) -> Settings:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     refuse_secrets(values)
-    _refuse_no_gold(values)
+    judge = values.get("judge") or {}  # type: ignore[union-attr]
+    if judge.get("kind") == "gold" and judge.get("module") is None:  # the default, which data of one's own do not have
+        raise ConfigError(f"data.gold is null, and method={cfg.method.name} {NEEDS_JUDGE}")
     try:
         settings = Settings(**values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
+        raise ConfigError("\n".join(describe_fault(fault) for fault in error.errors())) from error
     faults = [*_trl_faults(settings)]  # the others rely on types
     if not faults:
         faults = [*_method_faults(settings), *_model_faults(settings.model)]
@@ -177,10 +175,6 @@ def _fields(described: dict[str, Any]) -> list[str]:
     return [f"trl.{key}" for key in described["fields"] if key not in SET_ELSEWHERE]
 
 
-def _each(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 # --- faults of the method as a whole -----------------------------------------------------------------------------
 
 
@@ -193,19 +187,43 @@ def _method_faults(settings: Settings) -> Iterator[str]:
             f"beta must lie in [{low:g}, {high:g}] for method={method.name} ({method.beta.meaning}), "
             f"got {settings.beta:g}; its grid is {grid} (allow_beta=true if you mean it)"
         )
-    yield from _learning_rate_faults(settings)
+    rate, tuning = trl["learning_rate"], settings.model.tuning
+    limit = settings.model.max_learning_rate.for_tuning(tuning)
+    if isinstance(rate, float) and not settings.allow_learning_rate and not 0 < rate <= limit:
+        usual = method.learning_rate.for_tuning(tuning)
+        yield (
+            f"trl.learning_rate must be above 0 and at most {limit:g} for model.tuning={tuning} on this model, "
+            f"got {rate:g}; method={method.name} usually takes {usual:g} (allow_learning_rate=true if you mean it)"
+        )
     yield from _loss_faults(settings)
-    yield from _speed_faults(settings)
-    yield from _fresh_faults(settings) if method.rows == "prompts" else ()
+    if settings.speed.group_by_length is True and trl.get("train_sampling_strategy") == "sequential":
+        yield (
+            "speed.group_by_length=true would change the order of rows, which this loss needs as it is "
+            "(trl.train_sampling_strategy=sequential): take auto"
+        )
+    ours, theirs = settings.speed.checkpointing, trl["gradient_checkpointing"]
+    if ours != "auto" and theirs is not None and ours != theirs:
+        both = f"speed.checkpointing={ours} and trl.gradient_checkpointing={theirs}"
+        yield f"{both.lower()} contradict each other: set one of them"
+    if method.rows == "prompts" and trl["max_new_tokens"] >= (trl["max_length"] or 0):
+        yield (
+            f"trl.max_length counts prompt and answer and must be above trl.max_new_tokens={trl['max_new_tokens']}, "
+            f"got {trl['max_length']}"
+        )
+    if method.rows == "prompts" and settings.speed.group_by_length is True:
+        yield (
+            f"speed.group_by_length=true needs the length of answers, which method={method.name} draws while it "
+            "trains: take auto"
+        )
     if method.rows == "unary" and trl["per_device_train_batch_size"] < 2:
         yield (
             f"trl.per_device_train_batch_size must be at least 2 for method={method.name} (both labels in every "
             f"batch; 4 or more is better), got {trl['per_device_train_batch_size']}"
         )
-    if trl.get("sync_ref_model") and settings.model.tuning != "full":
+    if trl.get("sync_ref_model") and tuning != "full":
         yield (
-            "trl.sync_ref_model needs a reference model of its own, which model.tuning="
-            f"{settings.model.tuning} has not: use model.tuning=full or trl.sync_ref_model=false"
+            f"trl.sync_ref_model needs a reference model of its own, which model.tuning={tuning} has not: use "
+            "model.tuning=full or trl.sync_ref_model=false"
         )
 
 
@@ -213,13 +231,6 @@ NEEDS_JUDGE = (
     "needs somebody to compare its answers: judge=reward_model judge.path=…, judge=llm judge.base_url=… judge.model=…, "
     "or judge.module=… with your own gold_rewards(prompts, answers)"
 )
-
-
-def _refuse_no_gold(values: Any) -> None:
-    """The default judge needs a truth that data of one's own do not have."""
-    judge = values.get("judge") or {}
-    if judge.get("kind") == "gold" and judge.get("module") is None:
-        raise ConfigError(f"data.gold is null, and method={values['method']['name']} {NEEDS_JUDGE}")
 
 
 def _judge_faults(settings: Settings) -> Iterator[str]:
@@ -239,21 +250,6 @@ def _judge_faults(settings: Settings) -> Iterator[str]:
         )
 
 
-def _fresh_faults(settings: Settings) -> Iterator[str]:
-    """What cannot be had where answers are drawn while training."""
-    method, trl = settings.method, settings.trl
-    if trl["max_new_tokens"] >= (trl["max_length"] or 0):
-        yield (
-            f"trl.max_length counts prompt and answer and must be above trl.max_new_tokens={trl['max_new_tokens']}, "
-            f"got {trl['max_length']}"
-        )
-    if settings.speed.group_by_length is True:
-        yield (
-            f"speed.group_by_length=true needs the length of answers, which method={method.name} draws while it "
-            "trains: take auto"
-        )
-
-
 def _model_faults(model: Model) -> Iterator[str]:
     """Code from elsewhere runs only where the config names whose it is, and which."""
     if model.trust_remote_code and Path(model.path).expanduser().is_dir():
@@ -266,7 +262,9 @@ def _model_faults(model: Model) -> Iterator[str]:
             "model.trust_remote_code=true runs code of a repository, so model.revision must be a full commit hash "
             f"(40 hex digits) whose code you have read, got {model.revision}"
         )
-    if model.tuning != "full" and model.reference and _same_place(model.reference, model.path):
+    start, reference = (Path(path or "").expanduser() for path in (model.path, model.reference))
+    same = model.reference == model.path or (start.exists() and start.resolve() == reference.resolve())
+    if model.tuning != "full" and model.reference and same:
         yield (
             f"model.reference={model.reference} is the start itself, which model.tuning={model.tuning} has already "
             "(the policy with its adapter off): leave it out, and save a second model's memory"
@@ -283,45 +281,17 @@ def _model_faults(model: Model) -> Iterator[str]:
         )
 
 
-def _same_place(one: str, other: str) -> bool:
-    here, there = (Path(path).expanduser() for path in (one, other))
-    return one == other or (here.exists() and here.resolve() == there.resolve())
-
-
 def usual_lora() -> dict[str, Any]:
     """The options of a new adapter where nothing else is said: conf/model/local.yaml."""
     options: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / "local.yaml"))
     return options["lora"]
 
 
-def _learning_rate_faults(settings: Settings) -> Iterator[str]:
-    rate, tuning = settings.trl["learning_rate"], settings.model.tuning
-    limit = settings.model.max_learning_rate.for_tuning(tuning)
-    usual = settings.method.learning_rate.for_tuning(tuning)
-    if not isinstance(rate, float) or settings.allow_learning_rate or 0 < rate <= limit:
-        return
-    yield (
-        f"trl.learning_rate must be above 0 and at most {limit:g} for model.tuning={tuning} on this model, "
-        f"got {rate:g}; method={settings.method.name} usually takes {usual:g} (allow_learning_rate=true if you mean it)"
-    )
-
-
-def _speed_faults(settings: Settings) -> Iterator[str]:
-    if settings.speed.group_by_length is True and settings.trl.get("train_sampling_strategy") == "sequential":
-        yield (
-            "speed.group_by_length=true would change the order of rows, which this loss needs as it is "
-            "(trl.train_sampling_strategy=sequential): take auto"
-        )
-    ours, theirs = settings.speed.checkpointing, settings.trl["gradient_checkpointing"]
-    if ours != "auto" and theirs is not None and ours != theirs:
-        said = f"speed.checkpointing={ours} and trl.gradient_checkpointing={theirs}"
-        yield f"{said.lower()} contradict each other: set one of them"
-
-
 def _loss_faults(settings: Settings) -> Iterator[str]:
-    trl, smoothing = settings.trl, settings.trl.get("label_smoothing") or 0.0
-    losses = [str(loss) for loss in _each(trl.get("loss_type") or [])]
-    yield from _foreign_loss(settings.method.name, losses)
+    trl, smoothing, method = settings.trl, settings.trl.get("label_smoothing") or 0.0, settings.method.name
+    losses = _losses(trl)
+    if (CONF / "method" / f"{method}.yaml").exists() and losses != _loss_of(method)[1]:
+        yield _foreign_loss(method, losses)
     smoothed = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["smoothed_losses"]
     if smoothing and not set(losses) & set(smoothed):
         yield (
@@ -337,19 +307,16 @@ def _loss_faults(settings: Settings) -> Iterator[str]:
         yield f"trl.loss_weights needs one weight per loss ({', '.join(losses)}), got {weights}"
 
 
-def _foreign_loss(method: str, losses: list[str]) -> Iterator[str]:
+def _foreign_loss(method: str, losses: list[str]) -> str:
     """Why a method of ours may not take another loss: name, meaning of beta and findings would be those of its own."""
-    if not (CONF / "method" / f"{method}.yaml").exists() or losses == (own := _loss_of(method))[1]:
-        return
-    others = [file.stem for file in sorted((CONF / "method").glob("*.yaml")) if _loss_of(file.stem) == (own[0], losses)]
-    listed, said = ",".join(losses), f"trl.loss_type={losses[0] if len(losses) == 1 else losses}"
-    if others:
-        yield f"{said} is method={others[0]}, whose beta has its own meaning and range: say method={others[0]}"
-        return
-    yield (
-        f"{said} is not the loss of method={method}: give it a name of its own, in a file DIR/method/{losses[0]}.yaml "
+    typed = f"trl.loss_type={losses[0] if len(losses) == 1 else losses}"
+    wanted = (_loss_of(method)[0], losses)
+    if others := [file.stem for file in sorted((CONF / "method").glob("*.yaml")) if _loss_of(file.stem) == wanted]:
+        return f"{typed} is method={others[0]}, whose beta has its own meaning and range: say method={others[0]}"
+    return (
+        f"{typed} is not the loss of method={method}: give it a name of its own, in a file DIR/method/{losses[0]}.yaml "
         f"with `# @package _global_`, `defaults: [{method}, _self_]`, `method: {{name: {losses[0]}}}` and "
-        f"`trl: {{loss_type: [{listed}]}}`, and say --config-dir DIR method={losses[0]}"
+        f"`trl: {{loss_type: [{','.join(losses)}]}}`, and say --config-dir DIR method={losses[0]}"
     )
 
 
@@ -359,7 +326,12 @@ def _loss_of(method: str) -> tuple[str, list[str]]:
     file = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
     above = str(file["defaults"][0])
     trained_by = above.removeprefix("/trl/") if above.startswith("/") else _loss_of(above)[0]
-    return trained_by, [str(loss) for loss in _each((file.get("trl") or {}).get("loss_type") or [])]
+    return trained_by, _losses(file.get("trl") or {})
+
+
+def _losses(trl: dict[str, Any]) -> list[str]:
+    given = trl.get("loss_type") or []
+    return [str(loss) for loss in (given if isinstance(given, list) else [given])]
 
 
 # --- messages ----------------------------------------------------------------------------------------------------
@@ -378,28 +350,26 @@ def explain(error: Exception, words: Sequence[str] = ()) -> ConfigError:
         module = "hydra_plugins.hydra_submitit_launcher"
         return ConfigError(missing_package("hydra/launcher=slurm", module) or text)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return ConfigError(_unknown_option(str(error.missing_cfg_file), [str(o) for o in error.options or ()]))
-    if found := re.search(r"An item is already at '([^']+)'", text):
-        return ConfigError(f"{found[1]} exists already: leave out the +")
-    if found := re.search(r"Could not (?:override|append to config|delete from config|find)[^']*'([^']+)'", text):
-        return ConfigError(unknown_key(found[1].split("@")[0], known_keys(), words))
+        place = str(error.missing_cfg_file)  # group/option
+        group, _, option = place.rpartition("/") if place.startswith("hydra/") else place.partition("/")
+        options = error.options or sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+        path = OF_YOUR_OWN.get(group) if option else None
+        return ConfigError(
+            wrong_choice(group, option, options) + (f"; of your own: {override(path, option)}" if path else "")
+        )
+    if named := re.search(r"An item is already at '([^']+)'", text):
+        return ConfigError(f"{named[1]} exists already: leave out the +")
+    if named := re.search(r"Could not (?:override|append to config|delete from config|find)[^']*'([^']+)'", text):
+        return ConfigError(unknown_key(named[1].split("@")[0], known_keys(), words))
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(f"{error.full_key} is missing: add {error.full_key}=…")
-    if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", text):
-        one, several = f"{found[1]}={quote(found[2])}", f"{found[1]}={found[2]}"
+    if named := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", text):
+        one, several = f"{named[1]}={quote(named[2])}", f"{named[1]}={named[2]}"
         return ConfigError(
             f"{several} is several values: add -m for a run of each (--multirun), or quote it as one, {one}"
         )
-    named = [word for word in words if word.lstrip("+~").partition("=")[0] in text]
-    return ConfigError(text if named or not words else f"{' '.join(words)}: {text}")
-
-
-def _unknown_option(place: str, options: list[str]) -> str:
-    """What was meant by an option that its group has not; `place` is group/option."""
-    group, _, option = place.rpartition("/") if place.startswith("hydra/") else place.partition("/")
-    options = options or sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-    own = f"; of your own: {override(OF_YOUR_OWN[group], option)}" if option and group in OF_YOUR_OWN else ""
-    return f"{wrong_choice(group, option, options)}{own}"
+    says_which = any(word.lstrip("+~").partition("=")[0] in text for word in words)
+    return ConfigError(text if says_which or not words else f"{' '.join(words)}: {text}")
 
 
 def unknown_key(key: str, known: Iterable[str], words: Sequence[str] = ()) -> str:
@@ -422,7 +392,12 @@ def unknown_key(key: str, known: Iterable[str], words: Sequence[str] = ()) -> st
     if (ours := meant(key)) and (ours in known or ours.startswith(("hydra.", "model.lora."))):
         ours = next((form for form in OF_YOUR_OWN.values() if form.endswith(f" {ours}")), ours)  # with its option
         return f"unknown key {key}; did you mean {override(ours, value) if value else ours}?"
-    return f"unknown key {key}{_near(key, known)}"
+    tail = key.rpartition(".")[2]
+    near = sorted((word for word in known if word.rpartition(".")[2] == tail and word != key), reverse=True)
+    near = near or [word for word in known if "." not in key and word.startswith(key.lower())]
+    if near:
+        return f"unknown key {key}; did you mean {' or '.join(near[:3])}?"
+    return f"unknown key {key}{did_you_mean(key, known, count=2, cutoff=0.7)}"
 
 
 def known_keys() -> list[str]:
@@ -440,21 +415,21 @@ def _model_keys(model: type[Strict], prefix: str = "") -> Iterator[str]:
             yield from _model_keys(field.annotation, f"{prefix}{name}.")
 
 
-def _near(word: str, words: list[str]) -> str:
-    tail = word.rpartition(".")[2]
-    same_tail = sorted((w for w in words if w.rpartition(".")[2] == tail and w != word), reverse=True)
-    longer = [w for w in words if "." not in word and w.startswith(word.lower())]
-    near = (same_tail or longer)[:3]
-    return f"; did you mean {' or '.join(near)}?" if near else did_you_mean(word, words, count=2, cutoff=0.7)
+KINDS = ("gold", "reward_model", "llm", "human", "local", "server")  # by which pydantic tells judges and answers apart
 
 
-def _describe(fault: Any) -> str:
-    place = [str(part) for part in fault["loc"]]
-    key = ".".join([*place[:1], *place[2:]] if place[0] == "judge" else place)  # without the kind of judge
+def describe_fault(fault: Any, known: Iterable[str] | None = None) -> str:
+    """What pydantic refuses (one of `ValidationError.errors()`): key, rule, value, and the near miss among the `known`
+    keys, by default those of a run.
+    """
+    parts = [str(part) for part in fault["loc"]]
+    key = ".".join(part for part in parts if part not in KINDS or parts[0] not in ("judge", "build"))
     if fault["type"] == "extra_forbidden":
-        return unknown_key(key, known_keys() if place[0] == "judge" else _model_keys(Settings))
+        keys = known_keys() if parts[0] == "judge" else _model_keys(Settings)
+        return unknown_key(key, keys if known is None else known)
     if fault["type"] == "missing":
         return f"{key} is missing: add {key}=…"
+    rule = fault["msg"].removeprefix("Value error, ")
     choices = re.findall(r"'([^']+)'", str(fault.get("ctx", {}).get("expected", "")))
     meant = did_you_mean(str(fault["input"]), choices)
-    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}{meant}"
+    return f"{key}: {rule[0].lower()}{rule[1:]}, got {fault['input']!r:.80}{meant}"

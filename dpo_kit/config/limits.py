@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Union
 
 import pydantic
 
@@ -52,6 +52,9 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "logging_steps eval_steps save_steps warmup_steps",
     ),
 )  # a rule, whether a value keeps it, the fields that have it
+
+
+TYPES: dict[str, Any] = {t.__name__: t for t in (int, float, bool, str, dict, list)} | {"Any": Any, "None": None}
 
 
 def library_faults(settings: Settings) -> Iterator[str]:
@@ -110,7 +113,12 @@ def checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, lis
 
 
 def _type(annotation: str) -> Any:
-    return eval(annotation, {"Any": Any, "__builtins__": {t.__name__: t for t in (int, float, bool, str, dict, list)}})
+    """The type that trl_schema.py writes as `annotation`: builtins, lists and dicts of them, joined by |."""
+    if len(parts := annotation.split(" | ")) > 1:
+        return Union[tuple(map(_type, parts))]  # noqa: UP007 - of types that are known only here
+    outer, _, inner = annotation.removesuffix("]").partition("[")
+    known = TYPES.get(outer, Any)
+    return known[tuple(map(_type, inner.split(", ", 1)))] if inner else known
 
 
 def wrong_choice(key: str, value: Any, choices: Iterable[Any]) -> str:
@@ -195,14 +203,14 @@ def idle_faults(settings: Settings, words: Iterable[str]) -> Iterator[str]:
         needed = next((needed for start, needed in ONLY_WITH.items() if key.startswith(start)), None)
         if needed is None or value in ("null", ""):
             continue
-        there = settings.model_dump()
+        current = settings.model_dump()
         for part in needed[0].split("."):
-            there = there[part]
-        values: list[Any] = there if isinstance(there, list) else ["null" if there is None else there]
+            current = current[part]
+        values: list[Any] = current if isinstance(current, list) else ["null" if current is None else current]
         if not set(values) & set(needed[1]):
-            other = " or ".join(f"{needed[0]}={str(each).lower()}" for each in needed[1])
-            said = ", ".join(str(each).lower() for each in values)
-            yield f"{word} has no effect with {needed[0]}={said}: add {other}, or leave it out"
+            other = " or ".join(f"{needed[0]}={str(value).lower()}" for value in needed[1])
+            now = ", ".join(str(value).lower() for value in values)
+            yield f"{word} has no effect with {needed[0]}={now}: add {other}, or leave it out"
 
 
 # --- packages that are not there ---------------------------------------------------------------------------------

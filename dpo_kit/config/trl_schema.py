@@ -8,7 +8,6 @@ installed one is read once and kept in the user's cache, so that its own fields 
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import enum
 import importlib
@@ -22,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.run.files import cache_folder
+from dpo_kit.run.files import cache_folder, read_json, write_text
 
 CONFIG_CLASSES = (
     "trl.DPOConfig",
@@ -31,7 +30,16 @@ CONFIG_CLASSES = (
     "trl.experimental.cpo.CPOConfig",
     "trl.experimental.online_dpo.OnlineDPOConfig",
 )
-TESTED_BY_NAME = ("loss_type", "f_divergence_type")  # strings that TRL takes unchecked and compares in the trainer
+# What TRL takes unchecked and says nowhere but in its trainers' code; test_config.py reads it there and compares.
+COMPARED = {
+    "loss_type": [
+        "aot", "aot_unpaired", "apo_down", "apo_zero", "bco_pair", "discopop", "exo_pair", "hinge", "ipo", "nca_pair",
+        "robust", "sft", "sigmoid", "sigmoid_norm", "sppo_hard",
+    ],
+    "f_divergence_type": ["alpha_divergence", "forward_kl", "js_divergence", "reverse_kl"],
+}  # fmt: skip
+# The losses whose formula reads `label_smoothing`; the others ignore it in silence.
+SMOOTHED = {"DPOConfig": ["aot", "aot_unpaired", "exo_pair", "robust"], "CPOConfig": ["sigmoid", "simpo"]}
 PINNED_FILE = Path(__file__).with_name("trl_schema.json")
 
 Schema = dict[str, Any]
@@ -48,7 +56,10 @@ def load_schema() -> Schema:
     versions = installed_versions()
     if pinned["versions"] == versions:
         return pinned
-    return _cached_schema(versions)
+    file = cache_folder("trl_schema") / ("-".join(versions.values()) + ".json")
+    if not file.exists():
+        write_text(file, json.dumps(derive_schema()))
+    return read_json(file)
 
 
 def installed_versions() -> dict[str, str]:
@@ -56,37 +67,33 @@ def installed_versions() -> dict[str, str]:
     return {name: version(name) for name in ("trl", "transformers", "peft")}
 
 
-def _cached_schema(versions: dict[str, str]) -> Schema:
-    file = cache_folder("trl_schema") / ("-".join(versions.values()) + ".json")
-    if file.exists():
-        return json.loads(file.read_text())
+def pinned_schema() -> Schema:
+    """What trl_schema.json holds: the installed TRL's, with the choices that only its code has."""
     schema = derive_schema()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(schema))
-    partial.replace(file)
+    for name, choices in COMPARED.items():
+        schema["classes"]["DPOConfig"]["fields"][name]["choices"] = choices
     return schema
 
 
 def derive_schema() -> Schema:
-    """Read the config dataclasses of the installed TRL (imports it: seconds)."""
+    """Read the config dataclasses of the installed TRL, and what adapter, quantisation and schedules take (seconds)."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    classes = {path.rsplit(".", 1)[1]: _describe_class(path) for path in CONFIG_CLASSES}
-    return {"versions": installed_versions(), "classes": classes, **_describe_others()}
-
-
-def _describe_others() -> Schema:
-    """What the adapter, the quantisation and each learning-rate schedule take, in the form of a class's fields."""
     from peft import LoraConfig
     from torch.optim.lr_scheduler import ReduceLROnPlateau
     from transformers import BitsAndBytesConfig, optimization
 
-    hints = typing.get_type_hints(LoraConfig)
+    classes: Schema = {}
+    for path in CONFIG_CLASSES:
+        module, name = path.rsplit(".", 1)
+        fields = _describe_fields(getattr(importlib.import_module(module), name))
+        classes[name] = {"path": path, "fields": fields, "smoothed_losses": SMOOTHED.get(name, [])}
     schedules: dict[str, Any] = {kind.value: by for kind, by in optimization.TYPE_TO_SCHEDULER_FUNCTION.items()}
     schedules |= {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": optimization.GreedyLR}  # they take any keyword
     schedules["constant_with_warmup"] = optimization.get_constant_schedule  # transformers leaves its keywords out
     return {
-        "lora": {f.name: _describe_field(f, hints[f.name], {}) for f in dataclasses.fields(LoraConfig)},
+        "versions": installed_versions(),
+        "classes": classes,
+        "lora": _describe_fields(LoraConfig),
         "quantization": _describe_call(BitsAndBytesConfig),
         "schedules": {name: _describe_call(function) for name, function in schedules.items()},
     }
@@ -106,23 +113,19 @@ def _describe_call(function: Any) -> Schema:
     }
 
 
-def _describe_class(path: str) -> dict[str, Any]:
-    module, name = path.rsplit(".", 1)
-    cls = getattr(importlib.import_module(module), name)
-    hints = typing.get_type_hints(cls)
-    tested = _tested_strings(cls)
-    fields = {f.name: _describe_field(f, hints[f.name], tested) for f in dataclasses.fields(cls) if f.init}
-    return {"path": path, "fields": fields, "smoothed_losses": _smoothed_losses(cls)}
-
-
-def _describe_field(field: dataclasses.Field, hint: Any, tested: dict[str, set[str]]) -> dict[str, Any]:
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    default = (
-        default.value if isinstance(default, enum.Enum) else None if dataclasses.is_dataclass(default) else default
-    )
-    described = {"type": _annotation(hint), "default": default}
-    choices = field.metadata.get("choices") or _enum_values(hint) or sorted(tested.get(field.name, ()))
-    return described | ({"choices": list(choices)} if choices else {})
+def _describe_fields(dataclass: type) -> Schema:
+    hints = typing.get_type_hints(dataclass)
+    described: Schema = {}
+    for field in dataclasses.fields(dataclass):
+        if not field.init:
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if isinstance(default, enum.Enum) or dataclasses.is_dataclass(default):
+            default = getattr(default, "value", None)  # of another config inside: nothing
+        described[field.name] = {"type": _annotation(hints[field.name]), "default": default}
+        if choices := field.metadata.get("choices") or _enum_values(hints[field.name]):
+            described[field.name]["choices"] = list(choices)
+    return described
 
 
 def _annotation(hint: Any) -> str:
@@ -147,42 +150,5 @@ def _enum_values(hint: Any) -> list[str]:
     return [str(member.value) for cls in enums for member in cls]
 
 
-def _tested_strings(config_class: type) -> dict[str, set[str]]:
-    """Which strings TRL's code compares a field with, for the fields whose valid values it states nowhere else."""
-    tested: dict[str, set[str]] = {name: set() for name in TESTED_BY_NAME}
-    for node in _source_nodes(config_class):
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq):
-            tested.get(_name(node.left) or "", set()).update(_constants(node))
-    return tested
-
-
-def _smoothed_losses(config_class: type) -> list[str]:
-    """The losses whose formula reads `label_smoothing`; the others ignore it in silence."""
-    branches = [n for n in _source_nodes(config_class) if isinstance(n, ast.If) and isinstance(n.test, ast.Compare)]
-    losses: set[str] = set()
-    for branch in branches:
-        test = typing.cast(ast.Compare, branch.test)
-        if _name(test.left) == "loss_type" and isinstance(test.ops[0], ast.Eq):
-            body = [node for statement in branch.body for node in ast.walk(statement)]
-            formula = any(_name(node) == "logsigmoid" for node in body)
-            if formula and any(_name(node) == "label_smoothing" for node in body):
-                losses |= _constants(test)
-    return sorted(losses)
-
-
-def _source_nodes(config_class: type) -> list[ast.AST]:
-    names = (config_class.__module__, config_class.__module__.replace("_config", "_trainer"))
-    files = [typing.cast(str, importlib.import_module(name).__file__) for name in names]
-    return [node for file in files for node in ast.walk(ast.parse(Path(file).read_text()))]
-
-
-def _constants(node: ast.Compare) -> set[str]:
-    return {c.value for c in node.comparators if isinstance(c, ast.Constant) and isinstance(c.value, str)}
-
-
-def _name(node: ast.AST) -> str | None:
-    return getattr(node, "attr", None) or getattr(node, "id", None)
-
-
 if __name__ == "__main__":
-    PINNED_FILE.write_text(json.dumps(derive_schema(), indent=1, sort_keys=True) + "\n")
+    PINNED_FILE.write_text(json.dumps(pinned_schema(), indent=1, sort_keys=True) + "\n")

@@ -6,43 +6,38 @@ written last, so that it means "this run has ended, and this is how".
 
 from __future__ import annotations
 
-import logging
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.run.files import read_json, write_text
 
-log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
 class RunDirectory:
     """Paths of one run's files. `root` need not exist yet."""
 
-    root: Path
-
-    manifest = property(lambda self: self.root / "manifest.json")
-    trl_config = property(lambda self: self.root / "trl_config.json")
-    data_report = property(lambda self: self.root / "data_report.json")
-    dropped_rows = property(lambda self: self.root / "dropped_rows.jsonl")
-    metrics = property(lambda self: self.root / "metrics.jsonl")
-    probe = property(lambda self: self.root / "probe.jsonl")
-    probe_state = property(lambda self: self.root / "probe_state")
-    samples = property(lambda self: self.root / "samples.jsonl")
-    preview = property(lambda self: self.root / "preview.json")
-    checkpoints = property(lambda self: self.root / "checkpoints")
-    model = property(lambda self: self.root / "model")
-    picture = property(lambda self: self.root / "report.png")
-    page = property(lambda self: self.root / "report.md")
-    result = property(lambda self: self.root / "result.json")
-    test = property(lambda self: self.root / "test.json")
-    judge = property(lambda self: self.root / "judge")
-    evaluation = property(lambda self: self.root / "evaluation")
-    export = property(lambda self: self.root / "export")
-    reproduction = property(lambda self: self.root / "reproduce")
-    wandb_file = property(lambda self: self.root / "wandb_id")
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = root / "manifest.json"
+        self.trl_config = root / "trl_config.json"
+        self.data_report = root / "data_report.json"
+        self.dropped_rows = root / "dropped_rows.jsonl"
+        self.metrics = root / "metrics.jsonl"
+        self.probe = root / "probe.jsonl"
+        self.probe_state = root / "probe_state"
+        self.samples = root / "samples.jsonl"
+        self.preview = root / "preview.json"
+        self.checkpoints = root / "checkpoints"
+        self.model = root / "model"
+        self.picture = root / "report.png"
+        self.page = root / "report.md"
+        self.result = root / "result.json"
+        self.test = root / "test.json"
+        self.judge = root / "judge"
+        self.evaluation = root / "evaluation"
+        self.export = root / "export"
+        self.reproduction = root / "reproduce"
+        self.wandb_file = root / "wandb_id"
 
     def read_result(self) -> dict[str, Any] | None:
         """How the run ended, or None where it has not."""

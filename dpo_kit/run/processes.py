@@ -37,11 +37,6 @@ def agree(overrides: Sequence[str], proposed: str) -> list[str]:
     added = [] if is_writer() else QUIET
     if any(word.startswith(RUN_DIR) for word in overrides):
         return list(added)
-    return [f"{RUN_DIR}'{_share(proposed)}'", *added]
-
-
-def _share(proposed: str) -> str:
-    """The first process's directory, through the store that torchrun keeps for its processes."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ConfigError(
             f"{world_size()} processes that train together need one directory: add {RUN_DIR}outputs/<name>, or start "
@@ -49,19 +44,14 @@ def _share(proposed: str) -> str:
         )
     from torch.distributed import rendezvous
 
-    store, _, _ = next(rendezvous("env://"))
+    store, _, _ = next(rendezvous("env://"))  # the one that torchrun keeps for its processes
     if is_writer():
         store.set(KEY, proposed)
-    return store.get(KEY).decode()
+    return [f"{RUN_DIR}'{store.get(KEY).decode()}'", *added]
 
 
-LAUNCHERS = {
-    "torchrun",
-    "accelerate",
-    "torch.distributed.run",
-    "torch.distributed.launch",
-    "accelerate.commands.launch",
-}
+LAUNCHERS = {"torchrun", "accelerate"}
+LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch"}  # as modules
 
 
 def launcher() -> list[str]:

@@ -12,8 +12,9 @@ texts that come from elsewhere.
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 from dpo_kit.errors import ConfigError
 
@@ -55,16 +56,24 @@ _SHAPES = re.compile(
     """,
     re.VERBOSE,
 )
+_PLAIN_WORD = re.compile(r"/|.{0,7}$|[a-z]{0,11}$")  # found in any text: true, disabled, a path
 _URL_USER = re.compile(r"(?<=://)[^\s/@?#]+(?=@)")
 _URL_QUERY = re.compile(
     r"(?<=[?&])((?:[\w\-]*(?:token|key|secret|password|signature|credential)|sig)=)[^&\s#\"']+", re.IGNORECASE
 )
 
 
+@lru_cache(maxsize=10_000)
 def is_secret_key(key: str) -> bool:
     """Whether the last part of `key` (`model.hub_token`) names a secret rather than a setting."""
     key = _CAMEL.sub("_", key)
     return bool(_SECRET_KEY.search(key)) and not _SPECIAL_TOKEN.search(key)
+
+
+def environment_secrets() -> list[str]:
+    """Values of environment variables whose name says that they are secret, longest first; no paths, no plain words."""
+    values = {value for name, value in os.environ.items() if is_secret_key(name) and not _PLAIN_WORD.match(value)}
+    return sorted(values, key=len, reverse=True)
 
 
 def redact(value: Any, key: str = "") -> Any:
@@ -73,12 +82,42 @@ def redact(value: Any, key: str = "") -> Any:
     Under a secret-named key every string goes, and so does a number where the key names a password; under any other
     key what looks like a token does.
     """
-    return _redact(value, key, environment_secrets())
+    if isinstance(value, dict):
+        return {
+            redact_text(name) if isinstance(name, str) else name: redact(item, key if is_secret_key(key) else str(name))
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [redact(item, key) for item in value]
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if value in (None, "") or isinstance(value, bool) or not isinstance(value, str | int | float):
+        return value
+    if is_secret_key(key) and not _is_count(value, key.lower()):
+        return REDACTED
+    return redact_text(value, commits=bool(_COMMIT_KEY.search(key))) if isinstance(value, str) else value
 
 
-def redact_text(text: str) -> str:
-    """`text` without known token shapes, credentials of URLs and secrets of the environment: `<redacted>` instead."""
-    return _redact_text(text, environment_secrets())
+def _is_count(value: Any, key: str) -> bool:
+    """Whether a number is one of tokens (`num_tokens: 7`, `max_tokens=7` on a command line) rather than a secret."""
+    counted = value.replace(",", "").isdecimal() if isinstance(value, str) else True
+    return counted and key.endswith("tokens" if isinstance(value, str) else ("token", "tokens"))
+
+
+def redact_text(text: str, *, commits: bool = False) -> str:
+    """`text` without known token shapes, credentials of URLs and secrets of the environment: `<redacted>` instead.
+
+    With `commits`, 40 hex digits stay: the text is known to be a revision.
+    """
+    for value in environment_secrets():
+        text = text.replace(value, REDACTED)
+    text = _SHAPES.sub(REDACTED, text)
+    text = _URL_QUERY.sub(rf"\1{REDACTED}", _URL_USER.sub(REDACTED, text))
+    return text if commits else _HEX40.sub(_redact_hex, text)
+
+
+def _redact_hex(match: re.Match[str]) -> str:
+    return match.group() if match["commit"] else REDACTED
 
 
 def redact_argv(argv: Sequence[str]) -> list[str]:
@@ -101,44 +140,6 @@ def redact_command(text: str) -> str:
     return " ".join(redact_argv(text.split()))
 
 
-def _redact(value: Any, key: str, known: Sequence[str]) -> Any:
-    if isinstance(value, dict):
-        return {
-            _redact_key(k, known): _redact(v, key if is_secret_key(key) else str(k), known) for k, v in value.items()
-        }
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_redact(item, key, known) for item in value]
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if value in (None, "") or isinstance(value, bool) or not isinstance(value, str | int | float):
-        return value
-    if is_secret_key(key) and not _is_count(value, key.lower()):
-        return REDACTED
-    return _redact_text(value, known, commits=bool(_COMMIT_KEY.search(key))) if isinstance(value, str) else value
-
-
-def _is_count(value: Any, key: str) -> bool:
-    """Whether a number is one of tokens (`num_tokens: 7`, `max_tokens=7` on a command line) rather than a secret."""
-    counted = value.replace(",", "").isdecimal() if isinstance(value, str) else True
-    return counted and key.endswith("tokens" if isinstance(value, str) else ("token", "tokens"))
-
-
-def _redact_key(key: Any, known: Sequence[str]) -> Any:
-    return _redact_text(key, known) if isinstance(key, str) else key
-
-
-def _redact_text(text: str, known: Iterable[str], *, commits: bool = False) -> str:
-    for value in known:
-        text = text.replace(value, REDACTED)
-    text = _SHAPES.sub(REDACTED, text)
-    text = _URL_QUERY.sub(rf"\1{REDACTED}", _URL_USER.sub(REDACTED, text))
-    return text if commits else _HEX40.sub(_redact_hex, text)
-
-
-def _redact_hex(match: re.Match[str]) -> str:
-    return match.group() if match["commit"] else REDACTED
-
-
 class RedactingFormatter(logging.Formatter):
     """Log lines without secrets, those of libraries and their tracebacks too."""
 
@@ -147,13 +148,6 @@ class RedactingFormatter(logging.Formatter):
 
 
 # --- refusing ----------------------------------------------------------------------------------------------------
-
-
-class Found(NamedTuple):
-    """A secret in a config: where it stands, and why it is taken for one. Never its value."""
-
-    key: str
-    reason: str
 
 
 STORES = {
@@ -168,50 +162,44 @@ STORES = {
 }
 _SHAPE_STORES = {"hf_": "hf", "api_org_": "hf", "wandb_": "wandb", "local-": "wandb", "sk-ant-": "anthropic"}
 _SHAPE_STORES |= {"sk-": "openai", "AKIA": "aws", "ASIA": "aws", "gh": "github"}
-_PLAIN_WORD = re.compile(r"/|.{0,7}$|[a-z]{0,11}$")  # found in any text: true, disabled, a path
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([\w.]+)")
 
 
-def environment_secrets() -> list[str]:
-    """Values of environment variables whose name says that they are secret, longest first; no paths, no plain words."""
-    found = {value for name, value in os.environ.items() if is_secret_key(name) and not _PLAIN_WORD.match(value)}
-    return sorted(found, key=len, reverse=True)
+Secret = tuple[str, str]  # the key under which it stands, why it is taken for one; never its value
 
 
 def refuse_secrets(config: Any, argv: Sequence[str] = ()) -> None:
     """ConfigError where a composed config (plain containers, interpolations as written or resolved) or a command line
     holds a secret: the key, why, and where it belongs instead. The value is never repeated.
     """
-    found = [*_in_argv(argv), *_in_config(config, "")]
     lines = {
         f"{key}: {reason}, and it would be written to the run directory; instead, {_remedy(key, reason)}"
-        for key, reason in found
+        for key, reason in (*_in_argv(argv), *_in_config(config, ""))
     }
     if lines:
         raise ConfigError("\n".join(sorted(lines)))
 
 
-def _in_config(value: Any, key: str) -> Iterator[Found]:
+def _in_config(value: Any, key: str) -> Iterator[Secret]:
     if isinstance(value, Mapping):
         for name, item in value.items():
             if redact_text(str(name)) != str(name):
-                yield Found(key or "config", "a key of it is a secret itself")
+                yield key or "config", "a key of it is a secret itself"
             yield from _in_config(item, key if is_secret_key(key) else f"{key}.{name}".lstrip("."))
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _in_config(item, key)
     elif reason := _reason(value, key):
-        yield Found(key, reason)
+        yield key, reason
 
 
 def _reason(value: Any, key: str) -> str | None:
     """Why the scalar `value` under `key` is a secret; None where it is not."""
     if isinstance(value, str):
-        named = [name for name in _ENVIRONMENT.findall(value) if is_secret_key(name)]
-        if named:
+        if named := [name for name in _ENVIRONMENT.findall(value) if is_secret_key(name)]:
             return f"it copies the environment variable {named[0]} into the config"
-        if found := _shape(value, key):
-            return found
+        if shape := _shape(value, key):
+            return shape
         if any(secret in value for secret in environment_secrets()):
             return "it holds the value of an environment variable that is named like a secret"
     return "its name says that it is a secret" if redact(value, key) == REDACTED else None
@@ -228,14 +216,14 @@ def _shape(text: str, key: str) -> str | None:
     return None
 
 
-def _in_argv(argv: Sequence[str]) -> Iterator[Found]:
+def _in_argv(argv: Sequence[str]) -> Iterator[Secret]:
     for word, clean in zip(argv, redact_argv(argv), strict=True):
         name, _, value = word.partition("=")
         name = redact_text(name.lstrip("-+~"))
         if reason := _reason(value, name.replace("-", "_")):
-            yield Found(name, reason)
+            yield name, reason
         elif clean != word:
-            yield Found("the command line", _shape(word, "") or "a word after a secret-named option")
+            yield "the command line", _shape(word, "") or "a word after a secret-named option"
 
 
 def _remedy(key: str, reason: str) -> str:

@@ -1,6 +1,6 @@
 """How far two sets of numbers differ beyond chance: paired tests by prompt, Holm's correction, numbers needed.
 
-Pure functions of NumPy arrays and floats; numpy is imported where it is used, torch not at all.
+Pure functions of floats; numpy and scipy are imported where they are used, torch not at all.
 """
 
 from __future__ import annotations
@@ -46,28 +46,13 @@ def paired_bootstrap(first: Mapping[str, float], second: Mapping[str, float], se
     if len(common) < 2:
         return None
     gaps = np.array([first[name] - second[name] for name in common], dtype=float)
-    means = _resampled_means(gaps, seed)
-    low, high = np.quantile(means, [0.025, 0.975])
-    beyond = int((np.abs(means - gaps.mean()) >= abs(gaps.mean()) - 1e-12).sum())
-    p = (beyond + 1) / (DRAWS + 1)
-    return Difference(
-        float(gaps.mean()),
-        float(low),
-        float(high),
-        p,
-        len(common),
-        "paired bootstrap by prompt",
-        needed_mean(gaps.tolist()),
-    )
-
-
-def _resampled_means(values, seed: int):  # type: ignore[no-untyped-def]  # numpy is imported late
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
-    size = max(1, 2_000_000 // len(values))  # draws held at once: 16 MB of indices
+    generator, count, mean = np.random.default_rng(seed), len(gaps), float(gaps.mean())
+    size = max(1, 2_000_000 // count)  # draws held at once: 16 MB of indices
     blocks = [min(size, DRAWS - start) for start in range(0, DRAWS, size)]
-    return np.concatenate([values[generator.integers(len(values), size=(n, len(values)))].mean(1) for n in blocks])
+    means = np.concatenate([gaps[generator.integers(count, size=(draws, count))].mean(1) for draws in blocks])
+    low, high = map(float, np.quantile(means, [0.025, 0.975]))
+    p = (int((np.abs(means - mean) >= abs(mean) - 1e-12).sum()) + 1) / (DRAWS + 1)
+    return Difference(mean, low, high, p, count, "paired bootstrap by prompt", needed_mean(gaps.tolist()))
 
 
 def needed_mean(gaps: Sequence[float]) -> int | None:
@@ -95,9 +80,14 @@ def mcnemar(first: Mapping[str, tuple[str, float]], second: Mapping[str, tuple[s
     spread = math.sqrt(sum((gap - value * len(common) / len(sums)) ** 2 for gap in sums.values())) / len(common)
     agree = (won - lost) * value > 0 or won == lost  # a majority of prompts against the mean separates nothing
     return Difference(
-        value, value - Z95 * spread, value + Z95 * spread, sign_test(won, lost) if agree else 1.0, len(common),
-        "exact McNemar by prompt", needed_pairs(value, (won + lost) / len(sums)),
-    )  # fmt: skip
+        value,
+        value - Z95 * spread,
+        value + Z95 * spread,
+        sign_test(won, lost) if agree else 1.0,
+        len(common),
+        "exact McNemar by prompt",
+        needed_pairs(value, (won + lost) / len(sums)),
+    )
 
 
 def right(margin: float) -> float:
@@ -107,9 +97,9 @@ def right(margin: float) -> float:
 
 def sign_test(won: int, lost: int) -> float:
     """Two-sided exact p of McNemar's test: 2·P(X ≤ min) for X ~ Binomial(won + lost, ½), at most 1."""
-    total = won + lost
-    tail = sum(math.comb(total, k) for k in range(min(won, lost) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    from scipy.stats import binomtest
+
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
 def from_intervals(first: Sequence[float], second: Sequence[float]) -> Difference:

@@ -48,7 +48,9 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Send one row of numbers, drawn against `train/global_step` = `step`; other values are left out."""
-        self._guard(lambda run: run.log(_numbers(metrics) | {STEP: step}))
+        values = {key: plain(value) for key, value in metrics.items()}
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        self._guard(lambda run: run.log(numbers | {STEP: step}))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final scalars, each under its plain key (so that tables and scatter plots find it)."""
@@ -126,40 +128,38 @@ def start(
         run_id: resume this run, or begin it where it does not exist; a new id when None.
     """
     run_id = run_id or uuid.uuid4().hex[:8]
-    arguments: dict[str, Any] = {
-        "id": run_id,
-        "dir": str(run_dir),
-        "project": project,
-        "entity": entity,
-        "group": group,
-        "job_type": os.environ.get("WANDB_JOB_TYPE", job_type) if job_type == "train" else job_type,
-        "name": redact_text(name),
-        "tags": [redact_text(tag) for tag in tags],
-        "config": redact(dict(config)),
-    }
     try:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        return _start(arguments)
+        arguments: dict[str, Any] = {
+            "id": run_id,
+            "dir": str(run_dir),
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "job_type": os.environ.get("WANDB_JOB_TYPE", job_type) if job_type == "train" else job_type,
+            "name": redact_text(name),
+            "tags": [redact_text(tag) for tag in tags],
+            "config": redact(dict(config)),
+        }
+        mode, reason = _wanted_mode()
+        if mode == "disabled":
+            return Tracker(run_id=run_id)
+        if mode == "online":
+            try:
+                return Tracker(_open("online", arguments), run_id=run_id, mode="online")
+            except Exception as error:
+                reason = f"going online failed with {_short(error)}"
+                _end_service()  # else the run id counts as in use
+                _setup()
+        tracker = Tracker(_open("offline", arguments), run_id=run_id, mode="offline")
+        folder = shlex.quote(str(Path(run_dir).resolve() / "wandb"))
+        login = "wandb login && " if "API key" in reason else ""
+        tracker.hint = f"wandb is offline ({reason}); to upload: {login}wandb sync {folder}/offline-run-*-{run_id}"
+        log.info(tracker.hint)
+        return tracker
     except Exception as error:
         log.warning("wandb cannot be used (%s); this run is recorded in metrics.jsonl alone", _short(error))
         return Tracker(run_id=run_id)
-
-
-def _start(arguments: dict[str, Any]) -> Tracker:
-    mode, reason = _wanted_mode()
-    if mode == "disabled":
-        return Tracker(run_id=arguments["id"])
-    if mode == "online":
-        try:
-            return Tracker(_open("online", arguments), run_id=arguments["id"], mode="online")
-        except Exception as error:
-            reason = f"going online failed with {_short(error)}"
-            _end_service()  # else the run id counts as in use
-            _setup()
-    tracker = Tracker(_open("offline", arguments), run_id=arguments["id"], mode="offline")
-    tracker.hint = _sync_line(reason, arguments)
-    log.info(tracker.hint)
-    return tracker
 
 
 def _wanted_mode() -> tuple[str, str]:
@@ -215,12 +215,6 @@ def _open(mode: str, arguments: dict[str, Any]) -> Any:
     return run
 
 
-def _sync_line(reason: str, arguments: dict[str, Any]) -> str:
-    folder = shlex.quote(str(Path(arguments["dir"]).resolve() / "wandb"))
-    login = "wandb login && " if "API key" in reason else ""
-    return f"wandb is offline ({reason}); to upload: {login}wandb sync {folder}/offline-run-*-{arguments['id']}"
-
-
 def _wandb() -> Any:
     import wandb  # half a second, and only in a process that trains
 
@@ -229,11 +223,6 @@ def _wandb() -> Any:
 
 def _at(step: int | None) -> dict[str, int]:
     return {} if step is None else {STEP: step}
-
-
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, int | float]:
-    values = {key: plain(value) for key, value in metrics.items()}
-    return {key: value for key, value in values.items() if isinstance(value, int | float)}
 
 
 def _cell(value: Any) -> Any:

@@ -69,23 +69,21 @@ def readable(words: Sequence[str]) -> list[str]:
 
     ConfigError for a word that is no override.
     """
-    return [_readable(word) for word in words]
-
-
-def _readable(word: str) -> str:
-    key, equals, value = word.partition("=")
-    if word.startswith("-"):
-        raise ConfigError(f"overrides are key=value without dashes: {_undashed(word)}")
-    if not KEY.fullmatch(key) or not (equals or key.startswith("~")):
-        raise ConfigError(f"overrides are key=value, got {word!r}")
-    value = HOME.sub(str(Path.home()), value) if "~" in value else value
-    if PLAIN.fullmatch(value):
-        return f"{key}{equals}{value}"
-    try:
-        OverridesParser.create().parse_override(f"{key}{equals}{value}")
-    except HydraException:
-        return f"{key}={quote(value)}"
-    return f"{key}{equals}{value}"
+    read = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word.startswith("-"):
+            raise ConfigError(f"overrides are key=value without dashes: {_undashed(word)}")
+        if not KEY.fullmatch(key) or not (equals or key.startswith("~")):
+            raise ConfigError(f"overrides are key=value, got {word!r}")
+        value = HOME.sub(str(Path.home()), value) if "~" in value else value
+        if not PLAIN.fullmatch(value):
+            try:
+                OverridesParser.create().parse_override(f"{key}{equals}{value}")
+            except HydraException:
+                equals, value = "=", quote(value)
+        read.append(f"{key}{equals}{value}")
+    return read
 
 
 def _undashed(word: str, value: str = "…") -> str:
@@ -125,20 +123,21 @@ def training(words: Sequence[str], file: str | Path | None = None) -> str:
     """The command that trains with what of `words`, those of a tool, concerns training; on the rows of `file` where one
     is named.
     """
-    keys = [word.lstrip("+~").partition("=")[0] for word in words]
-    rows = ("data.gold",) if "data.columns" in keys else ("data.gold", "data.eval")  # the file has our names
-    kept = [word for word, key in zip(words, keys, strict=True) if key.split(".")[0] in TRAINS]
+    by_word = {word: word.lstrip("+~").partition("=")[0] for word in words}
+    kept = [word for word, key in by_word.items() if key.split(".")[0] in TRAINS]
     if file is None:
-        return command(*kept, *(word for word, key in zip(words, keys, strict=True) if key.split(".")[0] == "data"))
-    kept += [word for word, key in zip(words, keys, strict=True) if key in rows]
-    return command(*kept, "data=jsonl", override("data.train", file))
+        return command(*kept, *(word for word, key in by_word.items() if key.split(".")[0] == "data"))
+    rows = ("data.gold",) if "data.columns" in by_word.values() else ("data.gold", "data.eval")  # it has our names
+    return command(*kept, *(w for w, key in by_word.items() if key in rows), "data=jsonl", override("data.train", file))
 
 
 def again(typed: str | None, method: str | None, *flags: str, **changed: str) -> str:
     """The command `typed` (None where nothing was typed: that `method`) with the `changed` keys, and without those of
     Hydra. With `-m` among the `flags` what started several processes starts each job of the sweep.
     """
-    head, words = _split(typed or command(f"method={method}"))
+    typed_words = shlex.split(typed or command(f"method={method}"))
+    start = typed_words.index("dpo_kit") + 1
+    head, words = typed_words[:start], typed_words[start:]
     if "-m" in flags and head[0] != "python":
         listed = ",".join(map(quote, head[:-2]))
         head, flags = ["python", "-m", "dpo_kit"], (*flags, f"hydra.launcher.command=[{listed}]")
@@ -147,13 +146,6 @@ def again(typed: str | None, method: str | None, *flags: str, **changed: str) ->
     if "beta" in changed:
         kept = [word for word in kept if not word.startswith("beta-sweep=")]
     return shlex.join([*head, *flags, *kept, *(f"{key}={value}" for key, value in changed.items())])
-
-
-def _split(typed: str) -> tuple[list[str], list[str]]:
-    """A command up to `dpo_kit`, and its words."""
-    words = shlex.split(typed)
-    start = words.index("dpo_kit") + 1
-    return words[:start], words[start:]
 
 
 def longer(trl: Mapping[str, Any]) -> dict[str, str]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import write_json, write_text
+from dpo_kit.run.measures import MEASURES
 from dpo_kit.run.report.markdown import code, fence, inline, table
-from dpo_kit.run.report.picture import TABLE, interval_text
+from dpo_kit.run.report.numbers import value_text
 from dpo_kit.sweep.choice.advice import next_command
 from dpo_kit.sweep.choice.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
 from dpo_kit.sweep.choice.rule import Choice, choose, read_limits
@@ -110,10 +111,8 @@ def describe(summary: Summary) -> list[str]:
 def _measured(values: Mapping[str, Any]) -> str:
     """The measured quantities with their intervals, in one line."""
     shown = ("probe/accuracy", "probe/auc", "gold/reward", "gold/capability")
-    rows = [(label, key, form) for key, label, form in TABLE if key in shown and number(values.get(key)) is not None]
-    return ", ".join(
-        f"{label} {values[key]:{form}} {interval_text(values, key, form)}".rstrip() for label, key, form in rows
-    )
+    measured = [measure for measure in MEASURES if measure.key in shown and number(values.get(measure.key)) is not None]
+    return ", ".join(f"{of.label} {value_text(values, of.key, of.form)}" for of in measured)
 
 
 def _first_line(summary: Summary, run: RunRecord) -> str:

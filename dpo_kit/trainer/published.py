@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from dpo_kit.config.compose import check, compose_unchecked
 from dpo_kit.config.identity import comparable, flatten, list_differences
 from dpo_kit.config.settings import Experiment
-from dpo_kit.run.report.picture import bounds
+from dpo_kit.run.report.numbers import bounds
 
 SAME = (  # what may differ from the recipe: another draw, what only measures or permits, rows at a time
     "seed",

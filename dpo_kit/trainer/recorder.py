@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dpo_kit.run.history import append_row, keep_rows_until, plain, read_metrics
+from dpo_kit.run.measures import MEASURES
 from dpo_kit.run.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -63,15 +64,8 @@ class Recorder(TrainerCallback):
 class Progress(ProgressCallback):
     """A bar with the figures that matter behind it; where the output is no terminal a line with them now and then."""
 
-    SHOWN: ClassVar = {  # the loss of training, all else on held-out rows and in nats
-        "loss": "loss",
-        "probe/accuracy": "accuracy",
-        "probe/auc": "auc",
-        "probe/margin_nats": "margin",
-        "probe/class_gap_nats": "class gap",
-        "probe/kl_forward_rb_nats": "KL",
-        "probe/kl_forward_k1_nats": "KL",
-    }
+    # the loss of training, all else on held-out rows and in nats
+    SHOWN: ClassVar = {"loss": "loss"} | {measure.key: measure.short for measure in MEASURES if measure.short}
 
     def __init__(self) -> None:
         super().__init__()

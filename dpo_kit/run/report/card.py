@@ -1,6 +1,6 @@
 """The model card: what a finished model is, in words and numbers, for whoever finds it later. No secrets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import yaml
 
 from dpo_kit.run.redact import redact, redact_command
 from dpo_kit.run.report.markdown import table
-from dpo_kit.run.report.picture import ceiling_line, interval_text, result_rows
+from dpo_kit.run.report.numbers import ceiling_line, interval_text, result_rows
 
 DIRECTION = {
     "closer": "a higher beta keeps the policy closer to the reference",
@@ -38,17 +38,29 @@ def card_text(
     """The card as Markdown. `judged` is what evaluation/result.json holds, `export` what export.json holds: with it the
     card is that of a model without adapters. All are redacted first.
     """
-    result, manifest = redact(dict(result) | {"merged": export is not None}), redact(dict(manifest))
-    parts = [part(result, manifest) for part in (_front_matter, _headline, _measured, _findings, _data, _training)]
-    parts += [_export(redact(dict(export))) if export else "", _versions(result, manifest)]
-    parts.insert(3, _judged(redact(dict(judged or {}))))
+    result, manifest = redact(dict(result)), redact(dict(manifest))
+    judged, export = redact(dict(judged or {})), redact(dict(export or {}))
+    parts = [
+        _front_matter(result, adapter=result["tuning"] != "full" and not export),
+        _headline(result, manifest["config"]["method"]),
+        *_measured(result, judged),
+        _data(manifest),
+        _training(result, manifest),
+    ]
+    if export:
+        checked = f"Checked on fixed prompts: {export['checked']}."
+        parts.append(f"## Export\n\n{export['how']} Weights in {export['dtype']}. {checked}")
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
+    parts.append(f"## Versions\n\n{versions}.")
+    weights = manifest.get("model", {})
+    if start := weights.get("sha256") or weights.get("revision"):
+        parts.append(f"Started from weights `{start}`.")
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _front_matter(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    plain = result["tuning"] == "full" or result.get("merged")
+def _front_matter(result: Mapping[str, Any], *, adapter: bool) -> str:
     facts: dict[str, Any] = {
-        "library_name": "transformers" if plain else "peft",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dpo_kit", "trl", "preference-tuning", result["method"]],
     }
@@ -57,43 +69,32 @@ def _front_matter(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str
     return f"---\n{yaml.safe_dump(facts, sort_keys=False).strip()}\n---"
 
 
-def _headline(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    method = manifest["config"]["method"]
-    meaning = f"{method['beta']['meaning']}; {DIRECTION[method['beta']['higher']]}"
+def _headline(result: Mapping[str, Any], method: Mapping[str, Any]) -> str:
     return (
         f"# {method['name']} of {result['model']}, beta {result['beta']:g}\n\n"
         f"{method['title']} ({method['paper']}): `{method['equation']}`\n\n"
-        f"beta = {result['beta']:g}: {meaning}."
+        f"beta = {result['beta']:g}: {method['beta']['meaning']}; {DIRECTION[method['beta']['higher']]}."
     )
 
 
-def _measured(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    rows = table(("", "start", "end", "95 % interval"), result_rows(result))
-    note = ceiling_line(result.get("final") or {}, result.get("ceiling"))
-    about = "On held-out prompts, against the model that training started from."
-    return "\n\n".join(filter(None, ("## Measured", about, rows, note and f"{note[0].upper()}{note[1:]}.")))
+def _measured(result: Mapping[str, Any], judged: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Measured\n\nOn held-out prompts, against the model that training started from."
+    yield table(("", "start", "end", "95 % interval"), result_rows(result))
+    if note := ceiling_line(result.get("final") or {}, result.get("ceiling")):
+        yield f"{note[0].upper()}{note[1:]}."
+    if isinstance(rate := judged.get("win_rate"), int | float):
+        rate_text = f"{rate:.3f} {interval_text(judged, 'win_rate', '.3f')}".rstrip()
+        yield f"Win rate against the reference, ties counting half: {rate_text}."
+    if findings := result.get("findings"):
+        yield "## To know\n\n" + "\n".join(f"- {finding['symptom']} {finding['meaning']}" for finding in findings)
 
 
-def _judged(judged: Mapping[str, Any]) -> str:
-    if not isinstance(judged.get("win_rate"), int | float):
-        return ""
-    interval = interval_text(judged, "win_rate", ".3f")
-    return f"Win rate against the reference, ties counting half: {judged['win_rate']:.3f} {interval}".rstrip() + "."
-
-
-def _findings(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    found = [f"- {item['symptom']} {item['meaning']}" for item in result.get("findings") or []]
-    return "## To know\n\n" + "\n".join(found) if found else ""
-
-
-def _data(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def _data(manifest: Mapping[str, Any]) -> str:
     data = manifest["config"].get("data", {})
-    sources = [f"- {name}: `{data[name]}`" for name in ("train", "eval") if data.get(name)]
-    splits = [
-        f"- {name}: {facts['rows']} rows, sha256 `{str(facts['sha256'])[:16]}`"
-        for name, facts in manifest.get("data", {}).items()
-    ]
-    return "## Data\n\n" + "\n".join(sources + splits)
+    lines = [f"- {name}: `{data[name]}`" for name in ("train", "eval") if data.get(name)]
+    for name, split in manifest.get("data", {}).items():
+        lines.append(f"- {name}: {split['rows']} rows, sha256 `{str(split['sha256'])[:16]}`")
+    return "## Data\n\n" + "\n".join(lines)
 
 
 def _training(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
@@ -105,14 +106,3 @@ def _training(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         facts += f" Goes on from the LoRA ({options}) on `{adapter['base']}`; reference: {adapter['reference']}."
     command = redact_command(manifest.get("command") or "")
     return "\n\n".join(filter(None, ("## Training", facts, command and f"```\n{command}\n```")))
-
-
-def _export(export: Mapping[str, Any]) -> str:
-    return f"## Export\n\n{export['how']} Weights in {export['dtype']}. Checked on fixed prompts: {export['checked']}."
-
-
-def _versions(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
-    weights = manifest.get("model", {})
-    start = weights.get("sha256") or weights.get("revision")
-    return f"## Versions\n\n{versions}." + (f"\n\nStarted from weights `{start}`." if start else "")

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_kit.run.history import series
+from dpo_kit.run.measures import kl_keys
 
 Rows = Sequence[Mapping[str, Any]]
 
+ROUNDED = 0.75  # share of the trained weights that a step cannot change, from which on it is said
+NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 FLAT_NOISE = 2.0  # standard errors that the loss must move to count as moving
 CERTAIN = 0.99  # accuracy that no preference data of people's reaches
 FAR_NATS = 10.0  # reverse or forward KL per answer; the default budget of a sweep's choice
@@ -31,15 +34,11 @@ class Finding:
     remedy: str
 
 
-ROUNDED = 0.75  # share of the trained weights that a step cannot change, from which on it is said
-NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
-
-
 def held_back(args: Any, steps: int, rounded: float) -> list[tuple[Finding, dict[str, str]]]:
     """What keeps a run of `steps` with the TRL arguments `args` from moving, known before it starts, and the keys to
     change. `rounded`: share of the trained weights for which a step of the learning rate is below their rounding.
     """
-    found, rate, warmup = [], args.learning_rate, args.get_warmup_steps(steps)
+    findings, rate, warmup = [], args.learning_rate, args.get_warmup_steps(steps)
     if rounded > ROUNDED:
         finding = Finding(
             f"A step of {rate:g} is below the rounding of {rounded:.1%} of the trained weights, which are kept in half "
@@ -47,7 +46,7 @@ def held_back(args: Any, steps: int, rounded: float) -> list[tuple[Finding, dict
             "These weights do not change: what is measured is a policy that hardly moves, whatever data or beta.",
             "Take model.dtype=auto, which keeps trained weights in float32.",
         )
-        found.append((finding, {"model.dtype": "auto"}))
+        findings.append((finding, {"model.dtype": "auto"}))
     if warmup >= steps and args.lr_scheduler_type not in NO_WARMUP:
         finding = Finding(
             f"Warm-up takes {warmup} of {steps} steps: the learning rate never gets above {(steps - 1) / warmup:.0%} "
@@ -55,8 +54,8 @@ def held_back(args: Any, steps: int, rounded: float) -> list[tuple[Finding, dict
             "The policy has hardly moved, whatever data or beta.",
             "Take trl.warmup_steps=0.1, a tenth of the run, or a longer run.",
         )
-        found.append((finding, {"trl.warmup_steps": "0.1"} if steps > 1 else {}))
-    return found
+        findings.append((finding, {"trl.warmup_steps": "0.1"} if steps > 1 else {}))
+    return findings
 
 
 def diagnose(history: Rows, method: Mapping[str, Any]) -> list[Finding]:
@@ -64,11 +63,9 @@ def diagnose(history: Rows, method: Mapping[str, Any]) -> list[Finding]:
 
     `history` is what `read_metrics` returns, `method` the method block of the config.
     """
-    flat = loss_flat(history, method)
-    found = (
-        [flat] if flat else [check(history, method) for check in CHECKS]
-    )  # a run that stands still has no more to say
-    return [finding for finding in found if finding is not None]
+    if flat := loss_flat(history, method):  # a run that stands still has no more to say
+        return [flat]
+    return [finding for check in CHECKS if (finding := check(history, method))]
 
 
 def loss_flat(history: Rows, method: Mapping[str, Any]) -> Finding | None:
@@ -93,9 +90,8 @@ def loss_flat(history: Rows, method: Mapping[str, Any]) -> Finding | None:
 
 def both_fall(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     """The margin rises while both answers lose likelihood: chosen at least half of the margin, and still falling."""
-    chosen, rejected = (
-        list(series(history, f"probe/logratio_{side}_nats").values()) for side in ("chosen", "rejected")
-    )
+    sides = (f"probe/logratio_{side}_nats" for side in ("chosen", "rejected"))
+    chosen, rejected = (list(series(history, key).values()) for key in sides)
     if min(len(chosen), len(rejected)) < 4 or not _learned(history):
         return None
     half, end = chosen[len(chosen) // 2], chosen[-1]
@@ -121,8 +117,10 @@ def certain_at_once(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     early = [value for step, value in accuracy.items() if step <= max(first, 0.2 * max(accuracy))]
     if max(early) < CERTAIN:
         return None
+    rule = list(series(history, "probe/length_rule_accuracy").values())
+    clue = f" (and taking the longer answer is right in {rule[-1]:.0%})" if rule and rule[-1] > 0.75 else ""
     return Finding(
-        f"Held-out accuracy is {max(early):.3f} at step {first} already{_length_clue(history)}.",
+        f"Held-out accuracy is {max(early):.3f} at step {first} already{clue}.",
         "Something on the surface tells chosen from rejected (length, format, a template, another model's style); the "
         "policy learns that, and the accuracy says nothing about quality.",
         "Compare the two sides for length and format, remove what only one of them has, and take pairs that are closer "
@@ -132,24 +130,19 @@ def certain_at_once(history: Rows, method: Mapping[str, Any]) -> Finding | None:
 
 def drift_explodes(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     """The KL per answer is large, and so per token or grown threefold over the second half."""
-    for direction in ("reverse", "forward"):
-        for key in (f"probe/kl_{direction}_rb_nats", f"probe/kl_{direction}_k1_nats"):
-            values = list(series(history, key).values())
-            per_token = list(series(history, f"{key}_per_token").values()) or [0.0]
-            if len(values) < 3 or values[-1] <= FAR_NATS:
-                continue
-            if values[-1] >= 3 * values[len(values) // 2] or per_token[-1] > FAR_PER_TOKEN:
-                return _drift_finding(direction, values[-1], method)
+    for direction, key in [(way, key) for way in ("reverse", "forward") for key in kl_keys(way)]:
+        values = list(series(history, key).values())
+        per_token = list(series(history, f"{key}_per_token").values()) or [0.0]
+        if len(values) < 3 or values[-1] <= FAR_NATS:
+            continue
+        if values[-1] >= 3 * values[len(values) // 2] or per_token[-1] > FAR_PER_TOKEN:
+            return Finding(
+                f"KL drift explodes: {values[-1]:.0f} nats per answer ({direction}).",
+                "The policy has left the region where the pairs say anything about it; accuracy may still look well "
+                "while samples degrade.",
+                f"Lower trl.learning_rate three- to tenfold or stop earlier, and {_hold_back(method)}.",
+            )
     return None
-
-
-def _drift_finding(direction: str, nats: float, method: Mapping[str, Any]) -> Finding:
-    return Finding(
-        f"KL drift explodes: {nats:.0f} nats per answer ({direction}).",
-        "The policy has left the region where the pairs say anything about it; accuracy may still look well while "
-        "samples degrade.",
-        f"Lower trl.learning_rate three- to tenfold or stop earlier, and {_hold_back(method)}.",
-    )
 
 
 def over_optimised(history: Rows, method: Mapping[str, Any]) -> Finding | None:
@@ -206,8 +199,3 @@ def _learned(history: Rows) -> bool | None:
         if low := list(series(history, f"{key}_low").values()):
             return low[-1] > chance
     return None
-
-
-def _length_clue(history: Rows) -> str:
-    rule = list(series(history, "probe/length_rule_accuracy").values())
-    return f" (and taking the longer answer is right in {rule[-1]:.0%})" if rule and rule[-1] > 0.75 else ""

@@ -16,7 +16,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_text
 from dpo_kit.run.redact import redact, redact_command
 from dpo_kit.run.report.markdown import code, fence, inline, table
-from dpo_kit.run.report.picture import ceiling_line, interval_text, number_text, result_rows
+from dpo_kit.run.report.numbers import ceiling_line, interval_text, number_text, result_rows, value_text
 from dpo_kit.run.report.published import sentences
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,9 @@ class Facts:
 def write_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -> str:
     """Write `run_dir`/report.md and return its text. `result` stands for a result.json that is yet to be written."""
     run = RunDirectory(Path(run_dir))
-    text = page_text(_read(run, result))
+    files = (run.manifest, run.data_report, run.evaluation / "result.json", run.test)
+    manifest, data, judged, test = (redact(read_json(file)) if file.exists() else {} for file in files)
+    text = page_text(Facts(run, redact(dict(result or run.read_result() or {})), manifest, data, judged, test))
     write_text(run.page, text)
     return text
 
@@ -59,12 +61,6 @@ def refresh_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -
         return None
 
 
-def _read(run: RunDirectory, result: Mapping[str, Any] | None) -> Facts:
-    files = (run.manifest, run.data_report, run.evaluation / "result.json", run.test)
-    manifest, data, judged, test = (redact(read_json(file)) if file.exists() else {} for file in files)
-    return Facts(run, redact(dict(result or run.read_result() or {})), manifest, data, judged, test)
-
-
 def page_text(facts: Facts) -> str:
     """The page as Markdown."""
     sections = (_headline, _measured, _published, _judged, _findings, _data, _repeat)
@@ -76,20 +72,17 @@ def _headline(facts: Facts) -> Iterator[str]:
     name = str(result.get("method", "run"))
     beta = f" · beta {result['beta']:g}" if "beta" in result else ""
     yield f"# {inline(name)}{beta} · seed {result.get('seed', 'unknown')}"
-    rows = ((facts.manifest.get("data") or {}).get("train") or {}).get("rows")
-    on = f" on {rows:,} rows of {_sources(facts)}" if rows else ""
+    on = ""
+    if rows := ((facts.manifest.get("data") or {}).get("train") or {}).get("rows"):
+        train = config["data"]["train"]
+        paths = [train] if isinstance(train, str) else [source["path"] for source in train]
+        on = f" on {rows:,} rows of {', '.join(code(str(path)) for path in paths)}"
     title = inline(str((config.get("method") or {}).get("title", name)))
     steps = f", {result['steps']} steps" if "steps" in result else ""
     tuned = f"{result.get('tuning', 'some')} tuning of {code(str(result.get('model', 'an unnamed model')))}"
     yield f"{title}, {tuned}{on}{steps}. {_verdict(facts)}"
     if following := result.get("next"):
         yield f"Next:\n\n{fence(following, 'bash')}"
-
-
-def _sources(facts: Facts) -> str:
-    train = facts.manifest["config"]["data"]["train"]
-    paths = [train] if isinstance(train, str) else [source["path"] for source in train]
-    return ", ".join(code(str(path)) for path in paths)
 
 
 def _verdict(facts: Facts) -> str:
@@ -103,18 +96,11 @@ def _verdict(facts: Facts) -> str:
         return f"**{judged['win_rate_verdict'].capitalize()}**: {rate} against {against}."
     start, final = result.get("start") or {}, result.get("final") or {}
     if final.get("gold/reward") is not None:  # the two intervals share their prompts: they do not say which is better
-        return f"**Measured**: {_text(final, 'gold/reward', '.2f')} gold reward of fresh samples{_before(start)}."
+        before = f", {value_text(start, 'gold/reward', '.2f')} at the start" if "gold/reward" in start else ""
+        return f"**Measured**: {value_text(final, 'gold/reward', '.2f')} gold reward of fresh samples{before}."
     key = next((key for key in ("probe/accuracy", "probe/auc") if key in final), None)
-    told = f"held-out {key.partition('/')[2]} {_text(final, key, '.3f')}, " if key else ""
+    told = f"held-out {key.partition('/')[2]} {value_text(final, key, '.3f')}, " if key else ""
     return f"**Not known to be better yet**: {told}but nobody has judged its answers (`python -m dpo_kit evaluate`)."
-
-
-def _before(start: Mapping[str, Any]) -> str:
-    return f", {_text(start, 'gold/reward', '.2f')} at the start" if "gold/reward" in start else ""
-
-
-def _text(values: Mapping[str, Any], key: str, form: str) -> str:
-    return f"{number_text(values[key], form)} {interval_text(values, key, form)}".rstrip()
 
 
 def _measured(facts: Facts) -> Iterator[str]:
@@ -126,9 +112,9 @@ def _measured(facts: Facts) -> Iterator[str]:
     if note := ceiling_line(facts.result["final"], facts.result.get("ceiling")):
         yield f"{note[0].upper()}{note[1:]}."
     if facts.test:
-        found = {row[0]: row[2:] for row in result_rows({"final": facts.test})}
-        said = "; ".join(f"{name} {' '.join(filter(None, values))}" for name, values in found.items())
-        yield f"On the test split, which played no part in any choice: {said}."
+        rows = result_rows({"final": facts.test})
+        values = "; ".join(f"{label} {value} {interval}".rstrip() for label, _, value, interval in rows)
+        yield f"On the test split, which played no part in any choice: {values}."
     if facts.run.picture.exists():
         yield "![the measures over steps](report.png)"
 
@@ -159,9 +145,9 @@ def _judged(facts: Facts) -> Iterator[str]:
 
 
 def _findings(facts: Facts) -> Iterator[str]:
-    if found := facts.result.get("findings"):
+    if findings := facts.result.get("findings"):
         yield "## Noticed"
-        yield "\n".join(f"- **{inline(f['symptom'])}** {inline(f['meaning'])} {inline(f['remedy'])}" for f in found)
+        yield "\n".join(f"- **{inline(f['symptom'])}** {inline(f['meaning'])} {inline(f['remedy'])}" for f in findings)
 
 
 def _data(facts: Facts) -> Iterator[str]:
@@ -182,31 +168,28 @@ def _data(facts: Facts) -> Iterator[str]:
 
 
 def _repeat(facts: Facts) -> Iterator[str]:
+    """The command, and what the run was made of and on; what its manifest does not say is left out."""
     manifest = facts.manifest
     if not manifest:
         return
     yield "## Repeat it"
     if manifest.get("command"):
         yield fence(redact_command(manifest["command"]), "bash")
-    yield table(("", ""), _provenance(manifest, facts.result), left=2)
-
-
-def _provenance(manifest: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a run was made of and on; what its manifest does not say is left out."""
+    rows: list[tuple[str, str]] = []
     start, machine = manifest.get("model") or {}, manifest.get("machine") or {}
     if "config_hash" in manifest:
-        yield "config", code(manifest["config_hash"])
+        rows.append(("config", code(manifest["config_hash"])))
     if "path" in start:
         weights = start.get("sha256") or start.get("revision") or "of a revision that was not named"
-        yield "start", f"{code(str(start['path']))}, weights {code(str(weights))}"
+        rows.append(("start", f"{code(str(start['path']))}, weights {code(str(weights))}"))
     if "effective_batch" in manifest:
-        yield "rows per optimizer step", str(manifest["effective_batch"])
+        rows.append(("rows per optimizer step", str(manifest["effective_batch"])))
     if machine:
-        named = ("device", "dtype", "world_size")
-        seconds = (result.get("seconds") or {}).get("train")
-        spent = f", {seconds:g} s of training" if seconds is not None else ""
-        yield "machine", inline(", ".join(f"{name} {machine[name]}" for name in named if name in machine)) + spent
+        named = ", ".join(f"{name} {machine[name]}" for name in ("device", "dtype", "world_size") if name in machine)
+        seconds = (facts.result.get("seconds") or {}).get("train")
+        rows.append(("machine", inline(named) + (f", {seconds:g} s of training" if seconds is not None else "")))
     if manifest.get("git"):
-        yield "code", code(manifest["git"])
+        rows.append(("code", code(manifest["git"])))
     if versions := manifest.get("versions"):
-        yield "versions", inline(", ".join(f"{name} {version}" for name, version in versions.items()))
+        rows.append(("versions", inline(", ".join(f"{name} {version}" for name, version in versions.items()))))
+    yield table(("", ""), rows, left=2)

@@ -1,26 +1,27 @@
-"""A run at a glance: report.png over steps, and the short table at its end. Reads metrics.jsonl, needs no torch."""
+"""A run at a glance: report.png, its measures over steps. Reads metrics.jsonl, needs no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from dpo_kit.run.history import read_metrics, series
+from dpo_kit.run.measures import kl_keys
+from dpo_kit.run.report.numbers import number_text
+from dpo_kit.run.statistics import Z95
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from rich.table import Table
 
 # Okabe-Ito: told apart with any colour vision
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 OVER_THE_LINE = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # the box of a text that a line crosses
-Z95 = 1.96
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One key over steps; its interval is found under `_low` and `_high`, or as 1.96 of `_se`."""
+    """One key over steps; its interval is that of `_low` and `_high`, or 1.96 of `_se`."""
 
     key: str
     label: str = ""
@@ -55,11 +56,8 @@ PANELS = (
     Panel("AUC on held-out answers", (Curve("probe/auc"),), 0.5, "chance"),
     Panel(
         "KL drift (nats per answer)",
-        (
-            Curve("probe/kl_forward_rb_nats", "forward"),
-            Curve("probe/kl_forward_k1_nats", "forward"),
-            Curve("probe/kl_reverse_rb_nats", "reverse", ORANGE),
-            Curve("probe/kl_reverse_k1_nats", "reverse", ORANGE),
+        tuple(
+            Curve(key, way, color) for way, color in (("forward", BLUE), ("reverse", ORANGE)) for key in kl_keys(way)
         ),
         0.0,
     ),
@@ -83,9 +81,8 @@ def draw_report(run_dir: str | Path, *, title: str = "", ceiling: float | None =
     figure.suptitle(title or Path(run_dir).resolve().name, x=0.04, y=0.98, ha="left", fontsize=18, fontweight="bold")
     figure.text(0.985, 0.965, "bands and bars: 95 % intervals", ha="right", fontsize=12, color=GREY)
     top = 1 - 1.05 / figure.get_figheight()
-    grid = figure.add_gridspec(
-        lines, columns, left=0.045, right=0.91, bottom=0.6 / figure.get_figheight(), top=top, wspace=0.56, hspace=0.42
-    )
+    bottom = 0.6 / figure.get_figheight()
+    grid = figure.add_gridspec(lines, columns, left=0.045, right=0.91, bottom=bottom, top=top, wspace=0.56, hspace=0.42)
     for number, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(grid[number]), panel, rows, ceiling)
     if not panels:
@@ -109,7 +106,8 @@ def _draw_panel(axes: "Axes", panel: Panel, rows: Sequence[Mapping[str, Any]], c
     axes.set_xlabel("step", fontsize=12, color=GREY)
     axes.locator_params(axis="y", nbins=5)
     axes.locator_params(axis="x", nbins=4, integer=True)
-    axes.set_xlim(*_steps(rows))
+    last = max((row.get("step", 0) for row in rows), default=0) or 1
+    axes.set_xlim(-0.03 * last, 1.03 * last)  # the same for every panel, with a little air, so that panels compare
     if panel.level is not None:
         _draw_level(axes, panel.level, panel.level_name)
     if ceiling is not None and panel.curves[0].key == "probe/accuracy":
@@ -119,12 +117,6 @@ def _draw_panel(axes: "Axes", panel: Panel, rows: Sequence[Mapping[str, Any]], c
     if panel.limits:
         axes.set_ylim(panel.limits)
     _label_ends(axes, ends)
-
-
-def _steps(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """The same steps for every panel, with a little air, so that panels compare."""
-    last = max((row.get("step", 0) for row in rows), default=0) or 1
-    return -0.03 * last, 1.03 * last
 
 
 def _measured(curves: Sequence[Curve], rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
@@ -147,30 +139,20 @@ def _draw_level(axes: "Axes", value: float, name: str, side: str = "top") -> Non
 def _draw_curve(axes: "Axes", curve: Curve, rows: Sequence[Mapping[str, Any]]) -> tuple[int, float, Curve]:
     """Draw one curve with its interval (a band; bars where points are few) and return where it ends."""
     points = series(rows, curve.key)
-    steps, values = list(points), list(points.values())
-    low, high = _interval(rows, curve.key, points)
-    few = len(steps) <= 4
+    steps, values, few = list(points), list(points.values()), len(points) <= 4
     axes.plot(steps, values, color=curve.color, linewidth=2.5, marker="o", markersize=8 if few else 5)
-    if few and low:
-        reach = [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
-        axes.errorbar(steps, values, yerr=reach, color=curve.color, linewidth=0, elinewidth=2, capsize=5)
-    elif low:
-        axes.fill_between(steps, low, high, color=curve.color, alpha=0.2, linewidth=0)
+    lows, highs, errors = (series(rows, f"{curve.key}_{end}") for end in ("low", "high", "se"))
+    if lows or errors:  # a point without an interval stands for itself
+        reach = {step: Z95 * errors.get(step, 0.0) for step in points}
+        low = [min(value, lows.get(step, value - reach[step])) for step, value in points.items()]
+        high = [max(value, highs.get(step, value + reach[step])) for step, value in points.items()]
+        if few:
+            below = [value - end for value, end in zip(values, low, strict=True)]
+            above = [end - value for value, end in zip(values, high, strict=True)]
+            axes.errorbar(steps, values, yerr=[below, above], color=curve.color, linewidth=0, elinewidth=2, capsize=5)
+        else:
+            axes.fill_between(steps, low, high, color=curve.color, alpha=0.2, linewidth=0)
     return steps[-1], values[-1], curve
-
-
-def _interval(
-    rows: Sequence[Mapping[str, Any]], key: str, points: Mapping[int, float]
-) -> tuple[list[float], list[float]]:
-    """Lower and upper ends for each point (the point itself where it has none); empty lists where none has."""
-    low, high, error = (series(rows, f"{key}_{end}") for end in ("low", "high", "se"))
-    if not low and not error:
-        return [], []
-    reach = {step: Z95 * error.get(step, 0.0) for step in points}
-    return (
-        [min(value, low.get(step, value - reach[step])) for step, value in points.items()],
-        [max(value, high.get(step, value + reach[step])) for step, value in points.items()],
-    )
 
 
 def _label_ends(axes: "Axes", ends: Sequence[tuple[int, float, Curve]]) -> None:
@@ -183,98 +165,10 @@ def _label_ends(axes: "Axes", ends: Sequence[tuple[int, float, Curve]]) -> None:
         heights.append(max(value, heights[-1] + gap) if heights else value)
     above = max(0.0, heights[-1] - (top - gap / 2)) if len(heights) > 1 else 0.0
     for (step, value, curve), height in zip(ends, heights, strict=True):
-        text = f"{curve.label}\n{_short(value)}".strip()
+        size = abs(value)
+        form = ".1f" if size >= 10 else ".2f" if size >= 0.1 or value == 0 else ".1g"
+        text = f"{curve.label}\n{number_text(value, form)}".strip()
         axes.annotate(
             text, (step, value), (1.03, height - above), textcoords=axes.get_yaxis_transform(), va="center", ha="left",
             fontsize=13.5, fontweight="bold", color=curve.color, annotation_clip=False,
         )  # fmt: skip
-
-
-def _short(value: float) -> str:
-    size = abs(value)
-    return number_text(value, ".1f" if size >= 10 else ".2f" if size >= 0.1 or value == 0 else ".1g")
-
-
-TABLE = (
-    ("probe/accuracy", "held-out accuracy", ".3f"),
-    ("probe/auc", "held-out AUC", ".3f"),
-    ("probe/margin_nats", "preference margin, nats", ".2f"),
-    ("probe/class_gap_nats", "class gap, nats", ".2f"),
-    ("probe/reward_chosen", "implicit reward, chosen", ".2f"),
-    ("probe/reward_rejected", "implicit reward, rejected", ".2f"),
-    ("probe/kl_forward_rb_nats", "KL forward, nats per answer", ".2f"),
-    ("probe/kl_forward_k1_nats", "KL forward (k1), nats per answer", ".2f"),
-    ("probe/kl_reverse_rb_nats", "KL reverse, nats per answer", ".2f"),
-    ("probe/kl_reverse_k1_nats", "KL reverse (k1), nats per answer", ".2f"),
-    ("probe/floor_nats", "rounding alone moves an answer by, nats", ".3f"),
-    ("probe/kl_floor_nats", "KL of rounding alone, nats per answer", ".2g"),
-    ("gold/reward", "gold reward of fresh samples", ".2f"),
-    ("gold/capability", "capability, share right", ".3f"),
-)
-
-
-def result_table(result: Mapping[str, Any]) -> "Table":
-    """The short table at the end of a run: each measured quantity at the start, at the end, and its 95 % interval.
-
-    `result` is what result.json holds; a quantity that was not measured has no row.
-    """
-    from rich.table import Table
-
-    table = Table(
-        title=f"{result['method']} · beta {result['beta']:g} · {result['steps']} steps",
-        caption=ceiling_line(result.get("final") or {}, result.get("ceiling")),
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("held-out measure")
-    for name in ("start", "end", "95 % interval"):
-        table.add_column(name, justify="right")
-    for row in result_rows(result):
-        table.add_row(*row)
-    return table
-
-
-def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(measure, start, end, interval) as texts, for each measured quantity of `result`, the user's own last."""
-    start, final = result.get("start") or {}, result.get("final") or {}
-    own = [(key, key.removeprefix("custom/"), ".3f") for key in final if key.startswith("custom/")]
-    return [
-        (label, number_text(start.get(key), form), number_text(final[key], form), interval_text(final, key, form))
-        for key, label, form in (*TABLE, *own)
-        if _is_number(final.get(key)) and key.replace("_k1_", "_rb_") not in final.keys() - {key}
-    ]
-
-
-def ceiling_line(final: Mapping[str, Any], ceiling: float | None) -> str | None:
-    """How much of the accuracy that label noise leaves was reached; None where the ceiling is not known."""
-    accuracy = final.get("probe/accuracy")
-    if not _is_number(accuracy) or ceiling is None or ceiling <= 0.5:
-        return None
-    share = (accuracy - 0.5) / (ceiling - 0.5)
-    return f"accuracy went {share:.0%} of the way from .5 to {ceiling:.3f}, the most that noise in the labels leaves"
-
-
-def interval_text(values: Mapping[str, Any], key: str, form: str) -> str:
-    """`[low, high]` of a measured key, or an empty text where it has no interval."""
-    ends = bounds(values, key)
-    return f"[{number_text(ends[0], form)}, {number_text(ends[1], form)}]" if ends else ""
-
-
-def bounds(values: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    """The ends of the 95 % interval of a measured key; None where it has none."""
-    low, high, error = (values.get(f"{key}_{end}") for end in ("low", "high", "se"))
-    if _is_number(low) and _is_number(high):
-        return low, high
-    return (values[key] - Z95 * error, values[key] + Z95 * error) if _is_number(error) else None
-
-
-def number_text(value: Any, form: str) -> str:
-    """A number for the reader: a real minus, none before 0; a dash for what is no number."""
-    if not _is_number(value):
-        return "–"
-    text = f"{value:{form}}"
-    return f"{0:{form}}" if float(text) == 0 else text.replace("-", "−")
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)

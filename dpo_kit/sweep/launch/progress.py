@@ -12,9 +12,10 @@ from typing import Any
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import decode_row
+from dpo_kit.run.measures import kl_keys
 
 ACCURACY = ("probe/accuracy", "probe/auc")
-DRIFT = ("probe/kl_forward_rb_nats", "probe/kl_forward_k1_nats")
+DRIFT = kl_keys("forward")
 
 
 class Progress:

@@ -1,0 +1,94 @@
+"""Numbers and intervals as texts, and the short table at the end of a run. Standard library and rich only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from dpo_kit.run.measures import MEASURES, kl_key, kl_keys
+from dpo_kit.run.statistics import Z95
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def number_text(value: Any, form: str) -> str:
+    """A number for the reader: a real minus, none before 0; a dash for what is no number."""
+    if not is_number(value):
+        return "–"
+    text = f"{value:{form}}"
+    return f"{0:{form}}" if float(text) == 0 else text.replace("-", "−")
+
+
+def range_text(low: float | None, high: float | None, form: str) -> str:
+    """`[low, high]`, or an empty text where one of them is not known."""
+    if low is None or high is None:
+        return ""
+    return f"[{number_text(low, form)}, {number_text(high, form)}]"
+
+
+def interval_text(values: Mapping[str, Any], key: str, form: str) -> str:
+    """`[low, high]` of a measured key, or an empty text where it has no interval."""
+    ends = bounds(values, key)
+    return range_text(*ends, form) if ends else ""
+
+
+def bounds(values: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    """The ends of the 95 % interval of a measured key: its `_low` and `_high`, or 1.96 of its `_se`; None without."""
+    low, high, error = (values.get(f"{key}_{end}") for end in ("low", "high", "se"))
+    if is_number(low) and is_number(high):
+        return low, high
+    return (values[key] - Z95 * error, values[key] + Z95 * error) if is_number(error) else None
+
+
+def value_text(values: Mapping[str, Any], key: str, form: str) -> str:
+    """A measured key with its interval, where it has one."""
+    return f"{number_text(values[key], form)} {interval_text(values, key, form)}".rstrip()
+
+
+def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(measure, start, end, 95 % interval) as texts, for each measured quantity of `result` (as result.json holds it),
+    the user's own last. Of the two estimators of a KL the one that is read.
+    """
+    start, final = result.get("start") or {}, result.get("final") or {}
+    unread = {key for way in ("forward", "reverse") for key in kl_keys(way) if key != kl_key(way, final)}
+    shown = [(measure.key, measure.label, measure.form) for measure in MEASURES if measure.key not in unread]
+    shown += [(key, key.removeprefix("custom/"), ".3f") for key in final if key.startswith("custom/")]
+    return [
+        (label, number_text(start.get(key), form), number_text(final[key], form), interval_text(final, key, form))
+        for key, label, form in shown
+        if is_number(final.get(key))
+    ]
+
+
+def result_table(result: Mapping[str, Any]) -> Table:
+    """The rows of `result_rows` for the terminal."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{result['method']} · beta {result['beta']:g} · {result['steps']} steps",
+        caption=ceiling_line(result.get("final") or {}, result.get("ceiling")),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("held-out measure")
+    for name in ("start", "end", "95 % interval"):
+        table.add_column(name, justify="right")
+    for row in result_rows(result):
+        table.add_row(*row)
+    return table
+
+
+def ceiling_line(final: Mapping[str, Any], ceiling: float | None) -> str | None:
+    """How much of the accuracy that label noise leaves was reached; None where the ceiling is not known."""
+    accuracy = final.get("probe/accuracy")
+    if not is_number(accuracy) or ceiling is None or ceiling <= 0.5:
+        return None
+    share = (accuracy - 0.5) / (ceiling - 0.5)
+    return f"accuracy went {share:.0%} of the way from .5 to {ceiling:.3f}, the most that noise in the labels leaves"
