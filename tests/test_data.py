@@ -63,6 +63,11 @@ def test_splits_share_no_prompt_and_do_not_depend_on_order_or_seed(prepared):
     assert {row["prompt_id"] for row in other.select} == prompts[1]
 
 
+def test_however_small_the_share_two_prompts_are_held_out_one_to_choose_by_and_one_to_report(prepared):
+    data = prepared(pairs(10), holdout=0.01)
+    assert [len({row["prompt_id"] for row in part}) for part in (data.train, data.select, data.test)] == [8, 1, 1]
+
+
 def test_prompts_of_the_eval_file_are_dropped_from_train_and_counted(prepared):
     data = prepared(pairs(10), eval_rows=pairs(4))
     assert len(data.train) == 6 and len(data.select) == len(data.test) == 2

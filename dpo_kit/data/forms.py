@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -313,21 +314,24 @@ class Match:
         return tuple(name for group, name in groups if name and not group.endswith("?"))
 
     def fits(self, sample: Sequence[Values]) -> bool:
+        """Whether half or more of the whole rows of `sample` are of this form."""
+        if self.form.fits is None:
+            return True
         whole = [values for values in sample if all(values.get(name) is not None for name in self.required)]
-        return self.form.fits is None or 2 * sum(map(self._fits, whole)) >= len(whole)
-
-    def _fits(self, values: Values) -> bool:
-        try:
-            return self.form.fits is not None and self.form.fits(values, *self.names)
-        except UnfitError:
-            return False
+        fitting = 0
+        for values in whole:
+            with suppress(UnfitError):
+                fitting += self.form.fits(values, *self.names)
+        return 2 * fitting >= len(whole)
 
     def read(self, row: Row) -> Row | Fault:
         """`row` under our names, checked; scored answers are checked when they are paired."""
         values = rename(row.values, self.columns)
         try:
             refuse_missing(values, self.required)
-            values |= {name: unwritten(name, values[name]) for name in self.texts if values.get(name) is not None}
+            values = values | {
+                name: unwritten(name, values[name]) for name in self.texts if values.get(name) is not None
+            }
             made = self.form.read(values, *self.names)
         except UnfitError as unfit:
             return unfit.at(row.place)
@@ -339,6 +343,8 @@ class Match:
 
 def rename(values: Values, columns: dict[str, str]) -> Values:
     """`values` with our names of `columns` (ours: theirs) for theirs."""
+    if not columns:
+        return values
     ours = {mine: values[theirs] for mine, theirs in columns.items() if theirs in values}
     return {name: value for name, value in values.items() if name not in columns.values()} | ours
 
@@ -350,17 +356,35 @@ def recognise(
 
     Raises DataError with what to say where the columns fit no form or several.
     """
-    _refuse_absent(path, rows, columns)
-    names = {name for row in rows for name, value in rename(row.values, columns).items() if value is not None}
-    sample = [rename(row.values, columns) for row in rows[:SAMPLE]]
+    if columns:
+        theirs = {name for row in rows for name in row.values}
+        for mine, name in columns.items():
+            if name not in theirs:
+                near = difflib.get_close_matches(name, theirs, n=1) or sorted(theirs)
+                raise DataError(f"{path} has no column {name!r} (data.columns.{mine}); it has {', '.join(near)}")
+    renamed = [rename(row.values, columns) for row in rows]
+    names = {name for values in renamed for name, value in values.items() if value is not None}
     forms = (FORMS[asked],) if asked else DECIDED if {"chosen", "rejected"} <= names else TABLE
-    matches = [match for form in forms if (match := _match(form, names, columns)) and (asked or match.fits(sample))]
+    matches = [match for form in forms if (match := _match(form, names, columns))]
+    matches = [match for match in matches if asked or match.fits(renamed[:SAMPLE])]
     matches = [match for match in matches if bare or match.form.rows != "prompts"]
     matches = [match for match in matches if not any(_beats(other, match) for other in matches)]
     if len(matches) != 1:
         raise _refusal(path, rows, names, matches, asked)
-    _refuse_alternatives(path, names, matches[0].form)
-    return replace(matches[0], texts=tuple(_written_as_text(rows, columns, matches[0].names)))
+    (match,) = matches
+    for group in match.form.columns.split():  # several columns could be the same thing, and none has its usual name
+        usual, *others = group.rstrip("?").split("|")
+        present = [name for name in others if name in names and not (name == "input" and "instruction" in names)]
+        if usual not in names and len(present) > 1:
+            raise DataError(
+                f"{path}: {' or '.join(present)} could be the column {usual!r}: say which with "
+                f"data.columns={{{usual}: {present[0]}}}"
+            )
+    texts = []  # columns of which half or more of the values are texts that begin as a chat does
+    for name in filter(None, match.names):
+        values = [values[name] for values in renamed if values.get(name) is not None]
+        texts += [name] if 2 * sum(map(looks_written, values)) >= len(values) else []
+    return replace(match, texts=tuple(texts))
 
 
 def _match(form: Form, names: set[str], columns: dict[str, str]) -> Match | None:
@@ -382,47 +406,18 @@ def _beats(one: Match, other: Match) -> bool:
     return mine > theirs or (mine == theirs and bool(one.form.fits) > bool(other.form.fits))
 
 
-def _written_as_text(rows: Sequence[Row], columns: dict[str, str], names: Sequence[str | None]) -> Iterator[str]:
-    """The columns of which half or more of the values are texts that begin as a chat does."""
-    for name in filter(None, names):
-        theirs = columns.get(name, name)
-        given = [row.values[theirs] for row in rows if row.values.get(theirs) is not None]
-        if 2 * sum(map(looks_written, given)) >= len(given):
-            yield name
-
-
-def _refuse_absent(path: str, rows: Sequence[Row], columns: dict[str, str]) -> None:
-    names = {name for row in rows for name in row.values} if columns else set()
-    for mine, theirs in columns.items():
-        if theirs not in names:
-            near = difflib.get_close_matches(theirs, names, n=1) or sorted(names)
-            raise DataError(f"{path} has no column {theirs!r} (data.columns.{mine}); it has {', '.join(near)}")
-
-
-def _refuse_alternatives(path: str, names: set[str], form: Form) -> None:
-    """DataError where several columns could be the same thing, and none has its usual name."""
-    for group in form.columns.split():
-        usual, *others = group.rstrip("?").split("|")
-        there = [name for name in others if name in names and not (name == "input" and "instruction" in names)]
-        if usual not in names and len(there) > 1:
-            raise DataError(
-                f"{path}: {' or '.join(there)} could be the column {usual!r}: say which with "
-                f"data.columns={{{usual}: {there[0]}}}"
-            )
-
-
 def _refusal(path: str, rows: Sequence[Row], names: set[str], matches: Sequence[Match], asked: Any) -> DataError:
     if matches:
-        said = " or ".join(f"data.form={match.form.name}" for match in matches)
-        return DataError(f"{path} could be read as {' or as '.join(map(str, matches))}: say which with {said}")
+        options = " or ".join(f"data.form={match.form.name}" for match in matches)
+        return DataError(f"{path} could be read as {' or as '.join(map(str, matches))}: say which with {options}")
     empty = sorted({name for row in rows for name in row.values} - names)
     has = f"{path} has the columns {', '.join(sorted(names))}" + (f" (nothing in {', '.join(empty)})" if empty else "")
     if asked:
         alone = "; prompts alone train method=online_dpo" if asked == "prompts" else ""
         return DataError(f"{has}; data.form={asked} needs {FORMS[asked].columns}: map them with data.columns{alone}")
     wanted = ("prompt", "chosen", "rejected", "completion", "label")
-    near = {w: difflib.get_close_matches(w, names - {*wanted}, n=1) for w in wanted if w not in names}
-    hint = ", ".join(f"{w}: {found[0]}" for w, found in near.items() if found)
+    near = {name: difflib.get_close_matches(name, names - {*wanted}, n=1) for name in wanted if name not in names}
+    hint = ", ".join(f"{name}: {matching[0]}" for name, matching in near.items() if matching)
     others = ", ".join(form.name for form in TABLE if form.name not in ("pairs", "unary", "rated", "prompts"))
     return DataError(
         f"{has}; needed are prompt, chosen, rejected (pairs) or prompt, completion, label (unary): map them with "
@@ -446,6 +441,5 @@ def prefer(values: Values, better: int, worse: int) -> Values:
     """A pair of two of the scored answers."""
     pair = {"prompt": values["prompt"], "chosen": values["answers"][better], "rejected": values["answers"][worse]}
     scores = {"score_chosen": values["scores"][better], "score_rejected": values["scores"][worse]}
-    return (
-        _alike(pair) | scores | {name: v for name, v in values.items() if name not in ("prompt", "answers", "scores")}
-    )
+    rest = {name: value for name, value in values.items() if name not in ("prompt", "answers", "scores")}
+    return _alike(pair) | scores | rest
