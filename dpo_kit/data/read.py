@@ -106,8 +106,8 @@ def _read_file(path: Path, split: str) -> Iterator[Row | Fault]:
             place = row.place
             yield row
     except (EOFError, zlib.error, OSError) as error:
-        is_unpacking = not isinstance(error, OSError) or isinstance(error, gzip.BadGzipFile)
-        if not is_unpacking and (path.suffix.lower() != ".zst" or error.errno is not None):  # pyarrow's has no number
+        is_unpacking = isinstance(error, gzip.BadGzipFile) or path.suffix.lower() == ".zst"
+        if isinstance(error, OSError) and not (is_unpacking and error.errno is None):  # zstd's own has no number
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         raise DataError(
             f"{place}: the compressed file is cut or damaged from here on ({error}), and how many rows are lost cannot "

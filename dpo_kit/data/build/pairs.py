@@ -92,11 +92,10 @@ def check_plan(cfg: DictConfig) -> Plan:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     except pydantic.ValidationError as error:
-        models = (("build", Build), ("data", Data), *(("judge", judge) for judge in JUDGES))
-        known = [f"{group}.{name}" for group, model in models for name in model.model_fields]
-        known += [f"build.answers.{name}" for source in (LocalAnswers, ServerAnswers) for name in source.model_fields]
-        known = sorted(set(known))
-        raise ConfigError("\n".join(describe_fault(fault, known) for fault in error.errors())) from error
+        known = {f"judge.{name}" for judge in JUDGES for name in judge.model_fields}
+        known |= {f"build.{name}" for name in Build.model_fields} | {f"data.{name}" for name in Data.model_fields}
+        known |= {f"build.answers.{name}" for name in (*LocalAnswers.model_fields, *ServerAnswers.model_fields)}
+        raise ConfigError("\n".join(describe_fault(fault, sorted(known)) for fault in error.errors())) from error
     build = plan.build
     faults = [*model_faults(plan.model), *judge_faults(plan.judge)]
     faults += data_faults(plan.data) if build.prompts is None and build.votes is None else []
