@@ -62,8 +62,8 @@ def _prompt(values: Values, asked: str) -> Any:
     turns = unwritten("history", history)
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise UnfitError("history is no list of turns", str(history)[:40], "a turn is [what was asked, what was said]")
-    said = [(role, part) for turn in turns for role, part in zip(("user", "assistant"), turn, strict=True)]
-    return [{"role": role, "content": content} for role, content in [*said, ("user", text)]]
+    parts = [(role, part) for turn in turns for role, part in zip(("user", "assistant"), turn, strict=True)]
+    return [{"role": role, "content": content} for role, content in [*parts, ("user", text)]]
 
 
 def _is_whole(chat: Any) -> bool:
@@ -109,7 +109,7 @@ def _transcript(name: str, text: Any) -> list[Values]:
     if len(parts) < 5 or not is_blank(parts[0]):
         raise UnfitError(f"{name} is no transcript of Human: and Assistant: turns", repr(text)[:40], LEAVE)
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+    return [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def _open_transcript(prompt: Any) -> Any:
@@ -175,12 +175,12 @@ def _compared(verdicts: dict[str, int], read: Callable[..., Values] = _pair) -> 
 
     def compare(values: Values, *names: str) -> Values:
         *asked, first, second, verdict = names
-        said = values[verdict]
-        better = verdicts.get(f"{said:g}" if isinstance(said, float) else str(said).strip().lower())
+        given = values[verdict]
+        better = verdicts.get(f"{given:g}" if isinstance(given, float) else str(given).strip().lower())
         if better is None:
-            raise UnfitError(f"{verdict} names no answer", repr(said)[:40], f"known are {', '.join(verdicts)}")
+            raise UnfitError(f"{verdict} names no answer", repr(given)[:40], f"known are {', '.join(verdicts)}")
         if better == 0:
-            raise TieError("neither answer is better", f"{verdict}: {said}", "nothing to do: a tie is no preference")
+            raise TieError("neither answer is better", f"{verdict}: {given}", "nothing to do: a tie is no preference")
         return read(values, *asked, *((first, second) if better > 0 else (second, first)))
 
     return compare
@@ -200,13 +200,13 @@ def _items(values: Values, asked: str, items: str) -> Values:
 
 def _scored(values: Values, asked: str, answers: str, scores: str) -> Values:
     """Lists of answers and of scores (higher is better), or of ranks (1 is the best)."""
-    given, said = unwritten(answers, values[answers]), unwritten(scores, values[scores])
-    if not isinstance(given, list) or not isinstance(said, list) or len(given) != len(said):
+    texts, worth = unwritten(answers, values[answers]), unwritten(scores, values[scores])
+    if not isinstance(texts, list) or not isinstance(worth, list) or len(texts) != len(worth):
         raise UnfitError("answers and scores are no lists of one length", f"{answers}, {scores}", "a score for each")
-    numbers = [number(score) for score in said]
+    numbers = [number(score) for score in worth]
     if scores in RANKS:
         numbers = [None if rank is None else -rank for rank in numbers]
-    return _with_scores(_prompt(values, asked), given, numbers)
+    return _with_scores(_prompt(values, asked), texts, numbers)
 
 
 def _rated(values: Values, asked: str, answer: str, score: str) -> Values:

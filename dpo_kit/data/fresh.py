@@ -29,8 +29,8 @@ def as_prompts(rows: Rows, tokenizer: Any, room: int | None, faults: list[Fault]
                 Fault(row["_place"], "prompt leaves no room for an answer", f"{len(ids)} prompt tokens", remedy)
             )
         else:
-            own = {name: row[name] for name in ("prompt", "prompt_id", "_place")}
-            kept.append(own | {"tokens": {"prompt": len(ids), "cut": False}})
+            bare = {name: row[name] for name in ("prompt", "prompt_id", "_place")}
+            kept.append(bare | {"tokens": {"prompt": len(ids), "cut": False}})
     return kept
 
 

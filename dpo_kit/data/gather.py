@@ -40,9 +40,11 @@ class Gathered:
     read: int
     shape: Shape
     forms: dict[str, str] = field(default_factory=dict)  # by source: what its rows were read as
-    said: dict[str, Any] = field(default_factory=dict)  # for the report: control tokens, unused columns; see control.py
+    notes: dict[str, Any] = field(
+        default_factory=dict
+    )  # for the report: control tokens, unused columns; see control.py
 
-    def form(self, row: dict[str, Any]) -> dict[str, Any]:
+    def shaped(self, row: dict[str, Any]) -> dict[str, Any]:
         """`row` as it is trained on."""
         return self.shape.of(row, self.kind)
 
@@ -117,17 +119,17 @@ def _refuse_mixture(rows: Rows, data: Data, tokenizer: Any) -> None:
 
 def _read_ids(gathered: Gathered, rows: Rows, tokenizer: Any) -> None:
     """Give all rows their ids and the report what it says of them; rows that have none are taken out as faults."""
-    formed = [gathered.form(row) for row in rows]
+    formed = [gathered.shaped(row) for row in rows]
     refuse_unread_kwargs(gathered.shape.template_kwargs, formed, tokenizer)
     try_template(formed, gathered.kind, tokenizer)
     if not isinstance(formed[0]["prompt"], str):  # only now is the template rendered here
         gathered.shape = replace(gathered.shape, ends=end_tokens(tokenizer))
-        with_ends, formed = formed, [gathered.form(row) for row in rows]
+        with_ends, formed = formed, [gathered.shaped(row) for row in rows]
         plain = replace(gathered.shape, fold_system=False)
         unfolded = (plain.of(row, gathered.kind) for row in rows) if gathered.shape.fold_system else formed
-        gathered.said = describe_end(tokenizer) | describe_changes(formed, with_ends, unfolded)
-    gathered.said |= describe_columns(rows, formed, gathered.kind)
-    gathered.said["control_tokens"] = count_in_rows(formed, gathered.kind, tokenizer)
+        gathered.notes = describe_end(tokenizer) | describe_changes(formed, with_ends, unfolded)
+    gathered.notes |= describe_columns(rows, formed, gathered.kind)
+    gathered.notes["control_tokens"] = count_in_rows(formed, gathered.kind, tokenizer)
     add_ids(rows, formed, gathered.kind, tokenizer, gathered.faults)
     gathered.train = [[row for row in part if "ids" in row] for part in gathered.train]
     if gathered.held_out is not None:

@@ -51,11 +51,11 @@ def prepare(
         raise DataError("rows with completion and label train method=kto or method=kto_apo; this method needs pairs")
     train, pool = split(gathered, data, max_length, truncation, trains=trains)
     report = inspect(gathered, train, pool, wanted=wanted, max_length=max_length, benchmark=data.benchmark)
-    select, test = _halves([gathered.form(row) for row in pool])
+    select, test = _halves([gathered.shaped(row) for row in pool])
     if wanted == "prompts":
         train = [distinct_prompts(rows) for rows in train]
     weighed = [
-        gathered.form(row)
+        gathered.shaped(row)
         for rows, source in zip(train, sources(data.train), strict=True)
         for row in _weigh(rows, source.weight)
     ]

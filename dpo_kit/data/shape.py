@@ -28,9 +28,9 @@ class Shape:
         row = as_chat(row, kind) if self.wrap else row
         if isinstance(row["prompt"], str):
             return row
-        said = {name: [self._without_end(message) for message in row[name]] for name in ("prompt", *ANSWERS[kind])}
-        said["prompt"] = self.prompt(said["prompt"], row)
-        return {name: value for name, value in row.items() if name not in BESIDE} | said
+        chats = {name: [self._without_end(message) for message in row[name]] for name in ("prompt", *ANSWERS[kind])}
+        chats["prompt"] = self.prompt(chats["prompt"], row)
+        return {name: value for name, value in row.items() if name not in BESIDE} | chats
 
     def prompt(self, prompt: Messages, row: dict[str, Any]) -> Any:
         """A chat prompt with what the columns of `row` add to it."""

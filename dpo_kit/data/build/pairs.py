@@ -202,7 +202,7 @@ def _review(folder: Path, plan: Plan, comparisons: Sequence[Comparison]) -> dict
     judged = [compared for compared in comparisons if compared.verdict.outcome != "unjudged"]
     shown = [Shown(compared.prompt, compared.a.text, compared.b.text) for compared in judged]
     if not sheet.copies:
-        drawn = sorted(shown, key=lambda each: key_of(plan.seed, each.prompt, each.first, each.second))
+        drawn = sorted(shown, key=lambda pair: key_of(plan.seed, pair.prompt, pair.first, pair.second))
         sheet.write(drawn[: plan.build.review])
     raw = {"win": "first", "loss": "second"}
     verdicts = [raw.get(compared.verdict.outcome, "tie") for compared in judged]

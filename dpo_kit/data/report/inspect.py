@@ -48,7 +48,7 @@ def inspect(
             name: len({row["prompt_id"] for row in part}) for name, part in (("train", rows), ("held_out", held_out))
         },
         "dropped_by_reason": dict(Counter(fault.reason for fault in gathered.faults).most_common()),
-        **gathered.said,
+        **gathered.notes,
         "max_length": max_length,
         **figures.lengths(every, kind),
     }

@@ -121,15 +121,15 @@ def _draw_shortcuts(axes: Axes, report: Report, before: Report | None) -> None:
     rules = deciding(report["shortcuts"])
     axes.axvspan(1 - SHORTCUT, SHORTCUT, color=GREY, alpha=0.1, linewidth=0)
     axes.axvline(0.5, color=GREY, linewidth=1.5, linestyle=(0, (4, 3)))
-    for line, (name, found) in enumerate(rules.items()):
-        color = ORANGE if found["low"] > SHORTCUT or found["high"] < 1 - SHORTCUT else BLUE
+    for line, (name, rule) in enumerate(rules.items()):
+        color = ORANGE if rule["low"] > SHORTCUT or rule["high"] < 1 - SHORTCUT else BLUE
         old = (before or {}).get("shortcuts", {}).get(name)
         if old:
             axes.plot(old["accuracy"], -line, marker="o", markersize=11, color="#BBBBBB")
-        axes.plot([found["low"], found["high"]], [-line, -line], color=color, linewidth=3)
-        axes.plot(found["accuracy"], -line, marker="o", markersize=11, color=color)
+        axes.plot([rule["low"], rule["high"]], [-line, -line], color=color, linewidth=3)
+        axes.plot(rule["accuracy"], -line, marker="o", markersize=11, color=color)
         axes.text(0.0, -line + 0.14, name, fontsize=14.5, va="bottom", ha="left")
-        axes.text(1, -line, f"{found['accuracy']:.2f}", fontsize=14.5, va="center", ha="right", fontweight="bold")
+        axes.text(1, -line, f"{rule['accuracy']:.2f}", fontsize=14.5, va="center", ha="right", fontweight="bold")
     axes.set_xlim(0, 1)
     axes.set_ylim(-max(4, len(rules)) + 0.5, 0.9)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "chance", "", "1"])
@@ -138,15 +138,15 @@ def _draw_shortcuts(axes: Axes, report: Report, before: Report | None) -> None:
 def _draw_lengths(axes: Axes, report: Report, before: Report | None) -> None:
     """Each column's spread: the middle half thick, 5 to 95 % thin, the median a dot; the limit as a line."""
     cut, limit = report["cut_at_max_length"], report["max_length"]
-    top = max(found["p95"] for found in report["tokens"].values())
-    for line, (name, found) in enumerate(report["tokens"].items()):
+    top = max(spread["p95"] for spread in report["tokens"].values())
+    for line, (name, spread) in enumerate(report["tokens"].items()):
         color = {"prompt": GREY, "rejected": LIGHT}.get(name, BLUE)
-        axes.plot([found["p5"], found["p95"]], [-line, -line], color=color, linewidth=2.5)
-        axes.plot([found["p25"], found["p75"]], [-line, -line], color=color, linewidth=11, solid_capstyle="butt")
+        axes.plot([spread["p5"], spread["p95"]], [-line, -line], color=color, linewidth=2.5)
+        axes.plot([spread["p25"], spread["p75"]], [-line, -line], color=color, linewidth=11, solid_capstyle="butt")
         axes.plot(
-            found["median"], -line, marker="o", markersize=12, color="white", markeredgecolor=color, markeredgewidth=3
+            spread["median"], -line, marker="o", markersize=12, color="white", markeredgecolor=color, markeredgewidth=3
         )
-        label = f"{name}: {found['median']:,.0f} (95 % below {found['p95']:,.0f})"
+        label = f"{name}: {spread['median']:,.0f} (95 % below {spread['p95']:,.0f})"
         axes.text(0, -line + 0.24, label, fontsize=14.5, va="bottom", ha="left", bbox=OVER_THE_LINE)
     if limit and limit < 2.5 * top:
         axes.axvline(limit, color=ORANGE if cut else GREY, linewidth=2, linestyle=(0, (4, 3)))
