@@ -51,9 +51,20 @@ def curate(rows: Rows, setting: Setting) -> Curated:
     for name in ("balance_length", "hardest"):
         if setting.kind == "unary" and getattr(setting.options, name):
             raise ConfigError(f"curate.{name} compares two answers, but these rows have one: leave it out")
+    options = setting.options
+    filters: tuple[tuple[Callable[[Rows, Setting], LeftOut], Any], ...] = (
+        (_leaks, options.drop_leaks and setting.held),
+        (_contradictions, options.drop_contradictions),
+        (_disagreement, True),
+        (_ratings, True),
+        (_duplicates, options.drop_duplicates),
+        (_sources, options.per_source),
+        (_lengths, options.balance_length),
+        (_hardest, options.hardest),
+    )
     curated = Curated(sorted(rows, key=lambda row: row_hash(row["_values"])), [])
-    for find in FILTERS:
-        reasons = find(curated.kept, setting)
+    for find, is_on in filters:
+        reasons = find(curated.kept, setting) if is_on else {}
         for index in sorted(reasons):
             row = curated.kept[index]
             curated.left_out.append((row, Fault(row["_place"], *reasons[index])))
@@ -80,16 +91,12 @@ def _drawn(rows: Rows, indices: Sequence[int], seed: int) -> list[int]:
 
 
 def _leaks(rows: Rows, setting: Setting) -> LeftOut:
-    if not (setting.options.drop_leaks and setting.held):
-        return {}
     leaks = find_leaks(rows, setting.held, sketch(rows, setting.kind).prompts)
     return {index: ("prompt is held out or in the benchmark", prompt[:80]) for index, prompt in leaks.items()}
 
 
 def _contradictions(rows: Rows, setting: Setting) -> LeftOut:
     """Rows whose two answers stand with the other label too: both sides, since nothing says which is right."""
-    if not setting.options.drop_contradictions:
-        return {}
     keys = content_keys(rows, setting.kind)
     order = rank(rows, keys)
     groups = find_copies(rows, setting.kind, keys, order).contradictions
@@ -138,8 +145,6 @@ def _ratings(rows: Rows, setting: Setting) -> LeftOut:
 
 def _duplicates(rows: Rows, setting: Setting) -> LeftOut:
     """Copies and near-duplicates of a row that stays: the one with the surest label, then by content."""
-    if not setting.options.drop_duplicates:
-        return {}
     keys = content_keys(rows, setting.kind)
     order = rank(rows, keys)
     copies = find_copies(rows, setting.kind, keys, order).first
@@ -151,8 +156,6 @@ def _duplicates(rows: Rows, setting: Setting) -> LeftOut:
 
 def _sources(rows: Rows, setting: Setting) -> LeftOut:
     cap, column = setting.options.per_source, setting.options.source
-    if cap is None:
-        return {}
     by_source: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         if column not in row:
@@ -166,8 +169,6 @@ def _lengths(rows: Rows, setting: Setting) -> LeftOut:
     """Where more pairs of some difference in length have the longer answer chosen than rejected, the surplus goes (and
     the other way round), so that length says nothing about the label.
     """
-    if not setting.options.balance_length:
-        return {}
     gaps = np.array([row["tokens"]["chosen"] - row["tokens"]["rejected"] for row in rows])
     unequal = np.flatnonzero(gaps)
     edges = np.quantile(np.abs(gaps[unequal]), np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]) if len(unequal) else []
@@ -183,21 +184,6 @@ def _lengths(rows: Rows, setting: Setting) -> LeftOut:
 
 
 def _hardest(rows: Rows, setting: Setting) -> LeftOut:
-    count = setting.options.hardest
-    if count is None or setting.hardness is None:
-        return {}
-    margins = setting.hardness(rows)
-    easy = sorted(range(len(rows)), key=lambda index: (margins[index], index))[count:]
+    margins = setting.hardness(rows) if setting.hardness else []
+    easy = sorted(range(len(margins)), key=lambda index: (margins[index], index))[setting.options.hardest :]
     return {index: ("not among the hardest", f"margin {margins[index]:.3f} nats a token") for index in easy}
-
-
-FILTERS: tuple[Callable[[Rows, Setting], LeftOut], ...] = (
-    _leaks,
-    _contradictions,
-    _disagreement,
-    _ratings,
-    _duplicates,
-    _sources,
-    _lengths,
-    _hardest,
-)
