@@ -34,7 +34,7 @@ def interleave(rows: Rows, seed: int) -> Rows:
     shuffle = random.Random(seed)
     up = _spread_prompts([row for row in rows if row["label"]], shuffle)
     down = _spread_prompts([row for row in rows if not row["label"]], shuffle)
-    turn = len(down) // 2 if up else 0  # chosen and rejected of one prompt half the data apart
+    turn = len(down) // 2 if up else 0  # kept for the order of earlier runs: each class is shuffled by itself anyway
     classes = (up, down[turn:] + down[:turn])
     places = sorted(((i + 0.5) / len(part), side, i) for side, part in enumerate(classes) for i in range(len(part)))
     return _part_neighbours([classes[side][i] for _, side, i in places])
