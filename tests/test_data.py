@@ -233,7 +233,7 @@ def test_the_order_of_kto_s_rows_is_a_function_of_the_seed_that_stays():
     """Runs of one seed can be compared over versions only as long as it does."""
     rows = [{"prompt_id": str(number), "chosen": "c", "rejected": "r"} for number in range(6)]
     order = [row["prompt_id"] + ("+" if row["label"] else "-") for row in interleave(unpair(rows), seed=0)]
-    assert order == "4+ 5- 2+ 3- 1+ 2- 0+ 4- 5+ 0- 3+ 1-".split()
+    assert order == ["4+", "5-", "2+", "3-", "1+", "2-", "0+", "4-", "5+", "0-", "3+", "1-"]
 
 
 def test_uneven_labels_are_spread_evenly():

@@ -14,15 +14,6 @@ log = logging.getLogger(__name__)
 TRIED = 1000  # of the longest chats, and as many spread over the others
 
 
-def is_rendered(rows: Rows, tokenizer: Any) -> bool:
-    """Whether all prompts are texts that begin with a control token, as a chat template writes them."""
-    from dpo_kit.model.turns import control_pattern
-
-    begins = control_pattern(tokenizer).match
-    prompts = [row["prompt"] for row in rows]
-    return all(isinstance(prompt, str) and begins(prompt.lstrip()) is not None for prompt in prompts)
-
-
 def try_template(rows: Rows, kind: Kind, tokenizer: Any) -> None:
     """ModelError where the chat template is hostile to plain chats or to those of `rows`: the longest, and some of all
     others.

@@ -13,7 +13,6 @@ from dpo_kit.data.control import (
     describe_changes,
     describe_columns,
     describe_end,
-    is_rendered,
     try_template,
 )
 from dpo_kit.data.forms import Match, best_and_worst, recognise
@@ -22,7 +21,7 @@ from dpo_kit.data.read import Fault, Row, Tie, read_source
 from dpo_kit.data.rows import Kind, Rows
 from dpo_kit.data.shape import Shape, refuse_unread_kwargs
 from dpo_kit.errors import DataError
-from dpo_kit.model.turns import end_tokens
+from dpo_kit.model.turns import control_pattern, end_tokens
 
 KINDS: dict[str, Kind] = {"pairs": "pairs", "scored": "pairs", "unary": "unary", "prompts": "prompts"}
 
@@ -86,9 +85,10 @@ def gather(data: Data, tokenizer: Any, *, refuse: bool = True, bare: bool = Fals
     train, held_out = ([rows for _, _, rows in some] for some in (parts[: len(trained)], parts[len(trained) :]))
     every = [row for rows in (*train, *held_out) for row in rows]
     _refuse_mixture(every, data, tokenizer)
-    wrap = data.wrap_as_chat
-    if wrap == "auto":  # text becomes chat where there is a template, unless it is rendered by one already
-        wrap = tokenizer.chat_template is not None and not is_rendered(every, tokenizer)
+    wrap = tokenizer.chat_template is not None if data.wrap_as_chat == "auto" else data.wrap_as_chat
+    if wrap and data.wrap_as_chat == "auto":  # text becomes chat, unless all of it is rendered by a template already
+        begins = control_pattern(tokenizer).match
+        wrap = not all(isinstance(row["prompt"], str) and begins(row["prompt"].lstrip()) for row in every)
     shape = Shape(wrap, data.fold_system, data.chat_template_kwargs)
     pool = [row for rows in held_out for row in rows] if held_out else None
     gathered = Gathered(kind, train, pool, faults, read, shape, forms)

@@ -241,7 +241,11 @@ def _read_object(path: Path, whole: Row | Fault, split: str) -> Iterator[Row | F
     if isinstance(whole, Fault):
         raise DataError(f"{path}: {whole.reason} ({whole.found}): {whole.remedy}")
     given = whole.values
-    lists = {name: rows for name, rows in given.items() if isinstance(rows, list) and all(map(_may_be_row, rows))}
+    lists = {
+        name: rows
+        for name, rows in given.items()
+        if isinstance(rows, list) and all(isinstance(row, dict) and not row.keys() & {"role", "from"} for row in rows)
+    }
     by_split = {split_name(name): rows for name, rows in lists.items()}
     columns = [cells for cells in given.values() if isinstance(cells, list)]
     if len(given) > max(1, len(lists)) and len(columns) == len(given) and len({len(cells) for cells in columns}) == 1:
@@ -255,10 +259,6 @@ def _read_object(path: Path, whole: Row | Fault, split: str) -> Iterator[Row | F
         raise DataError(f"{path} must hold one JSON list of rows; one row a line is a .jsonl file{has}")
     for number, row in enumerate(rows):
         yield Row(f"{path} row {number}", row)
-
-
-def _may_be_row(value: Any) -> bool:
-    return isinstance(value, dict) and not value.keys() & {"role", "from"}
 
 
 def _read_list(path: Path, text: str, start: int) -> Iterator[Row | Fault]:

@@ -158,14 +158,6 @@ def _refuse_turns(values: dict[str, Any], kind: Kind) -> None:
                 raise UnfitError(reason, repr(message_text(message)[:40]), remedy)
 
 
-def as_chat(values: dict[str, Any], kind: Kind) -> dict[str, Any]:
-    """A text row as one user turn and one assistant turn; a chat row unchanged."""
-    if not isinstance(values["prompt"], str):
-        return values
-    answers = {name: [{"role": "assistant", "content": values[name]}] for name in ANSWERS[kind]}
-    return values | {"prompt": [{"role": "user", "content": values["prompt"]}]} | answers
-
-
 def identify(rows: Rows, kind: Kind) -> Iterator[dict[str, Any]]:
     """Add `pair_id`: a hash of the content, with a count where content repeats."""
     seen: Counter[str] = Counter()

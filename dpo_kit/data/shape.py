@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_kit.data.context import BESIDE, TAKEN, read_context
-from dpo_kit.data.rows import ANSWERS, Kind, as_chat
+from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.errors import ConfigError, did_you_mean
-from dpo_kit.model.chats import Messages, split_context, with_context
+from dpo_kit.model.chats import Messages, as_messages, split_context, with_context
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Shape:
 
     def of(self, row: dict[str, Any], kind: Kind) -> dict[str, Any]:
         """`row` with prompt and answers in this shape; the columns that went into the prompt are gone."""
-        row = as_chat(row, kind) if self.wrap else row
+        if self.wrap and isinstance(row["prompt"], str):
+            answers = {name: [{"role": "assistant", "content": row[name]}] for name in ANSWERS[kind]}
+            row = row | {"prompt": as_messages(row["prompt"])} | answers
         if isinstance(row["prompt"], str):
             return row
         chats = {name: [self._without_end(message) for message in row[name]] for name in ("prompt", *ANSWERS[kind])}

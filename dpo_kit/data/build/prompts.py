@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +30,22 @@ def read_prompts(path: str | None, data: Data, limit: int | None) -> Prompts:
 
     Malformed rows obey `data.on_bad_row`. Raises DataError.
     """
+    column = data.columns.get("prompt", "prompt")
+    shape = Shape(wrap=False, fold_system=data.fold_system, template_kwargs=data.chat_template_kwargs)
     faults: list[Fault] = []
     prompts: dict[str, Any] = {}
     left_out: Counter[str] = Counter()
-    for prompt in _read(path, data, faults):
+    for row in (row for source in sources(path or data.train) for row in read_source(source.path, data.train_split)):
+        if isinstance(row, Row):
+            renamed = {"prompt": row.values[column]} if column in row.values else {}
+            row = normalise(Row(row.place, row.values | renamed), "prompts")
+        if isinstance(row, Fault):
+            faults.append(row)
+            continue
+        prompt, values = row.values["prompt"], row.values
+        if values.get("system") or read_context(values) or shape.template_kwargs:  # text stays where nothing is added
+            prompt = as_messages(prompt)
+        prompt = prompt if isinstance(prompt, str) else shape.prompt(prompt, values)
         key = digest(prompt)
         if key in prompts:
             left_out["repeated"] += 1
@@ -51,20 +62,3 @@ def read_prompts(path: str | None, data: Data, limit: int | None) -> Prompts:
             "column prompt"
         )
     return Prompts(list(prompts.values()), dict(left_out))
-
-
-def _read(path: str | None, data: Data, faults: list[Fault]) -> Iterator[Any]:
-    """Each prompt: text as it stands where no column adds to it, else a chat; what is malformed goes to `faults`."""
-    column = data.columns.get("prompt", "prompt")
-    shape = Shape(wrap=False, fold_system=data.fold_system, template_kwargs=data.chat_template_kwargs)
-    for row in (row for source in sources(path or data.train) for row in read_source(source.path, data.train_split)):
-        if isinstance(row, Row):
-            renamed = {"prompt": row.values[column]} if column in row.values else {}
-            row = normalise(Row(row.place, row.values | renamed), "prompts")
-        if isinstance(row, Fault):
-            faults.append(row)
-            continue
-        prompt, values = row.values["prompt"], row.values
-        if values.get("system") or read_context(values) or shape.template_kwargs:
-            prompt = as_messages(prompt)
-        yield prompt if isinstance(prompt, str) else shape.prompt(prompt, values)

@@ -48,8 +48,7 @@ def check_data(settings: Settings, tool: Tool, out: Path) -> None:
     draw_data_report(out / "data_report.png", report, title=title)
     words = [word for word in tool.words if not word.startswith(("mode=", "out="))]
     show_report(report, title=title)
-    _say_written(out)
-    _say(f"next: {command(*words, 'mode=curate', tool='data')}, or train: {training(tool.words)}")
+    _say_end(out, f"{command(*words, 'mode=curate', tool='data')}, or train: {training(tool.words)}")
     if data.on_bad_row == "fail":
         refuse_malformed(malformed)
 
@@ -88,8 +87,7 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
     title = f"{len(curated.kept):,} of {gathered.read:,} rows kept"
     draw_data_report(out / "data_report.png", after, title=title, before=before)
     show_report(after, title=title, before=before)
-    _say_written(out)
-    _say(f"next: {training(tool.words, out / 'curated.jsonl')}")
+    _say_end(out, training(tool.words, out / "curated.jsonl"))
 
 
 def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
@@ -129,8 +127,7 @@ def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
     for reason, count in _by_reason(faults).items():
         table.add_row(reason, f"{count:,}")
     Console().print(table if faults else title)
-    _say_written(out)
-    _say(f"next: {command('data=jsonl', override('data.train', out / 'converted.jsonl'), tool='data')}")
+    _say_end(out, command("data=jsonl", override("data.train", out / "converted.jsonl"), tool="data"))
 
 
 MODES: dict[str, Callable[[Settings, Tool, Path], None]] = {
@@ -229,8 +226,9 @@ def _by_reason(faults: Iterable[Fault]) -> dict[str, int]:
     return dict(Counter(fault.reason for fault in faults).most_common())
 
 
-def _say_written(out: Path) -> None:
+def _say_end(out: Path, next_command: str) -> None:
     _say(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    _say(f"next: {next_command}")
 
 
 def _say(text: str) -> None:

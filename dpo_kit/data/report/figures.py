@@ -14,8 +14,7 @@ from dpo_kit.data.rows import ANSWERS, Kind, Rows
 
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 SOURCES = ("source", "dataset", "subset", "category", "domain", "task", "topic", "language", "chosen_model")
-USUAL = (10_000, 100_000)
-ENOUGH = 5_000
+ENOUGH, USUAL = 5_000, (10_000, 100_000)  # rows that preference tuning can do with, and those that it usually takes
 
 
 def lengths(rows: Rows, kind: Kind) -> dict[str, Any]:
@@ -118,9 +117,3 @@ def measure_classes(rows: Rows) -> dict[str, Any]:
     elif up and down and 3 * up > 4 * down:
         weights["undesirable_weight"] = [3 * up / (4 * down), up / down]
     return {"desirable": up, "undesirable": down, "weights": weights}
-
-
-def measure_size(rows: int) -> dict[str, Any]:
-    """The number of rows against what preference tuning usually takes."""
-    verdict = "few" if rows < ENOUGH else "can do" if rows < USUAL[0] else "usual" if rows <= USUAL[1] else "many"
-    return {"rows": rows, "usual": list(USUAL), "can_do": ENOUGH, "verdict": verdict}

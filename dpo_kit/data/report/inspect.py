@@ -12,7 +12,8 @@ from dpo_kit.data.gather import Gathered
 from dpo_kit.data.report import figures
 from dpo_kit.data.report.advice import advise
 from dpo_kit.data.report.duplicates import NEAR, content_keys, find_copies, find_near, jaccard, rank, sketch
-from dpo_kit.data.report.leaks import cluster_prompts, distinct_prompts, find_leaks, held_prompts, read_benchmark
+from dpo_kit.data.report.figures import ENOUGH, USUAL
+from dpo_kit.data.report.leaks import cluster_prompts, find_leaks, group_by_prompt, held_prompts, read_benchmark
 from dpo_kit.data.report.shortcuts import edge_cases, measure_shortcuts
 from dpo_kit.data.rows import ANSWERS, Kind, Rows
 from dpo_kit.model.chats import text_of
@@ -57,10 +58,12 @@ def inspect(
     elif kind == "pairs":
         shortcuts = measure_shortcuts(every)
         report |= {"longer_is_chosen": shortcuts["longer (tokens)"]["accuracy"], "shortcuts": shortcuts}
+    size = "few" if len(rows) < ENOUGH else "can do" if len(rows) < USUAL[0] else "usual"
+    size = "many" if len(rows) > USUAL[1] else size
     edges = [edge_cases(row, ANSWERS[kind]) for row in every]
     by_kind = dict(Counter(name for names in edges for name in names).most_common())
     report |= {
-        "size": figures.measure_size(len(rows)),
+        "size": {"rows": len(rows), "usual": list(USUAL), "can_do": ENOUGH, "verdict": size},
         "agreement": figures.measure_agreement(every),
         "scores": figures.measure_scores(every),
         "balance": figures.measure_balance(every),
@@ -124,7 +127,7 @@ def _difficulty(rows: Rows, kind: Kind) -> dict[str, Any] | None:
 
 def _diversity(rows: Rows, values: np.ndarray) -> dict[str, Any]:
     """How different the prompts are: distinct ones, rows for each, clusters of alike ones with the largest."""
-    texts, owners = distinct_prompts(rows)
+    texts, owners = group_by_prompt(rows)
     clusters: Counter[int] = Counter()
     for first, indices in zip(cluster_prompts(texts, values[[same[0] for same in owners]]), owners, strict=True):
         clusters[first] += len(indices)

@@ -66,7 +66,7 @@ def find_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray | None = 
         return leaks
     held = list(dict.fromkeys(prompts))
     lsh, minhash = build_index(sketch_prompts(held), PROMPT_BANDS, range(len(held)))
-    for text, rows in zip(*distinct_prompts(train), strict=True):
+    for text, rows in zip(*group_by_prompt(train), strict=True):
         if rows[0] not in leaks:
             near = (held[index] for index in sorted(lsh.query(minhash(values[rows[0]]))))
             shared = next((prompt for prompt in near if jaccard(text, prompt) >= NEAR), None)
@@ -74,7 +74,7 @@ def find_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray | None = 
     return leaks
 
 
-def distinct_prompts(rows: Rows) -> tuple[list[str], list[list[int]]]:
+def group_by_prompt(rows: Rows) -> tuple[list[str], list[list[int]]]:
     """Each different prompt's text, and the indices of the rows that have it."""
     owners: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
