@@ -8,13 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_kit.config.settings import Data, Source
-from dpo_kit.data.control import (
-    count_in_rows,
-    describe_changes,
-    describe_columns,
-    describe_end,
-    try_template,
-)
+from dpo_kit.data.control import count_in_rows, describe_changes, describe_columns, describe_end, try_template
 from dpo_kit.data.forms import Match, best_and_worst, recognise
 from dpo_kit.data.ids import add_ids
 from dpo_kit.data.read import Fault, Row, Tie, read_source
@@ -38,10 +32,8 @@ class Gathered:
     faults: list[Fault]
     read: int
     shape: Shape
-    forms: dict[str, str] = field(default_factory=dict)  # by source: what its rows were read as
-    notes: dict[str, Any] = field(
-        default_factory=dict
-    )  # for the report: control tokens, unused columns; see control.py
+    forms: dict[str, str]  # by source: what its rows were read as
+    notes: dict[str, Any] = field(default_factory=dict)  # for the report, from control.py
 
     def shaped(self, row: dict[str, Any]) -> dict[str, Any]:
         """`row` as it is trained on."""
