@@ -242,8 +242,8 @@ class Form:
     fits: Callable[..., bool] | None = None
 
 
-def _answers_are(test: Callable[[Any], bool]) -> Callable[..., bool]:
-    return lambda values, *names: all(test(read_chat("answer", values[name])) for name in names[-2:])
+def _are_whole(values: Values, *names: str) -> bool:
+    return all(_is_whole(read_chat("answer", values[name])) for name in names[-2:])
 
 
 def _are_transcripts(values: Values, asked: str | None, *answers: str) -> bool:
@@ -262,7 +262,7 @@ ARENA = {"model_a": 1, "model_b": -1, "a": 1, "b": -1}
 ARENA |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "bothbad", "both bad"), 0)
 STRENGTH = {"-3": 1, "-2": 1, "-1": 1, "0": 0, "1": -1, "2": -1, "3": -1}
 DECIDED = (  # columns chosen and rejected say what a row is, whatever stands beside them
-    Form("chat", "prompt? chosen rejected", "pairs", _pair, _answers_are(_is_whole)),
+    Form("chat", "prompt? chosen rejected", "pairs", _pair, _are_whole),
     Form("hh_rlhf", "prompt? chosen rejected", "pairs", _transcripts, _are_transcripts),
     Form("pairs", f"{ASKED}|messages|conversations? chosen rejected", "pairs", _pair),
 )
