@@ -229,11 +229,17 @@ def test_kto_batches_have_both_labels_and_no_neighbours_of_one_prompt(prompts, a
     assert order == interleave(unpair(rows), seed)
 
 
-def test_the_order_of_kto_s_rows_is_a_function_of_the_seed_that_stays():
-    """Runs of one seed can be compared over versions only as long as it does."""
-    rows = [{"prompt_id": str(number), "chosen": "c", "rejected": "r"} for number in range(6)]
-    order = [row["prompt_id"] + ("+" if row["label"] else "-") for row in interleave(unpair(rows), seed=0)]
-    assert order == ["4+", "5-", "2+", "3-", "1+", "2-", "0+", "4-", "5+", "0-", "3+", "1-"]
+@pytest.mark.parametrize(("prompts", "answers"), [(6, 1), (40, 1), (40, 3)])
+def test_kto_sees_chosen_and_rejected_of_a_pair_half_the_data_apart(prompts, answers):
+    rows = [
+        {"prompt_id": str(number), "pair_id": f"{number}-{answer}", "chosen": "c", "rejected": "r"}
+        for number in range(prompts)
+        for answer in range(answers)
+    ]
+    order = interleave(unpair(rows), seed=0)
+    place = {(row["pair_id"], row["label"]): index for index, row in enumerate(order)}
+    apart = [abs(place[row["pair_id"], True] - place[row["pair_id"], False]) for row in rows]
+    assert all(abs(distance - len(rows)) <= 2 for distance in apart), apart  # of 2 * len(rows)
 
 
 def test_uneven_labels_are_spread_evenly():

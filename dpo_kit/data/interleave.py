@@ -31,10 +31,10 @@ def unpair(pairs: Iterable[dict[str, Any]]) -> Rows:
 
 def interleave(rows: Rows, seed: int) -> Rows:
     """`rows` with both classes spread evenly and, where possible, no two neighbours of one prompt."""
-    shuffle = random.Random(seed)
-    up = _spread_prompts([row for row in rows if row["label"]], shuffle)
-    down = _spread_prompts([row for row in rows if not row["label"]], shuffle)
-    turn = len(down) // 2 if up else 0  # kept for the order of earlier runs: each class is shuffled by itself anyway
+    up = _spread_prompts([row for row in rows if row["label"]], random.Random(seed))
+    down = _spread_prompts([row for row in rows if not row["label"]], random.Random(seed))
+    # both classes of pairs are in one order, so that half a turn sets chosen and rejected half the data apart
+    turn = len(down) // 2 if up else 0
     classes = (up, down[turn:] + down[:turn])
     places = sorted(((i + 0.5) / len(part), side, i) for side, part in enumerate(classes) for i in range(len(part)))
     return _part_neighbours([classes[side][i] for _, side, i in places])
