@@ -60,7 +60,7 @@ def helpful(number, body):
 
 # --- local models ------------------------------------------------------------------------------------------------
 
-SMALL = ("build.limit=30", "build.chunk=8")
+SMALL = ("build.limit=40",)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def whole(tmp_path_factory):
 def test_pairs_of_the_embedded_model_follow_the_gold_reward(whole):
     out, report = whole
     pairs = read_jsonl(out / "pairs.jsonl")
-    assert report["status"] == "done" and accounted(report) and report["prompts"]["in"] == 30
+    assert report["status"] == "done" and accounted(report) and report["prompts"]["in"] == 40
     assert len(pairs) == report["pairs"] == report["prompts"]["pair"] > 20
     prompts = [pair["prompt"] for pair in pairs]
     for name in ("chosen", "rejected"):
@@ -93,7 +93,7 @@ def test_a_build_cut_anywhere_ends_with_the_same_bytes(whole, tmp_path):
     (again / "manifest.json").write_bytes((out / "manifest.json").read_bytes())
     build_pairs(cfg(again, *SMALL))
     assert digest(again / "pairs.jsonl") == wanted
-    assert len(read_jsonl(again / "answers.jsonl")) == len(read_jsonl(out / "answers.jsonl")) == 60
+    assert len(read_jsonl(again / "answers.jsonl")) == len(read_jsonl(out / "answers.jsonl")) == 80
     build_pairs(cfg(tmp_path / "other", *SMALL, "seed=1"))
     assert digest(tmp_path / "other" / "pairs.jsonl") != wanted  # so that equal bytes mean something
 
@@ -102,12 +102,12 @@ def test_a_folder_holds_one_build_and_the_other_is_refused_with_its_keys(whole):
     out, _ = whole
     with pytest.raises(ConfigError, match=r"build\.max_new_tokens: 64 there, 32 now") as refused:
         build_pairs(cfg(out, *SMALL, "build.max_new_tokens=32", "seed=1"))
-    assert "seed: 0 there, 1 now" in str(refused.value) and "chunk" not in str(refused.value)
+    assert "seed: 0 there, 1 now" in str(refused.value) and "undecided" not in str(refused.value)
 
 
 def test_the_same_command_finds_its_folder_again(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    words = ["build.limit=4", "build.chunk=4"]
+    words = ["build.limit=4"]
     folders = {build_pairs(compose_tool([*words, *more]))["folder"] for more in ([], [], ["seed=1"])}
     assert len(folders) == 2 and {path.parent.name for path in tmp_path.glob("outputs/build-*/pairs.jsonl")} == {
         folder.removeprefix("outputs/") for folder in folders
@@ -409,7 +409,7 @@ def test_each_prompt_is_taken_once_and_every_row_accounted_for(tmp_path):
     rows += [{"prompt": [{"role": "assistant", "content": "Hi"}]}, {"prompt": [{"role": "usr", "content": "x"}]}]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"4 malformed prompts; the first at .*prompts\.jsonl:5: prompt is empty"):
+    with pytest.raises(DataError, match=r"4 malformed rows:\n  .*prompts\.jsonl:5: prompt is empty"):
         read_prompts(str(path), data(), None)
     found = read_prompts(str(path), data(on_bad_row="drop"), 3)
     assert found.prompts == ["one", "two", "three"]
@@ -505,7 +505,7 @@ def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served
     )
     assert trained.returncode == 0, trained.stderr
     judge = ["judge=llm", f"judge.base_url={served_model}", f"judge.model={toy.MODEL}", "judge.controls=2"]
-    words = ["mode=build", "build.limit=4", "build.chunk=4", f"out={tmp_path / 'judged'}", *judge]
+    words = ["mode=build", "build.limit=4", f"out={tmp_path / 'judged'}", *judge]
     judged = command("data", *words, "judge.max_tokens=32")
     assert judged.returncode == 0 and "judge control failed" in judged.stdout, judged.stderr
     report = json.loads((tmp_path / "judged" / "build_report.json").read_text())
@@ -515,7 +515,7 @@ def test_a_build_from_transformers_serve_is_killed_resumed_and_trained_on(served
 @pytest.mark.slow
 @pytest.mark.fault("SIGKILL of a build that samples here", promise="P4")
 def test_a_build_from_the_embedded_model_is_killed_and_resumed_to_the_same_bytes(tmp_path, command):
-    words = ["mode=build", "build.limit=400", "build.chunk=16"]
+    words = ["mode=build", "build.limit=400"]
     assert command("data", *words, f"out={tmp_path / 'whole'}").returncode == 0
     out = tmp_path / "out"
     for kill in range(2):

@@ -4,12 +4,11 @@ import json
 import random
 
 import pytest
-from pydantic import ValidationError
 
 from dpo_kit.data.curate.options import Curate
 from dpo_kit.data.curate.rules import Setting, curate
 from dpo_kit.data.ids import add_ids
-from dpo_kit.data.signal import keep_signal
+from dpo_kit.data.prepare import keep_signal
 from dpo_kit.errors import ConfigError, DataError
 from tests.preferences import labels, pairs, tokenizer, words
 
@@ -24,7 +23,7 @@ def run(values, *, kind="pairs", held=(), seed=0, hardness=None, **options):
     """(lines kept, {line left out: reason})."""
     found = curate(rows_of(values, kind), Setting(kind, Curate(**options), seed, held, hardness))
     kept = sorted(int(row["_place"][2:]) for row in found.kept)
-    return kept, {int(row["_place"][2:]): reason for row, reason, _ in found.left_out}
+    return kept, {int(fault.place[2:]): fault.reason for _, fault in found.left_out}
 
 
 def test_labels_that_raters_do_not_agree_on_are_left_out():
@@ -47,15 +46,13 @@ def test_ties_and_ratings_against_the_label_are_left_out():
     assert run(values, min_gap=None, drop_ties=False)[0] == [1, 2, 3, 4]
 
 
-def test_a_ratio_is_taken_on_a_ratio_scale_only():
+def test_a_ratio_of_ratings_is_asked_for_on_request_and_refused_below_zero():
     values = rated((3, 2), (2.8, 2), (1, 0), (10, 9))
     assert run(values)[0] == [1, 2, 3, 4]
-    assert run(values, scale="ratio") == ([1, 3], {2: "ratio of ratings too small", 4: "ratio of ratings too small"})
-    assert run(values, scale="ratio", min_ratio=1.1)[0] == [1, 2, 3, 4]
-    with pytest.raises(ValidationError, match="no zero that means none"):
-        Curate(min_ratio=1.5)
-    with pytest.raises(DataError, match="x:1: -1, a rating below zero"):
-        run(rated((1, -1)), scale="ratio")
+    assert run(values, min_ratio=1.5) == ([1, 3], {2: "ratio of ratings too small", 4: "ratio of ratings too small"})
+    assert run(values, min_ratio=1.1)[0] == [1, 2, 3, 4]
+    with pytest.raises(DataError, match=r"x:1: -1, a rating below zero, .* leave out curate\.min_ratio"):
+        run(rated((1, -1)), min_ratio=1.5)
 
 
 def test_contradictions_go_on_both_sides_near_ones_too():

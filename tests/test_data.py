@@ -63,6 +63,11 @@ def test_splits_share_no_prompt_and_do_not_depend_on_order_or_seed(prepared):
     assert {row["prompt_id"] for row in other.select} == prompts[1]
 
 
+def test_however_small_the_share_two_prompts_are_held_out_one_to_choose_by_and_one_to_report(prepared):
+    data = prepared(pairs(10), holdout=0.01)
+    assert [len({row["prompt_id"] for row in part}) for part in (data.train, data.select, data.test)] == [8, 1, 1]
+
+
 def test_prompts_of_the_eval_file_are_dropped_from_train_and_counted(prepared):
     data = prepared(pairs(10), eval_rows=pairs(4))
     assert len(data.train) == 6 and len(data.select) == len(data.test) == 2
@@ -222,6 +227,19 @@ def test_kto_batches_have_both_labels_and_no_neighbours_of_one_prompt(prompts, a
     if prompts >= 4:
         assert all(a["prompt_id"] != b["prompt_id"] for a, b in itertools.pairwise(order))
     assert order == interleave(unpair(rows), seed)
+
+
+@pytest.mark.parametrize(("prompts", "answers"), [(6, 1), (40, 1), (40, 3)])
+def test_kto_sees_chosen_and_rejected_of_a_pair_half_the_data_apart(prompts, answers):
+    rows = [
+        {"prompt_id": str(number), "pair_id": f"{number}-{answer}", "chosen": "c", "rejected": "r"}
+        for number in range(prompts)
+        for answer in range(answers)
+    ]
+    order = interleave(unpair(rows), seed=0)
+    place = {(row["pair_id"], row["label"]): index for index, row in enumerate(order)}
+    apart = [abs(place[row["pair_id"], True] - place[row["pair_id"], False]) for row in rows]
+    assert all(abs(distance - len(rows)) <= 2 for distance in apart), apart  # of 2 * len(rows)
 
 
 def test_uneven_labels_are_spread_evenly():

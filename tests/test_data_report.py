@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dpo_kit.data.report import figures
-from dpo_kit.data.report.duplicates import find_near, jaccard, sketch
+from dpo_kit.data.report.duplicates import PERMUTATIONS, ROW_BANDS, cover, find_near, jaccard, sketch
 from dpo_kit.data.report.leaks import find_leaks, held_prompts, read_benchmark
-from dpo_kit.data.report.shortcuts import is_refusal, list_items, script_of
+from dpo_kit.data.report.text_rules import is_refusal, list_items, script_of
 from dpo_kit.errors import DataError
 from tests.preferences import labels, pairs, report, tokenizer, words, write_jsonl
 
@@ -74,6 +74,14 @@ def test_near_duplicates_are_those_of_the_exact_index(seed):
         kept += [] if twin else [index]
     found = find_near(rows, "pairs", sketch(rows, "pairs").rows, range(len(rows)))
     assert set(found.leader) == expected and 0 < len(expected) <= 20
+
+
+def test_in_a_crowd_each_row_is_compared_with_the_first_fifty_and_the_rest_is_counted():
+    alike = np.ones((60, PERMUTATIONS), np.uint32)  # one bucket in each of the ten bands
+    leader, left_out = cover(alike, ROW_BANDS, range(60), lambda index, other: other == 49)
+    assert leader == dict.fromkeys(range(50, 60), 49)
+    assert left_out == 10 * sum(range(1, 10))  # rows 51 to 59 are 1 to 9 too many
+    assert cover(alike, ROW_BANDS, range(60), lambda index, other: other == 50)[0] == {}
 
 
 def test_the_overlap_of_shingles_by_hand():

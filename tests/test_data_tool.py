@@ -119,7 +119,7 @@ def test_convert_writes_rows_that_train_and_the_rejects(tool, tmp_path):
         (["mode=chek"], "mode: input should be 'check', 'curate', 'convert' or 'build', got 'chek'"),
         (["curate.min_agrement=0.8"], "did you mean curate.min_agreement or"),
         (["curate.min_agreement=7"], "curate.min_agreement: input should be less than or equal to 1, got 7"),
-        (["curate.min_ratio=1.5"], "no zero that means none"),
+        (["curate.min_ratio=0"], "curate.min_ratio: input should be greater than 0, got 0"),
         (["data=jsonl"], "data.train is missing"),
         (["data=jsonl", "data.train=none.jsonl"], "data.train=none.jsonl: no such file or folder"),
         (["convert.schema=hh"], "convert.schema: input should be"),

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from dpo_kit.data.report.text_rules import is_refusal
 from dpo_kit.evaluate.behaviour import failures
 from dpo_kit.evaluate.behaviour.failures import (
     RULES,
@@ -14,7 +15,6 @@ from dpo_kit.evaluate.behaviour.failures import (
     groups_of,
     mentioned_share,
     rate_ratio,
-    refuses,
     repeated_share,
     steps,
 )
@@ -64,8 +64,8 @@ def test_the_measures_of_texts_agree_with_a_hand():
     assert mentioned_share("Is it?", "No.") == 1  # nothing to take up
     assert steps(WORKED) == 5  # First, 3 + 4, Then, because, Therefore
     assert steps("1. mix\n2) bake") == 2
-    assert refuses("As an AI language model, I cannot have opinions.") and refuses("I won’t help you with this.")
-    assert not refuses("You can't go wrong with a tent." + " " * 300 + "I can't help with that.")
+    assert is_refusal("As an AI language model, I cannot have opinions.") and is_refusal("I won’t help you with this.")
+    assert not is_refusal("You can't go wrong with a tent." + " " * 300 + "I can't help with that.")
 
 
 def test_the_ratio_of_rates_is_that_of_the_textbook():

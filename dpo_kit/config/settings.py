@@ -291,7 +291,6 @@ class Build(Strict):
     limit: PositiveInt | None
     answers: list[Answers] = Field(min_length=1)
     max_new_tokens: PositiveInt
-    chunk: PositiveInt
     pairs: Literal["best_worst", "all"]
     undecided: Literal["drop", "coin"]
     review: NonNegativeInt

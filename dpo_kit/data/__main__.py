@@ -6,15 +6,14 @@ import gc
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_kit.config.command_line import run_tool
-from dpo_kit.config.compose import CONF, check, compose_unchecked, unknown_key
+from dpo_kit.config.compose import CONF, check, compose_unchecked, describe_fault, unknown_key
 from dpo_kit.config.help import keys_of
 from dpo_kit.config.places import refuse_foreign
 from dpo_kit.config.settings import Settings
@@ -41,19 +40,19 @@ usage: python -m dpo_kit data [mode=check|curate|convert|build] [group=option | 
 keys with their defaults (curate.min_agreement=0.8):
 """
 OWN = ("mode", "out", "curate", "convert")
-ELSEWHERE = ("build", "judge")  # theirs to check
+KNOWN = [
+    f"{group}.{field.alias or name}"
+    for group, options in (("curate", Curate), ("convert", Convert))
+    for name, field in options.model_fields.items()
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 failed, or 2 where the arguments or the data are refused."""
-    return run_tool("data", _usage(), arguments, work)
-
-
-def _usage() -> str:
-    """USAGE with the tool's own keys as conf/ explains them."""
-    text = (CONF / "tool" / "data.yaml").read_text(encoding="utf-8")
-    own = textwrap.indent(text[text.index("curate:") :], "  ")
-    return USAGE + own + keys_of("build", "default") + keys_of("judge", "llm", "reward_model", "gold", "human")
+    text = (CONF / "tool" / "data.yaml").read_text(encoding="utf-8")  # its keys are explained there
+    keys = textwrap.indent(text[text.index("curate:") :], "  ")
+    keys += keys_of("build", "default") + keys_of("judge", "llm", "reward_model", "gold", "human")
+    return run_tool("data", USAGE + keys, arguments, work)
 
 
 def work(arguments: Sequence[str]) -> None:
@@ -80,33 +79,20 @@ def compose_tool(arguments: Sequence[str]) -> DictConfig:
         key, equals, _ = word.partition("=")
         if not equals:
             raise ConfigError(f"arguments are key=value, got {word}; did you mean data=jsonl data.train={word}?")
-        if key.startswith(("curate.", "convert.")) and key not in (known := list(_own_keys())):
-            raise ConfigError(unknown_key(key, known))
+        if key.startswith(("curate.", "convert.")) and key not in KNOWN:
+            raise ConfigError(unknown_key(key, KNOWN))
     return compose_unchecked(["+tool=data", *arguments])
-
-
-def _own_keys() -> Iterable[str]:
-    for name, options in (("curate", Curate), ("convert", Convert)):
-        yield from (f"{name}.{field.alias or key}" for key, field in options.model_fields.items())
 
 
 def check_tool(cfg: DictConfig) -> tuple[Settings, Tool]:
     """The config of the run and the tool's own options, both checked. Raises ConfigError."""
-    theirs = [str(key) for key in cfg if key not in (*OWN, *ELSEWHERE)]
-    settings = check(OmegaConf.masked_copy(cfg, theirs), trains=False)
+    of_a_run = [str(key) for key in cfg if key not in (*OWN, "build", "judge")]
+    settings = check(OmegaConf.masked_copy(cfg, of_a_run), trains=False)
     refuse_unusable(settings)
     try:
         return settings, Tool(**OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(OWN)), resolve=True))  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(map(_describe, error.errors()))) from error
-
-
-def _describe(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":  # says all itself
-        return message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {fault['input']!r}"
+        raise ConfigError("\n".join(describe_fault(fault, KNOWN) for fault in error.errors())) from error
 
 
 if __name__ == "__main__":

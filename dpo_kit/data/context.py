@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from dpo_kit.data.read import UnfitError
 from dpo_kit.model.chats import CONTEXT
 
 BESIDE = ("system", *CONTEXT)
@@ -19,37 +20,38 @@ TAKEN = ("tools", "conversation", "chat_template", "add_generation_prompt", "con
 
 
 def read_context(row: dict[str, Any]) -> dict[str, Any]:
-    """`tools` and `chat_template_kwargs` of a row, from values or JSON text, where it has them. Raises ValueError."""
-    context = {name: _read(name, row[name]) for name in CONTEXT if row.get(name) not in (None, "")}
+    """`tools` and `chat_template_kwargs` of a row, from values or JSON text, where it has them. Raises UnfitError."""
+    context: dict[str, Any] = {name: row[name] for name in CONTEXT if row.get(name) not in (None, "")}
+    for name, given in context.items():
+        try:
+            context[name] = json.loads(given) if isinstance(given, str) else given
+        except ValueError as error:
+            raise _no_context(f"{name} is text that is no JSON ({error})", row) from error
+    tools, kwargs = context.get("tools") or [], context.get("chat_template_kwargs") or {}
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise _no_context("tools is no list of functions", row)
+    if not isinstance(kwargs, dict):
+        raise _no_context("chat_template_kwargs is no object of names and values", row)
+    if taken := sorted(kwargs.keys() & {*TAKEN}):
+        raise _no_context(f"chat_template_kwargs has {taken[0]}, which is no variable of a template", row)
     return {name: value for name, value in context.items() if value is not None}
 
 
-def _read(name: str, given: Any) -> Any:
-    try:
-        value = json.loads(given) if isinstance(given, str) else given
-    except ValueError as error:
-        raise ValueError(f"{name} is text that is no JSON ({error})") from error
-    if name == "tools" and not (isinstance(value or [], list) and all(isinstance(tool, dict) for tool in value or ())):
-        raise ValueError("tools is no list of functions")
-    if name == "chat_template_kwargs" and not isinstance(value or {}, dict):
-        raise ValueError("chat_template_kwargs is no object of names and values")
-    if name == "chat_template_kwargs" and (taken := sorted(set(value or ()) & set(TAKEN))):
-        raise ValueError(f"chat_template_kwargs has {taken[0]}, which is no variable of a template")
-    return value
+def _no_context(reason: str, row: dict[str, Any]) -> UnfitError:
+    columns = [row[name] for name in CONTEXT if row.get(name)]
+    return UnfitError(reason, str(columns)[:60], "write it as TRL takes it")
 
 
-def context_fault(row: dict[str, Any]) -> tuple[str, str, str] | None:
-    """Why the columns beside prompt and answers cannot be trained on: reason, what was found, what to do."""
+def refuse_context(row: dict[str, Any]) -> None:
+    """UnfitError where the columns beside prompt and answers cannot be trained on."""
     if media := next((name for name in MEDIA if row.get(name)), None):
         remedy = "only text is trained: leave the row out, or take the column away where the text does without it"
-        return f"{media} cannot be trained on", str(row[media])[:40], remedy
+        raise UnfitError(f"{media} cannot be trained on", str(row[media])[:40], remedy)
     system, prompt = row.get("system") or "", row.get("prompt")
     if not isinstance(system, str):
-        return "system is not text", str(system)[:40], "write it as text"
+        raise UnfitError("system is not text", str(system)[:40], "write it as text")
     if system and isinstance(prompt, list) and prompt[0]["role"] == "system" and prompt[0]["content"] != system:
-        return "there are two system turns", "in the column system and in the prompt", "leave one of them out"
-    try:
-        read_context(row)
-    except ValueError as error:
-        return str(error), str([row[name] for name in CONTEXT if row.get(name)])[:60], "write it as TRL takes it"
-    return None
+        raise UnfitError(
+            "there are two system turns", "in the column system and in the prompt", "leave one of them out"
+        )
+    read_context(row)

@@ -8,20 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from dpo_kit.data.context import BESIDE, LIKELY
-from dpo_kit.data.rows import ANSWERS, Kind
+from dpo_kit.data.rows import ANSWERS, Kind, Rows
 
 log = logging.getLogger(__name__)
-Rows = list[dict[str, Any]]
 TRIED = 1000  # of the longest chats, and as many spread over the others
-
-
-def is_rendered(rows: Rows, tokenizer: Any) -> bool:
-    """Whether all prompts are texts that begin with a control token, as a chat template writes them."""
-    from dpo_kit.model.turns import control_pattern
-
-    begins = control_pattern(tokenizer).match
-    prompts = [row["prompt"] for row in rows]
-    return all(isinstance(prompt, str) and begins(prompt.lstrip()) is not None for prompt in prompts)
 
 
 def try_template(rows: Rows, kind: Kind, tokenizer: Any) -> None:
@@ -31,7 +21,9 @@ def try_template(rows: Rows, kind: Kind, tokenizer: Any) -> None:
     from dpo_kit.model.template import refuse_hostile_template
     from dpo_kit.model.turns import PLAIN
 
-    chats = sorted((row for row in rows if not isinstance(row["prompt"], str)), key=_length, reverse=True)
+    names = ("prompt", *ANSWERS[kind])
+    chats = [row for row in rows if not isinstance(row["prompt"], str)]
+    chats.sort(key=lambda row: sum(len(str(row[name])) for name in names), reverse=True)
     chats = chats[:TRIED] + chats[TRIED :: max(1, len(chats) // TRIED)]
     prompts = [(row["prompt"], True) for row in chats]
     wholes = [([*row["prompt"], *row[name]], False) for row in chats for name in ANSWERS[kind]]
@@ -57,20 +49,31 @@ def count_in_rows(rows: Rows, kind: Kind, tokenizer: Any) -> dict[str, Any]:
     """How many rows hold control tokens in their text, which ones, and how they are read; said in the log too. What a
     model writes itself (`<think>` in an answer) is counted apart: those stay tokens.
     """
+    from dpo_kit.model.control_tokens import count_control_tokens
+    from dpo_kit.model.turns import control_pattern
+
+    typed, written = Counter[str](), Counter[str]()
+    places = []
+    pattern = control_pattern(tokenizer)
+    for row in rows:
+        prompt, *answers = parts = [row[name] for name in ("prompt", *ANSWERS[kind])]
+        if isinstance(prompt, str):  # a raw answer may end in EOS
+            texts = [prompt, *(text.rstrip().removesuffix(tokenizer.eos_token) for text in answers)]
+            counts, by_model = Counter(token for text in texts for token in pattern.findall(text)), Counter[str]()
+        else:
+            counts, by_model = count_control_tokens(tokenizer, [message for part in parts for message in part])
+        typed.update(counts)
+        written.update(by_model)
+        places += [row["_place"]] if counts else []
     chats = any(not isinstance(row["prompt"], str) for row in rows)
-    counts = [_count(row, kind, tokenizer) for row in rows]
-    found: Counter[str] = sum((count for count, _ in counts if count), Counter())
-    written: Counter[str] = sum((own for _, own in counts if own), Counter())
-    held = sum(bool(count) for count, _ in counts)
-    if found:
-        first = next(row["_place"] for row, (count, _) in zip(rows, counts, strict=True) if count)
+    read_as = "text" if chats else "tokens"
+    if places:
         log.warning(
             "%d rows hold control tokens in their text (%s; the first is %s); they are read as %s%s",
-            *(held, ", ".join(found), first, "text" if chats else "tokens"),
+            *(len(places), ", ".join(typed), places[0], read_as),
             "" if chats else ", since raw text is taken as rendered already: for text as typed, data.wrap_as_chat=true",
         )
-    read_as = "text" if chats else "tokens"
-    return {"rows": held, "tokens": dict(found), "read_as": read_as, "written_by_the_model": dict(written)}
+    return {"rows": len(places), "tokens": dict(typed), "read_as": read_as, "written_by_the_model": dict(written)}
 
 
 def describe_end(tokenizer: Any) -> dict[str, Any]:
@@ -103,19 +106,3 @@ def describe_changes(formed: Rows, with_ends: Rows, unfolded: Iterable[dict[str,
     if folded:
         log.info("data.fold_system=true: the system turn of %d rows begins their first user turn", folded)
     return {"ended_already": ended, "system_turns_folded": folded}
-
-
-def _length(row: dict[str, Any]) -> int:
-    return sum(len(str(row[name])) for name in row if name in ("prompt", "chosen", "rejected", "completion"))
-
-
-def _count(row: dict[str, Any], kind: Kind, tokenizer: Any) -> tuple[Counter[str], Counter[str]]:
-    """The control tokens of a row; of raw answers without the EOS that ends them."""
-    from dpo_kit.model.control_tokens import count_control_tokens
-    from dpo_kit.model.turns import control_pattern
-
-    said = [row["prompt"], *(row[name] for name in ANSWERS[kind])]
-    if not isinstance(row["prompt"], str):
-        return count_control_tokens(tokenizer, [message for part in said for message in part])
-    texts = [said[0], *(text.rstrip().removesuffix(tokenizer.eos_token) for text in said[1:])]
-    return Counter(token for text in texts for token in control_pattern(tokenizer).findall(text)), Counter()

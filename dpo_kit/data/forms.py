@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_kit.config.settings import FormName
-from dpo_kit.data.read import Fault, Row, Tie
+from dpo_kit.data.read import Fault, Row, Tie, TieError, UnfitError
 from dpo_kit.data.report.figures import number
-from dpo_kit.data.rows import ANSWERS, is_blank, missing_fault, normalise
-from dpo_kit.data.spelling import LEAVE, TieError, UnfitError, conversation, looks_written, read_chat, unwritten
+from dpo_kit.data.rows import ANSWERS, is_blank, normalise, refuse_missing
+from dpo_kit.data.spelling import LEAVE, conversation, looks_written, read_chat, unwritten
 from dpo_kit.errors import DataError
 
 Values = dict[str, Any]
@@ -61,8 +62,8 @@ def _prompt(values: Values, asked: str) -> Any:
     turns = unwritten("history", history)
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise UnfitError("history is no list of turns", str(history)[:40], "a turn is [what was asked, what was said]")
-    said = [(role, part) for turn in turns for role, part in zip(("user", "assistant"), turn, strict=True)]
-    return [{"role": role, "content": content} for role, content in [*said, ("user", text)]]
+    parts = [(role, part) for turn in turns for role, part in zip(("user", "assistant"), turn, strict=True)]
+    return [{"role": role, "content": content} for role, content in [*parts, ("user", text)]]
 
 
 def _is_whole(chat: Any) -> bool:
@@ -108,7 +109,7 @@ def _transcript(name: str, text: Any) -> list[Values]:
     if len(parts) < 5 or not is_blank(parts[0]):
         raise UnfitError(f"{name} is no transcript of Human: and Assistant: turns", repr(text)[:40], LEAVE)
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+    return [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def _open_transcript(prompt: Any) -> Any:
@@ -174,12 +175,12 @@ def _compared(verdicts: dict[str, int], read: Callable[..., Values] = _pair) -> 
 
     def compare(values: Values, *names: str) -> Values:
         *asked, first, second, verdict = names
-        said = values[verdict]
-        better = verdicts.get(f"{said:g}" if isinstance(said, float) else str(said).strip().lower())
+        given = values[verdict]
+        better = verdicts.get(f"{given:g}" if isinstance(given, float) else str(given).strip().lower())
         if better is None:
-            raise UnfitError(f"{verdict} names no answer", repr(said)[:40], f"known are {', '.join(verdicts)}")
+            raise UnfitError(f"{verdict} names no answer", repr(given)[:40], f"known are {', '.join(verdicts)}")
         if better == 0:
-            raise TieError("neither answer is better", f"{verdict}: {said}", "nothing to do: a tie is no preference")
+            raise TieError("neither answer is better", f"{verdict}: {given}", "nothing to do: a tie is no preference")
         return read(values, *asked, *((first, second) if better > 0 else (second, first)))
 
     return compare
@@ -199,13 +200,13 @@ def _items(values: Values, asked: str, items: str) -> Values:
 
 def _scored(values: Values, asked: str, answers: str, scores: str) -> Values:
     """Lists of answers and of scores (higher is better), or of ranks (1 is the best)."""
-    given, said = unwritten(answers, values[answers]), unwritten(scores, values[scores])
-    if not isinstance(given, list) or not isinstance(said, list) or len(given) != len(said):
+    texts, worth = unwritten(answers, values[answers]), unwritten(scores, values[scores])
+    if not isinstance(texts, list) or not isinstance(worth, list) or len(texts) != len(worth):
         raise UnfitError("answers and scores are no lists of one length", f"{answers}, {scores}", "a score for each")
-    numbers = [number(score) for score in said]
+    numbers = [number(score) for score in worth]
     if scores in RANKS:
         numbers = [None if rank is None else -rank for rank in numbers]
-    return _with_scores(_prompt(values, asked), given, numbers)
+    return _with_scores(_prompt(values, asked), texts, numbers)
 
 
 def _rated(values: Values, asked: str, answer: str, score: str) -> Values:
@@ -241,8 +242,8 @@ class Form:
     fits: Callable[..., bool] | None = None
 
 
-def _answers_are(test: Callable[[Any], bool]) -> Callable[..., bool]:
-    return lambda values, *names: all(test(read_chat("answer", values[name])) for name in names[-2:])
+def _are_whole(values: Values, *names: str) -> bool:
+    return all(_is_whole(read_chat("answer", values[name])) for name in names[-2:])
 
 
 def _are_transcripts(values: Values, asked: str | None, *answers: str) -> bool:
@@ -261,7 +262,7 @@ ARENA = {"model_a": 1, "model_b": -1, "a": 1, "b": -1}
 ARENA |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "bothbad", "both bad"), 0)
 STRENGTH = {"-3": 1, "-2": 1, "-1": 1, "0": 0, "1": -1, "2": -1, "3": -1}
 DECIDED = (  # columns chosen and rejected say what a row is, whatever stands beside them
-    Form("chat", "prompt? chosen rejected", "pairs", _pair, _answers_are(_is_whole)),
+    Form("chat", "prompt? chosen rejected", "pairs", _pair, _are_whole),
     Form("hh_rlhf", "prompt? chosen rejected", "pairs", _transcripts, _are_transcripts),
     Form("pairs", f"{ASKED}|messages|conversations? chosen rejected", "pairs", _pair),
 )
@@ -313,33 +314,31 @@ class Match:
         return tuple(name for group, name in groups if name and not group.endswith("?"))
 
     def fits(self, sample: Sequence[Values]) -> bool:
-        whole = [values for values in sample if not missing_fault(values, self.required)]
-        return self.form.fits is None or 2 * sum(map(self._fits, whole)) >= len(whole)
-
-    def _fits(self, values: Values) -> bool:
-        try:
-            return self.form.fits is not None and self.form.fits(values, *self.names)
-        except UnfitError:
-            return False
+        """Whether half or more of the whole rows of `sample` are of this form."""
+        if self.form.fits is None:
+            return True
+        whole = [values for values in sample if all(values.get(name) is not None for name in self.required)]
+        fitting = 0
+        for values in whole:
+            with suppress(UnfitError):
+                fitting += self.form.fits(values, *self.names)
+        return 2 * fitting >= len(whole)
 
     def read(self, row: Row) -> Row | Fault:
-        """`row` under our names, checked; scored answers not yet."""
+        """`row` under our names, checked; scored answers are checked when they are paired."""
+        values = rename(row.values, self.columns)
         try:
-            made = self._read(rename(row.values, self.columns))
+            refuse_missing(values, self.required)
+            values = values | {
+                name: unwritten(name, values[name]) for name in self.texts if values.get(name) is not None
+            }
+            made = self.form.read(values, *self.names)
         except UnfitError as unfit:
-            return (Tie if isinstance(unfit, TieError) else Fault)(row.place, *unfit.args)
-        kind: Any = (
-            self.form.rows if self.form.rows in ANSWERS else "prompts"
-        )  # answers are checked when they are paired
-        return normalise(Row(row.place, made, row.typed), kind)
-
-    def _read(self, values: Values) -> Values:
-        if fault := missing_fault(values, self.required):
-            raise UnfitError(*fault)
-        values = values | {name: unwritten(name, values[name]) for name in self.texts if values.get(name) is not None}
-        made = self.form.read(values, *self.names)
+            return unfit.at(row.place)
         taken = {*made, *self.names, *(("input", "history") if "instruction" in self.names else ())}
-        return made | {name: value for name, value in values.items() if name not in taken}
+        made |= {name: value for name, value in values.items() if name not in taken}
+        kind: Any = self.form.rows if self.form.rows in ANSWERS else "prompts"
+        return normalise(Row(row.place, made, row.typed), kind)
 
 
 def rename(values: Values, columns: dict[str, str]) -> Values:
@@ -357,17 +356,35 @@ def recognise(
 
     Raises DataError with what to say where the columns fit no form or several.
     """
-    _refuse_absent(path, rows, columns)
-    names = {name for row in rows for name, value in rename(row.values, columns).items() if value is not None}
-    sample = [rename(row.values, columns) for row in rows[:SAMPLE]]
+    if columns:
+        theirs = {name for row in rows for name in row.values}
+        for mine, name in columns.items():
+            if name not in theirs:
+                near = difflib.get_close_matches(name, theirs, n=1) or sorted(theirs)
+                raise DataError(f"{path} has no column {name!r} (data.columns.{mine}); it has {', '.join(near)}")
+    renamed = [rename(row.values, columns) for row in rows]
+    names = {name for values in renamed for name, value in values.items() if value is not None}
     forms = (FORMS[asked],) if asked else DECIDED if {"chosen", "rejected"} <= names else TABLE
-    matches = [match for form in forms if (match := _match(form, names, columns)) and (asked or match.fits(sample))]
+    matches = [match for form in forms if (match := _match(form, names, columns))]
+    matches = [match for match in matches if asked or match.fits(renamed[:SAMPLE])]
     matches = [match for match in matches if bare or match.form.rows != "prompts"]
     matches = [match for match in matches if not any(_beats(other, match) for other in matches)]
     if len(matches) != 1:
         raise _refusal(path, rows, names, matches, asked)
-    _refuse_alternatives(path, names, matches[0].form)
-    return replace(matches[0], texts=tuple(_written_as_text(rows, columns, matches[0].names)))
+    (match,) = matches
+    for group in match.form.columns.split():  # several columns could be the same thing, and none has its usual name
+        usual, *others = group.rstrip("?").split("|")
+        present = [name for name in others if name in names and not (name == "input" and "instruction" in names)]
+        if usual not in names and len(present) > 1:
+            raise DataError(
+                f"{path}: {' or '.join(present)} could be the column {usual!r}: say which with "
+                f"data.columns={{{usual}: {present[0]}}}"
+            )
+    texts = []  # columns of which half or more of the values are texts that begin as a chat does
+    for name in filter(None, match.names):
+        values = [values[name] for values in renamed if values.get(name) is not None]
+        texts += [name] if 2 * sum(map(looks_written, values)) >= len(values) else []
+    return replace(match, texts=tuple(texts))
 
 
 def _match(form: Form, names: set[str], columns: dict[str, str]) -> Match | None:
@@ -389,47 +406,18 @@ def _beats(one: Match, other: Match) -> bool:
     return mine > theirs or (mine == theirs and bool(one.form.fits) > bool(other.form.fits))
 
 
-def _written_as_text(rows: Sequence[Row], columns: dict[str, str], names: Sequence[str | None]) -> Iterator[str]:
-    """The columns of which half or more of the values are texts that begin as a chat does."""
-    for name in filter(None, names):
-        theirs = columns.get(name, name)
-        given = [row.values[theirs] for row in rows if row.values.get(theirs) is not None]
-        if 2 * sum(map(looks_written, given)) >= len(given):
-            yield name
-
-
-def _refuse_absent(path: str, rows: Sequence[Row], columns: dict[str, str]) -> None:
-    names = {name for row in rows for name in row.values} if columns else set()
-    for mine, theirs in columns.items():
-        if theirs not in names:
-            near = difflib.get_close_matches(theirs, names, n=1) or sorted(names)
-            raise DataError(f"{path} has no column {theirs!r} (data.columns.{mine}); it has {', '.join(near)}")
-
-
-def _refuse_alternatives(path: str, names: set[str], form: Form) -> None:
-    """DataError where several columns could be the same thing, and none has its usual name."""
-    for group in form.columns.split():
-        usual, *others = group.rstrip("?").split("|")
-        there = [name for name in others if name in names and not (name == "input" and "instruction" in names)]
-        if usual not in names and len(there) > 1:
-            raise DataError(
-                f"{path}: {' or '.join(there)} could be the column {usual!r}: say which with "
-                f"data.columns={{{usual}: {there[0]}}}"
-            )
-
-
 def _refusal(path: str, rows: Sequence[Row], names: set[str], matches: Sequence[Match], asked: Any) -> DataError:
     if matches:
-        said = " or ".join(f"data.form={match.form.name}" for match in matches)
-        return DataError(f"{path} could be read as {' or as '.join(map(str, matches))}: say which with {said}")
+        options = " or ".join(f"data.form={match.form.name}" for match in matches)
+        return DataError(f"{path} could be read as {' or as '.join(map(str, matches))}: say which with {options}")
     empty = sorted({name for row in rows for name in row.values} - names)
     has = f"{path} has the columns {', '.join(sorted(names))}" + (f" (nothing in {', '.join(empty)})" if empty else "")
     if asked:
         alone = "; prompts alone train method=online_dpo" if asked == "prompts" else ""
         return DataError(f"{has}; data.form={asked} needs {FORMS[asked].columns}: map them with data.columns{alone}")
     wanted = ("prompt", "chosen", "rejected", "completion", "label")
-    near = {w: difflib.get_close_matches(w, names - {*wanted}, n=1) for w in wanted if w not in names}
-    hint = ", ".join(f"{w}: {found[0]}" for w, found in near.items() if found)
+    near = {name: difflib.get_close_matches(name, names - {*wanted}, n=1) for name in wanted if name not in names}
+    hint = ", ".join(f"{name}: {matching[0]}" for name, matching in near.items() if matching)
     others = ", ".join(form.name for form in TABLE if form.name not in ("pairs", "unary", "rated", "prompts"))
     return DataError(
         f"{has}; needed are prompt, chosen, rejected (pairs) or prompt, completion, label (unary): map them with "
@@ -453,6 +441,5 @@ def prefer(values: Values, better: int, worse: int) -> Values:
     """A pair of two of the scored answers."""
     pair = {"prompt": values["prompt"], "chosen": values["answers"][better], "rejected": values["answers"][worse]}
     scores = {"score_chosen": values["scores"][better], "score_rejected": values["scores"][worse]}
-    return (
-        _alike(pair) | scores | {name: v for name, v in values.items() if name not in ("prompt", "answers", "scores")}
-    )
+    rest = {name: value for name, value in values.items() if name not in ("prompt", "answers", "scores")}
+    return _alike(pair) | scores | rest

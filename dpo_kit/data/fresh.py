@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_kit.data.read import Fault
-
-Rows = list[dict[str, Any]]
-NO_ROOM = "prompt leaves no room for an answer"
+from dpo_kit.data.rows import Rows
 
 
 def distinct_prompts(rows: Rows) -> Rows:
@@ -27,10 +25,12 @@ def as_prompts(rows: Rows, tokenizer: Any, room: int | None, faults: list[Fault]
     for row, ids in zip(rows, encode_prompts(tokenizer, [row["prompt"] for row in rows]), strict=True):
         if room is not None and len(ids) > room:
             remedy = f"at most {room} fit: raise trl.max_length, or lower trl.max_new_tokens"
-            faults.append(Fault(row["_place"], NO_ROOM, f"{len(ids)} prompt tokens", remedy))
+            faults.append(
+                Fault(row["_place"], "prompt leaves no room for an answer", f"{len(ids)} prompt tokens", remedy)
+            )
         else:
-            own = {name: row[name] for name in ("prompt", "prompt_id", "_place")}
-            kept.append(own | {"tokens": {"prompt": len(ids), "cut": False}})
+            bare = {name: row[name] for name in ("prompt", "prompt_id", "_place")}
+            kept.append(bare | {"tokens": {"prompt": len(ids), "cut": False}})
     return kept
 
 

@@ -8,23 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_kit.config.settings import Data, Source
-from dpo_kit.data.control import (
-    count_in_rows,
-    describe_changes,
-    describe_columns,
-    describe_end,
-    is_rendered,
-    try_template,
-)
+from dpo_kit.data.control import count_in_rows, describe_changes, describe_columns, describe_end, try_template
 from dpo_kit.data.forms import Match, best_and_worst, recognise
 from dpo_kit.data.ids import add_ids
 from dpo_kit.data.read import Fault, Row, Tie, read_source
-from dpo_kit.data.rows import Kind
+from dpo_kit.data.rows import Kind, Rows
 from dpo_kit.data.shape import Shape, refuse_unread_kwargs
 from dpo_kit.errors import DataError
-from dpo_kit.model.turns import end_tokens
+from dpo_kit.model.turns import control_pattern, end_tokens
 
-Rows = list[dict[str, Any]]
 KINDS: dict[str, Kind] = {"pairs": "pairs", "scored": "pairs", "unary": "unary", "prompts": "prompts"}
 
 
@@ -40,10 +32,10 @@ class Gathered:
     faults: list[Fault]
     read: int
     shape: Shape
-    forms: dict[str, str] = field(default_factory=dict)  # by source: what its rows were read as
-    said: dict[str, Any] = field(default_factory=dict)  # for the report: control tokens, unused columns; see control.py
+    forms: dict[str, str]  # by source: what its rows were read as
+    notes: dict[str, Any] = field(default_factory=dict)  # for the report, from control.py
 
-    def form(self, row: dict[str, Any]) -> dict[str, Any]:
+    def shaped(self, row: dict[str, Any]) -> dict[str, Any]:
         """`row` as it is trained on."""
         return self.shape.of(row, self.kind)
 
@@ -52,51 +44,84 @@ def gather(data: Data, tokenizer: Any, *, refuse: bool = True, bare: bool = Fals
     """Read everything. Malformed rows are refused as `data.on_bad_row` says, or only listed; rows of a prompt alone are
     taken where they may be `bare`. Raises DataError.
     """
-    reader = _Reader(data, tokenizer, bare)
-    train = [reader.read(source, data.train_split) for source in sources(data.train)]
-    held_out = [reader.read(source, data.eval_split or data.train_split) for source in eval_sources(data)]
-    if refuse and data.on_bad_row == "fail":
-        refuse_malformed(reader.faults)
-    for path, kind, _ in (*train, *held_out):
-        if kind != train[0][1]:
+    refuse = refuse and data.on_bad_row == "fail"
+    faults: list[Fault] = []
+    forms: dict[str, str] = {}
+    parts: list[tuple[str, Kind, Rows]] = []
+    read = 0
+    trained = [(source, data.train_split) for source in sources(data.train)]
+    for source, split in [*trained, *((s, data.eval_split or data.train_split) for s in eval_sources(data))]:
+        path, since = source.path, len(faults)
+        match, rows = read_rows(source, split, data, faults, bare=bare)
+        read += len(rows) + len(faults) - since
+        forms[path] = str(match)
+        if match.form.rows == "rated":
             raise DataError(
-                f"{train[0][1]} and {kind} rows cannot be mixed, as {train[0][0]} and {path} do: "
+                f"{path} has one scored answer a row ({match}): python -m dpo_kit data mode=convert "
+                f"data=jsonl data.train={path} makes pairs of those to one prompt"
+            )
+        if match.form.rows == "scored":
+            rows = _keep(map(best_and_worst, rows), faults)
+        _refuse_empty(path, rows, faults[since:])
+        placed = [row.values | {"_place": row.place, "_values": row.values} for row in rows]
+        parts.append((path, KINDS[match.form.rows], placed))
+    if refuse:
+        refuse_malformed(faults)
+    first, kind, _ = parts[0]
+    for path, other, _ in parts:
+        if other != kind:
+            raise DataError(
+                f"{kind} and {other} rows cannot be mixed, as {first} and {path} do: "
                 "convert one of them with python -m dpo_kit data mode=convert"
             )
-    reader.refuse_mixture()
-    pool = [row for _, _, rows in held_out for row in rows] if held_out else None
-    every = [row for _, _, rows in (*train, *held_out) for row in rows]
-    shape = Shape(_wraps(data, tokenizer, every), data.fold_system, data.chat_template_kwargs)
-    kept = [rows for _, _, rows in train]
-    gathered = Gathered(train[0][1], kept, pool, reader.faults, reader.count, shape, reader.forms)
+    train, held_out = ([rows for _, _, rows in some] for some in (parts[: len(trained)], parts[len(trained) :]))
+    every = [row for rows in (*train, *held_out) for row in rows]
+    _refuse_mixture(every, data, tokenizer)
+    wrap = tokenizer.chat_template is not None if data.wrap_as_chat == "auto" else data.wrap_as_chat
+    if wrap and data.wrap_as_chat == "auto":  # text becomes chat, unless all of it is rendered by a template already
+        begins = control_pattern(tokenizer).match
+        wrap = not all(isinstance(row["prompt"], str) and begins(row["prompt"].lstrip()) for row in every)
+    shape = Shape(wrap, data.fold_system, data.chat_template_kwargs)
+    pool = [row for rows in held_out for row in rows] if held_out else None
+    gathered = Gathered(kind, train, pool, faults, read, shape, forms)
     _read_ids(gathered, every, tokenizer)
-    if refuse and data.on_bad_row == "fail":
-        refuse_malformed(reader.faults)
+    if refuse:
+        refuse_malformed(faults)
     if not any(gathered.train):
-        raise DataError(f"{train[0][0]} has no row to train on: {count_faults(reader.faults)}")
+        raise DataError(f"{first} has no row to train on: {count_faults(faults)}")
     return gathered
 
 
-def _wraps(data: Data, tokenizer: Any, rows: Rows) -> bool:
-    """Whether text rows become chats: where there is a template, unless they are rendered by one already."""
-    if data.wrap_as_chat != "auto":
-        return data.wrap_as_chat
-    return tokenizer.chat_template is not None and not is_rendered(rows, tokenizer)
+def _refuse_mixture(rows: Rows, data: Data, tokenizer: Any) -> None:
+    """Text rows and chat rows side by side are taken all for what the first one is by TRL."""
+    text, chat = (
+        next((row["_place"] for row in rows if isinstance(row["prompt"], str) == is_text), None)
+        for is_text in (True, False)
+    )
+    if text and chat and data.wrap_as_chat is not True:
+        raise DataError(
+            f"text rows (such as {text}) and chat rows ({chat}) are mixed: data.wrap_as_chat=true makes chat of both"
+        )
+    if chat and tokenizer.chat_template is None:
+        raise DataError(
+            f"{chat} has chat messages, but the tokenizer has no chat template: use an instruct "
+            "model, or name a template with model.chat_template=FILE"
+        )
 
 
 def _read_ids(gathered: Gathered, rows: Rows, tokenizer: Any) -> None:
     """Give all rows their ids and the report what it says of them; rows that have none are taken out as faults."""
-    formed = [gathered.form(row) for row in rows]
+    formed = [gathered.shaped(row) for row in rows]
     refuse_unread_kwargs(gathered.shape.template_kwargs, formed, tokenizer)
     try_template(formed, gathered.kind, tokenizer)
     if not isinstance(formed[0]["prompt"], str):  # only now is the template rendered here
         gathered.shape = replace(gathered.shape, ends=end_tokens(tokenizer))
-        with_ends, formed = formed, [gathered.form(row) for row in rows]
+        with_ends, formed = formed, [gathered.shaped(row) for row in rows]
         plain = replace(gathered.shape, fold_system=False)
         unfolded = (plain.of(row, gathered.kind) for row in rows) if gathered.shape.fold_system else formed
-        gathered.said = describe_end(tokenizer) | describe_changes(formed, with_ends, unfolded)
-    gathered.said |= describe_columns(rows, formed, gathered.kind)
-    gathered.said["control_tokens"] = count_in_rows(formed, gathered.kind, tokenizer)
+        gathered.notes = describe_end(tokenizer) | describe_changes(formed, with_ends, unfolded)
+    gathered.notes |= describe_columns(rows, formed, gathered.kind)
+    gathered.notes["control_tokens"] = count_in_rows(formed, gathered.kind, tokenizer)
     add_ids(rows, formed, gathered.kind, tokenizer, gathered.faults)
     gathered.train = [[row for row in part if "ids" in row] for part in gathered.train]
     if gathered.held_out is not None:
@@ -155,45 +180,3 @@ def _keep(items: Iterable[Row | Fault], faults: list[Fault]) -> list[Row]:
 def _refuse_empty(path: str, rows: list[Row], faults: list[Fault]) -> None:
     if not rows:
         raise DataError(f"{path} has no row to train on: {count_faults(faults)}")
-
-
-class _Reader:
-    """Reads one source after the other and keeps what is wrong."""
-
-    def __init__(self, data: Data, tokenizer: Any, bare: bool) -> None:
-        self.data, self.bare = data, bare
-        self.has_template = tokenizer.chat_template is not None
-        self.faults: list[Fault] = []
-        self.count = 0
-        self.forms: dict[str, str] = {}
-        self.firsts: dict[bool, str] = {}  # is it text: the first such row
-
-    def read(self, source: Source, split: str) -> tuple[str, Kind, Rows]:
-        path, since = source.path, len(self.faults)
-        match, rows = read_rows(source, split, self.data, self.faults, bare=self.bare)
-        self.count += len(rows) + len(self.faults) - since
-        self.forms[path] = str(match)
-        if match.form.rows == "rated":
-            raise DataError(
-                f"{path} has one scored answer a row ({match}): python -m dpo_kit data mode=convert "
-                f"data=jsonl data.train={path} makes pairs of those to one prompt"
-            )
-        if match.form.rows == "scored":
-            rows = _keep(map(best_and_worst, rows), self.faults)
-        for row in rows:
-            self.firsts.setdefault(isinstance(row.values["prompt"], str), row.place)
-        _refuse_empty(path, rows, self.faults[since:])
-        return path, KINDS[match.form.rows], [row.values | {"_place": row.place, "_values": row.values} for row in rows]
-
-    def refuse_mixture(self) -> None:
-        """Text rows and chat rows side by side are taken all for what the first one is by TRL."""
-        if len(self.firsts) > 1 and self.data.wrap_as_chat is not True:
-            raise DataError(
-                f"text rows (such as {self.firsts[True]}) and chat rows ({self.firsts[False]}) are mixed: "
-                "data.wrap_as_chat=true makes chat of both"
-            )
-        if False in self.firsts and not self.has_template:
-            raise DataError(
-                f"{self.firsts[False]} has chat messages, but the tokenizer has no chat template: use an instruct "
-                "model, or name a template with model.chat_template=FILE"
-            )

@@ -11,31 +11,33 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-Rows = list[dict[str, Any]]
+from dpo_kit.data.rows import Rows
 
 
 def unpair(pairs: Iterable[dict[str, Any]]) -> Rows:
     """Each pair as its chosen row (label true) and its rejected row (label false)."""
-    return [_one_of(pair, side) for pair in pairs for side in ("chosen", "rejected")]
-
-
-def _one_of(pair: dict[str, Any], side: str) -> dict[str, Any]:
-    row = {key: value for key, value in pair.items() if key not in ("chosen", "rejected")}
-    row |= {"completion": pair[side], "label": side == "chosen"}
-    if ids := pair.get("ids"):
-        row["ids"] = {"prompt": ids["prompt"], "completion": ids[side]}
-    if lengths := pair.get("tokens"):
-        row["tokens"] = {"prompt": lengths["prompt"], "completion": lengths[side], "cut": lengths["cut"]}
-    return row
+    rows = []
+    for pair in pairs:
+        rest = {key: value for key, value in pair.items() if key not in ("chosen", "rejected")}
+        for side in ("chosen", "rejected"):
+            row = rest | {"completion": pair[side], "label": side == "chosen"}
+            if ids := pair.get("ids"):
+                row["ids"] = {"prompt": ids["prompt"], "completion": ids[side]}
+            if lengths := pair.get("tokens"):
+                row["tokens"] = {"prompt": lengths["prompt"], "completion": lengths[side], "cut": lengths["cut"]}
+            rows.append(row)
+    return rows
 
 
 def interleave(rows: Rows, seed: int) -> Rows:
     """`rows` with both classes spread evenly and, where possible, no two neighbours of one prompt."""
-    shuffle = random.Random(seed)
-    up = _spread_prompts([row for row in rows if row["label"]], shuffle)
-    down = _spread_prompts([row for row in rows if not row["label"]], shuffle)
-    turn = len(down) // 2 if up else 0  # chosen and rejected of one prompt half the data apart
-    return _part_neighbours(_merge(up, down[turn:] + down[:turn]))
+    up = _spread_prompts([row for row in rows if row["label"]], random.Random(seed))
+    down = _spread_prompts([row for row in rows if not row["label"]], random.Random(seed))
+    # both classes of pairs are in one order, so that half a turn sets chosen and rejected half the data apart
+    turn = len(down) // 2 if up else 0
+    classes = (up, down[turn:] + down[:turn])
+    places = sorted(((i + 0.5) / len(part), side, i) for side, part in enumerate(classes) for i in range(len(part)))
+    return _part_neighbours([classes[side][i] for _, side, i in places])
 
 
 def _spread_prompts(rows: Rows, shuffle: random.Random) -> Rows:
@@ -51,30 +53,19 @@ def _spread_prompts(rows: Rows, shuffle: random.Random) -> Rows:
     return [group[turn] for turn in range(rounds) for group in groups if turn < len(group)]
 
 
-def _merge(up: Rows, down: Rows) -> Rows:
-    """Both lists in their order, each spread evenly over the whole."""
-    places = [((i + 0.5) / len(up), 0, i) for i in range(len(up))]
-    places += [((i + 0.5) / len(down), 1, i) for i in range(len(down))]
-    return [(up, down)[side][i] for _, side, i in sorted(places)]
-
-
 def _part_neighbours(rows: Rows) -> Rows:
     """Swap a row that follows one of its own prompt with the nearest row of the same class that parts them."""
     rows = list(rows)
+
+    def meets_its_prompt(k: int) -> bool:
+        return 0 < k < len(rows) and rows[k]["prompt_id"] == rows[k - 1]["prompt_id"]
+
     for i in range(1, len(rows)):
-        if rows[i]["prompt_id"] == rows[i - 1]["prompt_id"]:
-            near = (i + sign * distance for distance in range(1, 500) for sign in (1, -1))
-            j = next((k for k in near if 0 <= k < len(rows) and _parts(rows, i, k)), i)
-            rows[i], rows[j] = rows[j], rows[i]
+        near = (i + sign * distance for distance in range(1, 500) for sign in (1, -1)) if meets_its_prompt(i) else ()
+        for j in near:
+            if 0 <= j < len(rows) and rows[i]["label"] == rows[j]["label"]:
+                rows[i], rows[j] = rows[j], rows[i]
+                if not any(map(meets_its_prompt, (i, i + 1, j, j + 1))):
+                    break
+                rows[i], rows[j] = rows[j], rows[i]
     return rows
-
-
-def _parts(rows: Rows, i: int, j: int) -> bool:
-    if rows[i]["label"] != rows[j]["label"]:
-        return False
-    swapped = {i: rows[j]["prompt_id"], j: rows[i]["prompt_id"]}
-
-    def prompt(k: int) -> str | None:
-        return swapped.get(k, rows[k]["prompt_id"]) if 0 <= k < len(rows) else None
-
-    return all(prompt(k) != prompt(k + d) for k in (i, j) for d in (-1, 1))

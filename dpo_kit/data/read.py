@@ -35,6 +35,7 @@ MARKS = {  # byte order marks, longest first
 _LIST = re.compile(rb"\s*\[\s*\{")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"\s*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,21 @@ class Tie(Fault):
     """A well-formed row that prefers no answer: left out and counted, whatever `data.on_bad_row` says."""
 
 
+class UnfitError(Exception):
+    """Why a row cannot be used: reason, what was found, what to do."""
+
+    def at(self, place: str) -> Fault:
+        """The same as the fault of the row at `place`."""
+        return Fault(place, *self.args)
+
+
+class TieError(UnfitError):
+    """A well-formed row that prefers no answer."""
+
+    def at(self, place: str) -> Fault:
+        return Tie(place, *self.args)
+
+
 def read_source(path: str, split: str, config: str | None = None) -> Iterator[Row | Fault]:
     """All rows of a local file, folder or pattern, or of a hub data set (its configuration `config`), of `split` where
     there are several. Raises DataError where there is nothing.
@@ -83,25 +99,20 @@ def _read_file(path: Path, split: str) -> Iterator[Row | Fault]:
             f"{path}: unknown kind of file; known are {', '.join(KNOWN)}, also packed as .gz or .zst: unpack it, or "
             "save it as one of them"
         )
+    read = _read_table if known in TABLES else _read_cells if known in CELLS else _read_json
     place = str(path)
     try:
-        readers = {**dict.fromkeys(TABLES, _read_table), **dict.fromkeys(CELLS, _read_cells)}
-        for row in readers[known](path) if known in readers else _read_json(path, split):
+        for row in read(path, split):
             place = row.place
             yield row
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _damaged(place, error) from error
-    except OSError as error:
-        if path.suffix.lower() == ".zst" and error.errno is None:
-            raise _damaged(place, error) from error
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _damaged(place: str, error: Exception) -> DataError:
-    return DataError(
-        f"{place}: the compressed file is cut or damaged from here on ({error}), and how many rows are lost cannot be "
-        "told: copy it again"
-    )
+    except (EOFError, zlib.error, OSError) as error:
+        is_unpacking = isinstance(error, gzip.BadGzipFile) or path.suffix.lower() == ".zst"
+        if isinstance(error, OSError) and not (is_unpacking and error.errno is None):  # zstd's own has no number
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"{place}: the compressed file is cut or damaged from here on ({error}), and how many rows are lost cannot "
+            "be told: copy it again"
+        ) from error
 
 
 def _unpacked(path: Path) -> Any:
@@ -156,8 +167,8 @@ class _Json:
             return Fault(place, "not strict JSON", self._amiss[0], "mend the row"), end
         if not isinstance(value, dict):
             return Fault(place, "not an object", type(value).__name__, 'a row is {"prompt": …, …}'), end
-        if _HALF_CHARACTER.search(text, start, end) and (found := lone_surrogate(value)):
-            return Fault(place, "half a character", found, "write the text anew as UTF-8"), end
+        if _HALF_CHARACTER.search(text, start, end) and (half := lone_surrogate(value)):
+            return Fault(place, "half a character", half, "write the text anew as UTF-8"), end
         return Row(place, value), end
 
 
@@ -166,11 +177,9 @@ def _twice(names: Any) -> str:
 
 
 def lone_surrogate(value: Any) -> str | None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        return f"\\u{ord(error.object[error.start]):x} without its other half"
-    return None
+    """The first half of a character without its other half in the texts of a JSON value, as words; None: no such."""
+    half = _SURROGATE.search(json.dumps(value, ensure_ascii=False))
+    return half and f"\\u{ord(half[0]):x} without its other half"
 
 
 def _read_json(path: Path, split: str) -> Iterator[Row | Fault]:
@@ -184,28 +193,26 @@ def _read_json(path: Path, split: str) -> Iterator[Row | Fault]:
 
 def _read_lines(path: Path, file: Iterable[bytes]) -> Iterator[Row | Fault]:
     parser = _Json()
-    for number, line in enumerate(file, start=1):
-        if bare := line.strip():
-            yield _parse_line(parser, f"{path}:{number}", bare)
-
-
-def _parse_line(parser: _Json, place: str, line: bytes) -> Row | Fault:
-    try:
-        text = line.decode("utf-8")
-        row, end = parser.row(place, text)
-    except UnicodeDecodeError as error:
-        return Fault(place, "not UTF-8", f"byte {error.start} is {line[error.start]:#x}", "save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
-        remedy = "the line is cut: copy the file again, or remove it" if cut else "mend the line"
-        remedy = "write each object on one line" if text in ("{", "[") else remedy
-        remedy = "the file looks like UTF-16: save it as UTF-8" if "\0" in text else remedy
-        return Fault(place, "not JSON", f"{error.msg} at column {error.colno}", remedy)
-    except (ValueError, RecursionError) as error:
-        return Fault(place, "not JSON", str(error), "mend the line")
-    if end < len(text):
-        return Fault(place, "not JSON", f"Extra data at column {end + 1}", "one object a line")
-    return row
+    for number, line in enumerate(map(bytes.strip, file), start=1):
+        if not line:
+            continue
+        place = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8")
+            row, end = parser.row(place, text)
+            if end < len(text):
+                row = Fault(place, "not JSON", f"Extra data at column {end + 1}", "one object a line")
+            yield row
+        except UnicodeDecodeError as error:
+            yield Fault(place, "not UTF-8", f"byte {error.start} is {line[error.start]:#x}", "save the file as UTF-8")
+        except json.JSONDecodeError as error:
+            cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
+            remedy = "the line is cut: copy the file again, or remove it" if cut else "mend the line"
+            remedy = "write each object on one line" if text in ("{", "[") else remedy
+            remedy = "the file looks like UTF-16: save it as UTF-8" if "\0" in text else remedy
+            yield Fault(place, "not JSON", f"{error.msg} at column {error.colno}", remedy)
+        except (ValueError, RecursionError) as error:
+            yield Fault(place, "not JSON", str(error), "mend the line")
 
 
 def _read_whole(path: Path, content: bytes, split: str) -> Iterator[Row | Fault]:
@@ -234,12 +241,17 @@ def _read_object(path: Path, whole: Row | Fault, split: str) -> Iterator[Row | F
     if isinstance(whole, Fault):
         raise DataError(f"{path}: {whole.reason} ({whole.found}): {whole.remedy}")
     given = whole.values
-    lists = {name: rows for name, rows in given.items() if isinstance(rows, list) and all(map(_may_be_row, rows))}
+    lists = {
+        name: rows
+        for name, rows in given.items()
+        if isinstance(rows, list) and all(isinstance(row, dict) and not row.keys() & {"role", "from"} for row in rows)
+    }
+    by_split = {split_name(name): rows for name, rows in lists.items()}
     columns = [cells for cells in given.values() if isinstance(cells, list)]
     if len(given) > max(1, len(lists)) and len(columns) == len(given) and len({len(cells) for cells in columns}) == 1:
         rows = [dict(zip(given, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    elif (found := {split_name(name): rows for name, rows in lists.items()}).get(split_name(split)):
-        rows = found[split_name(split)]
+    elif by_split.get(split_name(split)):
+        rows = by_split[split_name(split)]
     elif len(lists) == 1 and not is_split(*lists):
         (rows,) = lists.values()
     else:
@@ -249,21 +261,21 @@ def _read_object(path: Path, whole: Row | Fault, split: str) -> Iterator[Row | F
         yield Row(f"{path} row {number}", row)
 
 
-def _may_be_row(value: Any) -> bool:
-    return isinstance(value, dict) and not value.keys() & {"role", "from"}
-
-
 def _read_list(path: Path, text: str, start: int) -> Iterator[Row | Fault]:
     """The rows of one JSON list, decoded one by one, so that a fault inside a row does not cost the others."""
-    parser, number = _Json(), 0
-    position, more = _skip(text, start + 1), True
+    parser, number, sign = _Json(), 0, ","
+    position = _skip(text, start + 1)
     if text[position : position + 1] == "]":
         return
-    while more:
+    while sign == ",":
         row, position = _element(parser, path, number, text, position)
         yield row
-        position, more = _after_element(path, text, position)
         number += 1
+        position = _skip(text, position)
+        sign = text[position : position + 1]
+        if sign not in (",", "]"):
+            raise _broken(path, text, position, "expecting ',' or ']'")
+        position = _skip(text, position + 1)
     if position < len(text):
         raise _broken(path, text, position, "text after the list")
 
@@ -275,15 +287,6 @@ def _element(parser: _Json, path: Path, number: int, text: str, position: int) -
         raise _broken(path, text, error.pos, error.msg) from error
     except (ValueError, RecursionError) as error:
         raise _broken(path, text, position, str(error)) from error
-
-
-def _after_element(path: Path, text: str, position: int) -> tuple[int, bool]:
-    """Where to go on behind a row, and whether another one follows."""
-    position = _skip(text, position)
-    sign = text[position : position + 1]
-    if sign not in (",", "]") or not sign:
-        raise _broken(path, text, position, "expecting ',' or ']'")
-    return _skip(text, position + 1), sign == ","
 
 
 def _skip(text: str, position: int) -> int:
@@ -299,13 +302,23 @@ def _broken(path: Path, text: str, position: int, why: str) -> DataError:
 # --- CSV, Parquet, hub -------------------------------------------------------------------------------------------
 
 
-def _read_cells(path: Path) -> Iterator[Row | Fault]:
+def _read_cells(path: Path, _split: str) -> Iterator[Row | Fault]:
     """CSV with a header, parted by whatever parts the header's cells; every cell stays the text that it is."""
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(_open(path), encoding="utf-8", errors="surrogateescape", newline="") as file:
         first = file.readline()
-        records = csv.reader(itertools.chain([first], file), strict=True, delimiter=_delimiter(path, first))
-        names = _header(path, records)
+        bare = re.sub('"[^"]*"', "", first)
+        delimiter = "\t" if ending(path) == ".tsv" else "," if "," in bare else max(",;\t|", key=bare.count)
+        records = csv.reader(itertools.chain([first], file), strict=True, delimiter=delimiter)
+        names: list[str]
+        try:
+            names = next(records, [])
+        except csv.Error as error:
+            raise DataError(f"{path}:1: the header is not CSV: {error}; save the file as CSV in UTF-8") from error
+        if not any(names):
+            raise DataError(f"{path}:1: a CSV file needs a header line with the names of its columns")
+        if len(set(names)) < len(names):
+            raise DataError(f"{path}:1: the column {_twice(names)!r} stands twice: rename one")
         while True:
             place = f"{path}:{records.line_num + 1}"
             try:
@@ -314,70 +327,37 @@ def _read_cells(path: Path) -> Iterator[Row | Fault]:
                 return
             except csv.Error as error:
                 if "end of data" in str(error):
-                    raise DataError(
-                        f"{place}: a quote that opens here is never closed: double it, or close it"
-                    ) from error
-                yield Fault(
-                    place, "not CSV", f"{error}, up to line {records.line_num}", "quote the cell, double its quotes"
-                )
+                    message = f"{place}: a quote that opens here is never closed: double it, or close it"
+                    raise DataError(message) from error
+                amiss = f"{error}, up to line {records.line_num}"
+                yield Fault(place, "not CSV", amiss, "quote the cell, double its quotes")
                 continue
-            if cells:
-                yield _cells_row(place, names, cells)
+            broken = next((name for name, cell in zip(names, cells, strict=False) if _SURROGATE.search(cell)), None)
+            if cells and len(cells) != len(names):
+                count = f"{len(cells)}, the header has {len(names)}"
+                yield Fault(place, "wrong number of cells", count, "quote commas and other delimiters")
+            elif broken is not None:
+                yield Fault(place, "not UTF-8", f"in column {broken!r}", "save the file as UTF-8")
+            elif cells:
+                yield Row(place, dict(zip(names, cells, strict=True)), typed=False)
 
 
-def _delimiter(path: Path, header: str) -> str:
-    bare = re.sub('"[^"]*"', "", header)
-    if ending(path) == ".tsv":
-        return "\t"
-    return max(",;\t|", key=bare.count) if "," not in bare else ","
-
-
-def _header(path: Path, records: Any) -> list[str]:
-    names: list[str]
-    try:
-        names = next(records, [])
-    except csv.Error as error:
-        raise DataError(f"{path}:1: the header is not CSV: {error}; save the file as CSV in UTF-8") from error
-    if not any(names):
-        raise DataError(f"{path}:1: a CSV file needs a header line with the names of its columns")
-    if len(set(names)) < len(names):
-        raise DataError(f"{path}:1: the column {_twice(names)!r} stands twice: rename one")
-    return names
-
-
-def _cells_row(place: str, names: list[str], cells: list[str]) -> Row | Fault:
-    if len(cells) != len(names):
-        return Fault(
-            place,
-            "wrong number of cells",
-            f"{len(cells)}, the header has {len(names)}",
-            "quote commas and other delimiters",
-        )
-    broken = next((name for name, cell in zip(names, cells, strict=True) if not _is_utf8(cell)), None)
-    if broken is not None:
-        return Fault(place, "not UTF-8", f"in column {broken!r}", "save the file as UTF-8")
-    return Row(place, dict(zip(names, cells, strict=True)), typed=False)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_table(path: Path) -> Iterator[Row | Fault]:
+def _read_table(path: Path, _split: str) -> Iterator[Row | Fault]:
     import pyarrow
 
     number = 0
     try:
         for batch in _batches(path):
-            if len(set(batch.schema.names)) < len(batch.schema.names):
-                raise DataError(f"{path}: the column {_twice(batch.schema.names)!r} stands twice: rename one")
+            names = batch.schema.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: the column {_twice(names)!r} stands twice: rename one")
             for index in range(len(batch)):
-                yield _table_row(f"{path} row {number}", batch, index)
+                place = f"{path} row {number}"
                 number += 1
+                try:
+                    yield Row(place, without_nulls({name: batch.column(name)[index].as_py() for name in names}))
+                except ValueError as error:  # bad UTF-8 and dates that Python has not
+                    yield Fault(place, "a value cannot be read", str(error), "write the column anew as text")
     except (OSError, pyarrow.ArrowException) as error:
         kind = "Parquet" if ending(path) == ".parquet" else "Arrow"
         raise DataError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
@@ -398,13 +378,6 @@ def _batches(path: Path) -> Iterator[Any]:
         else:
             file.seek(0)
             yield from pyarrow.ipc.open_stream(file)
-
-
-def _table_row(place: str, batch: Any, index: int) -> Row | Fault:
-    try:
-        return Row(place, without_nulls({name: batch.column(name)[index].as_py() for name in batch.schema.names}))
-    except ValueError as error:  # bad UTF-8 and dates that Python has not
-        return Fault(place, "a value cannot be read", str(error), "write the column anew as text")
 
 
 def _read_hub(name: str, split: str, config: str | None) -> Iterator[Row | Fault]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_kit.data.context import BESIDE, TAKEN, read_context
-from dpo_kit.data.rows import ANSWERS, Kind, as_chat
+from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.errors import ConfigError, did_you_mean
-from dpo_kit.model.chats import Messages, split_context, with_context
+from dpo_kit.model.chats import Messages, as_messages, split_context, with_context
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,14 @@ class Shape:
 
     def of(self, row: dict[str, Any], kind: Kind) -> dict[str, Any]:
         """`row` with prompt and answers in this shape; the columns that went into the prompt are gone."""
-        row = as_chat(row, kind) if self.wrap else row
+        if self.wrap and isinstance(row["prompt"], str):
+            answers = {name: [{"role": "assistant", "content": row[name]}] for name in ANSWERS[kind]}
+            row = row | {"prompt": as_messages(row["prompt"])} | answers
         if isinstance(row["prompt"], str):
             return row
-        said = {name: [self._without_end(message) for message in row[name]] for name in ("prompt", *ANSWERS[kind])}
-        said["prompt"] = self.prompt(said["prompt"], row)
-        return {name: value for name, value in row.items() if name not in BESIDE} | said
+        chats = {name: [self._without_end(message) for message in row[name]] for name in ("prompt", *ANSWERS[kind])}
+        chats["prompt"] = self.prompt(chats["prompt"], row)
+        return {name: value for name, value in row.items() if name not in BESIDE} | chats
 
     def prompt(self, prompt: Messages, row: dict[str, Any]) -> Any:
         """A chat prompt with what the columns of `row` add to it."""
@@ -39,8 +40,9 @@ class Shape:
         system, context = row.get("system"), context | read_context(row)
         if system and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": system}, *prompt]
-        if self.fold_system:
-            prompt = _fold(prompt)
+        if self.fold_system and [message["role"] for message in prompt[:2]] == ["system", "user"]:
+            system, user, *rest = prompt
+            prompt = [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
         if kwargs := self.template_kwargs | context.pop("chat_template_kwargs", {}):
             context["chat_template_kwargs"] = kwargs
         return with_context(prompt, context)
@@ -51,12 +53,6 @@ class Shape:
             return message
         end = next(end for end in self.ends if text.rstrip().endswith(end))
         return self._without_end(message | {"content": text.rstrip().removesuffix(end)})
-
-
-def _fold(prompt: Messages) -> Messages:
-    if len(prompt) < 2 or (prompt[0]["role"], prompt[1]["role"]) != ("system", "user"):
-        return prompt
-    return [prompt[1] | {"content": f"{prompt[0]['content']}\n\n{prompt[1]['content']}"}, *prompt[2:]]
 
 
 def refuse_unread_kwargs(kwargs: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any) -> None:
@@ -70,15 +66,3 @@ def refuse_unread_kwargs(kwargs: dict[str, Any], rows: list[dict[str, Any]], tok
         if not re.search(rf"\b{re.escape(name)}\b", template):
             near = did_you_mean(name, re.findall(r"\b[a-z]\w*\b", template))
             raise ConfigError(f"data.chat_template_kwargs: the chat template reads no {name}{near}")
-
-
-def parts_of(row: dict[str, Any], kind: Kind) -> set[str]:
-    """What of a formed chat row a template may leave out in silence (`turns.PARTS`)."""
-    messages = [message for name in ("prompt", *ANSWERS[kind]) for message in row[name]]
-    has: dict[str, Callable[[dict[str, Any]], bool]] = {
-        "system": lambda message: message["role"] == "system",
-        "tools": lambda message: bool(message.get("tools")),
-        "tool_calls": lambda message: bool(message.get("tool_calls")),
-        "reasoning_content": lambda message: bool(message.get("reasoning_content")),
-    }
-    return {part for part, holds in has.items() if any(map(holds, messages))}

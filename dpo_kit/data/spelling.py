@@ -8,7 +8,7 @@ import re
 import warnings
 from typing import Any
 
-from dpo_kit.data.read import lone_surrogate
+from dpo_kit.data.read import UnfitError, lone_surrogate
 from dpo_kit.data.rows import ROLES
 
 SPELLINGS = {
@@ -25,14 +25,6 @@ _WRITTEN = re.compile(r"""\s*\[?\s*\{\s*["'](role|from|content|value)["']\s*:"""
 Chat = list[dict[str, Any]]
 
 
-class UnfitError(Exception):
-    """A row that is not what its form says: reason, what was found, what to do."""
-
-
-class TieError(UnfitError):
-    """A well-formed row that prefers no answer."""
-
-
 def read_chat(name: str, value: Any) -> Any:
     """`value` as messages where it is a message or a list of them; anything else as it is. Raises UnfitError."""
     if isinstance(value, dict) and value.keys() & {"role", "from"}:
@@ -42,7 +34,7 @@ def read_chat(name: str, value: Any) -> Any:
     chat: Chat = []
     for message in value:
         made = _message(name, message)
-        if "tool_calls" in made and chat and chat[-1].get("tool_calls") and _is_call(message):
+        if "tool_calls" in made and chat and chat[-1].get("tool_calls") and _role(message) in CALLS:
             chat[-1]["tool_calls"] += made["tool_calls"]  # calls at the same time, each written as a message
         else:
             chat.append(made)
@@ -81,24 +73,16 @@ def _literal(text: str) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        value = _python(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            try:
+                value = json.loads(json.dumps(ast.literal_eval(text.strip())))
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                return None
     try:
         return None if lone_surrogate(value) else value
     except RecursionError:
         return None
-
-
-def _python(text: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        try:
-            return json.loads(json.dumps(ast.literal_eval(text.strip())))
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return None
-
-
-def _is_call(message: dict[str, Any]) -> bool:
-    return _role(message) in CALLS
 
 
 def _role(message: dict[str, Any]) -> str:
@@ -113,8 +97,11 @@ def _message(name: str, message: dict[str, Any]) -> dict[str, Any]:
     if content is None:
         content = message.get("value")
     others = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
-    if fault := _json_fault(others):
-        raise UnfitError(f"{name} has a message with a value that is no JSON", fault, "write it as text")
+    try:
+        json.dumps(others)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = f"{name} has a message with a value that is no JSON"
+        raise UnfitError(reason, str(error)[:60], "write it as text") from error
     if role in CALLS:
         return others | {"role": "assistant", "content": "", "tool_calls": _calls(name, content)}
     if others.get("tool_calls"):
@@ -125,25 +112,14 @@ def _message(name: str, message: dict[str, Any]) -> dict[str, Any]:
     return {"role": SPELLINGS.get(role, spelt), "content": _text(name, content)} | others
 
 
-def _json_fault(value: Any) -> str:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        return str(error)[:60]
-    return ""
-
-
 def _calls(name: str, value: Any) -> Chat:
     """What one message calls, as tool_calls: calls, or {name, arguments}, alone or in a list, or the text of that."""
     given = unwritten(name, value)
-    calls = [call if _has_name(call) else {"type": "function", "function": call} for call in _listed(given)]
+    listed = given if isinstance(given, list) else [given]
+    calls = [call if _has_name(call) else {"type": "function", "function": call} for call in listed]
     if not calls or not all(map(_has_name, calls)):
         raise UnfitError(f"{name} has a call without a name", str(value)[:40], 'a call is {"name": …, "arguments": …}')
     return calls
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _has_name(call: Any) -> bool:

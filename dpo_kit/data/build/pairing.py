@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, islice
-from math import comb
+from itertools import combinations
 from typing import Any
 
 from dpo_kit.config.settings import Build
@@ -18,8 +17,6 @@ from dpo_kit.run.journal import key_of
 OUTCOMES = ("pair", "tie", "order-dependent", "intransitive", "identical", "empty", "failed")
 """What becomes of a prompt. intransitive: the answer with most wins loses to the one with fewest; empty: fewer than two
 answers have text; failed: an answer or a verdict is missing, so that the same command may still bring it."""
-
-
 UNDECIDED = ("tie", "order-dependent")
 
 
@@ -51,19 +48,37 @@ def pair_answers(
     judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]], build: Build, seed: int
 ) -> Paired:
     """Let `judge` compare the different answers of each prompt, and make pairs as `build` says."""
-    faults = [_cannot_pair(each) for each in answers]
-    rows = zip(prompts, answers, faults, strict=True)
-    groups = [(prompt, different(given)) for prompt, given, fault in rows if not fault]
-    matches = [(prompt, a, b) for prompt, group in groups for a, b in combinations(group, 2)]
-    asked = [prompt for prompt, _, _ in matches]
-    verdicts = compare(judge, asked, [a.text for _, a, _ in matches], [b.text for _, _, b in matches])
-    compared = iter(Comparison(*match, verdict) for match, verdict in zip(matches, verdicts, strict=True))
-    paired = Paired([], [], Counter(fault for fault in faults if fault))
-    for _, group in groups:
-        own = list(islice(compared, comb(len(group), 2)))
-        paired.comparisons += own
-        _settle(paired, own, build, seed)
-    _add_scores(judge, paired.pairs)
+    paired = Paired([], [], Counter())
+    matches: list[list[tuple[Prompt, Answer, Answer]]] = []  # of each prompt
+    for prompt, given in zip(prompts, answers, strict=True):
+        texts = [answer.text for answer in given if answer is not None and answer.text.strip()]
+        if None in given:
+            paired.outcomes["failed"] += 1
+        elif len(texts) < 2:
+            paired.outcomes["empty"] += 1
+        elif len(set(texts)) < 2:
+            paired.outcomes["identical"] += 1
+        else:
+            matches.append([(prompt, a, b) for a, b in combinations(different(given), 2)])
+    every = [match for group in matches for match in group]
+    asked, firsts, seconds = [p for p, _, _ in every], [a.text for _, a, _ in every], [b.text for _, _, b in every]
+    verdicts = iter(compare(judge, asked, firsts, seconds))
+    for group in matches:
+        comparisons = [Comparison(*match, next(verdicts)) for match in group]
+        paired.comparisons += comparisons
+        if any(compared.verdict.outcome == "unjudged" for compared in comparisons):
+            paired.outcomes["failed"] += 1
+            continue
+        chosen = comparisons if build.pairs == "all" else [_best_and_worst(paired, comparisons, seed)]
+        pairs = [pair for compared in chosen for pair in _pairs(paired, compared, build, seed)]
+        paired.pairs += pairs
+        undecided = [compared.verdict.outcome for compared in chosen if compared.verdict.outcome in UNDECIDED]
+        paired.outcomes["pair" if pairs else undecided[0] if undecided else "intransitive"] += 1
+    asked = [prompt_of(pair) for pair in paired.pairs]
+    for name in ("chosen", "rejected"):  # where the judge has a scale
+        scores = judge.scores(asked, [answer_text(pair[name]) for pair in paired.pairs])
+        for pair, score in zip(paired.pairs, scores or [], strict=False):
+            pair[f"score_{name}"] = score
     return paired
 
 
@@ -72,40 +87,20 @@ def different(answers: Sequence[Answer | None]) -> list[Answer]:
     return list({a.text: a for a in reversed(answers) if a is not None and a.text.strip()}.values())[::-1]
 
 
-def _cannot_pair(answers: Sequence[Answer | None]) -> str | None:
-    if None in answers:
-        return "failed"
-    if sum(bool(a.text.strip()) for a in answers if a is not None) < 2:
-        return "empty"
-    return "identical" if len(different(answers)) < 2 else None
-
-
-def _settle(paired: Paired, comparisons: list[Comparison], build: Build, seed: int) -> None:
-    """Turn the comparisons of one prompt into its pairs and its outcome."""
-    if any(each.verdict.outcome == "unjudged" for each in comparisons):
-        paired.outcomes["failed"] += 1
-        return
-    chosen = comparisons if build.pairs == "all" else [_best_and_worst(paired, comparisons, seed)]
-    made = [pair for each in chosen for pair in _pairs(paired, each, build, seed)]
-    paired.pairs += made
-    undecided = [each.verdict.outcome for each in chosen if each.verdict.outcome in UNDECIDED]
-    paired.outcomes["pair" if made else undecided[0] if undecided else "intransitive"] += 1
-
-
 def _best_and_worst(paired: Paired, comparisons: list[Comparison], seed: int) -> Comparison:
     """The answer with most points (win 1, undecided ½) as `a`, against the one with fewest; equal points by coin."""
     points: defaultdict[str, float] = defaultdict(float)
-    for each in comparisons:
-        of_a = each.verdict.points
+    for compared in comparisons:
+        of_a = compared.verdict.points
         assert of_a is not None  # a prompt with an unjudged comparison has failed before
-        points[each.a.text] += of_a
-        points[each.b.text] += 1 - of_a
+        points[compared.a.text] += of_a
+        points[compared.b.text] += 1 - of_a
     prompt = comparisons[0].prompt
     best, *_, worst = ranked = sorted(points, key=lambda text: (-points[text], key_of(seed, prompt, text)))
     if len(ranked) > 2 and (points[best] == points[ranked[1]] or points[worst] == points[ranked[-2]]):
         paired.coins["equally many wins"] += 1
-    found = next(each for each in comparisons if {each.a.text, each.b.text} == {best, worst})
-    return found if found.a.text == best else found.turned()
+    between = next(compared for compared in comparisons if {compared.a.text, compared.b.text} == {best, worst})
+    return between if between.a.text == best else between.turned()
 
 
 def _pairs(paired: Paired, compared: Comparison, build: Build, seed: int) -> Iterator[dict[str, Any]]:
@@ -128,12 +123,3 @@ def _pairs(paired: Paired, compared: Comparison, build: Build, seed: int) -> Ite
         "source_chosen": compared.a.source,
         "source_rejected": compared.b.source,
     }
-
-
-def _add_scores(judge: Judge, pairs: list[dict[str, Any]]) -> None:
-    """`score_chosen` and `score_rejected` where the judge has a scale."""
-    prompts = [prompt_of(pair) for pair in pairs]
-    for name in ("chosen", "rejected"):
-        scores = judge.scores(prompts, [answer_text(pair[name]) for pair in pairs])
-        for pair, score in zip(pairs, scores or [], strict=False):
-            pair[f"score_{name}"] = score

@@ -18,9 +18,20 @@ import pydantic
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_kit.config.compose import explain, unknown_key
+from dpo_kit.config.compose import JUDGES, describe_fault, explain
+from dpo_kit.config.identity import list_differences
 from dpo_kit.config.places import data_faults, file_faults, is_local, judge_faults, model_faults
-from dpo_kit.config.settings import COST_ONLY, Build, Data, Endpoint, LLMJudge, LocalAnswers, Model, Strict
+from dpo_kit.config.settings import (
+    COST_ONLY,
+    Build,
+    Data,
+    Endpoint,
+    LLMJudge,
+    LocalAnswers,
+    Model,
+    ServerAnswers,
+    Strict,
+)
 from dpo_kit.config.settings import Judge as JudgeSettings
 from dpo_kit.data.build.pairing import OUTCOMES, Comparison, Paired, different, pair_answers
 from dpo_kit.data.build.prompts import Prompts, read_prompts
@@ -30,14 +41,14 @@ from dpo_kit.judge.answers import Answer, Asking, draw_answers
 from dpo_kit.judge.open import judge_identity, open_judge
 from dpo_kit.judge.review import ReviewSheet
 from dpo_kit.judge.server import refuse_silent
-from dpo_kit.judge.verdicts import Judge, Shown, run_controls, summarize_verdicts
+from dpo_kit.judge.verdicts import Shown, run_controls, summarize_verdicts
 from dpo_kit.run.files import hash_weights, read_json, write_json, write_jsonl
 from dpo_kit.run.journal import Journal, key_of
 from dpo_kit.run.redact import redact
 from dpo_kit.run.words import training
 
-Given = list[list[Answer | None]]
-NO_PART_OF_IT = ("review", "answers")
+Given = list[list[Answer | None]]  # for each prompt, the answers of all sources
+PARTS = ("model", "data", "judge", "build")
 
 
 class Plan(Strict):
@@ -66,21 +77,19 @@ def build_pairs(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check_plan(cfg: DictConfig) -> Plan:
-    """The parts of `cfg` that a build needs, typed. ConfigError lists every fault."""
+    """The parts of `cfg` that a build needs, typed. ConfigError lists every fault, and models and files that are not
+    there.
+    """
     try:
         values = {name: OmegaConf.to_container(cfg[name], resolve=True, throw_on_missing=True) for name in PARTS}
+        plan = Plan(seed=cfg.seed, out=cfg.out, **values)  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise explain(error) from error
-    try:
-        plan = Plan(seed=cfg.seed, out=cfg.out, **values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
-    refuse_unready(plan)
-    return plan
-
-
-def refuse_unready(plan: Plan) -> None:
-    """ConfigError for models and files that are not there."""
+        known = {f"judge.{name}" for judge in JUDGES for name in judge.model_fields}
+        known |= {f"build.{name}" for name in Build.model_fields} | {f"data.{name}" for name in Data.model_fields}
+        known |= {f"build.answers.{name}" for name in (*LocalAnswers.model_fields, *ServerAnswers.model_fields)}
+        raise ConfigError("\n".join(describe_fault(fault, sorted(known)) for fault in error.errors())) from error
     build = plan.build
     faults = [*model_faults(plan.model), *judge_faults(plan.judge)]
     faults += data_faults(plan.data) if build.prompts is None and build.votes is None else []
@@ -91,171 +100,7 @@ def refuse_unready(plan: Plan) -> None:
         faults += file_faults(f"build.{name}", named) if (named := getattr(build, name)) and is_local(named) else []
     if faults:
         raise ConfigError("\n".join(faults))
-
-
-PARTS = ("model", "data", "judge", "build")
-
-
-def _describe(fault: Any) -> str:
-    kinds = ("gold", "reward_model", "llm", "human", "local", "server")
-    place = [str(part) for part in fault["loc"] if part not in kinds]
-    if fault["type"] == "extra_forbidden":
-        return unknown_key(".".join(place), _known())
-    return f"{'.'.join(place)}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r:.80}"
-
-
-def _known() -> list[str]:
-    from dpo_kit.config.settings import GoldJudge, HumanJudge, RewardModelJudge, ServerAnswers
-
-    judges = {name for kind in (GoldJudge, RewardModelJudge, LLMJudge, HumanJudge) for name in kind.model_fields}
-    answers = {*LocalAnswers.model_fields, *ServerAnswers.model_fields}
-    return [
-        *(f"build.{name}" for name in Build.model_fields),
-        *(f"judge.{name}" for name in sorted(judges)),
-        *(f"build.answers.{name}" for name in sorted(answers)),
-        *(f"data.{name}" for name in Data.model_fields),
-    ]
-
-
-# --- from prompts ------------------------------------------------------------------------------------------------
-
-
-def _build_from_prompts(plan: Plan) -> dict[str, Any]:
-    prompts = read_prompts(plan.build.prompts, plan.data, plan.build.limit)
-    identity = _identity(plan, prompts)
-    folder = Path(plan.out or f"outputs/build-{key_of(identity)[:8]}")
-    if not (folder / "answers.jsonl").exists():  # else all may have been answered
-        for key, asked in (("judge", plan.judge), *(("build.answers", source) for source in plan.build.answers)):
-            if isinstance(asked, Endpoint):
-                refuse_silent(key, asked)
-    with Journal(folder / "answers.jsonl") as journal:
-        claim(folder, identity)
-        answers, spend = _draw(plan, prompts.prompts, journal)
-        with open_judge(plan.judge, folder, plan.seed) as judge:
-            controls = _controls(plan.judge, judge, prompts.prompts, answers)
-            paired = pair_answers(judge, prompts.prompts, answers, plan.build, plan.seed)
-            report = _report(plan, prompts, answers, paired) | {"folder": str(folder), "controls": controls}
-            report["judge"] = {"name": judge.name, **summarize_verdicts([c.verdict for c in paired.comparisons])}
-            report["spend"] = {"answers": spend, "judge": judge.spend()}
-        report["review"] = _review(folder, plan, paired.comparisons)
-        write_jsonl(folder / "comparisons.jsonl", map(_comparison_line, paired.comparisons))
-        write_jsonl(folder / "pairs.jsonl", paired.pairs)
-    return report
-
-
-def _identity(plan: Plan, prompts: Prompts) -> dict[str, Any]:
-    """All that the pairs depend on; what only changes speed or cost is left out."""
-    sources = []
-    for source in plan.build.answers:
-        values = source.model_dump(exclude=set(COST_ONLY))
-        if isinstance(source, LocalAnswers):  # weights are known by their content, wherever they lie
-            values["path"] = hash_weights(source.path) or source.path
-        sources.append(values)
-    return redact(
-        {
-            "seed": plan.seed,
-            "build": plan.build.model_dump(exclude=set(NO_PART_OF_IT)) | {"answers": sources},
-            "judge": judge_identity(plan.judge),
-            "prompts": {"count": len(prompts.prompts), "content": key_of(prompts.prompts)},
-        }
-    )
-
-
-def claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Note in `folder` what is built there. ConfigError, with the differing keys, where it is something else."""
-    manifest = folder / "manifest.json"
-    if not manifest.exists():
-        write_json(manifest, identity)
-        return
-    was, now = dict(_flat(read_json(manifest))), dict(_flat(identity))
-    if differing := [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]:
-        said = "\n".join(f"  {key}: {was.get(key)!r} there, {now.get(key)!r} now" for key in differing)
-        raise ConfigError(f"out={folder} holds another build:\n{said}\ntake another out=, or that config")
-
-
-def _flat(value: Any, place: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict | list) and value:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return [leaf for key, item in items for leaf in _flat(item, f"{place}.{key}" if place else str(key))]
-    return [(place, value)]
-
-
-def _draw(plan: Plan, prompts: Sequence[Any], journal: Journal) -> tuple[Given, list[dict[str, Any]]]:
-    """For each prompt the answers of all sources, and what each server cost."""
-    asking = Asking(plan.build.max_new_tokens, plan.build.chunk, plan.seed)
-    drawn = [draw_answers(source, plan.model, prompts, asking, journal) for source in plan.build.answers]
-    by_prompt = zip(*(answers for answers, _ in drawn), strict=True)
-    return [[answer for own in each for answer in own] for each in by_prompt], [cost for _, cost in drawn if cost]
-
-
-def _controls(settings: JudgeSettings, judge: Judge, prompts: Sequence[Any], answers: Given) -> list[dict[str, Any]]:
-    """How a language model as judge does on the controls; empty for other judges."""
-    if not isinstance(settings, LLMJudge):
-        return []
-    usable = [(p, a) for p, given in zip(prompts, answers, strict=True) if len(a := different(given)) > 1]
-    some = usable[: settings.controls]
-    if not some:
-        return []
-    firsts, seconds = ([a[place].text for _, a in some] for place in (0, 1))
-    return run_controls(judge, [p for p, _ in some], firsts, seconds)
-
-
-def _review(folder: Path, plan: Plan, comparisons: Sequence[Comparison]) -> dict[str, Any] | None:
-    """The judge checked by people: a sheet is written when `build.review` asks for one, and read once there is one."""
-    sheet = ReviewSheet(folder / "review.csv", seed=plan.seed)
-    judged = [each for each in comparisons if each.verdict.outcome != "unjudged"]
-    if plan.judge.kind == "human" or not (plan.build.review or sheet.copies):
-        return None
-    some = sorted(judged, key=lambda c: key_of(plan.seed, c.prompt, c.a.text, c.b.text))[: plan.build.review]
-    if not sheet.copies:
-        sheet.write(_shown(each) for each in some)
-    raw = {"win": "first", "loss": "second"}
-    verdicts = [raw.get(each.verdict.outcome, "tie") for each in judged]
-    return {"sheet": str(sheet.path), **sheet.agreement([_shown(each) for each in judged], verdicts)}  # type: ignore[arg-type]
-
-
-def _shown(compared: Comparison) -> Shown:
-    return Shown(compared.prompt, compared.a.text, compared.b.text)
-
-
-def _comparison_line(compared: Comparison) -> dict[str, Any]:
-    return {
-        "prompt": compared.prompt,
-        "a": compared.a.text,
-        "b": compared.b.text,
-        "source_a": compared.a.source,
-        "source_b": compared.b.source,
-        **dataclasses.asdict(compared.verdict),
-    }
-
-
-def _report(plan: Plan, prompts: Prompts, answers: Given, paired: Paired) -> dict[str, Any]:
-    given = [answer for each in answers for answer in each]
-    there = [answer for answer in given if answer is not None]
-    sides = {name: Counter(pair[f"source_{name}"] for pair in paired.pairs) for name in ("chosen", "rejected")}
-    return {
-        "status": _status(plan, complete=len(there) == len(given), failed=paired.outcomes["failed"]),
-        "prompts": {"in": len(prompts.prompts), **{name: paired.outcomes[name] for name in OUTCOMES}},
-        "rows_left_out": prompts.left_out,
-        "pairs": len(paired.pairs),
-        "coins": dict(paired.coins),
-        "answers": {
-            "wanted": len(given),
-            "there": len(there),
-            "empty": sum(not answer.text.strip() for answer in there),
-            "cut": sum(answer.cut for answer in there),
-        },
-        "sources": {
-            name: {"answers": count, **{side: sides[side][name] for side in sides}}
-            for name, count in Counter(answer.source for answer in there).items()
-        },
-    }
-
-
-def _status(plan: Plan, *, complete: bool, failed: int) -> str:
-    if not failed:
-        return "done"
-    return "waiting" if complete and plan.judge.kind == "human" else "partial"
+    return plan
 
 
 # --- from votes --------------------------------------------------------------------------------------------------
@@ -268,6 +113,118 @@ def _build_from_votes(plan: Plan) -> dict[str, Any]:
     claim(folder, {"votes": key_of(pairs)})
     write_jsonl(folder / "pairs.jsonl", pairs)
     return {"status": "done", "folder": str(folder), "pairs": len(pairs), **report}
+
+
+# --- from prompts ------------------------------------------------------------------------------------------------
+
+
+def _build_from_prompts(plan: Plan) -> dict[str, Any]:
+    read = read_prompts(plan.build.prompts, plan.data, plan.build.limit)
+    identity = _identity(plan, read.prompts)
+    folder = Path(plan.out or f"outputs/build-{key_of(identity)[:8]}")
+    if not (folder / "answers.jsonl").exists():  # else all may have been answered
+        for key, asked in (("judge", plan.judge), *(("build.answers", source) for source in plan.build.answers)):
+            if isinstance(asked, Endpoint):
+                refuse_silent(key, asked)
+    asking = Asking(plan.build.max_new_tokens, seed=plan.seed)
+    with Journal(folder / "answers.jsonl") as journal:
+        claim(folder, identity)
+        drawn = [draw_answers(source, plan.model, read.prompts, asking, journal) for source in plan.build.answers]
+        by_prompt = zip(*(answers for answers, _ in drawn), strict=True)
+        answers = [[answer for of_source in of_prompt for answer in of_source] for of_prompt in by_prompt]
+        with open_judge(plan.judge, folder, plan.seed) as judge:
+            controls: list[dict[str, Any]] = []
+            if isinstance(plan.judge, LLMJudge):  # how a language model does where the right verdict is known
+                differing = ((p, different(given)) for p, given in zip(read.prompts, answers, strict=True))
+                some = [(p, given) for p, given in differing if len(given) > 1][: plan.judge.controls]
+                texts = ([given[place].text for _, given in some] for place in (0, 1))
+                controls = run_controls(judge, [p for p, _ in some], *texts) if some else []
+            paired = pair_answers(judge, read.prompts, answers, plan.build, plan.seed)
+            report = _report(plan, read, answers, paired) | {"folder": str(folder), "controls": controls}
+            report["judge"] = {"name": judge.name, **summarize_verdicts([c.verdict for c in paired.comparisons])}
+            report["spend"] = {"answers": [cost for _, cost in drawn if cost], "judge": judge.spend()}
+        report["review"] = _review(folder, plan, paired.comparisons)
+        comparisons = (
+            {
+                "prompt": compared.prompt,
+                "a": compared.a.text,
+                "b": compared.b.text,
+                "source_a": compared.a.source,
+                "source_b": compared.b.source,
+                **dataclasses.asdict(compared.verdict),
+            }
+            for compared in paired.comparisons
+        )
+        write_jsonl(folder / "comparisons.jsonl", comparisons)
+        write_jsonl(folder / "pairs.jsonl", paired.pairs)
+    return report
+
+
+def _identity(plan: Plan, prompts: Sequence[Any]) -> dict[str, Any]:
+    """All that the pairs depend on; what only changes speed or cost is left out."""
+    sources = []
+    for source in plan.build.answers:
+        values = source.model_dump(exclude=set(COST_ONLY))
+        if isinstance(source, LocalAnswers):  # weights are known by their content, wherever they lie
+            values["path"] = hash_weights(source.path) or source.path
+        sources.append(values)
+    return redact(
+        {
+            "seed": plan.seed,
+            "build": plan.build.model_dump(exclude={"review", "answers"}) | {"answers": sources},
+            "judge": judge_identity(plan.judge),
+            "prompts": {"count": len(prompts), "content": key_of(prompts)},
+        }
+    )
+
+
+def claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Note in `folder` what is built there. ConfigError, with the differing keys, where it is something else."""
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        write_json(manifest, identity)
+    elif differing := list_differences(read_json(manifest), identity):
+        lines = "\n".join(f"  {difference}" for difference in differing)
+        raise ConfigError(f"out={folder} holds another build:\n{lines}\ntake another out=, or that config")
+
+
+def _review(folder: Path, plan: Plan, comparisons: Sequence[Comparison]) -> dict[str, Any] | None:
+    """The judge checked by people: a sheet is written when `build.review` asks for one, and read once there is one."""
+    sheet = ReviewSheet(folder / "review.csv", seed=plan.seed)
+    if plan.judge.kind == "human" or not (plan.build.review or sheet.copies):
+        return None
+    judged = [compared for compared in comparisons if compared.verdict.outcome != "unjudged"]
+    shown = [Shown(compared.prompt, compared.a.text, compared.b.text) for compared in judged]
+    if not sheet.copies:
+        drawn = sorted(shown, key=lambda pair: key_of(plan.seed, pair.prompt, pair.first, pair.second))
+        sheet.write(drawn[: plan.build.review])
+    raw = {"win": "first", "loss": "second"}
+    verdicts = [raw.get(compared.verdict.outcome, "tie") for compared in judged]
+    return {"sheet": str(sheet.path), **sheet.agreement(shown, verdicts)}  # type: ignore[arg-type]
+
+
+def _report(plan: Plan, read: Prompts, answers: Given, paired: Paired) -> dict[str, Any]:
+    wanted = [answer for of_prompt in answers for answer in of_prompt]
+    given = [answer for answer in wanted if answer is not None]
+    sides = {name: Counter(pair[f"source_{name}"] for pair in paired.pairs) for name in ("chosen", "rejected")}
+    waits = len(given) == len(wanted) and plan.judge.kind == "human"
+    return {
+        "status": "done" if not paired.outcomes["failed"] else "waiting" if waits else "partial",
+        "prompts": {"in": len(read.prompts), **{name: paired.outcomes[name] for name in OUTCOMES}},
+        "rows_left_out": read.left_out,
+        "pairs": len(paired.pairs),
+        "coins": dict(paired.coins),
+        "answers": {
+            "wanted": len(wanted),
+            "there": len(given),
+            "empty": sum(not answer.text.strip() for answer in given),
+            "cut": sum(answer.cut for answer in given),
+        },
+        "sources": {
+            name: {"answers": count, **{side: sides[side][name] for side in sides}}
+            for name, count in Counter(answer.source for answer in given).items()
+        },
+    }
 
 
 # --- what is shown -----------------------------------------------------------------------------------------------
@@ -284,60 +241,44 @@ def show_build(report: dict[str, Any], words: Sequence[str] = ()) -> None:
         if not control["passed"]:
             points = "no verdict" if control["points"] is None else f"{control['points']:.2f}"
             console.print(f"judge control failed: {control['name']}: {points}, expected {control['expected']}")
+    spend = report.get("spend") or {"answers": [], "judge": {}}
+    spent = [cost for cost in (*spend["answers"], spend["judge"]) if "cost" in cost]
     table = Table(box=None, show_header=False)
-    for name, value in _lines(report):
+    for name, value in _lines(report, spent):
         table.add_row(name, escape(value))
     console.print(table)
-    pairs = Path(report["folder"]) / "pairs.jsonl"
+    folder = Path(report["folder"])
     if report["status"] == "waiting":
-        sheet = Path(report["folder"]) / "review*.csv"
-        console.print(
-            f"next: fill in the column better of {sheet} (1, 2 or tie), then the same command",
-            soft_wrap=True,
-            markup=False,
-        )
+        sheet = folder / "review*.csv"
+        remedy = f"next: fill in the column better of {sheet} (1, 2 or tie), then the same command"
+        console.print(remedy, soft_wrap=True, markup=False)
     elif report["pairs"]:
-        console.print(f"next: {training(words, pairs)}", soft_wrap=True, markup=False)
+        console.print(f"next: {training(words, folder / 'pairs.jsonl')}", soft_wrap=True, markup=False)
     if report["status"] == "partial":
-        raise BuildError(_what_is_missing(report))
+        reasons: Counter[str] = Counter()
+        for cost in spent:
+            reasons.update(cost["failed"])
+        why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+        raise BuildError(
+            f"{report['prompts']['failed']} of {report['prompts']['in']} prompts lack an answer or a verdict ({why}); "
+            f"what is there is in {report['folder']}/pairs.jsonl, and the same command asks for the rest"
+        )
 
 
-def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _lines(report: dict[str, Any], spent: list[dict[str, Any]]) -> list[tuple[str, str]]:
     counted = report.get("prompts") or report["items"]
     outcomes = ", ".join(f"{count} {name}" for name, count in counted.items() if count and name != "in")
     lines = [("prompts" if "prompts" in report else "items", f"{counted['in']} = {outcomes}")]
     lines.append(("pairs", str(report["pairs"])))
     if judge := report.get("judge"):
         lines.append(("judge", judge["name"]))
-        shares = {
-            "orders agree": "order_agreement",
-            "first place": "first_position_rate",
-            "unparsable": "unparsable_rate",
-        }
-        said = [f"{name} {judge[key]:.0%}" for name, key in shares.items() if judge[key] is not None]
-        lines.append(("", ", ".join(said)))
+        keys = ("order_agreement", "first_position_rate", "unparsable_rate")
+        shares = zip(("orders agree", "first place", "unparsable"), keys, strict=True)
+        lines.append(("", ", ".join(f"{name} {judge[key]:.0%}" for name, key in shares if judge[key] is not None)))
     if agreement := report.get("agreement"):
         alpha = agreement["krippendorff_alpha"]
         lines.append(("raters", f"{agreement['raters']}, alpha {'undefined' if alpha is None else f'{alpha:.3f}'}"))
     if review := report.get("review"):
         same = "" if review["same_verdict"] is None else f", {review['same_verdict']:.0%} as the judge"
         lines.append(("checked by people", f"{review['checked']}{same} ({review['sheet']})"))
-    lines += [("cost", f"{each['cost']:.4g} ({each['replies']} replies of {each['model']})") for each in _spent(report)]
-    return lines
-
-
-def _spent(report: dict[str, Any]) -> list[dict[str, Any]]:
-    spend = report.get("spend") or {"answers": [], "judge": {}}
-    return [each for each in (*spend["answers"], spend["judge"]) if "cost" in each]
-
-
-def _what_is_missing(report: dict[str, Any]) -> str:
-    reasons: Counter[str] = Counter()
-    for each in _spent(report):
-        reasons.update(each["failed"])
-    why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-    failed = report["prompts"]["failed"]
-    return (
-        f"{failed} of {report['prompts']['in']} prompts lack an answer or a verdict ({why}); what is there is in "
-        f"{report['folder']}/pairs.jsonl, and the same command asks for the rest"
-    )
+    return lines + [("cost", f"{it['cost']:.4g} ({it['replies']} replies of {it['model']})") for it in spent]

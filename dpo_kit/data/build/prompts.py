@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_kit.config.settings import Data
-from dpo_kit.data.context import context_fault, read_context
+from dpo_kit.data.context import read_context
+from dpo_kit.data.gather import refuse_malformed, sources
 from dpo_kit.data.read import Fault, Row, read_source
-from dpo_kit.data.rows import question_fault, text_fault
+from dpo_kit.data.rows import normalise
 from dpo_kit.data.shape import Shape
 from dpo_kit.errors import DataError
 from dpo_kit.model.chats import as_messages
@@ -30,55 +30,35 @@ def read_prompts(path: str | None, data: Data, limit: int | None) -> Prompts:
 
     Malformed rows obey `data.on_bad_row`. Raises DataError.
     """
+    column = data.columns.get("prompt", "prompt")
+    shape = Shape(wrap=False, fold_system=data.fold_system, template_kwargs=data.chat_template_kwargs)
     faults: list[Fault] = []
-    found: dict[str, Any] = {}
+    prompts: dict[str, Any] = {}
     left_out: Counter[str] = Counter()
-    for prompt in _read(path, data, faults):
+    for row in (row for source in sources(path or data.train) for row in read_source(source.path, data.train_split)):
+        if isinstance(row, Row):
+            renamed = {"prompt": row.values[column]} if column in row.values else {}
+            row = normalise(Row(row.place, row.values | renamed), "prompts")
+        if isinstance(row, Fault):
+            faults.append(row)
+            continue
+        prompt, values = row.values["prompt"], row.values
+        if values.get("system") or read_context(values) or shape.template_kwargs:  # text stays where nothing is added
+            prompt = as_messages(prompt)
+        prompt = prompt if isinstance(prompt, str) else shape.prompt(prompt, values)
         key = digest(prompt)
-        if key in found:
+        if key in prompts:
             left_out["repeated"] += 1
-        elif limit is not None and len(found) >= limit:
+        elif limit is not None and len(prompts) >= limit:
             left_out["beyond build.limit"] += 1
         else:
-            found[key] = prompt
-    if faults and data.on_bad_row == "fail":
-        first = faults[0]
-        raise DataError(
-            f"{len(faults)} malformed prompts; the first at {first.place}: {first.reason} ({first.found}); mend them, "
-            "or leave them out with data.on_bad_row=drop"
-        )
+            prompts[key] = prompt
+    if data.on_bad_row == "fail":
+        refuse_malformed(faults)
     left_out.update(fault.reason for fault in faults)
-    if not found:
+    if not prompts:
         raise DataError(
             f"{path or data.train} has no prompt to build pairs from: a row needs text or messages under the "
             "column prompt"
         )
-    return Prompts(list(found.values()), dict(left_out))
-
-
-def _read(path: str | None, data: Data, faults: list[Fault]) -> Iterator[Any]:
-    sources = data.train if isinstance(data.train, list) else None
-    paths = [path] if path else [each.path for each in sources] if sources is not None else [str(data.train)]
-    column = data.columns.get("prompt", "prompt")
-    shape = Shape(wrap=False, fold_system=data.fold_system, template_kwargs=data.chat_template_kwargs)
-    for row in (row for each in paths for row in read_source(each, data.train_split)):
-        fault = row if isinstance(row, Fault) else _fault(row, column)
-        if fault:
-            faults.append(fault)
-        elif isinstance(row, Row):
-            yield _asked(row.values | {"prompt": row.values[column]}, shape)
-
-
-def _asked(values: dict[str, Any], shape: Shape) -> Any:
-    """The prompt of a row: text as it stands where no column adds to it, else a chat."""
-    adds = values.get("system") or read_context(values) or shape.template_kwargs
-    prompt = as_messages(values["prompt"]) if adds else values["prompt"]
-    return prompt if isinstance(prompt, str) else shape.prompt(prompt, values)
-
-
-def _fault(row: Row, column: str) -> Fault | None:
-    value = row.values.get(column)
-    if column not in row.values:
-        return Fault(row.place, f"no column {column!r}", f"columns {', '.join(row.values)}; name it: data.columns=…")
-    fault = text_fault("prompt", value) or question_fault(value) or context_fault(row.values | {"prompt": value})
-    return Fault(row.place, *fault) if fault else None
+    return Prompts(list(prompts.values()), dict(left_out))

@@ -7,7 +7,6 @@ vote). A vote is a, b or tie; null is none.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,9 +39,15 @@ def pair_by_votes(path: str, data: Data) -> tuple[list[dict[str, Any]], dict[str
     outcomes: Counter[str] = Counter()
     pairs = []
     for item in items:
-        outcome, pair = _pair(item)
+        outcome, share = majority(list(item.votes.values())) if item.votes else ("not voted", 0.0)
+        if answer_text(item.answer_a) == answer_text(item.answer_b):
+            outcome = "identical"
+        if outcome in ("a", "b"):
+            chosen, rejected = (item.answer_a, item.answer_b) if outcome == "a" else (item.answer_b, item.answer_a)
+            pair = {"prompt": item.prompt, "chosen": chosen, "rejected": rejected}
+            pairs.append(pair | {"agreement": share, "votes": len(item.votes)})
+            outcome = "pair"
         outcomes[outcome] += 1
-        pairs += [pair] if pair else []
     report = {
         "items": {"in": len(items), **{name: outcomes[name] for name in OUTCOMES}},
         "agreement": rater_agreement([item.votes for item in items]),
@@ -77,46 +82,25 @@ def _item(row: Row, values: dict[str, Any]) -> Rated:
                 f"{row.place}: {name} must be text or chat messages, got {value!r:.60}; columns: {', '.join(values)} "
                 "(map others with data.columns)"
             )
-    votes = {rater: _vote(row, vote) for rater, vote in _votes(row, values) if vote is not None}
+    given = values.get("votes")
+    if isinstance(given, list):
+        given = {f"rater {number}": vote for number, vote in enumerate(given, start=1)}
+    if not isinstance(given, dict):
+        if "vote" not in values or values.get("rater") is None:
+            raise DataError(
+                f"{row.place}: needs votes (a list, or an object of raters) or rater and vote; columns: "
+                f"{', '.join(values)}"
+            )
+        given = {values["rater"]: values["vote"] or None}
+    votes: dict[str, Vote] = {}
+    for rater, vote in given.items():
+        word = str(vote).strip().lower()
+        if vote is not None and word not in CODES:
+            raise DataError(f"{row.place}: a vote is a, b or tie, got {vote!r}{did_you_mean(word, CODES)}")
+        votes |= {str(rater): word} if vote is not None else {}  # type: ignore[dict-item]
     a, b = values["answer_a"], values["answer_b"]
     if key_of(b) < key_of(a):  # files may always have the better one in the same column
+        turned: dict[Vote, Vote] = {"a": "b", "b": "a"}
         a, b = b, a
-        votes = {rater: _TURNED.get(vote, vote) for rater, vote in votes.items()}
+        votes = {rater: turned.get(vote, vote) for rater, vote in votes.items()}
     return Rated(values["prompt"], a, b, votes)
-
-
-_TURNED: dict[Vote, Vote] = {"a": "b", "b": "a"}
-
-
-def _votes(row: Row, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    votes = values.get("votes")
-    if isinstance(votes, dict):
-        yield from ((str(rater), vote) for rater, vote in votes.items())
-    elif isinstance(votes, list):
-        yield from ((f"rater {number}", vote) for number, vote in enumerate(votes, start=1))
-    elif "vote" in values and values.get("rater") is not None:
-        yield str(values["rater"]), values["vote"] or None
-    else:
-        raise DataError(
-            f"{row.place}: needs votes (a list, or an object of raters) or rater and vote; columns: {', '.join(values)}"
-        )
-
-
-def _vote(row: Row, written: Any) -> Vote:
-    word = str(written).strip().lower()
-    if word not in CODES:
-        raise DataError(f"{row.place}: a vote is a, b or tie, got {written!r}{did_you_mean(word, CODES)}")
-    return word  # type: ignore[return-value]
-
-
-def _pair(item: Rated) -> tuple[str, dict[str, Any] | None]:
-    if answer_text(item.answer_a) == answer_text(item.answer_b):
-        return "identical", None
-    if not item.votes:
-        return "not voted", None
-    won, share = majority(list(item.votes.values()))
-    if won == "tie":
-        return "tie", None
-    chosen, rejected = (item.answer_a, item.answer_b) if won == "a" else (item.answer_b, item.answer_a)
-    pair = {"prompt": item.prompt, "chosen": chosen, "rejected": rejected}
-    return "pair", pair | {"agreement": share, "votes": len(item.votes)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +16,6 @@ from dpo_kit.data.rows import Kind, normalise
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.files import digest
 
-COLUMNS = {"pairs": ("chosen", "rejected"), "unary": ("completion", "label")}
 GROUPED = ("unary", "rated")  # kinds of rows with one answer each: those to one prompt make a pair
 Asked = tuple[list[str], Values, bool]  # places of the rows, what they say together, and whether it is one answer
 
@@ -26,8 +26,7 @@ class Converted:
     rows came out twice and are there once.
     """
 
-    kind: Kind
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     repeated: int = 0
@@ -39,17 +38,28 @@ def convert(sources: Iterable[tuple[Form, Sequence[Row]]], options: Convert, see
     Every row is in `used`, in `faults`, or in both (where only some of its answers could be used); what comes out is in
     the order of the rows.
     """
-    result = Converted(options.to, [])
+    result = Converted()
     asked = [([row.place], row.values, form.rows in GROUPED) for form, rows in sources for row in rows]
-    made = (_pairs if options.to == "pairs" else _labels)(asked, options, seed, result)
+    is_pairs = options.to == "pairs"
+    columns = ("prompt", "chosen", "rejected") if is_pairs else ("prompt", "completion", "label")
     seen = set()
-    for values in made:
-        if (key := digest([values[name] for name in ("prompt", *COLUMNS[options.to])])) not in seen:
+    for values in _pairs(asked, options, seed, result) if is_pairs else _thumbs(asked, options, result):
+        if (key := digest([values[name] for name in columns])) not in seen:
             seen.add(key)
             result.rows.append(values)
         else:
             result.repeated += 1
     return result
+
+
+def _well_formed(made: Iterable[Values], kind: Kind, places: list[str], faults: list[Fault]) -> Iterator[Values]:
+    """The rows as training takes them; the fault of another one is noted for each row that it was made of."""
+    for values in made:
+        row = normalise(Row(places[0], values), kind)
+        if isinstance(row, Row):
+            yield row.values
+        else:
+            faults += [replace(row, place=place) for place in places]
 
 
 # --- to pairs ----------------------------------------------------------------------------------------------------
@@ -88,15 +98,12 @@ def _chosen(values: Values, options: Convert, seed: int) -> list[tuple[int, int]
     """(better, worse) of the pairs to make: they differ in score, by `min_gap` or more."""
     scores = values["scores"]
     order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
-    able = [
-        (one, other)
-        for one, other in combinations(order, 2)
-        if scores[one] > scores[other] and scores[one] - scores[other] >= options.min_gap
-    ]
+    gaps = {(one, other): scores[one] - scores[other] for one, other in combinations(order, 2)}
+    able = [pair for pair, gap in gaps.items() if gap > 0 and gap >= options.min_gap]
+    if options.pairing == "all":
+        return able
     of_best = [pair for pair in able if pair[0] == order[0]]
-    if options.pairing == "all" or not of_best:
-        return able if options.pairing == "all" else []
-    if options.pairing == "best_worst":
+    if options.pairing == "best_worst" or not of_best:
         return of_best[-1:]
     return [random.Random(f"{seed} {digest(values['prompt'])}").choice(of_best)]
 
@@ -104,46 +111,34 @@ def _chosen(values: Values, options: Convert, seed: int) -> list[tuple[int, int]
 # --- to unary rows -----------------------------------------------------------------------------------------------
 
 
-def _labels(asked: Iterable[Asked], options: Convert, seed: int, result: Converted) -> Iterator[Values]:
+def _thumbs(asked: Iterable[Asked], options: Convert, result: Converted) -> Iterator[Values]:
     """One row for each answer; an answer to one prompt with both labels is left out."""
-    kept = [
-        (places[0], row)
-        for places, values, _ in asked
-        for row in _well_formed(_of_each_answer(values, options), "unary", places, result.faults)
-    ]
-    labels: dict[str, set[bool]] = {}
-    for _, values in kept:
-        labels.setdefault(digest([values["prompt"], values["completion"]]), set()).add(values["label"])
-    for place, values in kept:
-        if len(labels[digest([values["prompt"], values["completion"]])]) > 1:
+    kept = []
+    labels: dict[str, set[bool]] = defaultdict(set)
+    for places, values, _ in asked:
+        for row in _well_formed(_of_each_answer(values, options), "unary", places, result.faults):
+            key = digest([row["prompt"], row["completion"]])
+            labels[key].add(row["label"])
+            kept.append((places[0], key, row))
+    for place, key, row in kept:
+        if len(labels[key]) > 1:
             remedy = "decide which of the rows is right"
-            result.faults.append(Fault(place, "an answer has both labels", str(values["completion"])[:40], remedy))
+            result.faults.append(Fault(place, "an answer has both labels", str(row["completion"])[:40], remedy))
         else:
             result.used.add(place)
-            yield values
+            yield row
 
 
 def _of_each_answer(values: Values, options: Convert) -> Iterator[Values]:
     if "label" in values:
         yield values
         return
+    threshold = options.threshold
     if "chosen" in values:
         values = values | {"answers": [values["chosen"], values["rejected"]], "scores": [1.0, 0.0]}
-        threshold: float | None = 0.5
-    else:
-        threshold = options.threshold
+        threshold = 0.5
     if threshold is None:
         raise ConfigError("convert.threshold is missing: from which score on is an answer a thumbs up?")
     rest = {name: value for name, value in values.items() if name not in ("chosen", "rejected", "answers", "scores")}
     for answer, score in zip(values["answers"], values["scores"], strict=True):
         yield rest | {"completion": answer, "label": score >= threshold}
-
-
-def _well_formed(made: Iterable[Values], kind: Kind, places: list[str], faults: list[Fault]) -> Iterator[Values]:
-    """The rows as training takes them; the fault of another one is noted for each row that it was made of."""
-    for values in made:
-        found = normalise(Row(places[0], values), kind)
-        if isinstance(found, Row):
-            yield found.values
-        else:
-            faults += [Fault(place, found.reason, found.found, found.remedy) for place in places]

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.settings import Settings
-from dpo_kit.data.curate.convert import Converted, convert
+from dpo_kit.data.curate.convert import convert
 from dpo_kit.data.curate.options import Tool
-from dpo_kit.data.curate.rules import Curated, Setting, curate
-from dpo_kit.data.gather import Gathered, Rows, eval_sources, gather, read_rows, refuse_malformed, sources
-from dpo_kit.data.prepare import split
+from dpo_kit.data.curate.rules import Setting, curate
+from dpo_kit.data.gather import Gathered, eval_sources, gather, read_rows, refuse_malformed, sources
+from dpo_kit.data.prepare import keep_signal, split
 from dpo_kit.data.read import Fault
 from dpo_kit.data.report.advice import OTHER_TOKENS
 from dpo_kit.data.report.inspect import inspect
@@ -25,7 +25,7 @@ from dpo_kit.data.report.leaks import held_prompts, read_benchmark
 from dpo_kit.data.report.picture import draw_data_report
 from dpo_kit.data.report.preference import measure_preference, reference_margins
 from dpo_kit.data.report.table import show_report
-from dpo_kit.data.signal import keep_signal
+from dpo_kit.data.rows import Rows
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.run.files import write_json, write_text
 from dpo_kit.run.words import command, override, training
@@ -46,9 +46,9 @@ def check_data(settings: Settings, tool: Tool, out: Path) -> None:
     _write_rows(out / "dropped_rows.jsonl", map(vars, gathered.faults))
     title = f"{report['rows']['train']:,} {'pairs' if gathered.kind == 'pairs' else 'rows'} to train on"
     draw_data_report(out / "data_report.png", report, title=title)
-    own = [word for word in tool.words if not word.startswith(("mode=", "out="))]
-    curate = command(*own, "mode=curate", tool="data")
-    _show(report, out, f"next: {curate}, or train: {training(tool.words)}", title=title)
+    words = [word for word in tool.words if not word.startswith(("mode=", "out="))]
+    show_report(report, title=title)
+    _say_end(out, f"{command(*words, 'mode=curate', tool='data')}, or train: {training(tool.words)}")
     if data.on_bad_row == "fail":
         refuse_malformed(malformed)
 
@@ -57,10 +57,9 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
     """Rows of data.train that are worth training on, the others with their reasons, and a report before and after."""
     data, tokenizer = settings.data, _tokenizer(settings)
     gathered = gather(data, tokenizer)
-    rows, held_out = (
-        keep_signal(part, gathered.kind, *_limit(settings), gathered.faults)
-        for part in ([row for part in gathered.train for row in part], gathered.held_out or [])
-    )
+    kind, faults = gathered.kind, gathered.faults
+    rows = keep_signal([row for part in gathered.train for row in part], kind, *_limit(settings), faults)
+    held_out = keep_signal(gathered.held_out or [], kind, *_limit(settings), faults)
     held = held_prompts(held_out)
     benchmark = read_benchmark(data.benchmark) if data.benchmark else []
 
@@ -69,39 +68,66 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
 
     gathered.read -= len(held_out)  # not curated
     before = _inspect(gathered, [rows], [], settings, held)
-    curated = curate(rows, Setting(gathered.kind, tool.curate, settings.seed, [*held, *benchmark], hardness))
-    left_out = [*gathered.faults, *(Fault(row["_place"], reason, found) for row, reason, found in curated.left_out)]
+    curated = curate(rows, Setting(kind, tool.curate, settings.seed, [*held, *benchmark], hardness))
+    left_out = [*faults, *(fault for _, fault in curated.left_out)]
     after = _inspect(replace(gathered, faults=left_out), [curated.kept], [], settings, held)
     after["warnings"] = [warning for warning in after["warnings"] if warning["about"] != "dropped_by_reason"]  # meant
-    _write_curated(curated, gathered, settings, tool, out)
+    rejects = [vars(fault) for fault in faults]
+    rejects += [
+        {"place": fault.place, "reason": fault.reason, "found": fault.found, "row": row["_values"]}
+        for row, fault in curated.left_out
+    ]
+    files = {
+        "curated.jsonl": _write_rows(out / "curated.jsonl", (row["_values"] for row in curated.kept)),
+        "rejects.jsonl": _write_rows(out / "rejects.jsonl", rejects),
+    }
+    counts = {"read": gathered.read, "kept": len(curated.kept), "left_out": _by_reason(left_out)}
+    _write_manifest(out, settings, tool, files, counts)
     write_json(out / "data_report.json", {"before": before, "after": after})
     title = f"{len(curated.kept):,} of {gathered.read:,} rows kept"
     draw_data_report(out / "data_report.png", after, title=title, before=before)
-    _show(after, out, f"next: {training(tool.words, out / 'curated.jsonl')}", title=title, before=before)
+    show_report(after, title=title, before=before)
+    _say_end(out, training(tool.words, out / "curated.jsonl"))
 
 
 def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
     """Rows of any form as pairs or unary rows."""
-    data, faults = settings.data, list[Fault]()
+    from rich.console import Console
+    from rich.table import Table
+
+    data, unread = settings.data, list[Fault]()
     if tool.convert.schema_ is not None:
         data = data.model_copy(update={"form": tool.convert.schema_})
-    read = [(source, *read_rows(source, data.train_split, data, faults)) for source in sources(data.train)]
+    read = [(source, *read_rows(source, data.train_split, data, unread)) for source in sources(data.train)]
     converted = convert([(match.form, rows) for _, match, rows in read], tool.convert, settings.seed)
-    converted.faults[:0] = faults
+    rows, used, faults = converted.rows, converted.used, [*unread, *converted.faults]
     if data.on_bad_row == "fail":
-        refuse_malformed([fault for fault in converted.faults if fault.place not in converted.used])
-    if not converted.rows:
-        first = f", the first: {converted.faults[0]}" if converted.faults else ""
+        refuse_malformed([fault for fault in faults if fault.place not in used])
+    if not rows:
+        first = f", the first: {faults[0]}" if faults else ""
         raise DataError(f"no row came out{first}: say what the rows are with data.form and data.columns")
     for source, match, _ in read:
-        _say_next(f"{source.path} is read as {match}")
+        _say(f"{source.path} is read as {match}")
     files = {
-        "converted.jsonl": _write_rows(out / "converted.jsonl", converted.rows),
-        "rejects.jsonl": _write_rows(out / "rejects.jsonl", map(vars, converted.faults)),
+        "converted.jsonl": _write_rows(out / "converted.jsonl", rows),
+        "rejects.jsonl": _write_rows(out / "rejects.jsonl", map(vars, faults)),
     }
-    _write_manifest(out, settings, tool, files, _counts_of(converted))
-    _say(f"{len(converted.rows):,} rows of {len(converted.used):,}", converted.faults, out)
-    _say_next(f"next: {command('data=jsonl', override('data.train', out / 'converted.jsonl'), tool='data')}")
+    places = {fault.place for fault in faults}
+    counts = {
+        "read": len(used | places),
+        "used": len(used),
+        "rejected": len(places - used),
+        "rows_made": len(rows),
+        "made_twice": converted.repeated,
+        "faults": _by_reason(faults),
+    }
+    _write_manifest(out, settings, tool, files, counts)
+    title = f"{len(rows):,} rows of {len(used):,}"
+    table = Table("left out", "rows", title=title, title_justify="left")
+    for reason, count in _by_reason(faults).items():
+        table.add_row(reason, f"{count:,}")
+    Console().print(table if faults else title)
+    _say_end(out, command("data=jsonl", override("data.train", out / "converted.jsonl"), tool="data"))
 
 
 MODES: dict[str, Callable[[Settings, Tool, Path], None]] = {
@@ -142,15 +168,10 @@ def _inspect(
         held=held,
         thorough=gathered.kind != "prompts",  # near-duplicates are told by answers
     )
-    if _counts_for_another_model(settings):
+    own_rows = all(MODEL.parent in Path(source.path).parents for source in sources(settings.data.train))
+    if Path(settings.model.path) == MODEL and not own_rows:  # of others, the embedded model's tokens say little
         report["warnings"].insert(0, asdict(OTHER_TOKENS))
     return report
-
-
-def _counts_for_another_model(settings: Settings) -> bool:
-    """Whether rows that are not the embedded ones are counted in the embedded model's tokens."""
-    places = (Path(source.path) for source in sources(settings.data.train))
-    return Path(settings.model.path) == MODEL and any(MODEL.parent not in place.parents for place in places)
 
 
 def _margins(rows: Rows, gathered: Gathered, settings: Settings, tokenizer: Any) -> list[tuple[float, float]]:
@@ -159,39 +180,6 @@ def _margins(rows: Rows, gathered: Gathered, settings: Settings, tokenizer: Any)
             "data.reference_margin and curate.hardest compare two answers, but these rows have one: leave them out"
         )
     return reference_margins(rows, settings, tokenizer)
-
-
-# --- files -------------------------------------------------------------------------------------------------------
-
-
-def _write_curated(curated: Curated, gathered: Gathered, settings: Settings, tool: Tool, out: Path) -> None:
-    left_out: list[dict[str, Any]] = [vars(fault) for fault in gathered.faults]
-    left_out += [
-        {"place": row["_place"], "reason": reason, "found": found, "row": row["_values"]}
-        for row, reason, found in curated.left_out
-    ]
-    files = {
-        "curated.jsonl": _write_rows(out / "curated.jsonl", (row["_values"] for row in curated.kept)),
-        "rejects.jsonl": _write_rows(out / "rejects.jsonl", left_out),
-    }
-    counts = {
-        "read": gathered.read,
-        "kept": len(curated.kept),
-        "left_out": dict(Counter(row["reason"] for row in left_out).most_common()),
-    }
-    _write_manifest(out, settings, tool, files, counts)
-
-
-def _counts_of(converted: Converted) -> dict[str, Any]:
-    places = {fault.place for fault in converted.faults}
-    return {
-        "read": len(converted.used | places),
-        "used": len(converted.used),
-        "rejected": len(places - converted.used),
-        "rows_made": len(converted.rows),
-        "made_twice": converted.repeated,
-        "faults": dict(Counter(fault.reason for fault in converted.faults).most_common()),
-    }
 
 
 def _write_manifest(
@@ -234,29 +222,16 @@ def _file_hash(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- terminal ----------------------------------------------------------------------------------------------------
+def _by_reason(faults: Iterable[Fault]) -> dict[str, int]:
+    return dict(Counter(fault.reason for fault in faults).most_common())
 
 
-def _show(report: dict[str, Any], out: Path, next_command: str, *, title: str, before: Any = None) -> None:
-    from rich.console import Console
-
-    show_report(Console(), report, title=title, before=before)
-    _say_next(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
-    _say_next(next_command)
+def _say_end(out: Path, next_command: str) -> None:
+    _say(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    _say(f"next: {next_command}")
 
 
-def _say(title: str, faults: list[Fault], out: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("left out", "rows", title=title, title_justify="left")
-    for reason, count in Counter(fault.reason for fault in faults).most_common():
-        table.add_row(reason, f"{count:,}")
-    Console().print(table if faults else title)
-    _say_next(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
-
-
-def _say_next(text: str) -> None:
+def _say(text: str) -> None:
     from rich.console import Console
 
     Console().print(text, highlight=False, markup=False, soft_wrap=True)

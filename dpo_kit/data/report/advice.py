@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,10 +37,10 @@ OTHER_TOKENS = Warn(
 
 def advise(report: dict[str, Any], wanted: Kind | None) -> list[dict[str, str]]:
     """All warnings on `report`, the most costly first. `wanted` is the kind of rows that the method trains on."""
-    return [asdict(warning) for part in PARTS for warning in part(report, wanted)]
+    return [asdict(warning) for warning in (*_on_rows(report, wanted), *_on_labels(report), *_on_mixture(report))]
 
 
-def _unfit(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
+def _on_rows(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
     if report["kind"] == "unary" and wanted == "pairs":
         yield Warn(
             "kind",
@@ -48,9 +48,6 @@ def _unfit(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
             "training would refuse them",
             "method=kto, or python -m dpo_kit data mode=convert convert.to=pairs",
         )
-
-
-def _unread(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
     if parts := report["unused_parts_of_prompts"]:
         yield Warn(
             "unused_columns",
@@ -65,9 +62,6 @@ def _unread(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
             "the model never learns to stop",
             "take a template that writes {{ eos_token }} after what the assistant says: model.chat_template=FILE",
         )
-
-
-def _dropped(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
     dropped = {name: n for name, n in report["dropped_by_reason"].items() if name != "prompt is held out"}
     if dropped:
         yield Warn(
@@ -76,9 +70,6 @@ def _dropped(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
             "malformed rows teach what they happen to hold, rows without signal nothing",
             "see dropped_rows.jsonl for places and remedies",
         )
-
-
-def _contradictions(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
     exact = report["contradictions"]["rows"]
     near = report.get("near_contradictions", {}).get("rows", 0)
     if exact + near:
@@ -88,68 +79,58 @@ def _contradictions(report: dict[str, Any], wanted: Kind | None) -> Iterator[War
             "their gradients cancel; if they are slips, as many again may stand where no twin shows them",
             f"look at the places in the report; {CURATE} drops them",
         )
-
-
-def _leaks(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
-    if found := report["leaks"]["rows"]:
+    if leaks := report["leaks"]["rows"]:
         yield Warn(
             "leaks",
-            f"rows to train on with a held-out prompt, or nearly: {found}",
+            f"rows to train on with a held-out prompt, or nearly: {leaks}",
             "held-out accuracy then measures memory",
             f"name the held-out rows with data.eval; {CURATE} then drops them from train",
         )
-    if found := report["benchmark"]["rows"]:
+    if leaks := report["benchmark"]["rows"]:
         yield Warn(
             "benchmark",
-            f"rows to train on with a prompt of data.benchmark: {found}",
+            f"rows to train on with a prompt of data.benchmark: {leaks}",
             "the benchmark's score will be too good to be true",
             f"{CURATE} data.benchmark=FILE drops them",
         )
 
 
-def _shortcuts(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
-    for name, found in report.get("shortcuts", {}).items():
-        if name == "longer (characters)":
-            continue  # said with the tokens
-        worse = found["high"] < 1 - SHORTCUT
-        if found["low"] > SHORTCUT or worse:
-            right = 1 - found["accuracy"] if worse else found["accuracy"]
+def _on_labels(report: dict[str, Any]) -> Iterator[Warn]:
+    for name, rule in report.get("shortcuts", {}).items():
+        worse = rule["high"] < 1 - SHORTCUT
+        if name != "longer (characters)" and (rule["low"] > SHORTCUT or worse):  # length is told by the tokens
+            right = 1 - rule["accuracy"] if worse else rule["accuracy"]
             yield Warn(
                 "shortcuts",
                 f"the rule “{'not ' if worse else ''}{name}” alone names the chosen answer in {right:.0%} of the pairs",
                 "a policy can learn this instead of what was meant: accuracy rises, answers do not get better",
                 f"{CURATE} curate.balance_length=true" if "longer" in name else "add pairs in which it does not hold",
             )
-
-
-def _noise(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
-    found = report["agreement"]
-    if found and found["noise"] > NOISE:
+    raters = report["agreement"]
+    if raters and raters["noise"] > NOISE:
         yield Warn(
             "agreement",
-            f"{found['noise']:.0%} of the votes are against the label",
-            f"no policy can be expected to reach more than {found['mean']:.2f} of agreement with such raters",
-            f"{CURATE} curate.min_agreement=0.7, or method=robust trl.label_smoothing={min(found['noise'], 0.45):.2f}",
+            f"{raters['noise']:.0%} of the votes are against the label",
+            f"no policy can be expected to reach more than {raters['mean']:.2f} of agreement with such raters",
+            f"{CURATE} curate.min_agreement=0.7, or method=robust trl.label_smoothing={min(raters['noise'], 0.45):.2f}",
         )
-
-
-def _scores(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
-    found = report["scores"]
-    if found and found["ties"] + found["reversed"] > 0.02:
+    scores = report["scores"]
+    if scores and scores["ties"] + scores["reversed"] > 0.02:
         yield Warn(
             "scores",
-            f"{found['reversed']:.0%} of the pairs rate the rejected answer higher, {found['ties']:.0%} both alike",
+            f"{scores['reversed']:.0%} of the pairs rate the rejected answer higher, {scores['ties']:.0%} both alike",
             "label and rating contradict each other: one of them is wrong",
             f"{CURATE} curate.min_gap=0 drops both",
         )
 
 
-def _repeats(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
-    found = report["copies"]["rows"] + report.get("near_duplicates", {}).get("rows", 0)
-    if found > 0.01 * report["rows_read"]:
+def _on_mixture(report: dict[str, Any]) -> Iterator[Warn]:
+    rows = report["rows_read"] - report["rows"]["dropped"]
+    copies = report["copies"]["rows"] + report.get("near_duplicates", {}).get("rows", 0)
+    if copies > 0.01 * report["rows_read"]:
         yield Warn(
             "copies",
-            f"{found} rows are copies of another one, or nearly",
+            f"{copies} rows are copies of another one, or nearly",
             "they count as often as they stand there, and one epoch is several for them",
             f"{CURATE} keeps one of each",
         )
@@ -162,10 +143,6 @@ def _repeats(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
             "what is learned on one kind of prompt need not show on others",
             "add other prompts, or cap a source with curate.per_source",
         )
-
-
-def _cut(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
-    rows = report["rows_read"] - report["rows"]["dropped"]
     if report["cut_at_max_length"] > CUT * rows:
         yield Warn(
             "cut_at_max_length",
@@ -173,9 +150,6 @@ def _cut(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
             "the longer answer is judged without its end and never learns to stop",
             "raise trl.max_length, or leave out what is longer",
         )
-
-
-def _classes(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
     for name, (low, high) in report.get("classes", {}).get("weights", {}).items():
         other = {"desirable_weight": "undesirable_weight"}.get(name, "desirable_weight")
         if low > 1:
@@ -186,22 +160,16 @@ def _classes(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
                 "nothing where trl.desirable_weight=null, the default, makes both weigh the same; by hand "
                 f"trl.{other}=1 and trl.{name} from {low:.2f} to {high:.2f}",
             )
-
-
-def _balance(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
-    for column, found in report["balance"].items():
-        name, rows = next(iter(found["largest"].items()))
-        share = rows / (report["rows_read"] - report["rows"]["dropped"])
-        if found["values"] > 1 and share > ONE_SOURCE:
+    for column, values in report["balance"].items():
+        name, count = next(iter(values["largest"].items()))
+        share = count / rows
+        if values["values"] > 1 and share > ONE_SOURCE:
             yield Warn(
                 "balance",
                 f"{share:.0%} of the rows have {column}={name}",
                 "the others hardly count",
-                f"{CURATE} curate.source={column} curate.per_source={max(1, rows // 2)}",
+                f"{CURATE} curate.source={column} curate.per_source={max(1, count // 2)}",
             )
-
-
-def _size(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
     if report["rows"]["train"] < ENOUGH:
         yield Warn(
             "size",
@@ -209,9 +177,3 @@ def _size(report: dict[str, Any], wanted: Kind | None) -> Iterator[Warn]:
             "5,000 can do, 10,000 to 100,000 are usual; with fewer, intervals of held-out measures are wide",
             "go on for a first look; add data before you compare methods",
         )
-
-
-PARTS: tuple[Callable[[dict[str, Any], Kind | None], Iterator[Warn]], ...] = (
-    *(_unfit, _unread, _dropped, _contradictions, _leaks, _shortcuts, _noise),
-    *(_scores, _repeats, _cut, _classes, _balance, _size),
-)

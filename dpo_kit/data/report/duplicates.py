@@ -11,19 +11,20 @@ import hashlib
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from dpo_kit.data.context import BESIDE
-from dpo_kit.data.rows import ANSWERS, Kind
+from dpo_kit.data.report.figures import agreement_of
+from dpo_kit.data.rows import ANSWERS, Kind, Rows
 from dpo_kit.model.chats import text_of
 
-Rows = list[dict[str, Any]]
 NEAR = 0.8  # least Jaccard index of near texts
 ROW_BANDS, PROMPT_BANDS = (10, 4), (13, 3)  # bands x rows: 99.5 % of the rows at .8 are proposed, 96 % of prompts at .6
 PERMUTATIONS = 40
@@ -61,9 +62,15 @@ def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
+def rank(rows: Rows, keys: list[tuple[str, ...]]) -> list[int]:
+    """Indices with the surest label first, then by content: an order that does not depend on the file's."""
+    sure = [-(agreement_of(row) or 0.0) for row in rows]
+    return sorted(range(len(rows)), key=lambda index: (sure[index], keys[index]))
+
+
 def find_copies(rows: Rows, kind: Kind, keys: list[tuple[str, ...]], order: Sequence[int]) -> Copies:
     """Rows with equal texts. Of several copies the first in `order` is the one that the others are copies of."""
-    found = Copies()
+    copies = Copies()
     verdicts: dict[tuple[str, ...], dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index in order:
         prompt, *answers = keys[index]
@@ -71,10 +78,10 @@ def find_copies(rows: Rows, kind: Kind, keys: list[tuple[str, ...]], order: Sequ
         verdicts[prompt, *sorted(answers)][verdict].append(index)
     for sides in verdicts.values():
         for first, *more in sides.values():
-            found.first |= dict.fromkeys(more, first)
+            copies.first |= dict.fromkeys(more, first)
         if len(sides) > 1:
-            found.contradictions.append([index for side in sides.values() for index in side])
-    return found
+            copies.contradictions.append([index for side in sides.values() for index in side])
+    return copies
 
 
 # --- near --------------------------------------------------------------------------------------------------------
@@ -112,18 +119,25 @@ def sketch_prompts(texts: Sequence[str]) -> np.ndarray:
 
 def find_near(rows: Rows, kind: Kind, values: np.ndarray, order: Sequence[int]) -> Near:
     """Near-duplicates among `rows`; each is near to one that stands before it in `order` and is no duplicate itself."""
-    near = Near({}, [], 0)
+    contradictions: list[tuple[int, int]] = []
 
     def same(index: int, other: int) -> bool:
-        straight, crossed = _compare(rows[index], rows[other], kind)
-        if _beside(rows[index]) != _beside(rows[other]):
+        row, earlier = rows[index], rows[other]
+        if not _near(row["prompt"], earlier["prompt"]) or _beside(row) != _beside(earlier):
             return False
+        if kind == "unary":
+            straight = _near(row["completion"], earlier["completion"])
+            crossed = straight and row["label"] != earlier["label"]
+        else:
+            straight = _near(row["chosen"], earlier["chosen"]) and _near(row["rejected"], earlier["rejected"])
+            crossed = not straight and _near(row["chosen"], earlier["rejected"])
+            crossed = crossed and _near(row["rejected"], earlier["chosen"])
         if crossed:
-            near.contradictions.append((other, index))
+            contradictions.append((other, index))
         return straight and not crossed
 
-    near.leader, near.left_out = cover(values, ROW_BANDS, order, same)
-    return near
+    leader, left_out = cover(values, ROW_BANDS, order, same)
+    return Near(leader, contradictions, left_out)
 
 
 def cover(
@@ -133,28 +147,20 @@ def cover(
     place = {index: rank for rank, index in enumerate(order)}
     before: dict[int, set[int]] = defaultdict(set)
     left_out = 0
-    for bucket in _buckets(values, bands, order):
-        members = sorted(bucket, key=place.__getitem__)
-        for rank, index in enumerate(members[1:], start=1):
-            before[index].update(members[: min(rank, CROWD)])
-            left_out += max(0, rank - CROWD)
+    lsh, _ = build_index(values, bands, order)
+    for table in lsh.hashtables:
+        for key in table.keys():  # noqa: SIM118 - a storage of datasketch, not a dict
+            members = sorted(table.get(key), key=place.__getitem__)
+            for rank, index in enumerate(members[1:], start=1):
+                before[index].update(members[: min(rank, CROWD)])
+                left_out += max(0, rank - CROWD)
     leader: dict[int, int] = {}
     for index in sorted(before, key=place.__getitem__):
         others = sorted((other for other in before[index] if other not in leader), key=place.__getitem__)
-        found = next((other for other in others if same(index, other)), None)
-        if found is not None:
-            leader[index] = found
+        first = next((other for other in others if same(index, other)), None)
+        if first is not None:
+            leader[index] = first
     return leader, left_out
-
-
-def _buckets(values: np.ndarray, bands: tuple[int, int], indices: Sequence[int]) -> Iterator[list[int]]:
-    """The groups of `indices` that share a band of their MinHash values."""
-    lsh, _ = build_index(values, bands, indices)
-    for table in lsh.hashtables:
-        for key in table.keys():  # noqa: SIM118 - a storage of datasketch, not a dict
-            members = list(table.get(key))
-            if len(members) > 1:
-                yield members
 
 
 def build_index(
@@ -189,18 +195,6 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _compare(row: dict[str, Any], other: dict[str, Any], kind: Kind) -> tuple[bool, bool]:
-    """Whether two rows are near-duplicates, and whether they nearly contradict each other."""
-    if not _near(row["prompt"], other["prompt"]):
-        return False, False
-    if kind == "unary":
-        near = _near(row["completion"], other["completion"])
-        return near, near and row["label"] != other["label"]
-    straight = _near(row["chosen"], other["chosen"]) and _near(row["rejected"], other["rejected"])
-    crossed = not straight and _near(row["chosen"], other["rejected"]) and _near(row["rejected"], other["chosen"])
-    return straight, crossed
-
-
 def _near(one: Any, other: Any) -> bool:
     return jaccard(text_of(one), text_of(other)) >= NEAR
 
@@ -211,52 +205,38 @@ def _shingles(text: str) -> frozenset[tuple[str, ...]]:
     return frozenset(zip(words, words[1:], words[2:], strict=False)) if len(words) > 2 else frozenset([tuple(words)])
 
 
-class _WordHash(dict[str, int]):
-    """The same number for a word on every machine, computed once."""
-
-    def __missing__(self, word: str) -> int:
-        self[word] = zlib.crc32(word.encode())
-        return self[word]
-
-
 def _sketch(rows: Iterable[list[list[str]]], count: int) -> Sketch:
     """`rows` are lists of fields, each a list of words; the first field is the prompt."""
     from datasketch import MinHash
 
-    made = Sketch(*(np.empty((count, PERMUTATIONS), np.uint32) for _ in range(2)))
+    values = Sketch(*(np.empty((count, PERMUTATIONS), np.uint32) for _ in range(2)))
     factors, shifts = MinHash(num_perm=PERMUTATIONS).permutations
-    hashes, done = _WordHash(), 0
+    rows = iter(rows)
     with tqdm(total=count, desc="hashing", unit="row", disable=None, leave=False, delay=2) as bar:
-        for part in _chunks(rows):
-            shingles, starts = _hash_shingles(part, hashes)
+        for start in range(0, count, CHUNK):
+            part = slice(start, start + CHUNK)
+            shingles, starts = _hash_shingles(list(islice(rows, CHUNK)))
             for number, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
                 least = np.minimum.reduceat(shingles * factor + shift, starts)
-                made.prompts[done : done + len(part), number] = least[::2]
-                made.rows[done : done + len(part), number] = np.minimum(least[::2], least[1::2])
-            done += len(part)
-            bar.update(len(part))
-    return made
+                values.prompts[part, number] = least[::2]
+                values.rows[part, number] = np.minimum(least[::2], least[1::2])
+            bar.update(len(starts) // 2)
+    return values
 
 
-def _chunks(rows: Iterable[list[list[str]]]) -> Iterator[list[list[list[str]]]]:
-    part: list[list[list[str]]] = []
-    for row in rows:
-        part.append(row)
-        if len(part) == CHUNK:
-            yield part
-            part = []
-    if part:
-        yield part
+@lru_cache(maxsize=1_000_000)
+def _hash_word(word: str) -> int:
+    """The same number for a word on every machine."""
+    return zlib.crc32(word.encode())
 
 
-def _hash_shingles(rows: list[list[list[str]]], hashes: _WordHash) -> tuple[np.ndarray, np.ndarray]:
+def _hash_shingles(rows: list[list[list[str]]]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of all three-word shingles, row by row, and where each row's prompt and its answers begin among them."""
     words: list[int] = []
     sizes = []  # shingles of each field; one of fewer than three words is filled up and has one
-    get = hashes.__getitem__
     for row in rows:
         for text in row:
-            words.extend(map(get, text))
+            words.extend(map(_hash_word, text))
             words.extend([0] * (3 - len(text)))
             sizes.append(max(1, len(text) - 2))
     numbers = np.array(words, np.uint64)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
-from dpo_kit.data.gather import Gathered, Rows
+from dpo_kit.data.gather import Gathered
 from dpo_kit.data.report import figures
 from dpo_kit.data.report.advice import advise
-from dpo_kit.data.report.duplicates import NEAR, content_keys, find_copies, find_near, jaccard, sketch
-from dpo_kit.data.report.leaks import cluster_prompts, distinct_prompts, find_leaks, held_prompts, read_benchmark
+from dpo_kit.data.report.duplicates import NEAR, content_keys, find_copies, find_near, jaccard, rank, sketch
+from dpo_kit.data.report.figures import ENOUGH, USUAL
+from dpo_kit.data.report.leaks import cluster_prompts, find_leaks, group_by_prompt, held_prompts, read_benchmark
 from dpo_kit.data.report.shortcuts import edge_cases, measure_shortcuts
-from dpo_kit.data.rows import ANSWERS, Kind
+from dpo_kit.data.rows import ANSWERS, Kind, Rows
 from dpo_kit.model.chats import text_of
 
 SHOWN = 20  # places listed of each finding
@@ -39,46 +40,42 @@ def inspect(
     """
     kind, rows = gathered.kind, [row for part in train for row in part]
     every = [*rows, *held_out]
-    prompts = {"train": rows, "held_out": held_out}
     report: dict[str, Any] = {
         "kind": kind,
         "forms": gathered.forms,
         "rows_read": gathered.read,
         "rows": {"train": len(rows), "held_out": len(held_out), "dropped": len(gathered.faults)},
-        "prompts": {name: len({row["prompt_id"] for row in part}) for name, part in prompts.items()},
+        "prompts": {
+            name: len({row["prompt_id"] for row in part}) for name, part in (("train", rows), ("held_out", held_out))
+        },
         "dropped_by_reason": dict(Counter(fault.reason for fault in gathered.faults).most_common()),
-        **gathered.said,
+        **gathered.notes,
         "max_length": max_length,
         **figures.lengths(every, kind),
     }
-    report |= _by_kind(rows, every, kind)
+    if kind == "unary":
+        report |= {"desirable": sum(row["label"] for row in rows), "classes": figures.measure_classes(rows)}
+    elif kind == "pairs":
+        shortcuts = measure_shortcuts(every)
+        report |= {"longer_is_chosen": shortcuts["longer (tokens)"]["accuracy"], "shortcuts": shortcuts}
+    size = "few" if len(rows) < ENOUGH else "can do" if len(rows) < USUAL[0] else "usual"
+    size = "many" if len(rows) > USUAL[1] else size
+    edges = [edge_cases(row, ANSWERS[kind]) for row in every]
+    by_kind = dict(Counter(name for names in edges for name in names).most_common())
     report |= {
-        "size": figures.measure_size(len(rows)),
+        "size": {"rows": len(rows), "usual": list(USUAL), "can_do": ENOUGH, "verdict": size},
         "agreement": figures.measure_agreement(every),
         "scores": figures.measure_scores(every),
         "balance": figures.measure_balance(every),
-        "edge_cases": _edges(every, kind),
+        "edge_cases": {"share": sum(map(bool, edges)) / len(every), "by_kind": by_kind},
     }
-    held = [*held, *held_prompts(held_out)]
-    shared = {"leaks": held, "benchmark": read_benchmark(benchmark) if benchmark else []}
+    shared = {
+        "leaks": [*held, *held_prompts(held_out)],
+        "benchmark": read_benchmark(benchmark) if benchmark else [],
+    }
     report |= _repeats(rows, held_out, kind, shared, thorough=thorough)
     report["warnings"] = advise(report, wanted)
     return report
-
-
-def _by_kind(train: Rows, every: Rows, kind: Kind) -> dict[str, Any]:
-    if kind == "prompts":
-        return {}
-    if kind == "unary":
-        return {"desirable": sum(row["label"] for row in train), "classes": figures.measure_classes(train)}
-    shortcuts = measure_shortcuts(every)
-    return {"longer_is_chosen": shortcuts["longer (tokens)"]["accuracy"], "shortcuts": shortcuts}
-
-
-def _edges(rows: Rows, kind: Kind) -> dict[str, Any]:
-    found = [edge_cases(row, ANSWERS[kind]) for row in rows]
-    counts = Counter(name for names in found for name in names)
-    return {"share": sum(map(bool, found)) / len(rows), "by_kind": dict(counts.most_common())}
 
 
 def _repeats(
@@ -89,35 +86,27 @@ def _repeats(
     keys = content_keys(rows, kind)
     order = rank(rows, keys)
     copies = find_copies(rows, kind, keys, order)
+    contradicting = [index for group in copies.contradictions for index in group]
     values = sketch(rows, kind) if thorough else None
     prompts = None if values is None else values.prompts[: len(train)]
     report: dict[str, Any] = {
-        "copies": _found(rows, list(copies.first)),
-        "contradictions": _found(rows, [index for group in copies.contradictions for index in group])
-        | {"comparisons": len(copies.contradictions)},
-        **{
-            name: _found(train, list(find_leaks(train, held, prompts))) | {"prompts": len(held)}
-            for name, held in shared.items()
-        },
+        "copies": _placed(rows, copies.first),
+        "contradictions": _placed(rows, contradicting) | {"comparisons": len(copies.contradictions)},
     }
+    for name, held in shared.items():
+        report[name] = _placed(train, find_leaks(train, held, prompts)) | {"prompts": len(held)}
     if values is not None:
-        settled = {*copies.first, *(index for group in copies.contradictions for index in group)}
         near = find_near(rows, kind, values.rows, [index for index in order if index not in copies.first])
-        crossed = {index for pair in near.contradictions for index in pair} - settled
-        report["near_duplicates"] = _found(rows, list(near.leader)) | {"comparisons_left_out": near.left_out}
-        report["near_contradictions"] = _found(rows, list(crossed))
+        crossed = {index for pair in near.contradictions for index in pair} - {*copies.first, *contradicting}
+        report["near_duplicates"] = _placed(rows, near.leader) | {"comparisons_left_out": near.left_out}
+        report["near_contradictions"] = _placed(rows, crossed)
         report["diversity"] = _diversity(rows, values.prompts)
         report["difficulty"] = _difficulty(rows, kind)
     return report
 
 
-def rank(rows: Rows, keys: list[tuple[str, ...]]) -> list[int]:
-    """Indices with the surest label first, then by content: an order that does not depend on the file's."""
-    sure = [-(figures.agreement_of(row) or 0.0) for row in rows]
-    return sorted(range(len(rows)), key=lambda index: (sure[index], keys[index]))
-
-
-def _found(rows: Rows, indices: list[int]) -> dict[str, Any]:
+def _placed(rows: Rows, indices: Collection[int]) -> dict[str, Any]:
+    """How many rows are meant, and where the first of them stand."""
     return {"rows": len(indices), "places": [rows[index]["_place"] for index in sorted(indices)[:SHOWN]]}
 
 
@@ -138,16 +127,14 @@ def _difficulty(rows: Rows, kind: Kind) -> dict[str, Any] | None:
 
 def _diversity(rows: Rows, values: np.ndarray) -> dict[str, Any]:
     """How different the prompts are: distinct ones, rows for each, clusters of alike ones with the largest."""
-    texts, owners = distinct_prompts(rows)
-    weights = [len(each) for each in owners]
+    texts, owners = group_by_prompt(rows)
     clusters: Counter[int] = Counter()
-    firsts = cluster_prompts(texts, values[[each[0] for each in owners]])
-    for first, weight in zip(firsts, weights, strict=True):
-        clusters[first] += weight
+    for first, indices in zip(cluster_prompts(texts, values[[same[0] for same in owners]]), owners, strict=True):
+        clusters[first] += len(indices)
     largest = clusters.most_common(5)
     return {
         "prompts": len(texts),
-        "rows_of_the_most_used_prompt": max(weights),
+        "rows_of_the_most_used_prompt": max(map(len, owners)),
         "clusters": len(clusters),
         "largest_cluster": largest[0][1] / len(rows),
         "largest": [[texts[first][:80], count] for first, count in largest if count > 1],

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dpo_kit.data.read import Fault, read_source
-from dpo_kit.data.report.duplicates import (
-    NEAR,
-    PROMPT_BANDS,
-    Rows,
-    build_index,
-    cover,
-    jaccard,
-    sketch_prompts,
-    words_of,
-)
+from dpo_kit.data.report.duplicates import NEAR, PROMPT_BANDS, build_index, cover, jaccard, sketch_prompts, words_of
+from dpo_kit.data.rows import Rows
 from dpo_kit.errors import DataError
 from dpo_kit.model.chats import text_of
 
@@ -50,13 +42,9 @@ def turns_of(prompt: Any) -> list[str]:
     """What a user says in `prompt`: a text, a list of texts, or chat messages."""
     if isinstance(prompt, str):
         return [prompt]
-    said = [item if isinstance(item, str) else _said(item) for item in prompt]
-    return [text for text in said if text]
-
-
-def _said(message: Any) -> str:
-    is_user = isinstance(message, dict) and message.get("role") == "user"
-    return str(message["content"]) if is_user and message.get("content") else ""
+    texts = [item for item in prompt if isinstance(item, str)]
+    users = (item for item in prompt if isinstance(item, dict) and item.get("role") == "user")
+    return [text for text in [*texts, *(str(message.get("content") or "") for message in users)] if text]
 
 
 def find_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray | None = None) -> dict[int, str]:
@@ -69,34 +57,24 @@ def find_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray | None = 
     known = {tuple(words_of(prompt)): prompt for prompt in reversed(prompts)}
     leaks = {}
     for index, row in enumerate(train):
-        shared = next((known[key] for key in _keys(row["prompt"]) if key in known), None)
+        turns = turns_of(row["prompt"])  # all that the user says, and each turn that is long enough to be known again
+        parts = [words_of("\n".join(turns)), *(words for turn in turns if len(words := words_of(turn)) >= LEAST_TURN)]
+        shared = next((known[key] for key in map(tuple, parts) if key in known), None)
         if shared is not None:
             leaks[index] = shared
-    return leaks if values is None else leaks | _near_leaks(train, prompts, values, leaks)
-
-
-def _keys(prompt: Any) -> Iterator[tuple[str, ...]]:
-    """The words of all that the user says, and those of each turn that is long enough to be known again."""
-    turns = turns_of(prompt)
-    yield tuple(words_of("\n".join(turns)))
-    if len(turns) > 1:
-        yield from (tuple(said) for turn in turns if len(said := words_of(turn)) >= LEAST_TURN)
-
-
-def _near_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray, known: dict[int, str]) -> dict[int, str]:
+    if values is None:
+        return leaks
     held = list(dict.fromkeys(prompts))
     lsh, minhash = build_index(sketch_prompts(held), PROMPT_BANDS, range(len(held)))
-    texts, owners = distinct_prompts(train)
-    found: dict[int, str] = {}
-    for text, rows in zip(texts, owners, strict=True):
-        if rows[0] not in known:
+    for text, rows in zip(*group_by_prompt(train), strict=True):
+        if rows[0] not in leaks:
             near = (held[index] for index in sorted(lsh.query(minhash(values[rows[0]]))))
             shared = next((prompt for prompt in near if jaccard(text, prompt) >= NEAR), None)
-            found |= dict.fromkeys(rows, shared) if shared is not None else {}
-    return found
+            leaks |= dict.fromkeys(rows, shared) if shared is not None else {}
+    return leaks
 
 
-def distinct_prompts(rows: Rows) -> tuple[list[str], list[list[int]]]:
+def group_by_prompt(rows: Rows) -> tuple[list[str], list[list[int]]]:
     """Each different prompt's text, and the indices of the rows that have it."""
     owners: dict[str, list[int]] = {}
     for index, row in enumerate(rows):

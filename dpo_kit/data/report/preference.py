@@ -6,8 +6,7 @@ import statistics
 from typing import Any
 
 from dpo_kit.config.settings import Settings
-
-Rows = list[dict[str, Any]]
+from dpo_kit.data.rows import Rows
 
 
 def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tuple[float, float]]:
@@ -20,30 +19,22 @@ def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tu
     from dpo_kit.model.hardware import has_accelerator
     from dpo_kit.model.load import load_reference
     from dpo_kit.model.scoring import score
+    from dpo_kit.model.tokens import truncate_both
     from dpo_kit.run.quiet import quiet_libraries
 
     quiet_libraries()
     model = load_reference(settings.model)
     if has_accelerator() and settings.model.tuning != "qlora":
         model = model.to("cuda")  # type: ignore[arg-type]
-    sequences = [answer for row in rows for answer in _sequences(row, settings.trl)]
+    limit, mode = settings.trl["max_length"], settings.trl.get("truncation_mode") or "keep_start"
+    sequences = []
+    for row in rows:
+        prompt, *answers = (row["ids"][name].tolist() for name in ("prompt", "chosen", "rejected"))
+        sequences += [truncate_both(prompt, answer, limit, mode) for answer in answers]
     with torch.no_grad():
-        logps = score(
-            model,
-            sequences,
-            pad_id=tokenizer.pad_token_id,
-            description="asking the reference",
-        ).tolist()
+        logps = score(model, sequences, pad_id=tokenizer.pad_token_id, description="asking the reference").tolist()
     by_token = [logp / max(1, len(answer)) for logp, (_, answer) in zip(logps, sequences, strict=True)]
     return [(logps[i] - logps[i + 1], by_token[i] - by_token[i + 1]) for i in range(0, len(logps), 2)]
-
-
-def _sequences(row: dict[str, Any], trl: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-    from dpo_kit.model.tokens import truncate_both
-
-    prompt, *answers = (row["ids"][name].tolist() for name in ("prompt", "chosen", "rejected"))
-    mode = trl.get("truncation_mode") or "keep_start"
-    return [truncate_both(prompt, answer, trl["max_length"], mode) for answer in answers]
 
 
 def measure_preference(margins: list[tuple[float, float]]) -> dict[str, float]:
@@ -52,9 +43,9 @@ def measure_preference(margins: list[tuple[float, float]]) -> dict[str, float]:
     """
     from dpo_kit.callbacks.metrics import wilson
 
-    found: dict[str, float] = {"pairs": len(margins)}
+    measures: dict[str, float] = {"pairs": len(margins)}
     for place, name in enumerate(("accuracy", "accuracy_per_token")):
         share = statistics.fmean(0.5 * ((pair[place] > 0) + (pair[place] >= 0)) for pair in margins)
         low, high = wilson(share, len(margins))
-        found |= {name: share, f"{name}_low": low, f"{name}_high": high}
-    return found | {"median_margin_nats": statistics.median(pair[0] for pair in margins)}
+        measures |= {name: share, f"{name}_low": low, f"{name}_high": high}
+    return measures | {"median_margin_nats": statistics.median(pair[0] for pair in margins)}

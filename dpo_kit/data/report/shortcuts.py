@@ -6,60 +6,14 @@ than half of the time is such a difference (length: arXiv:2310.03716; lists, bol
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from dpo_kit.data.report.text_rules import code_blocks, is_refusal, list_items, markdown_signs, script_of
+from dpo_kit.data.rows import Rows
 from dpo_kit.model.chats import text_of
-
-Rows = list[dict[str, Any]]
-_ITEM = re.compile(r"(?:^|\n)[ \t]*(?:[-*•+]|\d{1,2}[.)])[ \t]+\S")
-_HEADING = re.compile(r"(?:^|\n)#{1,6} |\*\*\S|\n\|")
-_REFUSAL = re.compile(
-    r"\b(?:i(?:'m| am) (?:unable|not able)|i(?:'m| am) sorry,? but|i (?:can(?:no|')t|won't|will not|must decline)"
-    r"|as an? (?:ai|language model)|i do(?:n't| not) feel comfortable)"
-)
-_SCRIPTS = {
-    "Cyrillic": re.compile(r"[\u0400-\u052f]"),
-    "Greek": re.compile(r"[\u0370-\u03ff]"),
-    "Arabic": re.compile(r"[\u0600-\u06ff]"),
-    "Hebrew": re.compile(r"[\u0590-\u05ff]"),
-    "Devanagari": re.compile(r"[\u0900-\u097f]"),
-    "Thai": re.compile(r"[\u0e00-\u0e7f]"),
-    "Hangul": re.compile(r"[\uac00-\ud7af]"),
-    "Japanese": re.compile(r"[\u3040-\u30ff]"),
-    "Han": re.compile(r"[\u4e00-\u9fff]"),
-}
-
-
-def list_items(text: str) -> int:
-    return len(_ITEM.findall(text))
-
-
-def markdown_signs(text: str) -> int:
-    """Headings, bold words and rows of tables."""
-    return len(_HEADING.findall(text)) if "**" in text or "#" in text or "|" in text else 0
-
-
-def code_blocks(text: str) -> int:
-    return text.count("```") // 2
-
-
-def is_refusal(text: str) -> bool:
-    """Whether the answer begins like a refusal, in English."""
-    return bool(_REFUSAL.search(text[:200].lower().replace("’", "'")))
-
-
-def script_of(text: str) -> str:
-    """The script that most letters beyond Latin belong to; Latin where there are hardly any."""
-    if text.isascii():
-        return "Latin"
-    counts = {name: len(letters.findall(text)) for name, letters in _SCRIPTS.items()}
-    name = max(counts, key=counts.__getitem__)
-    return name if 3 * counts[name] > len(text.split()) else "Latin"
-
 
 # what each rule holds for the better answer: the one with the larger value
 RULES: dict[str, Callable[[str, str], float]] = {
@@ -76,29 +30,20 @@ def measure_shortcuts(rows: Rows) -> dict[str, dict[str, float]]:
     """For each rule: `accuracy` on all pairs (½ where it cannot tell) with its Wilson 95 % interval `low` to `high`,
     and `decides`, the share of pairs in which it names one answer.
     """
-    values = {"longer (tokens)": _token_gaps(rows), **_text_gaps(rows)}
-    return {name: _accuracy(gaps) for name, gaps in values.items()}
-
-
-def _token_gaps(rows: Rows) -> np.ndarray:
-    return np.array([row["tokens"]["chosen"] - row["tokens"]["rejected"] for row in rows])
-
-
-def _text_gaps(rows: Rows) -> dict[str, np.ndarray]:
-    gaps = np.zeros((len(RULES), len(rows)))
-    for column, row in enumerate(rows):
-        prompt, chosen, rejected = (text_of(row[name]) for name in ("prompt", "chosen", "rejected"))
-        for line, rule in enumerate(RULES.values()):
-            gaps[line, column] = float(rule(chosen, prompt)) - float(rule(rejected, prompt))
-    return dict(zip(RULES, gaps, strict=True))
-
-
-def _accuracy(gaps: np.ndarray) -> dict[str, float]:
     from dpo_kit.callbacks.metrics import wilson
 
-    share = float(np.mean((gaps > 0) + 0.5 * (gaps == 0)))
-    low, high = wilson(share, len(gaps))
-    return {"accuracy": share, "low": low, "high": high, "decides": float(np.mean(gaps != 0))}
+    gaps = np.zeros((len(RULES) + 1, len(rows)))  # tokens first
+    for column, row in enumerate(rows):
+        prompt, chosen, rejected = (text_of(row[name]) for name in ("prompt", "chosen", "rejected"))
+        gaps[0, column] = row["tokens"]["chosen"] - row["tokens"]["rejected"]
+        for line, rule in enumerate(RULES.values(), start=1):
+            gaps[line, column] = float(rule(chosen, prompt)) - float(rule(rejected, prompt))
+    measures = {}
+    for name, gap in zip(("longer (tokens)", *RULES), gaps, strict=True):
+        share = float(np.mean((gap > 0) + 0.5 * (gap == 0)))
+        low, high = wilson(share, len(gap))
+        measures[name] = {"accuracy": share, "low": low, "high": high, "decides": float(np.mean(gap != 0))}
+    return measures
 
 
 def edge_cases(row: dict[str, Any], answers: Sequence[str]) -> list[str]:
@@ -106,7 +51,7 @@ def edge_cases(row: dict[str, Any], answers: Sequence[str]) -> list[str]:
     prompt = row["prompt"]
     text = text_of(prompt)
     replies = [text_of(row[name]) for name in answers]
-    found = {
+    holds = {
         "several turns": not isinstance(prompt, str) and sum(message["role"] == "user" for message in prompt) > 1,
         "system prompt": not isinstance(prompt, str) and prompt[0]["role"] in ("system", "developer"),
         "prompt of one or two words": len(text.split(None, 2)) < 3,
@@ -115,4 +60,4 @@ def edge_cases(row: dict[str, Any], answers: Sequence[str]) -> list[str]:
         "code": "```" in text or any("```" in reply for reply in replies),
         "refusal": any(map(is_refusal, replies)),
     }
-    return [name for name, holds in found.items() if holds]
+    return [name for name, is_so in holds.items() if is_so]

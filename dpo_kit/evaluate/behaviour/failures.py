@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from dpo_kit.data.report.text_rules import is_refusal
 from dpo_kit.model.chats import Prompt, conversation_text
 from dpo_kit.run.files import write_jsonl, write_text
 from dpo_kit.run.report.markdown import fence
@@ -60,13 +61,6 @@ LENGTH_RATIO, LEAST_WORDS = 1.5, 5
 REPEATED, N_GRAM = 0.2, 4
 MENTIONED = 0.5
 
-_REFUSAL = re.compile(
-    r"\b(?:i(?:'m| am) (?:sorry|afraid)\b.{0,60}\b(?:can(?:no|')t|unable|not able|won't)|"
-    r"i (?:can(?:no|')t|am (?:unable|not able) to|won't|must decline)\b.{0,40}"
-    r"\b(?:help|assist|answer|provide|do|comply|fulfil|discuss|share|write)|"
-    r"as an ai\b.{0,60}\b(?:can(?:no|')t|unable|not able|don't))",
-    re.IGNORECASE | re.DOTALL,
-)
 _STEP = re.compile(
     r"^\s*(?:step\s+\d+|\d+[.)]\s)"
     r"|\b(?:first(?:ly)?|second(?:ly)?|then|next|therefore|thus|hence|because|so that|finally)\b"
@@ -105,11 +99,6 @@ def forms(text: str) -> set[str]:
     return {name for name, pattern in _FORM.items() if pattern.search(text)}
 
 
-def refuses(text: str) -> bool:
-    """Whether an answer starts by declining (in English)."""
-    return _REFUSAL.search(text[:300].replace("’", "'")) is not None
-
-
 def steps(text: str) -> int:
     """How many marks of reasoning step by step a text has: numbered steps, first/then/therefore, calculations."""
     return len(_STEP.findall(text))
@@ -146,7 +135,7 @@ RULES = (
     Rule(
         "refusal",
         "declines where the other answers",
-        lambda row: refuses(row.answer) and not refuses(row.other),
+        lambda row: is_refusal(row.answer) and not is_refusal(row.other),
         "look for harmless prompts whose chosen answer declines, and add pairs in which the helpful answer is chosen",
     ),
     Rule(
