@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_kit import compose, train, training
+from dpo_kit import compose, train
 from dpo_kit.callbacks.callbacks import Patience
 from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
 from dpo_kit.config.best_metric import greater_is_better, kind_fault, measured_keys, needs_trl_evaluation
@@ -18,6 +18,7 @@ from dpo_kit.data.read import read_source
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics
+from dpo_kit.trainer import rows as trainer_rows
 from dpo_kit.trainer.arguments import decide
 from tests.small import few_pairs, write_pairs
 
@@ -99,14 +100,14 @@ def test_measures_of_the_other_kind_of_rows_are_refused_once_the_rows_are_read(t
 def test_what_prompts_alone_cannot_measure_is_refused_on_every_process(tmp_path, monkeypatch):
     assert kind_fault("eval_custom/own", "prompts") and kind_fault("custom/own", "pairs", ["own"]) is None
     assert "callbacks.metrics (one, two) measures held-out answers" in kind_fault(None, "prompts", ["one", "two"])
-    monkeypatch.setattr(training, "read_data", lambda *_: SimpleNamespace(kind="prompts"))
+    monkeypatch.setattr(trainer_rows, "read_data", lambda *_: SimpleNamespace(kind="prompts"))
     given = SimpleNamespace(
         trl={"metric_for_best_model": "custom/own"}, callbacks=SimpleNamespace(metrics={"own": "a.b"})
     )
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(ConfigError, match="best_model=custom/own needs held-out pairs"):
-            training.prepare_data(given, None, RunDirectory(tmp_path))
+            trainer_rows.prepare_data(given, None, RunDirectory(tmp_path))
 
 
 def test_a_kl_and_a_loss_are_better_when_small():

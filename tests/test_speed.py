@@ -9,12 +9,13 @@ from trl.kernels import chunked_logprob
 from trl.kernels.chunked_logprob import _addmm_fp32, _use_triton
 from trl.trainer import utils as trl_utils
 
-from dpo_kit import compose, training
+from dpo_kit import compose
 from dpo_kit.config.compose import check
 from dpo_kit.config.settings import Speed
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.hardware import precision_arguments, training_precision
-from dpo_kit.trainer import memory
+from dpo_kit.trainer import memory, room
+from dpo_kit.trainer.build import choose_arguments
 from dpo_kit.trainer.prefix import share_prefixes
 from dpo_kit.trainer.speed import (
     count_weights_once,
@@ -198,8 +199,9 @@ def test_a_cpu_trains_wide_models_in_bf16_where_it_multiplies_it(able, width, pr
 def test_activations_are_computed_again_where_memory_would_not_do_or_asked(words, free, on, monkeypatch, tmp_path):
     settings = check(compose(words))
     rows = [{"tokens": {"prompt": 20, "chosen": 10, "rejected": 8}}] * 40
-    monkeypatch.setattr(memory, "free_memory", lambda: free)
-    assert training.choose_arguments(settings, rows, tmp_path, 96).gradient_checkpointing is on
+    for module in (room, memory):
+        monkeypatch.setattr(module, "free_memory", lambda: free)
+    assert choose_arguments(settings, rows, tmp_path, 96).gradient_checkpointing is on
 
 
 # --- norms and counts --------------------------------------------------------------------------------------------

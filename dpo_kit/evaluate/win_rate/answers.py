@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_kit.config.settings import Data, ServerAnswers
-from dpo_kit.data.build.prompts import read_prompts
 from dpo_kit.errors import DataError
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import Job
@@ -34,6 +33,8 @@ def read_questions(job: Job) -> list[Question]:
         _, rows = job.held_out()
         distinct = {row["prompt_id"]: row["prompt"] for row in reversed(rows)}
         return [Question(name, prompt) for name, prompt in reversed(distinct.items())][: wanted.limit]
+    from dpo_kit.data.build.prompts import read_prompts
+
     data = Data(**job.config["data"])
     prompts = read_prompts(wanted.prompts, data, wanted.limit).prompts
     reader = job.reference if job.run else job.policy
