@@ -1,4 +1,4 @@
-"""What the README and the examples tell people to type is typed here."""
+"""What the README, its pages in docs/ and the examples tell people to type is typed here."""
 
 import re
 import shlex
@@ -19,14 +19,18 @@ from dpo_kit.toy.domain import DESK_OF
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
-COMMANDS = [
-    line.split("#")[0].strip()
-    for language, block in BLOCKS
-    if language == "bash"
-    for line in block.splitlines()
-    if line.startswith("python -m dpo_kit")
-]
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+ALL = "\n".join([README, *PAGES.values()])
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", ALL, re.S)
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("#")[0].strip()
+        for language, block in BLOCKS
+        if language == "bash"
+        for line in block.splitlines()
+        if line.startswith("python -m dpo_kit")
+    )
+)
 STAND_INS = {"path/to/model": str(MODEL), "pairs.jsonl": str(TRAIN)}
 CLUSTERS = [command for command in COMMANDS if "hydra/launcher=" in command]
 ACCOUNTS = [command for command in COMMANDS if "dpo_kit dashboard " in command]
@@ -51,8 +55,12 @@ def _arguments(command):
     return shlex.split(command)[3:]
 
 
-def test_the_readme_has_commands():
-    assert len(COMMANDS) >= 5
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(COMMANDS) >= 5 and len(README.splitlines()) <= 250
+    for folder, text in ((ROOT, README), *((ROOT / "docs", text) for text in PAGES.values())):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (folder / link).exists(), link
+    assert all(f"(docs/{name})" in README for name in PAGES)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN + TOOLS])
@@ -68,7 +76,7 @@ def test_every_build_of_the_readme_is_understood(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("written", [command for command in BUILDS if command not in NOT_RUN])
 def test_every_build_of_the_readme_runs(written, command, tmp_path):
-    (row,) = re.findall(r'`({[^`]*"votes": [^`]*})`', README)
+    (row,) = re.findall(r'`({[^`]*"votes": [^`]*})`', PAGES["data.md"])
     vote = row.replace("\n", " ").replace('"tie"', '"a"').replace('_b": "…', '_b": "other')
     (tmp_path / "votes.jsonl").write_text(vote + "\n")
     done = command(*_arguments(written), "build.limit=20")
@@ -78,13 +86,13 @@ def test_every_build_of_the_readme_runs(written, command, tmp_path):
 
 def test_what_needs_a_cluster_an_account_or_a_server_says_that_it_was_not_run():
     assert len(CLUSTERS) == 2 and len(ACCOUNTS) == 1 and len(SERVERS) == 3 and len(HUB) == 3
-    for line in README.splitlines():
+    for line in ALL.splitlines():
         if line.split("#")[0].strip() in NOT_RUN:
             assert "# not run: needs" in line
 
 
 def test_a_launch_on_several_devices_names_a_file_that_is_there_and_composes():
-    (line,) = (line for line in README.splitlines() if line.startswith("accelerate launch"))
+    (line,) = (line for line in ALL.splitlines() if line.startswith("accelerate launch"))
     words, said = shlex.split(line.split("#")[0]), line.split("#")[1]
     assert said.startswith(" not run: needs") and (ROOT / words[words.index("--config_file") + 1]).exists()
     assert compose(words[words.index("dpo_kit") + 1 :]).experiment.name == "zephyr-7b-dpo"
@@ -190,7 +198,7 @@ def test_the_demo_prints_the_table_of_the_readme(command):
 
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs(tmp_path):
-    (script,) = (block for language, block in BLOCKS if language == "python")
+    (script,) = {block for language, block in BLOCKS if language == "python"}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     accuracy, kl = map(float, done.stdout.splitlines()[-1].split())

@@ -105,7 +105,7 @@ def test_a_row_of_each_form_is_told_by_its_columns_and_read_as_written_by_hand(f
 def test_every_form_of_the_table_has_a_row_here_and_a_name_in_the_settings():
     assert {param.values[0] for param in FORM_ROWS} == set(FORMS) - {"rated", "prompts"}
     assert set(typing.get_args(FormName)) == set(FORMS) and len(FORMS) == len(TABLE)
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "docs" / "data.md").read_text()
     assert [name for name in FORMS if f"`{name}`" not in readme] == ["prompts"]
 
 
