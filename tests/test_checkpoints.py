@@ -34,7 +34,7 @@ from dpo_kit.trainer.resume.checkpoints import (
     refuse_full_disk,
     rotate,
 )
-from dpo_kit.trainer.resume.nonfinite import find_rows
+from dpo_kit.trainer.resume.nonfinite import find_rows, likely_cause
 from dpo_kit.trainer.resume.safe_trainer import Kept, Safekeeping
 from dpo_kit.trainer.resume.signals import Interrupted
 from tests import tiny
@@ -372,6 +372,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_rows(
     assert all(torch.equal(a, b) for a, b in zip(before[-1], trainer.model.parameters(), strict=True))
     named = str(failed.value).split("(pair_id): ")[1].split(". Likely")[0].split(", ")
     assert len(named) == rows and {f"p{row}" for row in seen[-1]} == set(named)
+
+
+@pytest.mark.parametrize(
+    ("norms", "diverges"), [([2.0, 19.9], False), ([2.0, 3.0, 20.1], True), ([30.0, 2.0], False), ([40.0], False)]
+)
+def test_training_is_said_to_diverge_once_the_gradient_is_ten_times_its_least(norms, diverges):
+    state = SimpleNamespace(log_history=[{"grad_norm": norm} for norm in norms])
+    trainer = SimpleNamespace(model=tiny.model(), args=SimpleNamespace(learning_rate=1e-3), state=state)
+    assert ("training diverges" in likely_cause(trainer, [], [])) is diverges
 
 
 class KeepWeights(TrainerCallback):

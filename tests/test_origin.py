@@ -49,6 +49,10 @@ class Canary:
         return os.mkdir, (str(self.file),)
 
 
+def test_loaded_weights_keep_no_keys_and_values_while_they_are_trained_or_scored(folder):
+    assert [model.config.use_cache for model in load(f"model.path={folder}")] == [False, False]
+
+
 # --- code ---------------------------------------------------------------------------------------------------------
 
 

@@ -322,6 +322,8 @@ def test_the_readme_says_what_a_model_of_half_a_billion_weights_needs(tmp_path):
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     found = re.findall(r"│ (full|q?lora) +│ +([\d.]+) │ (.+?) +│", done.stdout)
     shown = re.findall(
-        r"^\| (?:Qwen2.5-0.5B )?\| (full|q?lora) \| ([\d.]+) \| (.+?) \|$", (ROOT / "docs" / "devices.md").read_text(), re.M
+        r"^\| (?:Qwen2.5-0.5B )?\| (full|q?lora) \| ([\d.]+) \| (.+?) \|$",
+        (ROOT / "docs" / "devices.md").read_text(),
+        re.M,
     )
     assert len(found) == 3 and found == shown[:3]

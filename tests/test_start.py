@@ -108,6 +108,18 @@ def test_stored_values_that_are_off_are_found_out_before_step_1(kind, options, f
     assert trainer.steps == 0
 
 
+def test_one_row_of_sixteen_whose_stored_value_is_off_is_found_out(folder, tmp_path, monkeypatch):
+    honest = reference.reference_logps
+
+    def poisoned(*args):
+        logps, place = honest(*args)
+        return [value + 0.01 * (index == 5) for index, value in enumerate(logps)], place
+
+    monkeypatch.setattr(reference, "reference_logps", poisoned)
+    with pytest.raises(ModelError, match=r"differ by up to 0\.01"):
+        checked(stored("dpo", folder, tmp_path))
+
+
 def test_another_reference_that_is_meant_is_reported_not_refused(folder, tmp_path, caplog):
     caplog.set_level("INFO", "dpo_kit")
     other = tiny.model(seed=5)
