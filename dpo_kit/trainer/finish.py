@@ -18,7 +18,7 @@ from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.run.redact import redact_text
 from dpo_kit.run.report.card import write_card
-from dpo_kit.run.report.diagnosis import Finding, Rows, beta_unfelt, diagnose, loss_flat
+from dpo_kit.run.report.diagnosis import Finding, Rows, beta_unfelt, diagnose, loss_flat, lost_in_rounding
 from dpo_kit.run.report.page import refresh_page, write_page
 from dpo_kit.run.report.picture import draw_report
 from dpo_kit.run.tracking import Tracker
@@ -161,7 +161,7 @@ def next_command(
     method = settings.method
     if changed:
         return again(command, method.name, **changed)
-    if beta_unfelt(history, method.model_dump()) or loss_flat(history, method.model_dump()):
+    if any(check(history, method.model_dump()) for check in (beta_unfelt, loss_flat, lost_in_rounding)):
         return again(command, method.name, **longer(settings.trl))
     return again(command, method.name, "-m", beta=",".join(f"{value:g}" for value in method.beta.grid))
 

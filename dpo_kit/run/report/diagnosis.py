@@ -63,9 +63,24 @@ def diagnose(history: Rows, method: Mapping[str, Any]) -> list[Finding]:
 
     `history` is what `read_metrics` returns, `method` the method block of the config.
     """
-    if flat := loss_flat(history, method):  # a run that stands still has no more to say
-        return [flat]
+    for stands_still in (lost_in_rounding, loss_flat):  # such a run has no more to say
+        if finding := stands_still(history, method):
+            return [finding]
     return [finding for check in CHECKS if (finding := check(history, method))]
+
+
+def lost_in_rounding(history: Rows, method: Mapping[str, Any]) -> Finding | None:
+    """Both held-out answers have moved less than rounding alone moves one (nats, root mean square at step 0)."""
+    floor = list(series(history, "probe/floor_nats").values())
+    sides = [list(series(history, f"probe/logratio_{side}_nats").values()) for side in ("chosen", "rejected")]
+    if not floor or not all(sides) or (moved := max(abs(side[-1]) for side in sides)) >= floor[-1]:
+        return None
+    return Finding(
+        f"Held-out answers have moved by {moved:.2g} nats, less than the {floor[-1]:.2g} by which rounding alone moves "
+        "one.",
+        "What is measured of this policy is rounding: its accuracy, margin and KL say nothing yet.",
+        "Train longer (trl.num_train_epochs, trl.max_steps), or measure more finely with model.dtype=float32.",
+    )
 
 
 def loss_flat(history: Rows, method: Mapping[str, Any]) -> Finding | None:
