@@ -9,7 +9,7 @@
 #   weights, GB                       7.89 ± 0.05
 #   optimizer, GB                     0.32 ± 0.02
 #   at most in forward and backward pass, GB   0.23 ± 0.04
-#   peak, GB                          9.60 ± 0.10
+#   peak, GB                          10.20 ± 0.10
 #
 # What differs from full tuning: no reference is loaded (it is the policy with its adapter off), the learning rate is
 # LoRA's (5e-6, set by method=dpo), and the export merges the adapter into the published weights and says by how many

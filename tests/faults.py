@@ -25,7 +25,7 @@ POINTS = {  # name: (what is called there, before or after the call)
     "ref_cache:write": ("dpo_kit.trainer.reference_store.Store.write", "before"),
     "ref_cache:written": ("dpo_kit.trainer.reference_store.Store.write", "after"),
     "measure:start": ("dpo_kit.callbacks.probe.PairProbe._score_now", "before"),
-    "eval": ("transformers.Trainer.evaluate", "before"),
+    "eval": ("dpo_kit.trainer.measuring.ProbeAlone.evaluate", "before"),
     "eval:probe": ("dpo_kit.callbacks.probe.PairProbe._score_now", "after"),
     "eval:drift": ("dpo_kit.callbacks.drift.Drift.forward", "before"),
     "step": ("transformers.Trainer._get_grad_norm", "before"),

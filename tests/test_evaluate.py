@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from dpo_kit import compose, toy, train
 from dpo_kit.config.compose import check
 from dpo_kit.config.identity import comparable
-from dpo_kit.errors import ConfigError, DataError, EvaluationError, ModelError
+from dpo_kit.errors import ConfigError, DataError, EvaluationError, JudgeError, ModelError
 from dpo_kit.evaluate import parts
 from dpo_kit.evaluate.__main__ import main, work
 from dpo_kit.evaluate.candidate import Candidate
@@ -500,11 +500,10 @@ def test_a_real_server_answers_and_judges(served_model, run):  # noqa: F811
     server = f"win_rate.policy_server={{base_url: '{served_model}', model: {toy.MODEL}}}"
     judge = ["judge=llm", f"judge.base_url={served_model}", f"judge.model={toy.MODEL}", "judge.controls=2"]
     words = [f"run={run}", RATE, server, *judge, "judge.max_tokens=32", "win_rate.max_new_tokens=32"]
-    work(words)
-    found = read_json(run / "evaluation" / "win_rate.json")
-    assert found["status"] == "done" and found["unparsable_rate"] == 1 and found["win_rate"] == 0.5  # it is no judge
-    assert [control["passed"] for control in found["controls"]] == [True, False, False, False]
-    assert found["spend"]["policy"]["replies"] == found["questions"] == found["prompts"] == 8
+    with pytest.raises(JudgeError, match=r"keeps to no form of verdict.*judge\.max_tokens=32"):  # it is no judge
+        work(words)
+    assert len((run / "evaluation" / "answers.jsonl").read_bytes().splitlines()) == 8
     journal = (run / "evaluation" / "judgements.jsonl").read_bytes()
-    work(words)
+    with pytest.raises(JudgeError):
+        work(words)
     assert (run / "evaluation" / "judgements.jsonl").read_bytes() == journal

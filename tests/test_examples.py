@@ -185,7 +185,7 @@ def test_what_was_not_run_composes(command):
 
 @pytest.mark.slow
 def test_the_judge_behind_a_server_composes():
-    (command,) = re.findall(r"    python -m dpo_kit\.evaluate (.*)", (EXAMPLES / "local_judge.py").read_text())
+    (command,) = re.findall(r"    python -m dpo_kit evaluate (.*)", (EXAMPLES / "local_judge.py").read_text())
     words = [word for word in shlex.split(command) if not word.startswith("run=")]
     (job,) = plan([f"policy={MODEL}", f"reference={MODEL}", *words])
     assert job.options.judge.kind == "llm"

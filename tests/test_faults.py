@@ -35,7 +35,7 @@ def words(tmp_path_factory):
 def whole(words, tmp_path_factory):
     """The same run, undisturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run_cli(words, folder)
+    done = run_cli(words, folder, env={"DPO_KIT_CACHE": str(folder / "cache")})
     assert done.code == 0, done.text
     return folder / "run"
 

@@ -58,7 +58,7 @@ def untrained(name: str = "reference") -> Candidate:
 def test_a_tuned_lora_run_is_compared_with_its_reference_in_pairs(tmp_path, monkeypatch):
     """A rate far too high on requests alone damages the other skill, which the gate sees; the reference is kept."""
     monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path / "cache"))
-    tuned = ["model.tuning=lora", "trl.learning_rate=0.1", "trl.max_steps=40", "callbacks=none", "trl.eval_strategy=no"]
+    tuned = ["model.tuning=lora", "trl.learning_rate=0.1", "trl.max_steps=40", "callbacks=none"]
     cfg = compose([*few_pairs(tmp_path / "pairs.jsonl"), *tuned])
     run = train(cfg, tmp_path / "run")
     assert run.status == "done"

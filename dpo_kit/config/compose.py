@@ -298,6 +298,9 @@ def usual_lora() -> dict[str, Any]:
 def _loss_faults(settings: Settings) -> Iterator[str]:
     trl, smoothing, method = settings.trl, settings.trl.get("label_smoothing") or 0.0, settings.method.name
     losses = _losses(trl)
+    if not losses and "loss_type" in trl:
+        yield f"trl.loss_type names no loss, got {trl['loss_type']!r}: leave it out, method={method} has its own"
+        return
     if (CONF / "method" / f"{method}.yaml").exists() and losses != _loss_of(method)[1]:
         yield _foreign_loss(method, losses)
     smoothed = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["smoothed_losses"]

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dpo_kit.config.command_line import run_tool
-from dpo_kit.config.compose import CONF, check, compose_unchecked, describe_fault, unknown_key
+from dpo_kit.config.compose import CONF, check, compose_unchecked, describe_fault, explain, unknown_key
 from dpo_kit.config.help import keys_of
 from dpo_kit.config.places import refuse_foreign
 from dpo_kit.config.settings import Settings
@@ -91,6 +92,8 @@ def check_tool(cfg: DictConfig) -> tuple[Settings, Tool]:
     refuse_unusable(settings)
     try:
         return settings, Tool(**OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(OWN)), resolve=True))  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(describe_fault(fault, KNOWN) for fault in error.errors())) from error
 
