@@ -56,12 +56,15 @@ def test_what_rounding_alone_explains_is_no_movement() -> None:
     tiny = {
         "probe__logratio_chosen_nats": [0, 0.01, 0.02, 0.03, 0.03, 0.04],
         "probe__logratio_rejected_nats": [0, -0.01, -0.02, -0.04, -0.04, -0.05],
+        "probe__margin_nats_low": [0, -0.1, -0.1, -0.1, -0.1, -0.1],
     }
     found = only(healthy(probe__floor_nats=[0.6] * 6, **tiny))
     assert "moved by 0.05 nats, less than the 0.6" in found.symptom and "model.dtype=float32" in found.remedy
     assert diagnose(healthy(probe__floor_nats=[0.6] * 6), CLOSER) == []  # 4.75 nats are more
     assert diagnose(healthy(probe__floor_nats=[0.049] * 6, **tiny), CLOSER) == []
     assert diagnose(healthy(**tiny), CLOSER) == []  # in fp32 there is no floor
+    sure = tiny | {"probe__margin_nats_low": [0, 0.01, 0.02, 0.03, 0.04, 0.05]}  # over many pairs
+    assert diagnose(healthy(probe__floor_nats=[0.6] * 6, **sure), CLOSER) == []
 
 
 @pytest.mark.parametrize("method", [CLOSER, STRONGER])

@@ -63,6 +63,15 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert all(f"(docs/{name})" in README for name in PAGES)
 
 
+def test_the_speed_that_the_readme_names_is_that_of_the_table():
+    rows = dict(re.findall(r"^\| (\S+, full: \w+).*?\| ([\d.]+) \|$", PAGES["measured.md"], re.M))
+    named = re.search(
+        r"([\d.]+) times as fast on .*?([\d.]+) times\s+on .*?; ([\d.]+) and ([\d.]+) times", README, re.S
+    )
+    shapes = [f"{shape}, full: {what}" for what in ("training", "sweep") for shape in ("prompt-heavy", "answer-heavy")]
+    assert [float(value) for value in named.groups()] == [round(float(rows[shape]), 1) for shape in shapes]
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN + TOOLS])
 def test_every_command_of_the_readme_composes(command):
     compose(_arguments(command))

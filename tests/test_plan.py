@@ -122,6 +122,12 @@ def test_memory_counted_of_two_layers_is_that_of_all_where_they_are_alike(words,
     assert len(counted) == 3  # one layer, two, and the whole
 
 
+def test_an_adapter_on_the_last_layer_alone_is_counted_on_the_whole_model(tmp_path):
+    words = ["model.tuning=lora", "model.lora.target_modules=[q_proj]", "+model.lora.layers_to_transform=[2]"]
+    settings, args = _settings(*words), _args(tmp_path, *words)
+    assert vars(estimate_by_layers(settings, args, ROWS, loads_reference=False)) == vars(_memory(tmp_path, *words))
+
+
 def test_bytes_of_weights_gradients_and_adam_are_four_four_and_eight_for_each_weight(tmp_path):
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MODEL).parameters())
     memory = _memory(tmp_path, loads_reference=True)

@@ -51,7 +51,7 @@ class _Measuring(TrainerCallback):
         raise NotImplementedError
 
     def carry(self) -> dict[str, Any]:
-        """What a resumed run must know (see carried.py): what was measured last."""
+        """What a resumed run must know (see trainer/resume/state.py): what was measured last."""
         return {"logged": self._logged}
 
     def pick_up(self, carried: dict[str, Any]) -> None:
@@ -87,11 +87,8 @@ class _Measuring(TrainerCallback):
         Trainer.log(self.trainer, dict(values))
 
 
-class PreferenceMargin(_Measuring):
-    """How well the implicit reward ranks held-out pairs: margin, accuracy, saturation, the part length plays.
-
-    Logs `preference_metrics` of the probe's scores. Unary rows have no pairs: AUC and class gap instead.
-    """
+class _OfProbe(_Measuring):
+    """A measure of the probe's scores."""
 
     def __init__(self, probe: PairProbe) -> None:
         super().__init__(probe.trainer)
@@ -99,6 +96,13 @@ class PreferenceMargin(_Measuring):
 
     def prepare(self) -> None:
         self.probe.prepare()
+
+
+class PreferenceMargin(_OfProbe):
+    """How well the implicit reward ranks held-out pairs: margin, accuracy, saturation, the part length plays.
+
+    Logs `preference_metrics` of the probe's scores. Unary rows have no pairs: AUC and class gap instead.
+    """
 
     def measure(self, moment: str, *, kept: bool) -> Metrics:
         scores = self.probe.scores(kept=kept)
@@ -110,7 +114,7 @@ class PreferenceMargin(_Measuring):
         return values
 
 
-class ImplicitReward(_Measuring):
+class ImplicitReward(_OfProbe):
     """Implicit reward (beta · logratio) of chosen and rejected, their logratios in nats, and their
     displacement.
 
@@ -118,18 +122,11 @@ class ImplicitReward(_Measuring):
     CPO, SimPO) there are logratios only.
     """
 
-    def __init__(self, probe: PairProbe) -> None:
-        super().__init__(probe.trainer)
-        self.probe = probe
-
-    def prepare(self) -> None:
-        self.probe.prepare()
-
     def measure(self, moment: str, *, kept: bool) -> Metrics:
         return reward_metrics(self.probe.scores(kept=kept), self.probe.beta)
 
 
-class OwnMetrics(_Measuring):
+class OwnMetrics(_OfProbe):
     """Measures of the user's own on held-out rows: each function of `paths` ({name: module.function}) is called as
     `function(rows, scores)` and logged as custom/<name>.
 
@@ -139,11 +136,8 @@ class OwnMetrics(_Measuring):
     """
 
     def __init__(self, probe: PairProbe, paths: dict[str, str]) -> None:
-        super().__init__(probe.trainer)
-        self.probe, self.paths = probe, paths
-
-    def prepare(self) -> None:
-        self.probe.prepare()
+        super().__init__(probe)
+        self.paths = paths
 
     def measure(self, moment: str, *, kept: bool) -> Metrics:
         scores = self.probe.scores(kept=kept)
@@ -289,7 +283,7 @@ class Patience(EarlyStoppingCallback):
     """
 
     def carry(self) -> dict[str, Any]:
-        """What a resumed run must know (see carried.py)."""
+        """What a resumed run must know (see trainer/resume/state.py)."""
         return {"waited": self.early_stopping_patience_counter}
 
     def pick_up(self, carried: dict[str, Any]) -> None:

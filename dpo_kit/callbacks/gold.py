@@ -6,7 +6,6 @@ Such a module has `gold_rewards(prompts, answers) -> list[float]`, `capability_p
 
 from __future__ import annotations
 
-import importlib
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from dpo_kit.callbacks.metrics import bootstrap_interval
-from dpo_kit.errors import ConfigError
+from dpo_kit.config.extensions import find_gold
 from dpo_kit.model.chats import answer_text
 from dpo_kit.model.sampling import Sample, draw_samples, measuring
 
@@ -23,15 +22,7 @@ NEEDED = ("gold_rewards", "capability_prompts", "capability_score", "MAX_NEW_TOK
 
 def load_gold(path: str) -> Any:
     """The module at `path`. Raises ConfigError where it is not there or not complete."""
-    try:
-        module = importlib.import_module(path)
-    except ImportError as error:
-        raise ConfigError(
-            f"data.gold={path} cannot be imported: {error}; name a module on the Python path, as dpo_kit.toy is"
-        ) from error
-    if missing := [name for name in NEEDED if not hasattr(module, name)]:
-        raise ConfigError(f"data.gold={path} lacks {', '.join(missing)}: define it there, as dpo_kit.toy does")
-    return module
+    return find_gold(path, "data.gold", NEEDED)
 
 
 def label_ceiling(gold: Any, pairs: Sequence[dict[str, Any]]) -> float:

@@ -175,23 +175,12 @@ def clopper_pearson(successes: int, count: int) -> tuple[float, float]:
 
     It leaves ½ out just where the two-sided exact sign test rejects it at .05.
     """
+    if not count:
+        return 0.0, 1.0
+    from scipy.stats import binomtest
 
-    def at_most(most: int, share: float) -> float:
-        terms = (math.log(math.comb(count, k)) + k * math.log(share) + (count - k) * math.log1p(-share)
-                 for k in range(most + 1))  # fmt: skip
-        return sum(map(math.exp, terms))
-
-    def solve(most: int, probability: float) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(50):  # P(X ≤ most) falls as the share grows
-            middle = (low + high) / 2
-            low, high = (middle, high) if at_most(most, middle) > probability else (low, middle)
-        return (low + high) / 2
-
-    return (
-        solve(successes - 1, 0.975) if successes else 0.0,
-        solve(successes, 0.025) if successes < count else 1.0,
-    )
+    low, high = binomtest(successes, count).proportion_ci(0.95, "exact")
+    return float(low), float(high)
 
 
 def effective_count(values: Tensor, clusters: Sequence[str]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_kit.config.settings import Callbacks
@@ -78,6 +78,19 @@ def find(path: str, key: str) -> Any:
         meant = did_you_mean(name, (name for name, value in vars(module).items() if callable(value)))
         raise ConfigError(f"{key}={path}: {module_name} has no function or class {name}{meant}")
     return getattr(module, name)
+
+
+def find_gold(path: str, key: str, needed: Sequence[str]) -> Any:
+    """The module at `path` that knows the truth. ConfigError names `key` where it is not there, or what it lacks."""
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise ConfigError(
+            f"{key}={path} cannot be imported: {error}; name a module on the Python path, as dpo_kit.toy is"
+        ) from error
+    if missing := [name for name in needed if not hasattr(module, name)]:
+        raise ConfigError(f"{key}={path} lacks {', '.join(missing)}: define it there, as dpo_kit.toy does")
+    return module
 
 
 def no_module(typed: str, missing: str) -> str:

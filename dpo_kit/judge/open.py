@@ -6,16 +6,16 @@ orders.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.config.extensions import find_gold
 from dpo_kit.config.settings import COST_ONLY, GoldJudge, LLMJudge, RewardModelJudge
 from dpo_kit.config.settings import Judge as JudgeSettings
-from dpo_kit.errors import ConfigError, DataError
+from dpo_kit.errors import DataError
 from dpo_kit.judge.llm import LanguageModelJudge, read_rubric
 from dpo_kit.judge.review import HumanJudge, ReviewSheet
 from dpo_kit.judge.verdicts import Judge, Raw, Shown
@@ -72,14 +72,7 @@ def judge_identity(settings: JudgeSettings) -> dict[str, Any]:
 
 def _gold(name: str) -> Score:
     """The `gold_rewards` of the module `name`."""
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"judge.module={name} cannot be imported: {error}; name a module on the Python path, as dpo_kit.toy is"
-        ) from error
-    if not hasattr(module, "gold_rewards"):
-        raise ConfigError(f"judge.module={name} lacks gold_rewards(prompts, answers): define it there")
+    module = find_gold(name, "judge.module", ["gold_rewards"])
 
     def score(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         try:

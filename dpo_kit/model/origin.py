@@ -1,7 +1,7 @@
 """Where a model comes from, an adapter's base, and what is refused unloaded: unfinished runs, code, pickles.
 
 Nothing of a repository is executed: weights are safetensors, code runs only from a repository at a commit that the
-config names (`model.trust_remote_code` with `model.revision`, see config.py).
+config names (`model.trust_remote_code` with `model.revision`, see config/compose.py).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def describe_arguments(args: Any) -> dict[str, Any]:
 
 
 def uses_store(settings: Settings, rows: Rows) -> bool:
-    """Whether the reference's log-probabilities come from the store that runs share (see reference.py)."""
+    """Whether the reference's log-probabilities come from the store that runs share (see reference_store.py)."""
     given = settings.method.rows != "prompts"  # of answers that are yet to be drawn nothing can be stored
     fixed = settings.method.reference and given and not settings.trl.get("sync_ref_model")
     sees_all = count_steps(settings.trl, len(rows)) * effective_batch(settings.trl) >= len(rows)

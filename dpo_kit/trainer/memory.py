@@ -130,7 +130,10 @@ def estimate_by_layers(settings: Settings, args: Any, rows: Rows, *, loads_refer
 
     whole = build_weightless(settings, args)
     layers = whole.config.get_text_config().num_hidden_layers
-    one, two = (vars(count(build_weightless(settings, args, first))) for first in (1, 2))
+    try:
+        one, two = (vars(count(build_weightless(settings, args, first))) for first in (1, 2))
+    except Exception:  # an adapter, or a pattern in the config, that names layers by number
+        return count(whole)
     drawn_on = Memory(**{name: one[name] + (layers - 1) * (two[name] - one[name]) for name in one})
     weights = sum(_bytes(name, weight, settings.model, whole) for name, weight in whole.named_parameters())
     return drawn_on if drawn_on.parameters == weights else count(whole)  # whose layers are not alike

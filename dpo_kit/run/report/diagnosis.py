@@ -70,10 +70,12 @@ def diagnose(history: Rows, method: Mapping[str, Any]) -> list[Finding]:
 
 
 def lost_in_rounding(history: Rows, method: Mapping[str, Any]) -> Finding | None:
-    """Both held-out answers have moved less than rounding alone moves one (nats, root mean square at step 0)."""
+    """Both held-out answers have moved less, in the mean, than rounding alone moves one (nats, root mean square at step
+    0), and their margin shows nothing learned: over many pairs it can be sure of less than one answer can.
+    """
     floor = list(series(history, "probe/floor_nats").values())
     sides = [list(series(history, f"probe/logratio_{side}_nats").values()) for side in ("chosen", "rejected")]
-    if not floor or not all(sides) or (moved := max(abs(side[-1]) for side in sides)) >= floor[-1]:
+    if not floor or not all(sides) or _learned(history) or (moved := max(abs(side[-1]) for side in sides)) >= floor[-1]:
         return None
     return Finding(
         f"Held-out answers have moved by {moved:.2g} nats, less than the {floor[-1]:.2g} by which rounding alone moves "
