@@ -25,6 +25,7 @@ from dpo_kit.run.files import write_json
 from dpo_kit.run.lock import only_writer
 from dpo_kit.run.processes import is_writer
 from dpo_kit.run.quiet import phase, quiet_libraries
+from dpo_kit.trainer.budget import chosen_amount, spent
 from dpo_kit.trainer.build import build_trainer
 from dpo_kit.trainer.finish import Result, finish_run, write_failure
 from dpo_kit.trainer.manifest import build_manifest, keep_date, typed_command
@@ -58,6 +59,7 @@ def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
 
 
 def _train(settings: Settings, run: RunDirectory) -> Result:
+    began = time.time()
     if is_writer():
         run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
     quiet_libraries()
@@ -65,7 +67,7 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
     date = keep_date(run, tokenizer)
     with phase("reading the rows"):
         data = prepare_data(settings, tokenizer, run)
-    manifest = build_manifest(settings, data, typed_command(), tokenizer, date)
+    manifest = build_manifest(settings, data, typed_command(), tokenizer, date, chosen_amount(run))
     checkpoint = find_checkpoint(settings, run, manifest)
     begin_from(run, checkpoint)
     if is_writer():
@@ -74,9 +76,10 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
     try:
         with open_reward(settings, run) as reward:
             trainer = build_trainer(settings, data, tokenizer, run, reward, origin(manifest))
-            add_callbacks(trainer, settings, data, run, tracker)
+            add_callbacks(trainer, settings, data, run, tracker, began)
             brakes = look_for_brakes(trainer, len(data.train))
-            seconds = run_trainer(trainer, run, checkpoint, manifest["command"])
+            seconds = {"train": run_trainer(trainer, run, checkpoint, manifest["command"])}
+            seconds |= {"measuring": spent(trainer), "run": time.time() - began + trainer.seconds_before}
             judge, ceiling = reward.summary(trainer.accelerator) if reward else None, data.report.get("ceiling")
             result = finish_run(
                 trainer, settings, run, tracker, seconds=seconds, ceiling=ceiling, judge=judge, known=brakes

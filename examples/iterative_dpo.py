@@ -101,8 +101,8 @@ def measure(folder, policy, first, words):
         tokenizer, model = load_tokenizer(settings.model), settings.model.model_copy(update={"path": str(policy)})
         tuned = Tuned(place(load_reference(model)), tokenizer, SimpleNamespace(**settings.trl))
         reference = Reference(tuned, model=place(load_reference(settings.model)), is_start=False)
-        prompts = distinct_prompts(read_data(settings, tokenizer).select)[: settings.callbacks.prompts]
-        length = settings.callbacks.max_new_tokens
+        prompts = distinct_prompts(read_data(settings, tokenizer).select)[: settings.callbacks.at_most("prompts")]
+        length = settings.callbacks.at_most("max_new_tokens")
         with measuring(tuned, *reference.models):
             drift = Drift(reference, prompts, max_new_tokens=length, batch_size=64, cache_bytes=0)
             samples = drift.draw(tuned.model)

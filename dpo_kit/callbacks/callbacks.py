@@ -12,7 +12,9 @@ works with every method. They change nothing in training: no gradients, a forked
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ class _Measuring(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self.measuring_seconds = 0.0  # over all starts of a run
         self._logged: tuple[int, bool] | None = None
         self._metrics: Metrics = {}
 
@@ -52,18 +55,20 @@ class _Measuring(TrainerCallback):
 
     def carry(self) -> dict[str, Any]:
         """What a resumed run must know (see trainer/resume/state.py): what was measured last."""
-        return {"logged": self._logged}
+        return {"logged": self._logged, "measuring_seconds": self.measuring_seconds}
 
     def pick_up(self, carried: dict[str, Any]) -> None:
         """Take back what `carry` gave."""
         self._logged = carried["logged"]
+        self.measuring_seconds += carried["measuring_seconds"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             with phase(self.at_start):
                 self._report("start", 0)
         else:
-            self.prepare()
+            with self._timed():
+                self.prepare()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Metrics | None = None, **_: Any) -> None:
         values = self._report("evaluation", state.global_step)
@@ -76,10 +81,17 @@ class _Measuring(TrainerCallback):
 
     def _report(self, moment: str, step: int, kept: bool = False) -> Metrics:
         if self._logged != (step, kept) or moment == "start":
-            self._metrics = self.measure(moment, kept=kept)
+            with self._timed():
+                self._metrics = self.measure(moment, kept=kept)
             self._log(self._metrics)
             self._logged = (step, kept)
         return self._metrics
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.measuring_seconds += time.monotonic() - started
 
     def _log(self, values: Metrics) -> None:
         # The base class's method: TRL's own would also flush, and so cut short, its averages of training
@@ -193,11 +205,20 @@ class KLDrift(_Measuring):
             seed=seed,
             shared=shared,
         )
-        self.on_samples = list(on_samples)
+        self.on_samples, self.samples_per_prompt = list(on_samples), samples_per_prompt
         self._prepared: ReferenceSamples | None = None
         self._forward_at: tuple[int, bool, bool] | None = None
         self._forward_metrics: Metrics = {}
         self._previous_step, self._half_way_done = 0, False
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The prompts that are answered, a row for each answer."""
+        return self.drift.rows
+
+    def take(self, prompts: int, max_new_tokens: int) -> None:
+        """Answer only the first `prompts`, in at most so many tokens; before anything is drawn."""
+        self.drift.take(prompts * self.samples_per_prompt, max_new_tokens)
 
     def prepare(self) -> None:
         if self._prepared is None:

@@ -100,6 +100,11 @@ class Drift:
         self._tokenizer: Any = reference.trainer.processing_class
         self._accelerator: Any = reference.trainer.accelerator
 
+    def take(self, count: int, max_new_tokens: int) -> None:
+        """Draw answers to the first `count` rows only, of at most so many tokens; before anything is drawn."""
+        self.rows = self.rows[:count]
+        self._draw_options["max_new_tokens"] = max_new_tokens
+
     def draw(self, model: Any, processor: Callable[[Tensor], LogitsProcessor] | None = None) -> list[Sample]:
         """One sample per row, with the same seed each time, so that neighbouring models are compared on like
         draws.

@@ -62,6 +62,22 @@ class PairProbe:
         self.reference_offset_nats = 0.0
         self.floor_nats = 0.0  # what rounding alone does to an answer's log-probability, root mean square
 
+    def take(self, count: int) -> None:
+        """Score only the first `count` rows, or the few more that unary ones need to be of both classes; to be called
+        before anything is scored.
+        """
+        if not self.paired:
+            labels = [bool(row["label"]) for row in self.rows]
+            count = max(count, labels.index(True) + 1, labels.index(False) + 1)
+        if count < len(self.rows):
+            self.rows, self._sequences, self._sides = _arrange(self.rows[:count], self.by_row()[:count], self.paired)
+            self._tokens = torch.tensor([len(completion) for _, completion in self._sequences])
+
+    def by_row(self) -> list[list[Tokens]]:
+        """The prompt and answer of each answer of each row, as token ids."""
+        count = len(self.rows)
+        return [self._sequences[index::count] for index in range(count)]
+
     def scores(self, *, kept: bool = False) -> Scores:
         """Scores at the trainer's present step, computed once per step.
 

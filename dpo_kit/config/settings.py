@@ -137,22 +137,29 @@ class Speed(Strict):
     checkpointing: Literal["auto"] | bool
 
 
+MOST = {"pairs": 256, "prompts": 64, "max_new_tokens": 128}  # that are measured where no number is given
+
+
 class Callbacks(Strict):
     """What the probe measures and on how much."""
 
     preference_margin: bool
     implicit_reward: bool
     kl_drift: bool
-    pairs: PositiveInt
-    max_tokens: PositiveInt
-    prompts: PositiveInt
-    max_new_tokens: PositiveInt
+    budget: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] | None = "auto"
+    pairs: PositiveInt | None
+    prompts: PositiveInt | None
+    max_new_tokens: PositiveInt | None
     preview: list[PositiveFloat]
     eval_loss: Literal["auto"] | bool = "auto"
     patience: PositiveInt | None = None
     metrics: Annotated[dict[FileName, str], BeforeValidator(lambda given: given or {})] = {}  # called with rows, scores
     sample_metrics: Annotated[dict[FileName, str], BeforeValidator(lambda given: given or {})] = {}  # prompts, answers
     extra: list[dict[str, Any]] = []
+
+    def at_most(self, name: str) -> int:
+        """How many `pairs`, `prompts` or `max_new_tokens` a run measures at most."""
+        return getattr(self, name) or MOST[name]
 
 
 class Tracking(Strict):

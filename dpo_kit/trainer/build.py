@@ -35,7 +35,7 @@ from dpo_kit.trainer.reference_store import StoredReference
 from dpo_kit.trainer.refusals import refusing
 from dpo_kit.trainer.resume.safe_trainer import Kept, Safekeeping
 from dpo_kit.trainer.room import surely_fits
-from dpo_kit.trainer.rows import build_dataset, held_out_rows, probe_rows
+from dpo_kit.trainer.rows import build_dataset, held_out_rows
 from dpo_kit.trainer.speed import speed_up
 
 log = logging.getLogger(__name__)
@@ -145,16 +145,14 @@ def describe(settings: Settings, args: Any, data: Prepared) -> None:
     trl = args.to_dict()
     precision = next((name for name in ("bf16", "fp16") if trl[name]), "fp32")
     checkpointing = "on" if args.gradient_checkpointing else "off"
-    every = "step" if args.eval_steps == 1 else f"{args.eval_steps:g} steps"
     log.info("%s, from %s", settings.method.title, settings.model.path)
     log.info(
         "%s tuning in %s on %s, activation checkpointing %s, learning rate %g",
         *(settings.model.tuning, precision, args.device.type, checkpointing, args.learning_rate),
     )
     log.info(
-        "%d steps of %d rows out of %d, evaluated every %s on %d of %d held-out ones",
-        *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), every),
-        *(len(probe_rows(data, settings)), len(data.select)),
+        "%d steps of %d rows out of %d; %d are held out",
+        *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), len(data.select)),
     )
     toy = PACKAGE / "toy"
     if Path(settings.model.path).is_relative_to(toy) and not str(settings.data.train).startswith(str(toy)):

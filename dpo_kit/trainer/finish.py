@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import shutil
 import traceback
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from dpo_kit.run.words import again, longer
 from dpo_kit.trainer.resume.checkpoints import SAVING, put_in_place
 from dpo_kit.trainer.resume.nonfinite import refuse_non_finite
 
+log = logging.getLogger(__name__)
 MEASURED = ("probe/", "gold/", "custom/")
 SHOWN_PROMPTS = 8  # of samples.jsonl, in the tracker's table
 
@@ -35,7 +37,8 @@ class Result:
     """How a run ended; the same facts as its result.json.
 
     `start` and `final` hold the measured values by key (nats, shares) at step 0 and at the end; `ceiling` is the
-    accuracy that the gold reward itself reaches on the held-out labels, where it is known; `seconds` are wall-clock.
+    accuracy that the gold reward itself reaches on the held-out labels, where it is known; `seconds` are wall-clock:
+    of training and of the whole `run`, both with what was spent on `measuring`.
     """
 
     status: str
@@ -67,7 +70,7 @@ def finish_run(
     run: RunDirectory,
     tracker: Tracker,
     *,
-    seconds: float,
+    seconds: dict[str, float],
     ceiling: float | None,
     judge: dict[str, Any] | None = None,
     known: Sequence[tuple[Finding, dict[str, str]]] = (),
@@ -76,6 +79,8 @@ def finish_run(
     to change.
     """
     refuse_non_finite(trainer.model, "after training")
+    share = seconds["measuring"] / seconds["run"]
+    log.info("measuring took %.0f s of %.0f: %.2f of the run", seconds["measuring"], seconds["run"], share)
     save_model(trainer, run)
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()  # until the first process has written the result
@@ -94,7 +99,7 @@ def finish_run(
         start=measured(history[:1]) | measured([row for row in history if row["step"] == 0]),
         final=measured(history),
         ceiling=ceiling,
-        seconds={"train": round(seconds, 2)},
+        seconds={name: round(value, 2) for name, value in seconds.items()},
         findings=[dataclasses.asdict(finding) for finding in (*(finding for finding, _ in known), *noticed)],
         next=next_command(settings, manifest["command"], history, {k: v for _, keys in known for k, v in keys.items()}),
         judge=judge,

@@ -65,7 +65,7 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
         scores, _ = score_rows(tuned, rows, load_reference(model), beta)
         values = preference_metrics(scores, beta, method.saturation) | reward_metrics(scores, beta)
     if gold := config["data"]["gold"]:
-        values |= _gold(tuned, rows, gold, config["callbacks"]["max_new_tokens"])
+        values |= _gold(tuned, rows, gold, manifest["measuring"]["max_new_tokens"])
     write_json(run.test, values)
     refresh_page(run.root)
     return values

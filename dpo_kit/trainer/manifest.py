@@ -63,9 +63,16 @@ def keep_date(run: RunDirectory, tokenizer: Any) -> str | None:
 
 
 def build_manifest(
-    settings: Settings, data: Prepared, command: str | None, tokenizer: Any, date: str | None = None
+    settings: Settings,
+    data: Prepared,
+    command: str | None,
+    tokenizer: Any,
+    date: str | None = None,
+    measuring: dict[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The facts of a run that do not change while it trains; secrets redacted. `date`: see `keep_date`."""
+    """The facts of a run that do not change while it trains; secrets redacted. `date`: see `keep_date`; `measuring`:
+    what an earlier start of it has chosen (see budget.py).
+    """
     config = comparable(settings)
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -85,6 +92,7 @@ def build_manifest(
         "config_hash": digest(config),
         "effective_batch": effective_batch(settings.trl),
         "choose": settings.choose.model_dump(),
+        "measuring": measuring,
         "data": {
             name: {"rows": len(rows), "sha256": digest(contents(rows))}
             for name, rows in (("train", data.train), ("select", data.select), ("test", data.test))

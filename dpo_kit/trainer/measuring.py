@@ -16,6 +16,7 @@ from dpo_kit.model.scoring import Reference
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.processes import is_writer
 from dpo_kit.run.tracking import Tracker
+from dpo_kit.trainer.budget import Budget
 from dpo_kit.trainer.prefix import share_prefixes, shares_prefixes
 from dpo_kit.trainer.recorder import Recorder, show_progress
 from dpo_kit.trainer.rows import probe_rows
@@ -38,18 +39,22 @@ class ProbeAlone:
         return metrics
 
 
-def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDirectory, tracker: Tracker) -> None:
-    """Give `trainer` everything that measures and records; nothing of it changes training."""
+def add_callbacks(
+    trainer: Any, settings: Settings, data: Prepared, run: RunDirectory, tracker: Tracker, began: float
+) -> None:
+    """Give `trainer` everything that measures and records; nothing of it changes training. `began`: see Budget."""
     wanted = settings.callbacks
     trainer.add_callback(Recorder(run.metrics, tracker))
     reference = build_reference(trainer, settings, run)
     trainer.add_callback(StartCheck(trainer, reference))
+    budget = Budget(trainer, settings, run, data.train, began)
+    trainer.add_callback(budget)  # it decides how much is measured, so before those that do
     if data.kind == "prompts":
         log.info("the held-out rows have no answers: KL drift is measured, preferences are not")
     elif wanted.preference_margin or wanted.implicit_reward or wanted.metrics:
-        add_probe(trainer, settings, probe_rows(data, settings), run, reference)
+        budget.probe = add_probe(trainer, settings, probe_rows(data, settings), run, reference)
     if wanted.kl_drift:
-        add_drift(trainer, settings, data.select, run, reference)
+        budget.drift = add_drift(trainer, settings, data.select, run, reference)
     for extra in wanted.extra:
         trainer.add_callback(instantiate(extra))
     if wanted.patience is not None:
@@ -59,7 +64,7 @@ def add_callbacks(trainer: Any, settings: Settings, data: Prepared, run: RunDire
     show_progress(trainer)
 
 
-def add_probe(trainer: Any, settings: Settings, rows: Rows, run: RunDirectory, reference: Reference) -> None:
+def add_probe(trainer: Any, settings: Settings, rows: Rows, run: RunDirectory, reference: Reference) -> Any:
     """Measures of the held-out `rows`: margin, implicit reward, and those of the user's own."""
     from dpo_kit.callbacks.callbacks import ImplicitReward, OwnMetrics, PreferenceMargin
     from dpo_kit.callbacks.probe import PairProbe
@@ -73,9 +78,10 @@ def add_probe(trainer: Any, settings: Settings, rows: Rows, run: RunDirectory, r
         trainer.add_callback(ImplicitReward(probe))
     if wanted.metrics:
         trainer.add_callback(OwnMetrics(probe, wanted.metrics))
+    return probe
 
 
-def add_drift(trainer: Any, settings: Settings, rows: Rows, run: RunDirectory, reference: Reference) -> None:
+def add_drift(trainer: Any, settings: Settings, rows: Rows, run: RunDirectory, reference: Reference) -> Any:
     """KL along fresh samples of the prompts of `rows`; samples are kept, and judged where the truth is known."""
     from dpo_kit.callbacks.callbacks import KLDrift
     from dpo_kit.config.extensions import call_metrics
@@ -103,9 +109,9 @@ def add_drift(trainer: Any, settings: Settings, rows: Rows, run: RunDirectory, r
 
     drift = KLDrift(
         trainer,
-        distinct_prompts(rows)[: wanted.prompts],
+        distinct_prompts(rows)[: wanted.at_most("prompts")],
         reference=reference,
-        max_new_tokens=wanted.max_new_tokens,
+        max_new_tokens=wanted.at_most("max_new_tokens"),
         on_samples=[keep, call_own, *hooks],
         shared=getattr(trainer, "folder", None),  # of the reference store
     )
@@ -115,6 +121,7 @@ def add_drift(trainer: Any, settings: Settings, rows: Rows, run: RunDirectory, r
         from dpo_kit.callbacks.preview import Preview
 
         trainer.add_callback(Preview(drift.drift, settings.beta, wanted.preview, run.preview, hooks[0].reward))
+    return drift
 
 
 def build_reference(trainer: Any, settings: Settings, run: RunDirectory) -> Reference:

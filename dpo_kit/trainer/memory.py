@@ -359,7 +359,7 @@ def _measuring(wanted: Callbacks, model: Any, parameters: int, reloads: bool, ro
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     prompt = max(row["tokens"]["prompt"] for row in rows[:DRAWN_AT_ONCE])
-    length = prompt + wanted.max_new_tokens
-    drawn = min(DRAWN_AT_ONCE, wanted.prompts)
+    length = prompt + wanted.at_most("max_new_tokens")
+    drawn = min(DRAWN_AT_ONCE, wanted.at_most("prompts"))
     cache = 2 * 4 * drawn * length * text.num_hidden_layers * heads * width
     return (parameters if reloads else 0) + max(cache, scoring)

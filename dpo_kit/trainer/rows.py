@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from itertools import accumulate
 from typing import Any
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -65,11 +63,8 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
 
 
 def probe_rows(data: Prepared, settings: Settings) -> Rows:
-    """The held-out rows that an evaluation takes: `callbacks.pairs`, or as many as `callbacks.max_tokens` allows."""
-    longest, answers = settings.trl["max_length"] or sys.maxsize, ANSWERS[data.kind]
-    rows = data.select[: settings.callbacks.pairs]
-    tokens = (sum(min(row["tokens"]["prompt"] + row["tokens"][name], longest) for name in answers) for row in rows)
-    return rows[: max(1, sum(total <= settings.callbacks.max_tokens for total in accumulate(tokens)))]
+    """The held-out rows that an evaluation takes at most (see budget.py)."""
+    return data.select[: settings.callbacks.at_most("pairs")]
 
 
 def held_out_rows(data: Prepared, settings: Settings) -> Rows:

@@ -1,0 +1,274 @@
+"""How much a run measures: chosen once, from measured times, so that measuring takes no more than a share of the run.
+
+Written to the manifest, so that a resumed run measures the same, and to the sweep's folder, so that its runs compare.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from transformers import TrainerCallback
+
+from dpo_kit.config.settings import MOST, Settings
+from dpo_kit.data.fresh import with_answer_lengths
+from dpo_kit.model.chats import prompt_of
+from dpo_kit.model.head import Tokens
+from dpo_kit.model.sampling import draw_samples, measuring, pad_token_id
+from dpo_kit.model.scoring import score
+from dpo_kit.model.tokens import encode_prompts
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json, write_json
+from dpo_kit.run.processes import is_writer
+from dpo_kit.trainer.arguments import describe_arguments
+from dpo_kit.trainer.prefix import shares_prefixes
+from dpo_kit.trainer.reference_store import score_as_trained
+
+log = logging.getLogger(__name__)
+ALWAYS = 10.0  # seconds that measuring may take in any run
+MARGIN = 0.8  # of what is allowed is planned with: times vary
+SHARE = 0.1  # of the run, where callbacks.budget is auto
+PASSES = {"full": 3, "lora": 2, "qlora": 2}  # forward passes that a training step is worth, at least
+TRIED_ROWS, TRIED_TOKENS = 4, 8
+LONG = 2.0  # seconds of a first try that is not repeated
+
+
+@dataclasses.dataclass(frozen=True)
+class Amount:
+    """How much a run measures: `evaluations` after the start, the last at the end, of so many held-out `pairs` (or
+    unary rows), and KL on `prompts` with answers of at most `max_new_tokens`.
+    """
+
+    evaluations: int
+    pairs: int
+    prompts: int
+    max_new_tokens: int
+
+
+LEAST = (Amount(2, 32, 16, 32), Amount(2, 8, 4, 16))  # half-way and end; what is worth having, and what is possible
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds: of a training step; to score a held-out row, and a token of an answer's; to read a prompt; and of a
+    token that is drawn for a batch of answers, whatever its size, and for each of them more.
+    """
+
+    step: float
+    row: float
+    token: float
+    prompt: float
+    draw: float
+    draw_more: float
+
+    def measuring(self, amount: Amount) -> float:
+        """Seconds that a run takes to measure `amount`."""
+        rows = (1 + amount.evaluations) * amount.pairs * self.row
+        if amount.prompts == 0:
+            return rows
+        read = amount.prompts * (self.prompt + self.token * amount.max_new_tokens)
+        drawn = amount.prompts * self.prompt + amount.max_new_tokens * (self.draw + self.draw_more * amount.prompts)
+        forward = (2 + amount.evaluations) * read
+        reverse = (
+            3 * drawn + 4 * read
+        )  # at start, half-way and end; policy and reference read the later ones
+        return rows + forward + reverse
+
+
+def choose_amount(most: Amount, costs: Costs, allowed: float, typed: Collection[str] = ()) -> Amount:
+    """`most`, halved field by field, where that saves the most time, until measuring takes `allowed` seconds; what is
+    `typed` stays. Never below the last of LEAST.
+    """
+    amount = most
+    for least in LEAST:
+        floor = {name: min(vars(most)[name], value) for name, value in vars(least).items()}
+        while costs.measuring(amount) > allowed:
+            smaller = [
+                dataclasses.replace(amount, **{name: max(floor[name], math.ceil(value / 2))})
+                for name, value in vars(amount).items()
+                if name not in typed and value > floor[name]
+            ]
+            if not smaller:
+                break
+            amount = min(smaller, key=costs.measuring)
+    return amount
+
+
+class Budget(TrainerCallback):
+    """Before anything is measured: how much will be. `probe` (PairProbe) and `drift` (KLDrift) are told, where there
+    are any, and the trainer's cadence is set.
+
+    `rows` are those of training; `began` is when the run did (`time.time()`), for what came before the first step.
+    """
+
+    probe: Any = None
+    drift: Any = None
+
+    def __init__(
+        self, trainer: Any, settings: Settings, run: RunDirectory, rows: Sequence[dict[str, Any]], began: float
+    ) -> None:
+        self.trainer, self.settings, self.run, self.rows, self.began = trainer, settings, run, rows, began
+        self.measuring_seconds = 0.0
+
+    def carry(self) -> dict[str, Any]:
+        """What a resumed run must know (see trainer/resume/state.py)."""
+        return {"measuring_seconds": self.measuring_seconds}
+
+    def pick_up(self, carried: dict[str, Any]) -> None:
+        """Take back what `carry` gave."""
+        self.measuring_seconds += carried["measuring_seconds"]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        chosen = broadcast_object_list([chosen_amount(self.run)])[0]
+        if chosen is None:
+            with agreed_file() as file:
+                chosen = read_json(file) if file and file.exists() else None
+                chosen = broadcast_object_list([chosen])[0] or vars(self.choose(state.max_steps))
+                if is_writer():
+                    write_json(self.run.manifest, read_json(self.run.manifest) | {"measuring": chosen})
+                    if file is not None:
+                        write_json(file, chosen)
+        self.apply(Amount(**chosen), state)
+
+    def choose(self, steps: int) -> Amount:
+        """What is measured in a run of so many steps; the same in all of its processes."""
+        callbacks, args = self.settings.callbacks, self.trainer.args
+        by_steps = args.eval_strategy == "steps"
+        most = Amount(
+            math.ceil(steps / args.eval_steps) if by_steps else max(1, round(args.num_train_epochs)),
+            len(self.probe.rows) if self.probe else 0,
+            len(self.drift.rows) if self.drift else 0,
+            callbacks.at_most("max_new_tokens"),
+        )
+        # where the truth is known, runs are there to be compared with it: all is measured
+        budget = (None if self.settings.data.gold else SHARE) if callbacks.budget == "auto" else callbacks.budget
+        typed = {name for name in MOST if getattr(callbacks, name) is not None}
+        typed |= {"evaluations"} if self.settings.trl["eval_steps"] is not None or not by_steps else set()
+        if budget is None or len(typed) == len(vars(most)) or not (self.probe or self.drift):
+            return most
+        started = time.time()
+        costs = self.measure_costs()
+        self.measuring_seconds += time.time() - started
+        training = steps * costs.step
+        allowed = max(ALWAYS, MARGIN * budget / (1 - budget) * (time.time() - self.began + training))
+        log.info(
+            "training takes about %.0f s, measuring all would take %.0f s, and may take %.0f s (callbacks.budget=%g)",
+            *(training, costs.measuring(most), allowed, budget),
+        )
+        return broadcast_object_list([choose_amount(most, costs, allowed, typed)])[0]
+
+    def apply(self, amount: Amount, state: Any) -> None:
+        """Set probe, drift and cadence to `amount`, and say so."""
+        args, measured = self.trainer.args, []
+        if args.eval_strategy == "steps" and self.settings.trl["eval_steps"] is None:
+            args.eval_steps = state.eval_steps = math.ceil(state.max_steps / amount.evaluations)
+            if args.load_best_model_at_end and self.settings.trl["save_steps"] is None:
+                args.save_steps = state.save_steps = args.eval_steps
+            if is_writer():
+                write_json(self.run.trl_config, describe_arguments(args))
+        if self.probe:
+            self.probe.take(amount.pairs)
+            measured.append(f"on {len(self.probe.rows)} held-out rows")
+        if self.drift:
+            self.drift.take(amount.prompts, amount.max_new_tokens)
+            measured.append(f"KL on {len(self.drift.rows)} prompts, answers of up to {amount.max_new_tokens} tokens")
+        every = "step" if args.eval_steps == 1 else f"{args.eval_steps or 0:g} steps"
+        every = every if args.eval_strategy == "steps" else "epoch"
+        log.info("measured at the start, every %s and at the end: %s", every, "; ".join(measured))
+
+    def measure_costs(self) -> Costs:
+        """Times of this model on this machine, from a few rows that are scored and a few answers that are drawn."""
+        trainer, trl, tokenizer = self.trainer, self.settings.trl, self.trainer.processing_class
+        prompts = encode_prompts(tokenizer, [prompt_of(row) for row in self.drift.rows]) if self.drift else []
+        rows = self.probe.by_row() if self.probe else [[(ids[:1], ids[1:])] for ids in prompts]
+        once = shares_prefixes(trainer.model)
+        with measuring(trainer):
+            token = seconds_per_token(rows, once, partial(score, trainer.model, pad_id=pad_token_id(tokenizer)))
+            prompt = token * mean(map(len, prompts)) if prompts else 0.0
+            draw, draw_more = self.time_drawing(prompt) if self.drift else (0.0, 0.0)
+        with measuring(trainer, as_trained=True):
+            trained = seconds_per_token(rows, once, partial(score_as_trained, trainer, trainer.model))
+        batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+        counts = [row["tokens"] for row in with_answer_lengths(self.rows, trl.get("max_new_tokens"))]
+        answers = [[count for name, count in row.items() if name not in ("prompt", "cut")] for row in counts]
+        a_row = mean(count_tokens(row["prompt"], others, once) for row, others in zip(counts, answers, strict=True))
+        step = PASSES[self.settings.model.tuning] * trained * batch * a_row
+        if self.settings.method.rows == "prompts":
+            step += trl["max_new_tokens"] * (draw + 2 * batch * draw_more)
+        processes = trainer.accelerator.num_processes
+        held_out = token * mean(count_sequences(row, once) for row in rows)
+        return Costs(step, *(each / processes for each in (held_out, token, prompt)), draw, draw_more / processes)
+
+    def time_drawing(self, prompt: float) -> tuple[float, float]:
+        """Seconds of a drawn token for a batch of answers, and for each of them more; `prompt`: to read a prompt."""
+        rows, several = self.drift.rows, min(TRIED_ROWS, len(self.drift.rows))
+
+        def per_token(count: int, tokens: int) -> float:
+            started = time.monotonic()
+            drawn = draw_samples(self.trainer.model, self.trainer.processing_class, rows[:count], max_new_tokens=tokens)
+            seconds = time.monotonic() - started - count * prompt
+            return max(0.0, seconds) / max(len(sample.token_ids) for sample in drawn)
+
+        per_token(1, 2)  # the first time takes longer
+        one, more = per_token(1, TRIED_TOKENS), per_token(several, TRIED_TOKENS)
+        for_each = max(0.0, more - one) / max(1, several - 1)
+        return max(0.0, one - for_each), for_each
+
+
+@contextlib.contextmanager
+def agreed_file() -> Iterator[Path | None]:
+    """The file in which the runs of a sweep agree, while no other one chooses; None outside a sweep."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        yield None
+        return
+    folder = Path(HydraConfig.get().sweep.dir)
+    with FileLock(folder / ".measuring.lock") if is_writer() else contextlib.nullcontext():
+        yield folder / "measuring.json"
+
+
+def seconds_per_token(rows: Sequence[list[Tokens]], once: bool, work: Callable[[list[Tokens]], Any]) -> float:
+    """What a token costs `work`, tried on a few of `rows`, none of the shorter half."""
+    longer = sorted(rows, key=lambda row: count_sequences(row, once))[len(rows) // 2 :]
+
+    def try_on(some: Sequence[list[Tokens]]) -> tuple[float, int]:
+        started = time.monotonic()
+        work([tokens for row in some for tokens in row])
+        return time.monotonic() - started, sum(count_sequences(row, once) for row in some)
+
+    seconds, tokens = try_on(longer[:1])
+    if seconds < LONG:  # the first time takes longer than the others
+        seconds, tokens = try_on(longer[:TRIED_ROWS])
+    return seconds / tokens
+
+
+def count_sequences(row: Sequence[Tokens], once: bool) -> int:
+    """Tokens that are computed for the answers of a row; `once`: with their prompt only once."""
+    return count_tokens(len(row[0][0]), [len(answer) for _, answer in row], once)
+
+
+def count_tokens(prompt: int, answers: Sequence[int], once: bool) -> int:
+    """The same, of lengths."""
+    return sum(answers) + prompt * (1 if once else len(answers))
+
+
+def chosen_amount(run: RunDirectory) -> dict[str, int] | None:
+    """What an earlier start of `run` has chosen to measure; None where there was none."""
+    return read_json(run.manifest).get("measuring") if run.manifest.exists() else None
+
+
+def spent(trainer: Any) -> float:
+    """Seconds that measuring has taken in a run, over all its starts; TRL's own evaluations among it."""
+    own = (getattr(callback, "measuring_seconds", 0.0) for callback in trainer.callback_handler.callbacks)
+    return sum(own) + sum(row.get("eval_runtime", 0.0) for row in trainer.state.log_history)
