@@ -2,7 +2,6 @@
 
 import json
 import math
-from itertools import accumulate
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
 from dpo_kit.trainer.resume.checkpoints import newest_verified
-from dpo_kit.trainer.rows import prepare_data, probe_rows
+from dpo_kit.trainer.rows import prepare_data
 from tests.offline_wandb import log_files, read_offline
 from tests.small import few_pairs
 
@@ -209,20 +208,6 @@ def test_a_stopped_run_goes_on_where_it_stood(small_run, few, tmp_path, monkeypa
     resumed = train(compose(few), tmp_path)
     assert resumed.final == small_run[1].final
     assert [row["step"] for row in read_metrics(run.metrics) if "loss" in row] == [1, 2, 3, 4]
-
-
-def test_an_evaluation_takes_no_more_rows_and_tokens_than_allowed(few, tmp_path):
-    def probed(*overrides):
-        settings = check(compose([*few, *overrides]))
-        return probe_rows(prepare_data(settings, load_tokenizer(settings.model), RunDirectory(tmp_path)), settings)
-
-    lengths = [row["tokens"] for row in probed()]
-    totals = list(accumulate(2 * each["prompt"] + each["chosen"] + each["rejected"] for each in lengths))
-    assert len(totals) == 8 and len(probed("callbacks.pairs=3")) == 3
-    assert len(probed(f"callbacks.max_tokens={totals[4]}")) == 5
-    assert len(probed(f"callbacks.max_tokens={totals[4] - 1}")) == 4
-    assert len(probed("callbacks.max_tokens=1")) == 1
-    assert len(probed("trl.max_length=30", "callbacks.max_tokens=180")) == 3  # 3 pairs of 2 x 30 tokens, cut to that
 
 
 def test_weights_that_are_not_finite_are_never_saved(few, tmp_path, monkeypatch):

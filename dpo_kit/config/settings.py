@@ -146,7 +146,7 @@ class Callbacks(Strict):
     preference_margin: bool
     implicit_reward: bool
     kl_drift: bool
-    budget: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] | None = "auto"
+    budget: Annotated[float, Field(gt=0, lt=1)] | None = 0.1
     pairs: PositiveInt | None
     prompts: PositiveInt | None
     max_new_tokens: PositiveInt | None

@@ -1,12 +1,13 @@
 """The tuned policy as one plain model: adapters merged into their base, compared with what the run left.
 
-Merging is done and compared in float32, where it is exact but for rounding; the dtype of the export comes after it and
-is compared again, from the files themselves.
+Merging is done in float32, where it changes nothing but the order of sums. Then the weights are rounded to the dtype of
+the export: the files must hold just these, and what rounding costs is measured on answers.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,12 @@ from dpo_kit.model.load import load_weights
 from dpo_kit.model.origin import base_of
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import hash_weights
+from dpo_kit.run.history import read_metrics
 
 log = logging.getLogger(__name__)
-NOISE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
+DTYPES = ("float32", "bfloat16", "float16")
+NOISE = 1e-4  # of the largest logit: what rounding in float32 makes of sums in another order
+SAMPLES = 16
 PROMPTS = (
     "Hello, how are you?",
     "Explain in two sentences why the sky is blue.",
@@ -32,12 +36,14 @@ PROMPTS = (
     "1, 1, 2, 3, 5, 8,",
     "What is the capital of 日本? 🙂",
 )
-"""Texts of several kinds, the same for every export."""
+"""Texts of several kinds, for runs that have drawn no answers."""
+Text = tuple[list[int], int]
+"""Token ids, and the place of the first one that counts."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two models are apart on PROMPTS: logits, relative to the largest; KL in nats per token; greedy tokens."""
+    """How far two models are apart on texts: logits, relative to the largest; KL in nats per token; greedy tokens."""
 
     logits: float
     kl: float
@@ -45,17 +51,34 @@ class Distance:
 
     def describe(self) -> str:
         same = f"the same most probable token at {self.greedy:.1%} of positions"
-        return f"logits within {self.logits:.1e} of the largest, KL {self.kl:.1e} nats a token, {same}"
+        return f"KL {self.kl:.1e} nats a token, {same}, logits within {self.logits:.1e} of the largest"
 
 
-def merge(model: Model, run: RunDirectory, tokenizer: Any, base: str) -> tuple[PreTrainedModel, Tensor]:
-    """The policy of `run` in float32 without adapters, and its logits on PROMPTS before: (positions, vocabulary).
+def read_texts(run: RunDirectory, tokenizer: Any) -> list[Text]:
+    """The answers that the policy gave at the end of `run`; where it drew none, what PROMPTS have behind the beginning
+    that the chat template gives all of them.
+    """
+    samples = read_metrics(run.samples) if run.samples.exists() else []
+    texts = []
+    for row in [row for row in samples if row["step"] == samples[-1]["step"]][:SAMPLES]:
+        prompt = encode(tokenizer, row["prompt"])
+        if answer := tokenizer(row["answer"], add_special_tokens=False)["input_ids"]:
+            texts.append(([*prompt, *answer], len(prompt)))
+    if texts:
+        return texts
+    prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
+    same = next(place for place, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+    return [(ids, max(1, same)) for ids in prompts]
+
+
+def merge(model: Model, run: RunDirectory, texts: Sequence[Text], base: str) -> tuple[PreTrainedModel, Tensor]:
+    """The policy of `run` in float32 without adapters, and its logits on `texts` before: (positions, vocabulary).
 
     ModelError where the base is not the one that training started from, or where merging changed the logits.
     """
     if model.tuning == "full":
         policy = load_weights(model.model_copy(update={"dtype": "float32"}), str(run.model))
-        return policy, prompt_logits(policy, tokenizer)
+        return policy, text_logits(policy, texts)
     start = base_of(model)
     if base == "dequantised":  # with the rounding that its 4-bit form had in training
         weights = load_weights(start).dequantize(dtype=torch.float32)
@@ -71,7 +94,7 @@ def merge(model: Model, run: RunDirectory, tokenizer: Any, base: str) -> tuple[P
     if tied:  # merged into a shared matrix, an adapter on either would change both
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     adapted = PeftModel.from_pretrained(weights, run.model).eval()  # type: ignore[arg-type]
-    before = prompt_logits(adapted, tokenizer)
+    before = text_logits(adapted, texts)
     merged = adapted.merge_and_unload(safe_merge=True)
     if tied:
         head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
@@ -82,7 +105,7 @@ def merge(model: Model, run: RunDirectory, tokenizer: Any, base: str) -> tuple[P
         else:
             merged._tied_weights_keys = merged.all_tied_weights_keys = {}
             log.warning("the adapter changed one of the tied embeddings: the export holds both, untied")
-    refuse_other("merging the adapter", compare(before, prompt_logits(merged, tokenizer)), "float32")
+    refuse_other("merging the adapter", compare(before, text_logits(merged, texts)))
     return merged, before
 
 
@@ -100,10 +123,21 @@ def refuse_other_base(model: Model, manifest: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def prompt_logits(model: Any, tokenizer: Any) -> Tensor:
-    """Logits at every position of PROMPTS, in the tokenizer's chat form where it has one: (positions, vocabulary)."""
-    batches = (torch.tensor([encode(tokenizer, prompt)], device=model.device) for prompt in PROMPTS)
-    return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in batches])
+def round_weights(model: Any, dtype: torch.dtype) -> None:
+    """Round what is saved of a float32 `model` to what `dtype` can hold; it goes on computing in float32."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+
+
+@torch.no_grad()
+def text_logits(model: Any, texts: Sequence[Text]) -> Tensor:
+    """What `model` predicts for each token of `texts` that counts: logits, (tokens, vocabulary)."""
+    parts = []
+    for ids, start in texts:
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+        parts.append(logits[start - 1 : -1].float().cpu())
+    return torch.cat(parts)
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -124,12 +158,12 @@ def compare(one: Tensor, other: Tensor) -> Distance:
     )
 
 
-def refuse_other(what: str, distance: Distance, dtype: str) -> None:
-    """ModelError where `distance` is more than rounding in `dtype` explains; not a number counts as more."""
-    if not distance.logits <= NOISE[dtype]:
+def refuse_other(what: str, distance: Distance) -> None:
+    """ModelError where `distance`, measured in float32, is more than rounding; not a number counts as more."""
+    if not distance.logits <= NOISE:
         raise ModelError(
-            f"{what} changed the policy: its logits differ by {distance.logits:.2g} of the largest one, where "
-            f"{dtype} explains {NOISE[dtype]:g}; nothing is exported"
+            f"{what} changed the policy: its logits differ by {distance.logits:.2g} of the largest one, where the "
+            f"order of sums explains {NOISE:g}; nothing is exported"
         )
 
 

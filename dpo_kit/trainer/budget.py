@@ -39,7 +39,6 @@ from dpo_kit.trainer.reference_store import score_as_trained
 log = logging.getLogger(__name__)
 ALWAYS = 10.0  # seconds that measuring may take in any run
 MARGIN = 0.8  # of what is allowed is planned with: times vary
-SHARE = 0.1  # of the run, where callbacks.budget is auto
 PASSES = {"full": 3, "lora": 2, "qlora": 2}  # forward passes that a training step is worth, at least
 TRIED_ROWS, TRIED_TOKENS = 4, 8
 LONG = 2.0  # seconds of a first try that is not repeated
@@ -81,9 +80,7 @@ class Costs:
         read = amount.prompts * (self.prompt + self.token * amount.max_new_tokens)
         drawn = amount.prompts * self.prompt + amount.max_new_tokens * (self.draw + self.draw_more * amount.prompts)
         forward = (2 + amount.evaluations) * read
-        reverse = (
-            3 * drawn + 4 * read
-        )  # at start, half-way and end; policy and reference read the later ones
+        reverse = 3 * drawn + 4 * read  # at start, half-way and end; policy and reference read the later ones
         return rows + forward + reverse
 
 
@@ -152,8 +149,7 @@ class Budget(TrainerCallback):
             len(self.drift.rows) if self.drift else 0,
             callbacks.at_most("max_new_tokens"),
         )
-        # where the truth is known, runs are there to be compared with it: all is measured
-        budget = (None if self.settings.data.gold else SHARE) if callbacks.budget == "auto" else callbacks.budget
+        budget = callbacks.budget
         typed = {name for name in MOST if getattr(callbacks, name) is not None}
         typed |= {"evaluations"} if self.settings.trl["eval_steps"] is not None or not by_steps else set()
         if budget is None or len(typed) == len(vars(most)) or not (self.probe or self.drift):

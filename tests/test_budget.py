@@ -1,0 +1,127 @@
+"""How much is measured: chosen once from measured times, kept over a resume, the same in all runs of a sweep."""
+
+import contextlib
+import random
+from types import SimpleNamespace
+
+import pytest
+from hydra.types import RunMode
+from small import few_pairs
+
+from dpo_kit import ConfigError, compose, train
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json
+from dpo_kit.run.history import read_metrics
+from dpo_kit.trainer import budget
+from dpo_kit.trainer.budget import LEAST, Amount, Costs, choose_amount
+
+MOST = Amount(evaluations=10, pairs=256, prompts=64, max_new_tokens=128)
+QUICK = Costs(step=1.0, row=1e-6, token=1e-8, prompt=1e-6, draw=1e-6, draw_more=1e-7)
+SLOW = Costs(step=1.0, row=1.0, token=0.01, prompt=1.0, draw=0.1, draw_more=0.1)
+
+
+def test_the_seconds_of_measuring_are_those_of_its_passes():
+    costs = Costs(step=0.0, row=1.0, token=0.5, prompt=2.0, draw=10.0, draw_more=1.0)
+    assert costs.measuring(Amount(3, 5, 0, 7)) == 4 * 5  # start and three evaluations
+    read, drawn = 2 * (2 + 0.5 * 4), 2 * 2 + 4 * (10 + 2)
+    # forward: recorded once, compared at the start and at three evaluations; reverse: drawn thrice, read twice by two
+    assert costs.measuring(Amount(3, 0, 2, 4)) == 5 * read + 3 * drawn + 4 * read
+
+
+def test_all_is_measured_where_it_is_cheap_and_the_least_where_nothing_fits():
+    assert choose_amount(MOST, QUICK, allowed=1.0) == MOST
+    assert choose_amount(MOST, SLOW, allowed=1.0) == LEAST[-1]
+    few = Amount(evaluations=1, pairs=5, prompts=3, max_new_tokens=9)  # there is no more than that
+    assert choose_amount(few, SLOW, allowed=1.0) == few
+
+
+def test_what_is_chosen_fits_and_uses_what_is_allowed():
+    draw = random.Random()
+    for _ in range(500):
+        costs = Costs(*(10 ** draw.uniform(-6, 0) for _ in range(6)))
+        allowed = 10 ** draw.uniform(-2, 3)
+        amount = choose_amount(MOST, costs, allowed)
+        assert all(
+            low <= value <= high
+            for low, value, high in zip(*(vars(a).values() for a in (LEAST[-1], amount, MOST)), strict=True)
+        )
+        assert costs.measuring(amount) <= allowed or amount == LEAST[-1]
+        if amount != MOST and costs.measuring(amount) <= allowed:  # one halving less would have been too much
+            assert 3 * costs.measuring(amount) > allowed
+
+
+def test_what_was_typed_stays():
+    typed = choose_amount(MOST, SLOW, allowed=1.0, typed={"pairs", "evaluations"})
+    assert (typed.pairs, typed.evaluations) == (256, 10) and typed.prompts == LEAST[-1].prompts
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """A run of 12 steps in which nothing that can be chosen is typed."""
+    typed = ("trl.eval_steps", "callbacks.pairs", "callbacks.prompts", "trl.max_steps")
+    words = [word for word in few_pairs(tmp_path / "pairs.jsonl") if not word.startswith(typed)]
+    return [*words, "trl.max_steps=12", "callbacks.pairs=null", "callbacks.prompts=null", "callbacks.budget=0.1"]
+
+
+@contextlib.contextmanager
+def costing(monkeypatch, costs):
+    with monkeypatch.context() as patch:
+        patch.setattr(budget, "ALWAYS", 0.5)
+        patch.setattr(budget.Budget, "measure_costs", lambda self: costs)
+        yield
+
+
+def measured(folder):
+    run = RunDirectory(folder)
+    steps = [row["step"] for row in read_metrics(run.metrics) if "probe/accuracy" in row]
+    pairs = {row["pair_id"] for row in read_metrics(run.probe)}
+    samples = [row for row in read_metrics(run.samples) if row["step"] == 0]
+    return steps, len(pairs), len(samples)
+
+
+def test_a_run_measures_what_was_chosen_and_says_what_it_took(settings, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "dpo_kit")
+    slow = Costs(step=0.1, row=0.01, token=0.01, prompt=0.01, draw=0.01, draw_more=0.01)
+    with costing(monkeypatch, slow):
+        result = train(compose(settings), tmp_path / "run")
+    chosen = read_json(tmp_path / "run" / "manifest.json")["measuring"]
+    assert chosen == {"evaluations": 2, "pairs": 8, "prompts": 4, "max_new_tokens": 16}
+    assert measured(tmp_path / "run") == ([0, 6, 12], 8, 4)
+    assert max(row["tokens"] for row in read_metrics(RunDirectory(tmp_path / "run").samples)) <= 16
+    assert read_json(tmp_path / "run" / "trl_config.json")["eval_steps"] == 6
+    assert 0 < result.seconds["measuring"] < result.seconds["train"] <= result.seconds["run"]
+    assert "measured at the start, every 6 steps and at the end: on 8 held-out rows; KL on 4 prompts" in caplog.text
+    assert "of the run" in caplog.text
+
+
+def test_typed_keys_win_and_without_a_budget_all_is_measured(settings, tmp_path, monkeypatch):
+    with costing(monkeypatch, SLOW):
+        train(compose([*settings, "callbacks.pairs=12", "trl.eval_steps=3"]), tmp_path / "typed")
+        assert measured(tmp_path / "typed") == ([0, 3, 6, 9, 12], 12, 4)
+        train(compose([*settings, "callbacks.budget=null", "trl.max_steps=4"]), tmp_path / "all")
+        assert measured(tmp_path / "all") == ([0, 1, 2, 3, 4], 8, 8)
+
+
+def test_a_budget_is_a_share(settings):
+    for value in ("0", "1", "1.5", "-0.1", "much"):
+        with pytest.raises(ConfigError, match=r"callbacks\.budget"):
+            compose([*settings, f"callbacks.budget={value}"])
+
+
+def test_a_resumed_run_and_the_runs_of_a_sweep_measure_the_same(settings, tmp_path, monkeypatch):
+    from dpo_kit.trainer.recorder import Recorder
+
+    def stop(self, args, state, control, **_):
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+    sweep = SimpleNamespace(mode=RunMode.MULTIRUN, sweep=SimpleNamespace(dir=str(tmp_path)))
+    monkeypatch.setattr(budget, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: sweep))
+    slow = Costs(step=0.1, row=0.01, token=0.01, prompt=0.01, draw=0.01, draw_more=0.01)
+    with costing(monkeypatch, slow), monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Recorder, "on_step_end", stop, raising=False)
+        train(compose([*settings, "trl.save_steps=2"]), tmp_path / "one")
+    train(compose([*settings, "trl.save_steps=2"]), tmp_path / "one")  # all is cheap now, and yet
+    train(compose([*settings, "beta=0.2"]), tmp_path / "two")
+    assert measured(tmp_path / "one") == measured(tmp_path / "two") == ([0, 6, 12], 8, 4)
+    assert read_json(tmp_path / "measuring.json") == read_json(tmp_path / "two" / "manifest.json")["measuring"]
