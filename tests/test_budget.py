@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.types import RunMode
-from small import few_pairs
+from tests.small import few_pairs
 
 from dpo_kit import ConfigError, compose, train
 from dpo_kit.run.directory import RunDirectory
@@ -96,8 +96,8 @@ def test_a_run_measures_what_was_chosen_and_says_what_it_took(settings, tmp_path
 
 def test_typed_keys_win_and_without_a_budget_all_is_measured(settings, tmp_path, monkeypatch):
     with costing(monkeypatch, SLOW):
-        train(compose([*settings, "callbacks.pairs=12", "trl.eval_steps=3"]), tmp_path / "typed")
-        assert measured(tmp_path / "typed") == ([0, 3, 6, 9, 12], 12, 4)
+        train(compose([*settings, "callbacks.pairs=6", "trl.eval_steps=3"]), tmp_path / "typed")
+        assert measured(tmp_path / "typed") == ([0, 3, 6, 9, 12], 6, 4)
         train(compose([*settings, "callbacks.budget=null", "trl.max_steps=4"]), tmp_path / "all")
         assert measured(tmp_path / "all") == ([0, 1, 2, 3, 4], 8, 8)
 
