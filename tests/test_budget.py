@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.types import RunMode
-from tests.small import few_pairs
 
 from dpo_kit import ConfigError, compose, train
 from dpo_kit.run.directory import RunDirectory
@@ -14,6 +13,7 @@ from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.trainer import budget
 from dpo_kit.trainer.budget import LEAST, Amount, Costs, choose_amount
+from tests.small import few_pairs
 
 MOST = Amount(evaluations=10, pairs=256, prompts=64, max_new_tokens=128)
 QUICK = Costs(step=1.0, row=1e-6, token=1e-8, prompt=1e-6, draw=1e-6, draw_more=1e-7)
