@@ -30,6 +30,7 @@ from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
 from dpo_kit.trainer.build import build_trainer
+from dpo_kit.trainer.measuring import ProbeAlone
 from dpo_kit.trainer.mixins import with_mixins
 from dpo_kit.trainer.online import FreshAnswers, JudgedReward, add_spends, open_judged_reward
 from dpo_kit.trainer.resume.nonfinite import find_rows
@@ -527,7 +528,7 @@ def test_plain_trl_cannot_evaluate_and_we_measure_with_the_callbacks(folder, tmp
     rows = Dataset.from_list([{"prompt": "red one"}])
     with pytest.raises(ValueError, match="exactly one of input_ids"):  # the batch is text
         tiny_trainer(folder, tmp_path, eval_dataset=rows).evaluate()
-    assert tiny_trainer(folder, tmp_path, FreshAnswers, eval_dataset=rows).evaluate() == {}
+    assert tiny_trainer(folder, tmp_path, ProbeAlone, eval_dataset=rows).evaluate() == {}
 
 
 @pytest.mark.slow
