@@ -22,7 +22,7 @@ SLOW = Costs(step=1.0, row=1.0, token=0.01, prompt=1.0, draw=0.1, draw_more=0.1)
 
 def test_the_seconds_of_measuring_are_those_of_its_passes():
     costs = Costs(step=0.0, row=1.0, token=0.5, prompt=2.0, draw=10.0, draw_more=1.0)
-    assert costs.measuring(Amount(3, 5, 0, 7)) == 4 * 5  # start and three evaluations
+    assert costs.measuring(Amount(3, 5, 0, 7)) == 5 * 5  # two models at the start, three evaluations
     read, drawn = 2 * (2 + 0.5 * 4), 2 * 2 + 4 * (10 + 2)
     # forward: recorded once, compared at the start and at three evaluations; reverse: drawn thrice, read twice by two
     assert costs.measuring(Amount(3, 0, 2, 4)) == 5 * read + 3 * drawn + 4 * read
@@ -31,7 +31,7 @@ def test_the_seconds_of_measuring_are_those_of_its_passes():
 def test_all_is_measured_where_it_is_cheap_and_the_least_where_nothing_fits():
     assert choose_amount(MOST, QUICK, allowed=1.0) == MOST
     assert choose_amount(MOST, SLOW, allowed=1.0) == LEAST[-1]
-    few = Amount(evaluations=1, pairs=5, prompts=3, max_new_tokens=9)  # there is no more than that
+    few = Amount(evaluations=1, pairs=4, prompts=3, max_new_tokens=9)  # there is no more than that
     assert choose_amount(few, SLOW, allowed=1.0) == few
 
 
@@ -85,12 +85,12 @@ def test_a_run_measures_what_was_chosen_and_says_what_it_took(settings, tmp_path
     with costing(monkeypatch, slow):
         result = train(compose(settings), tmp_path / "run")
     chosen = read_json(tmp_path / "run" / "manifest.json")["measuring"]
-    assert chosen == {"evaluations": 2, "pairs": 8, "prompts": 4, "max_new_tokens": 16}
-    assert measured(tmp_path / "run") == ([0, 6, 12], 8, 4)
+    assert chosen == {"evaluations": 2, "pairs": 4, "prompts": 4, "max_new_tokens": 16}
+    assert measured(tmp_path / "run") == ([0, 6, 12], 4, 4)
     assert max(row["tokens"] for row in read_metrics(RunDirectory(tmp_path / "run").samples)) <= 16
     assert read_json(tmp_path / "run" / "trl_config.json")["eval_steps"] == 6
     assert 0 < result.seconds["measuring"] < result.seconds["train"] <= result.seconds["run"]
-    assert "measured at the start, every 6 steps and at the end: on 8 held-out rows; KL on 4 prompts" in caplog.text
+    assert "measured at the start, every 6 steps and at the end: on 4 held-out rows; KL on 4 prompts" in caplog.text
     assert "of the run" in caplog.text
 
 
@@ -123,5 +123,5 @@ def test_a_resumed_run_and_the_runs_of_a_sweep_measure_the_same(settings, tmp_pa
         train(compose([*settings, "trl.save_steps=2"]), tmp_path / "one")
     train(compose([*settings, "trl.save_steps=2"]), tmp_path / "one")  # all is cheap now, and yet
     train(compose([*settings, "beta=0.2"]), tmp_path / "two")
-    assert measured(tmp_path / "one") == measured(tmp_path / "two") == ([0, 6, 12], 8, 4)
+    assert measured(tmp_path / "one") == measured(tmp_path / "two") == ([0, 6, 12], 4, 4)
     assert read_json(tmp_path / "measuring.json") == read_json(tmp_path / "two" / "manifest.json")["measuring"]

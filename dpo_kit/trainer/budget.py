@@ -56,7 +56,7 @@ class Amount:
     max_new_tokens: int
 
 
-LEAST = (Amount(2, 32, 16, 32), Amount(2, 8, 4, 16))  # half-way and end; what is worth having, and what is possible
+LEAST = (Amount(2, 32, 16, 32), Amount(2, 4, 4, 16))  # half-way and end; what is worth having, and what is possible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Costs:
 
     def measuring(self, amount: Amount) -> float:
         """Seconds that a run takes to measure `amount`."""
-        rows = (1 + amount.evaluations) * amount.pairs * self.row
+        rows = (2 + amount.evaluations) * amount.pairs * self.row  # at the start policy and reference
         if amount.prompts == 0:
             return rows
         read = amount.prompts * (self.prompt + self.token * amount.max_new_tokens)
