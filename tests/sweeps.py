@@ -35,10 +35,14 @@ def write_run(
     started: str = "2026-01-01",
     test: dict[str, float] | None = None,
     by_prompt: bool = True,
+    measured: dict[str, float] | None = None,
 ) -> Path:
-    """One run: `gold` and `gold_start` are rewards prompt by prompt, `margins` those of the probe's pairs (nats)."""
+    """One run: `gold` and `gold_start` are rewards prompt by prompt, `margins` those of the probe's pairs (nats);
+    `measured` has further final values by key.
+    """
     run = sweep / name
     start, final = _values(gold_start, None, 0.0, 0.0, None), _values(gold, margins, kl, kl_se, saturation)
+    final |= measured or {}
     if capability is not None:
         start["gold/capability"], final["gold/capability"] = 0.9, capability
     config = {
@@ -138,3 +142,12 @@ def write_jobs(sweep: Path, *jobs: dict[str, Any], typed: list[str] | None = Non
         ]
         written = {"runtime": {"config_sources": sources}, "overrides": overrides}
         (sweep / "multirun.yaml").write_text(json.dumps({"hydra": written}))
+
+
+def write_evaluation(run: Path, margins: list[float], *, split: str = "select", beside: str = "", **more: Any) -> None:
+    """What `evaluate` leaves of held-out preferences, pair by pair too, in `run`/evaluation/`beside`."""
+    folder, right = run / "evaluation" / beside, sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)
+    accuracy = interval("accuracy", right, math.sqrt(right * (1 - right) / len(margins)))
+    found = {"split": split, "parts": {"preferences": "done"}, "held_out_rows": len(margins), **accuracy}
+    write_json(folder / "result.json", found | more)
+    write_jsonl(folder / "preferences.jsonl", [row | {"step": 0} for row in _pairs(margins)])

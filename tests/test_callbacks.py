@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +395,13 @@ def test_metrics_of_pairs_agree_with_hand_worked_numbers() -> None:
     }
     assert {key: values[key] for key in expected} == pytest.approx(expected)
     assert values["probe/accuracy_low"] < 0.5 and values["probe/accuracy_high"] == pytest.approx(1)
+    expected = {"logratio_chosen_nats": (-20, -5, 10), "logratio_rejected_nats": (-40, -25, -10)}
+    for name, ends in (expected | {"margin_nats": (20, 20, 20)}).items():  # from the one pair to the other
+        assert [values[f"probe/{name}{end}"] for end in ("_low", "", "_high")] == pytest.approx(ends), name
+    assert [values[f"probe/reward_chosen{end}"] for end in ("_low", "", "_high")] == pytest.approx([-2, -0.5, 1])
+    assert [values[f"probe/reward_margin{end}"] for end in ("_low", "", "_high")] == pytest.approx([2, 2, 2])
+    assert "probe/floor_nats" not in values
+    assert preference_metrics(replace(found, floor_nats=0.3), 0.1, "dpo")["probe/floor_nats"] == 0.3
     assert "probe/accuracy_chosen_shorter" not in values  # no chosen is the shorter
     # per token: (1 - (-2)) and (-2 - (-8)), mean 4.5; 2 tau gap
     assert preference_metrics(found, 0.1, "ipo")["probe/saturation"] == pytest.approx(0.9)

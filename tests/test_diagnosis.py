@@ -65,6 +65,23 @@ def test_what_rounding_alone_explains_is_no_movement() -> None:
     assert diagnose(healthy(**tiny), CLOSER) == []  # in fp32 there is no floor
     sure = tiny | {"probe__margin_nats_low": [0, 0.01, 0.02, 0.03, 0.04, 0.05]}  # over many pairs
     assert diagnose(healthy(probe__floor_nats=[0.6] * 6, **sure), CLOSER) == []
+    right = tiny | {"probe__accuracy_low": [0.4, 0.45, 0.48, 0.51, 0.53, 0.55]}  # is sure
+    assert diagnose(healthy(probe__floor_nats=[0.6] * 6, **right), CLOSER) == []
+    alone = {"probe__logratio_chosen_nats": None, "probe__logratio_rejected_nats": None}
+    margin = {"probe__margin_nats": [0, 0.01, 0.02, 0.03, 0.03, 0.04], "probe__margin_nats_low": [0] + [-1] * 5}
+    assert "moved by 0.04 nats" in only(healthy(probe__floor_nats=[0.6] * 6, **alone, **margin)).symptom
+
+
+def test_nothing_below_the_floor_is_called_drift_or_a_fall_or_an_effect_of_beta() -> None:
+    drift = {"probe__kl_forward_rb_nats": [0, 1, 3, 6, 30, 90]}
+    assert "KL drift explodes" in only(healthy(**drift)).symptom
+    assert diagnose(healthy(**drift, probe__kl_floor_nats=[100] * 6), CLOSER) == []
+    falling = {
+        "probe__logratio_chosen_nats": [0, -1, -3, -6, -10, -15],
+        "probe__logratio_rejected_nats": [0, -3, -6, -10, -15, -21],
+    }
+    assert "still falling" in only(healthy(**falling)).symptom
+    assert diagnose(healthy(**falling, probe__floor_nats=[16] * 6), CLOSER) == []
 
 
 @pytest.mark.parametrize("method", [CLOSER, STRONGER])

@@ -78,6 +78,10 @@ def test_a_run_is_measured_against_its_reference_and_the_same_command_draws_noth
     assert result["status"] == "done" and result["split"] == "test" and result["judge"]["name"] == "gold dpo_kit.toy"
     assert result["win_rate_low"] <= result["win_rate"] <= result["win_rate_high"]
     assert result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"]
+    pairs = read_jsonl(run / "evaluation" / "preferences.jsonl")
+    margins = [row["logratio_chosen_nats"] - row["logratio_rejected_nats"] for row in pairs]
+    assert len({row["pair_id"] for row in pairs}) == result["held_out_rows"] == len(pairs)
+    assert result["accuracy"] == sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)
     assert len(verdicts) == 2 * result["win_rate_prompts"] > 8 and f"next: {result['next']}" in shown
     rewards = [toy.gold_rewards([row["prompt"]] * 2, [row["policy"], row["opponent"]]) for row in verdicts]
     assert [row["points"] for row in verdicts] == [0.5 * ((a > b) + (a >= b)) for a, b in rewards]

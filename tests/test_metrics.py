@@ -4,6 +4,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -57,6 +58,16 @@ def test_auc_interval_holds_the_value_and_leaves_out_draws_of_one_class() -> Non
     low, high = metrics.auc_interval(scores, labels, list("abcdef"))
     assert 0 <= low <= metrics.auc(scores[labels], scores[~labels]) <= high <= 1
     assert low < high
+
+
+def test_class_gap_interval_is_that_of_the_means_of_resampled_prompts() -> None:
+    draw = np.random.default_rng(0)
+    good, bad = draw.normal(1, 1, 200), draw.normal(0, 1, 100)
+    scores, labels = torch.tensor([*good, *bad]), torch.tensor([True] * 200 + [False] * 100)
+    low, high = metrics.class_gap_interval(scores, labels, [str(n) for n in range(300)])
+    value, spread = good.mean() - bad.mean(), math.sqrt(good.var() / 200 + bad.var() / 100)
+    assert (low, high) == pytest.approx((value - 1.96 * spread, value + 1.96 * spread), abs=0.2 * spread)
+    assert math.isnan(metrics.class_gap_interval(scores[:2], labels[:2], ["a", "b"])[0])  # of one class
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 10), (5, 10), (97, 100), (300, 300)])

@@ -157,7 +157,9 @@ def test_the_bar_shows_held_out_figures_by_name() -> None:
     call_log(
         progress, {"loss": 0.5, "probe/margin_nats": 1.25, "probe/kl_forward_rb_nats": 0.1, "rewards/margins": 9.0}
     )
-    assert progress.figures == {"loss": "0.5", "margin": "1.25", "KL": "0.1"}
+    assert progress.figures() == {"loss": "0.5", "margin": "1.25", "KL": "0.1"}
+    call_log(progress, {"probe/kl_forward_rb_nats": 0.05, "probe/kl_floor_nats": 0.06})
+    assert progress.figures() == {"loss": "0.5", "margin": "1.25", "KL": "rounding"}
 
 
 def test_without_a_terminal_a_line_now_and_then_says_how_far_training_is(

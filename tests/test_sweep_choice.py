@@ -8,7 +8,7 @@ import pytest
 
 from dpo_kit.run.files import read_json, write_json, write_jsonl
 from dpo_kit.sweep.summary import Summary, summarize
-from tests.sweeps import MODEL, rewards, write_jobs, write_run
+from tests.sweeps import MODEL, rewards, write_evaluation, write_jobs, write_run
 
 START = rewards(0.2)
 
@@ -390,3 +390,97 @@ def test_the_choice_obeys_its_rule_on_random_sweeps(tmp_path: Path, seed: int) -
     tied = [r for r in ok if r is best or r["below_best"]["p"] >= 0.05]
     expected = min(tied, key=lambda r: r["kl_reverse_nats"])["run"] if tied else None
     assert found.recommended == expected
+
+
+ROUNDED = {
+    "probe/logratio_chosen_nats": 0.04,
+    "probe/logratio_rejected_nats": -0.01,
+    "probe/floor_nats": 0.6,
+    "probe/kl_floor_nats": 0.06,
+}
+
+
+def test_what_rounding_alone_explains_is_neither_a_gain_nor_none_and_no_number_would_settle_it(tmp_path: Path) -> None:
+    for name, floors in (("rounded", ROUNDED), ("exact", {key: v for key, v in ROUNDED.items() if "floor" not in key})):
+        accuracy_run(tmp_path / name, "a", 12, 0.04, pairs=21, measured=floors, saturation=0.01)
+    rounded, exact = summarize(tmp_path / "rounded"), summarize(tmp_path / "exact")
+    (why,) = evidence(rounded, "a")["why_not"]
+    assert why.startswith("the held-out accuracy is rounding (held-out answers have moved by 0.04 nats")
+    assert rounded.choice.needed is None and "too few" not in rounded.choice.reason
+    assert "does not beat the reference" in evidence(exact, "a")["why_not"][0] and exact.choice.needed is not None
+    notes = {name: " ".join(found.choice.notes) for name, found in (("rounded", rounded), ("exact", exact))}
+    assert "Under-trained" in notes["exact"] and "Under-trained" not in notes["rounded"]
+    assert "model.dtype=float32" in notes["rounded"] and "model.dtype=float32" not in notes["exact"]
+    assert evidence(rounded, "a")["rounding"] == [
+        "probe/kl_reverse_rb_nats", "probe/saturation", "probe/kl_forward_rb_nats", "probe/accuracy",
+        "probe/margin_nats", "probe/logratio_chosen_nats", "probe/logratio_rejected_nats",
+    ]  # fmt: skip
+    assert rounded.next is not None and "trl.num_train_epochs=2" in rounded.next
+
+
+def test_a_margin_that_many_pairs_make_sure_is_a_gain_below_the_floor_of_one_answer(tmp_path: Path) -> None:
+    accuracy_run(tmp_path, "a", 300, 0.05, measured=ROUNDED)
+    assert summarize(tmp_path).recommended == "a"
+    assert "a reverse KL below the 0.06 nats that rounding alone makes" in summarize(tmp_path).choice.reason
+
+
+def test_drifts_below_the_floor_rank_nobody(tmp_path: Path) -> None:
+    for sweep, floor in (("fine", {}), ("coarse", {"probe/kl_floor_nats": 0.06})):
+        gold_run(tmp_path / sweep, "a-best", 1.61, 0.05, measured=floor)
+        gold_run(tmp_path / sweep, "b-nearest", 1.60, 0.02, measured=floor)
+        gold_run(tmp_path / sweep, "c-far", 1.60, 0.07, measured=floor)
+    assert summarize(tmp_path / "fine").recommended == "b-nearest"
+    coarse = summarize(tmp_path / "coarse")
+    assert coarse.recommended == "a-best"
+    assert any("The reverse KL of a-best, b-nearest lies below" in note for note in coarse.choice.notes)
+
+
+def margins_of(right: int, count: int) -> list[float]:
+    return [1.0] * right + [-1.0] * (count - right)
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "more", "chosen"),
+    [
+        (margins_of(320, 400), {}, "evaluated"),
+        (margins_of(80, 100), {}, "evaluated"),  # as many as the probe
+        (margins_of(72, 90), {}, "probed"),  # fewer
+        (margins_of(320, 400), {"split": "test"}, "probed"),  # rows that a choice must not see
+        (margins_of(320, 400), {"parts": {"preferences": "partial"}}, "probed"),
+    ],
+    ids=["more rows", "as many", "fewer", "test split", "partial"],
+)
+def test_what_evaluate_measured_stands_before_the_probe(
+    tmp_path: Path, evaluated: list[float], more: dict[str, Any], chosen: str
+) -> None:
+    accuracy_run(tmp_path, "evaluated", 55, 2.0, pairs=100)  # [.45, .65] by the probe
+    write_evaluation(tmp_path / "evaluated", evaluated, **more)
+    accuracy_run(tmp_path, "probed", 70, 1.0, pairs=100)
+    found = summarize(tmp_path)
+    row = evidence(found, "evaluated")
+    assert row["quality"] == pytest.approx(0.8 if chosen == "evaluated" else 0.55)
+    assert row["eligible"] is (chosen == "evaluated")
+    assert any("what evaluate found" in note for note in found.choice.notes) is (chosen == "evaluated")
+
+
+def test_runs_that_were_evaluated_are_paired_by_what_evaluate_wrote(tmp_path: Path) -> None:
+    for name, right, kl in (("better", 330, 2.0), ("worse", 300, 1.0)):
+        accuracy_run(tmp_path, name, 70, kl, pairs=100)
+        write_evaluation(tmp_path / name, margins_of(right, 400))
+    found = summarize(tmp_path)
+    assert found.recommended == "better"
+    below = evidence(found, "worse")["below_best"]
+    assert (below["basis"], below["count"]) == ("exact McNemar by prompt", 400)
+    assert below["value"] == pytest.approx(0.075)
+    for name in ("better", "worse"):
+        (tmp_path / name / "evaluation" / "preferences.jsonl").unlink()
+    assert evidence(summarize(tmp_path), "worse")["below_best"]["basis"] == "their intervals alone"
+
+
+def test_an_evaluation_on_the_rows_of_choices_stands_before_one_on_the_test_split(tmp_path: Path) -> None:
+    accuracy_run(tmp_path, "a", 55, 2.0, pairs=100)
+    write_evaluation(tmp_path / "a", margins_of(390, 400), split="test")
+    write_evaluation(tmp_path / "a", margins_of(300, 400), beside="select")
+    found = summarize(tmp_path)
+    assert evidence(found, "a")["quality"] == 0.75
+    assert evidence(found, "a")["evaluation"]["file"] == "a/evaluation/select/result.json"

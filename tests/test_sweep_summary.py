@@ -19,12 +19,12 @@ from rich.console import Console
 from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.run.files import write_json
+from dpo_kit.run.report.drawing import spread
 from dpo_kit.sweep.__main__ import main
 from dpo_kit.sweep.choice.runs import sweep_command
-from dpo_kit.sweep.pictures.labels import spread
 from dpo_kit.sweep.summary import describe, show_summary, summarize, write_summary
 from dpo_kit.trainer.manifest import comparable
-from tests.sweeps import rewards, write_jobs, write_run
+from tests.sweeps import rewards, write_evaluation, write_jobs, write_run
 
 START = rewards(0.2, 64)
 FILES = {"summary.csv", "summary.md", "best.json", "frontier.png", "curves.png"}
@@ -207,12 +207,12 @@ def test_the_pictures_are_1200_pixels_wide_and_name_what_they_show(tmp_path: Pat
         "reference",
         "recommended",
         "KL budget 10",
-        "gold reward of fresh samples",
     ):
         assert text in frontier, text
     assert frontier.count("β 0.05") == 2 and found.recommended is not None
-    for text in ("dpo", "ipo", "β 0.05", "Preference margin (nats)", "KL drift (nats per answer)"):
+    for text in ("dpo", "ipo", "β 0.05", "Preference margin (nats)", "KL drift (nats per answer)", "100 pairs"):
         assert text in curves, text
+    assert "gold reward of fresh samples (64 prompts)" in frontier and "nothing recommended" not in " ".join(frontier)
 
 
 def test_the_frontier_names_each_beta_once_over_seeds_and_a_far_budget_is_left_out(
@@ -229,7 +229,7 @@ def test_the_frontier_names_each_beta_once_over_seeds_and_a_far_budget_is_left_o
 def test_a_choice_by_accuracy_alone_is_marked_in_the_picture(tmp_path: Path, texts: list[list[str]]) -> None:
     write_run(tmp_path, "a", margins=[1.0] * 80 + [-1.0] * 20)
     write_summary(tmp_path)
-    assert "recommended\n(provisional)" in texts[0] and "accuracy on held-out pairs" in texts[0]
+    assert "recommended\n(provisional)" in texts[0] and "accuracy on held-out pairs (100 pairs)" in texts[0]
 
 
 def test_runs_of_two_models_have_a_panel_each(tmp_path: Path, texts: list[list[str]]) -> None:
@@ -284,7 +284,7 @@ def test_the_picture_counts_the_runs_it_lacks(tmp_path: Path, texts: list[list[s
     write_run(tmp_path, "failed", status="failed", error="no")
     write_jobs(tmp_path, {"dir": "waiting", "state": "waiting"})
     write_summary(tmp_path)
-    assert any(text.startswith("4 of 6 runs so far") for text in texts[0])
+    assert any(text.startswith("4 of 6 runs so far · bars") for text in texts[0])
 
 
 def test_labels_are_spread_and_stay_within_the_axes() -> None:
@@ -367,3 +367,112 @@ def test_the_limits_stand_in_the_config_and_change_no_run() -> None:
         compose(["choose.max_regression=2"])
     with pytest.raises(ConfigError, match=r"choose\.kl_budget_nats"):
         compose(["choose.kl_budget=2"])
+
+
+# --- nothing that overstates ---------------------------------------------------------------------------------------
+
+ROUNDED = {
+    "probe/logratio_chosen_nats": 0.04, "probe/logratio_rejected_nats": -0.01, "probe/floor_nats": 0.6,
+    "probe/kl_floor_nats": 0.06,
+}  # fmt: skip
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The frontier and the curves as they were saved."""
+    shown: list[Any] = []
+    save = matplotlib.figure.Figure.savefig
+
+    def keep(figure: Any, *args: Any, **kwargs: Any) -> None:
+        save(figure, *args, **kwargs)
+        shown.append(figure)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    return shown
+
+
+def sweep_of(folder: Path, betas: int, margins: list[float], kl: float = 3.0, **more: Any) -> Path:
+    for number in range(betas):
+        beta = 0.1 * (number + 1)
+        write_run(folder, f"{number}", beta=beta, margins=margins, kl=kl / (number + 1), kl_se=0.001, **more)
+    return folder
+
+
+def texts_of(figure: Any) -> list[str]:
+    return [item.get_text() for item in figure.findobj(matplotlib.text.Text) if item.get_text()]
+
+
+def hatched(axes: Any) -> list[tuple[float, float]]:
+    """The bands named rounding: from and to, upwards or to the right."""
+    boxes = [patch.get_bbox() for patch in axes.patches if patch.get_hatch() and patch.get_label() == "rounding"]
+    return [(box.x0, box.x1) if (box.y0, box.y1) == (0, 1) else (box.y0, box.y1) for box in boxes]
+
+
+@pytest.mark.parametrize(("betas", "style"), [(2, "None"), (3, "-")])
+def test_two_betas_are_not_joined_and_three_are(tmp_path: Path, figures: list[Any], betas: int, style: str) -> None:
+    write_summary(sweep_of(tmp_path, betas, [1.0] * 80 + [-1.0] * 20))
+    (axes,) = figures[0].axes
+    ways = [line for line in axes.lines if len(line.get_xdata()) == betas and line.get_linewidth() == 2.6]
+    assert [line.get_linestyle() for line in ways] == [style]
+    assert [handle.get_linestyle() for handle in axes.get_legend().get_lines()] == [style]
+
+
+def test_curves_show_what_compares_across_betas_with_intervals_and_counts(tmp_path: Path, figures: list[Any]) -> None:
+    more = {"probe/reward_chosen": 0.3, "probe/reward_rejected": -0.4, "probe/logratio_chosen_nats": 3.0}
+    more |= {"probe/logratio_rejected_nats": -4.0, "probe/logratio_chosen_nats_low": 2.0}
+    more |= {"probe/logratio_chosen_nats_high": 4.0}
+    write_summary(sweep_of(tmp_path, 2, [1.0] * 6 + [-1.0] * 2, measured=more))
+    shown = texts_of(figures[1])
+    assert "Log-ratio to the reference (nats)" in shown and not any("reward" in text.lower() for text in shown)
+    assert "only 8 pairs · dashed: chance" in shown and "only 8 pairs · - - rejected" in shown
+    lines = [line for axes in figures[1].axes for line in axes.lines if line.get_marker() == "o"]
+    assert len(lines) == 2 * (1 + 2 + 1 + 2)
+    assert all(line.get_markerfacecolor() == "white" for line in lines[:8])  # of pairs; answers are not recorded here
+    assert all(axes.collections for axes in figures[1].axes)
+    starts = {line.get_xdata()[0] for line in figures[1].axes[0].lines if line.get_marker() == "o"}
+    assert len(starts) == 2  # moved apart, so that the bars of two betas do not hide each other
+
+
+def test_no_text_of_the_curves_stands_within_a_panel(tmp_path: Path, figures: list[Any]) -> None:
+    write_summary(four(tmp_path))
+    for axes in figures[1].axes:
+        for text in (text for text in axes.texts if text.get_text()):
+            box, panel = text.get_window_extent(), axes.bbox
+            assert box.x0 >= panel.x1 or box.y0 >= panel.y1, text.get_text()
+
+
+def test_where_nothing_is_recommended_the_frontier_says_so(tmp_path: Path, figures: list[Any]) -> None:
+    write_summary(sweep_of(tmp_path, 2, [1.0] * 52 + [-1.0] * 48))
+    assert any(text.startswith("nothing recommended · bars") for text in texts_of(figures[0]))
+    assert not any(text.startswith("recommended") for text in texts_of(figures[0]))
+
+
+def test_what_lies_below_the_floor_is_called_rounding_in_pictures_tables_and_the_choice(
+    tmp_path: Path, figures: list[Any]
+) -> None:
+    found = write_summary(sweep_of(tmp_path, 2, [1.0] * 12 + [-1.0] * 9, kl=0.04, measured=ROUNDED))
+    frontier, curves = figures
+    assert hatched(frontier.axes[0]) == [(0.0, 0.06)] and frontier.axes[0].get_xlim()[1] > 0.06
+    assert {"β 0.1 (rounding)", "β 0.2 (rounding)"} <= set(texts_of(frontier))
+    assert any(text.endswith("hatched: rounding") for text in texts_of(frontier))
+    assert [hatched(axes) for axes in curves.axes] == [[(-0.6, 0.6)], [(-0.6, 0.6)], [], [(0.0, 0.06)]]
+    row = table(tmp_path)[0]
+    assert row["rounding"] == "accuracy, margin_nats, kl_forward_nats, kl_reverse_nats, saturation"
+    assert (row["floor_nats"], row["kl_floor_nats"], row["held_out_rows"]) == ("0.6", "0.06", "21")
+    page = (tmp_path / "summary.md").read_text()
+    assert "0.571 (rounding) [" in page and "0.04 (rounding) ± 0.00" in page and "0.600" in page
+    console = Console(width=80, file=io.StringIO())
+    show_summary(tmp_path, console=console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.split("Nothing")[0].count("rounding") == 4 and "0.571" not in shown.split("Nothing")[0]
+    assert found.choice.recommended is None and "does not beat" not in found.choice.reason
+    assert "the held-out accuracy is rounding (held-out answers have moved by 0.04 nats" in found.choice.reason
+    notes = " ".join(found.choice.notes)
+    assert "say nothing of beta" in notes and "no drift is told" in notes and "Under-trained" not in notes
+
+
+def test_a_row_of_the_table_has_what_evaluate_found_where_the_choice_reads_it(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", margins=[1.0] * 12 + [-1.0] * 9)
+    write_evaluation(tmp_path / "a", [1.0] * 160 + [-1.0] * 40)
+    write_summary(tmp_path)
+    assert (table(tmp_path)[0]["accuracy"], table(tmp_path)[0]["held_out_rows"]) == ("0.8", "200")

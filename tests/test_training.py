@@ -49,6 +49,9 @@ KEYS = {
     "gold/reward_low",
     "gold/reward_high",
     "gold/capability",
+    "gold/capability_low",
+    "gold/capability_high",
+    "gold/capability_prompts",
 }
 
 

@@ -121,8 +121,6 @@ class PreferenceMargin(_OfProbe):
         values = preference_metrics(scores, self.probe.beta, self.probe.saturation)
         if not self.probe.reference.is_start and scores.step == 0:
             values["probe/reference_offset_nats"] = self.probe.reference_offset_nats
-        if self.probe.floor_nats:
-            values["probe/floor_nats"] = self.probe.floor_nats
         return values
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dpo_kit.callbacks.metrics import bootstrap_interval
+from dpo_kit.callbacks.metrics import bootstrap_interval, wilson
 from dpo_kit.config.extensions import find_gold
 from dpo_kit.model.chats import answer_text
 from dpo_kit.model.sampling import Sample, draw_samples, measuring
@@ -40,7 +40,7 @@ class GoldFigures:
         self.gold, self.trainer = gold, trainer
 
     def __call__(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
-        return self.reward(samples) | {"gold/capability": self._capability()}
+        return self.reward(samples) | self._capability()
 
     def reward(self, samples: Sequence[Sample]) -> dict[str, float]:
         """The mean gold reward of `samples` and its interval."""
@@ -48,7 +48,8 @@ class GoldFigures:
         low, high = bootstrap_interval(torch.tensor(rewards), [s.row["prompt_id"] for s in samples])
         return {"gold/reward": statistics.fmean(rewards), "gold/reward_low": low, "gold/reward_high": high}
 
-    def _capability(self) -> float:
+    def _capability(self) -> dict[str, float]:
+        """The share that is right, of how many, and its Wilson interval."""
         prompts = self.gold.capability_prompts()
         with measuring(self.trainer):
             drawn = draw_samples(
@@ -58,4 +59,7 @@ class GoldFigures:
                 max_new_tokens=self.gold.MAX_NEW_TOKENS,
                 accelerator=self.trainer.accelerator,
             )
-        return self.gold.capability_score(prompts, [sample.text for sample in drawn])
+        share = self.gold.capability_score(prompts, [sample.text for sample in drawn])
+        ends = wilson(share, len(prompts)) if 0 <= share <= 1 else ()  # a module may count otherwise
+        interval = dict(zip(("gold/capability_low", "gold/capability_high"), ends, strict=False))
+        return {"gold/capability": share, **interval, "gold/capability_prompts": len(prompts)}

@@ -103,6 +103,18 @@ def auc_interval(
     return _interval(won[total > 0] / total[total > 0])
 
 
+def class_gap_interval(
+    scores: Tensor, labels: Tensor, clusters: Sequence[str], draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the class gap, whole clusters (prompts) resampled, in the unit of the scores; as
+    `auc_interval`.
+    """
+    weights, values = _cluster_weights(clusters, draws, seed), scores.double()
+    positive, negative = weights[:, labels], weights[:, ~labels]
+    gaps = positive @ values[labels] / positive.sum(1) - negative @ values[~labels] / negative.sum(1)
+    return _interval(gaps)
+
+
 def longer_wins(length_chosen: Tensor, length_rejected: Tensor) -> float:
     """Accuracy of the trivial rule "the longer is better", equal lengths ½: what length alone explains."""
     return accuracy(length_chosen - length_rejected)

@@ -114,6 +114,7 @@ class PairProbe:
             self._tokens[chosen],
             self._tokens[rejected],
             *(self._prompt_ids(side) for side in self._sides),
+            floor_nats=self.floor_nats,
         )
 
     def _score(self, model: Any) -> Tensor:

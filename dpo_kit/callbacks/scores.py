@@ -28,6 +28,7 @@ class Scores:
     tokens_rejected: Tensor
     prompts_chosen: list[str]
     prompts_rejected: list[str]
+    floor_nats: float = 0.0  # what rounding alone does to an answer: root mean square of its log-probability
 
 
 def preference_metrics(scores: Scores, beta: float | None, saturation: str | None) -> Metrics:
@@ -36,21 +37,25 @@ def preference_metrics(scores: Scores, beta: float | None, saturation: str | Non
     Pairs: accuracy, margin, calibration, length. Unary rows: AUC and the gap between the classes. `beta` None
     leaves out what is scaled by it; `saturation` is a key of `metrics.SATURATION` or None.
     """
+    floor = {"probe/floor_nats": scores.floor_nats} if scores.floor_nats else {}
     if not scores.paired:
-        return _unary_metrics(scores)
+        return _unary_metrics(scores) | floor
     margins = measures.margin(scores.logratio_chosen, scores.logratio_rejected)
+    ends = measures.bootstrap_interval(margins, scores.prompts_chosen)
     values = {
         **_interval("probe/accuracy", measures.accuracy_interval(margins, scores.prompts_chosen)),
         "probe/accuracy": measures.accuracy(margins),
         "probe/margin_nats": float(margins.mean()),
-        **_interval("probe/margin_nats", measures.bootstrap_interval(margins, scores.prompts_chosen)),
+        **_interval("probe/margin_nats", ends),
         **_length_metrics(margins, scores),
+        **floor,
     }
     if beta is not None:
         rewards = measures.implicit_reward(margins, beta)
         log_loss, brier = measures.log_loss_and_brier(rewards)
         values |= {
             "probe/reward_margin": float(rewards.mean()),
+            **_interval("probe/reward_margin", (beta * ends[0], beta * ends[1])),
             "probe/log_loss": log_loss,
             "probe/brier": brier,
         }
@@ -61,14 +66,17 @@ def preference_metrics(scores: Scores, beta: float | None, saturation: str | Non
 
 
 def reward_metrics(scores: Scores, beta: float | None) -> Metrics:
-    """Mean logratios (nats) and, where `beta` is given, implicit rewards of chosen and rejected, and
-    displacement.
+    """Mean logratios (nats) and, where `beta` is given, implicit rewards of chosen and rejected, each with its 95 %
+    interval (bootstrap by prompt), and displacement.
     """
-    sides = {"chosen": scores.logratio_chosen, "rejected": scores.logratio_rejected}
-    values = {f"probe/logratio_{side}_nats": float(logratio.mean()) for side, logratio in sides.items()}
-    if beta is not None:
-        rewards = {side: measures.implicit_reward(logratio, beta) for side, logratio in sides.items()}
-        values |= {f"probe/reward_{side}": float(reward.mean()) for side, reward in rewards.items()}
+    values = {}
+    for side in ("chosen", "rejected"):
+        logratios, prompts = getattr(scores, f"logratio_{side}"), getattr(scores, f"prompts_{side}")
+        ends = (float(logratios.mean()), *measures.bootstrap_interval(logratios, prompts))
+        for end, value in zip(("", "_low", "_high"), ends, strict=True):
+            values[f"probe/logratio_{side}_nats{end}"] = value
+            if beta is not None:
+                values[f"probe/reward_{side}{end}"] = beta * value
     values["probe/displacement"] = float((scores.logratio_chosen < 0).double().mean())
     if scores.paired:
         _, values["probe/both_down"] = measures.displacement(scores.logratio_chosen, scores.logratio_rejected)
@@ -83,6 +91,9 @@ def _unary_metrics(scores: Scores) -> Metrics:
         "probe/auc": measures.auc(chosen, rejected),
         **_interval("probe/auc", measures.auc_interval(torch.cat([chosen, rejected]), labels, prompts)),
         "probe/class_gap_nats": measures.class_gap(chosen, rejected),
+        **_interval(
+            "probe/class_gap_nats", measures.class_gap_interval(torch.cat([chosen, rejected]), labels, prompts)
+        ),
     }
 
 

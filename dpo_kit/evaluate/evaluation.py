@@ -12,6 +12,7 @@ from dpo_kit.evaluate.picture import draw_evaluation
 from dpo_kit.run import tracking
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.history import read_metrics
+from dpo_kit.run.measures import as_measured, in_rounding
 from dpo_kit.run.report.page import refresh_page
 from dpo_kit.run.words import command, override
 
@@ -164,11 +165,12 @@ def show(job: Job, result: dict[str, Any]) -> None:
 def show_line(job: Job, result: dict[str, Any], console: Console) -> None:
     """One evaluation of several in a line, failed controls above it."""
     _show_warnings(read_parts(job.folder), console)
-    figures = []
+    figures, measured = [], as_measured(result)
     for key in ("accuracy", "auc", "win_rate"):
         if result.get(key) is not None:
             value, low, high = (result[f"{key}{end}"] for end in ("", "_low", "_high"))
-            figures.append(f"{key.replace('_', ' ')} {value:.3f} [{low:.3f}, {high:.3f}]")
+            doubt = " (rounding)" if in_rounding(f"probe/{key}", measured) else ""
+            figures.append(f"{key.replace('_', ' ')} {value:.3f}{doubt} [{low:.3f}, {high:.3f}]")
     figures += [f"gate {result['gate']['verdict']}"] if "gate" in result else []
     verdict = f" ({result['win_rate_verdict']})" if result.get("win_rate_verdict") else ""
     console.print(f"{job.policy.name}: {', '.join(figures)}{verdict}", **PLAIN)

@@ -6,6 +6,7 @@ A further part is one entry of `PARTS`; its findings are kept in `<name>.json`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,11 @@ from dpo_kit.evaluate.behaviour.parts import Failures, Hacking
 from dpo_kit.evaluate.benchmarks.parts import AlpacaEval, Domain, Gate, MTBench
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import Job
-from dpo_kit.evaluate.part import Found, Line, Part, interval_lines, line
+from dpo_kit.evaluate.part import Found, Line, Part, interval_lines, line, number_text
 from dpo_kit.evaluate.picture import DOUBTS, SCORING
 from dpo_kit.evaluate.win_rate.comparison import measure_win_rate
 from dpo_kit.evaluate.win_rate.rates import CUT
+from dpo_kit.run.measures import HELD_OUT, as_measured, in_rounding, rounding_text
 
 ENDS = ("", "_low", "_high")
 WIN_RATES = {
@@ -36,7 +38,8 @@ class Preferences(Part):
         kind, rows = job.held_out()
         if kind == "prompts":
             return {"status": "skipped", "reason": "the held-out rows are prompts without answers"}
-        scores, used = _score(job, job.policy, job.reference, rows, job.beta)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        scores, used = _score(job, job.policy, job.reference, rows, job.beta, job.folder / "preferences.jsonl")
         found = {
             "status": "done",
             "policy": job.policy.name,
@@ -53,9 +56,9 @@ class Preferences(Part):
         return found
 
     def headline(self, found: Found) -> Found:
-        keys = [f"{key}{end}" for key in ("accuracy", "auc", "margin_nats", "class_gap_nats") for end in ENDS]
-        keys += ["accuracy_length_corrected_logistic", "displacement", "both_down"]
-        return {key: found[key] for key in keys if key in found}
+        keys = (*HELD_OUT, "accuracy_length_corrected_logistic")
+        rows = found.get("pairs", found.get("rows"))
+        return {"held_out_rows": rows} | {key: found[key] for key in keys if key in found}
 
     def lines(self, found: Found) -> Iterator[Line]:
         count = f"{found['pairs']:,} pairs" if found["kind"] == "pairs" else f"{found['rows']:,} answers"
@@ -68,16 +71,28 @@ class Preferences(Part):
         if calibration := found.get("calibration"):
             yield "calibration error (ECE)", f"{calibration['ece']:.3f}", ""
         yield "chosen less likely than before", f"{found['displacement']:.0%}", ""
+        if floor := found.get("floor_nats"):
+            yield "rounding of an answer, nats", number_text(floor, ".3f"), ""
         for key, test in (found.get("against") or {}).items():
             if key != "name":
                 label = f"{key.replace('_nats', ', nats')}, less that of {found['against']['name']}"
                 yield line(label, test["difference"], test["low"], test["high"], "+.3f")
 
+    def notes(self, found: Found) -> Iterator[str]:
+        measured = as_measured(found)
+        if in_rounding("probe/accuracy", measured):
+            yield f"{rounding_text(measured).capitalize()}: what they say of preferences is rounding."
+
 
 def _score(
-    job: Job, policy: Candidate, reference: Candidate, rows: list[dict[str, Any]], beta: float | None
+    job: Job,
+    policy: Candidate,
+    reference: Candidate,
+    rows: list[dict[str, Any]],
+    beta: float | None,
+    path: Path | None = None,
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Scores of `policy` against `reference`, and the rows that were scored."""
+    """Scores of `policy` against `reference`, row by row also in the file `path`, and the rows that were scored."""
     from dpo_kit.model.load import token_differences
     from dpo_kit.run.quiet import quiet_libraries
     from dpo_kit.trainer.held_out import Tuned, place, score_rows
@@ -90,7 +105,7 @@ def _score(
             "log-probabilities would be those of other texts: compare answers instead, parts=[win_rate]"
         )
     tuned = Tuned(place(policy.load()), policy.tokenizer(), SimpleNamespace(**job.config["trl"]))
-    return score_rows(tuned, rows, reference.load(), beta)
+    return score_rows(tuned, rows, reference.load(), beta, path)
 
 
 class WinRate(Part):

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.run.report.picture import BLUE, GREY, ORANGE, OVER_THE_LINE
+from dpo_kit.run.measures import as_measured, in_rounding
+from dpo_kit.run.report.drawing import BLUE, FEW, GREY, ORANGE, count_text, draw_level, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Found = Mapping[str, Any]
-TITLE: dict[str, Any] = {"loc": "left", "fontsize": 18, "fontweight": "bold", "pad": 12}
-TEXT = 14.5
+Rate = tuple[float, float, float, int]  # value, low, high, and how many pairs or prompts it rests on
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": 19, "fontweight": "bold", "pad": 12}
+TEXT = 16
 DASHED: dict[str, Any] = {"linewidth": 1.5, "linestyle": (0, (4, 3))}
 SCORING = ("gold", "reward_model")  # judges that give each answer a number, whatever the order
 DOUBTS = {
@@ -26,44 +28,45 @@ LIGHT, MIDDLE = "#D9D9D9", "#A6A6A6"
 
 
 def draw_evaluation(path: Path, parts: Mapping[str, Found], *, title: str) -> None:
-    """Draw what `parts` (findings by part) have into `path`, 1200 pixels wide; a panel without figures is left out."""
-    from matplotlib.figure import Figure
+    """Draw what `parts` (findings by part) have into `path`, 1200 pixels wide; a panel without figures is left out.
 
+    Bars are 95 % intervals. What rests on fewer than ten pairs or prompts is hollow and grey.
+    """
     panels = [(draw, parts[name]) for name, has, draw in PANELS if name in parts and has(parts[name])]
     lines = max(1, math.ceil(len(panels) / 2))
-    figure = Figure(figsize=(12, 4.3 * lines + 1.0), dpi=100)
+    figure = new_figure(5.2 * lines + 1.1)
     height = figure.get_figheight()
-    title = _short(title, 78)
-    figure.suptitle(title, x=0.03, y=1 - 0.18 / height, ha="left", va="top", fontsize=21, fontweight="bold")
-    place: dict[str, float] = {"left": 0.03, "right": 0.97, "bottom": 0.75 / height, "top": 1 - 1.35 / height}
-    grid = figure.add_gridspec(lines, 2, **place, wspace=0.14, hspace=0.5)
+    figure.suptitle(_short(title, 70), x=0.03, y=1 - 0.18 / height, ha="left", va="top", fontsize=22, fontweight="bold")
+    note = f"bars: 95 % intervals · hollow: fewer than {FEW} pairs or prompts"
+    figure.text(0.03, 1 - 0.72 / height, note, va="top", fontsize=15, color=GREY)
+    place: dict[str, float] = {"left": 0.03, "right": 0.97, "bottom": 0.75 / height, "top": 1 - 1.75 / height}
+    grid = figure.add_gridspec(lines, 2, **place, wspace=0.14, hspace=0.42)
     for number, (draw, found) in enumerate(panels):
         axes = figure.add_subplot(grid[number])
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(labelsize=13, colors=GREY)
+        axes.tick_params(labelsize=15, colors=GREY)
         draw(axes, found)
     if not panels:
-        figure.text(0.5, 0.45, "nothing to draw was measured", ha="center", fontsize=17)
-    figure.savefig(path)
+        figure.text(0.5, 0.45, "nothing to draw was measured", ha="center", fontsize=20)
+    save(figure, path)
 
 
 def _short(text: str, width: int) -> str:
     return text if len(text) <= width else f"…{text[1 - width :]}"
 
 
-def _interval(found: Found, key: str) -> tuple[float, float, float]:
-    return found[key], found[f"{key}_low"], found[f"{key}_high"]
+def _rate(found: Found, key: str, count: int) -> Rate:
+    return found[key], found[f"{key}_low"], found[f"{key}_high"], count
 
 
-def _draw_interval(
-    axes: Axes, line: int, label: str, interval: tuple[float, float, float], color: str, label_color: str = "black"
-) -> None:
-    """On line `line` from above a dot with its interval (value, low, high), and the label above them."""
-    value, *ends = interval
-    axes.plot(ends, [-line, -line], color=color, linewidth=3)
-    axes.plot(value, -line, marker="o", markersize=10, color=color)
-    place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "bottom", "bbox": OVER_THE_LINE}
-    axes.text(0.0, -line + 0.16, label, fontsize=TEXT, color=label_color, **place)
+def _draw_interval(axes: Axes, line: int, label: str, rate: Rate, color: str, label_color: str = "black") -> None:
+    """On line `line` from above a dot with its interval, and the label above them; hollow where it rests on few."""
+    value, low, high, count = rate
+    axes.hlines(-line, low, high, color=color, linewidth=3)
+    face = "white" if count < FEW else color
+    axes.plot(value, -line, marker="o", markersize=11, color=color, markerfacecolor=face, markeredgewidth=2)
+    place = axes.get_yaxis_transform()
+    axes.text(0.0, -line + 0.17, label, fontsize=TEXT, color=label_color, transform=place, va="bottom")
 
 
 def _set_lines(axes: Axes, count: int) -> None:
@@ -71,15 +74,20 @@ def _set_lines(axes: Axes, count: int) -> None:
     axes.set_yticks([])
 
 
-def _draw_rates(axes: Axes, title: str, rates: Mapping[str, tuple[float, float, float]], level_name: str) -> None:
-    """A dot with its interval for each rate, against ½; blue where the interval lies above, orange below, else grey."""
+def _draw_rates(
+    axes: Axes, title: str, rates: Mapping[str, Rate], unit: str, level_name: str, *, rounding: bool = False
+) -> None:
+    """A dot with its interval for each rate, against ½; blue where the interval lies above, orange below, else grey,
+    and grey all of them where they rest on few of `unit` or are no more than rounding.
+    """
     axes.set_title(title, **TITLE)
-    axes.axvline(0.5, color=GREY, **DASHED)
-    for line, (label, (value, low, high)) in enumerate(rates.items()):
-        color = BLUE if low > 0.5 else ORANGE if high < 0.5 else GREY
-        _draw_interval(axes, line, label, (value, low, high), color)
-        axes.text(1.03, -line, f"{value:.2f}", fontsize=TEXT, va="center", ha="left", fontweight="bold", color=color)
-    axes.set_xlim(0, 1.15)
+    draw_level(axes, 0.5, len(rates), color=GREY, **DASHED)
+    for line, (label, rate) in enumerate(rates.items()):
+        value, low, high, count = rate
+        color = GREY if rounding or count < FEW or low <= 0.5 <= high else BLUE if low > 0.5 else ORANGE
+        _draw_interval(axes, line, f"{label} ({count_text([count], unit)})", rate, color)
+        axes.text(1.06, -line, f"{value:.2f}", fontsize=TEXT, va="center", ha="left", fontweight="bold", color=color)
+    axes.set_xlim(-0.01, 1.2)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", level_name, "", "1"])
     _set_lines(axes, len(rates))
 
@@ -88,15 +96,20 @@ def _draw_win_rates(axes: Axes, found: Found) -> None:
     names = {
         "win_rate": "win rate",
         "win_rate_without_ties": "with ties dropped",
-        "win_rate_length_controlled_without_difficulty": "at equal length, no instruction difficulty",
+        "win_rate_length_controlled_without_difficulty": "at equal length",
     }
-    rates = {label: _interval(found, key) for key, label in names.items() if found.get(key) is not None}
-    _draw_rates(axes, f"Win rate, {found['prompts']:,} prompts: {found['win_rate_verdict']}", rates, "0.5")
+    counts = {"win_rate_without_ties": found["decided"]}
+    rates = {
+        label: _rate(found, key, counts.get(key, found["prompts"]))
+        for key, label in names.items()
+        if found.get(key) is not None
+    }
+    _draw_rates(axes, f"Win rate: {found['win_rate_verdict']}", rates, "prompts", "0.5")
 
 
 def _draw_verdicts(axes: Axes, found: Found) -> None:
     """One bar of all comparisons, and below it what tells how far the judge can be trusted."""
-    axes.set_title(f"Verdicts on {found['comparisons']:,} comparisons", **TITLE)
+    axes.set_title(f"Verdicts on {count_text([found['comparisons']], 'comparisons')}", **TITLE)
     axes.spines["bottom"].set_visible(False)
     total, left, line = sum(found["outcomes"].values()) or 1, 0.0, 0
     colors = {"win": BLUE, "tie": LIGHT, "order-dependent": MIDDLE, "loss": ORANGE, "unjudged": "white"}
@@ -130,25 +143,31 @@ def _draw_groups(axes: Axes, found: Found) -> None:
             f"score gap up to {gaps[0]['to']:.2g}": gaps[0],
             f"score gap from {gaps[-1]['from']:.2g}": gaps[-1],
         }
-    rates = {"all pairs": _interval(found, "accuracy")}
+    rates = {"all": _rate(found, "accuracy", found["pairs"])}
     for name, group in groups.items():
         if group["pairs"]:
-            rates[f"{name} ({group['pairs']:,})"] = group["accuracy"], group["low"], group["high"]
-    _draw_rates(axes, f"Accuracy on {found['pairs']:,} held-out pairs", rates, "chance")
+            rates[name] = group["accuracy"], group["low"], group["high"], group["pairs"]
+    rounding = in_rounding("probe/accuracy", as_measured(found))
+    title = "Accuracy on held-out pairs" + (": rounding" if rounding else "")
+    _draw_rates(axes, title, rates, "pairs", "chance", rounding=rounding)
 
 
 def _draw_calibration(axes: Axes, found: Found) -> None:
     """Accuracy against confidence; on the diagonal where the implicit reward is as sure as it is right."""
     calibration = found["calibration"]
-    axes.set_title(f"Calibration (ECE {calibration['ece']:.2f})", **TITLE)
+    axes.set_title(f"Calibration, {count_text([found['pairs']], 'pairs')}: ECE {calibration['ece']:.2f}", **TITLE)
     axes.spines["left"].set_visible(True)
     axes.plot([0.5, 1], [0.5, 1], color=GREY, **DASHED)
     rows = calibration["reliability"]
     most = max(row["pairs"] for row in rows)
     for row in rows:
-        axes.plot([row["confidence"]] * 2, [row["low"], row["high"]], color=BLUE, linewidth=2, alpha=0.6)
-        axes.plot(row["confidence"], row["accuracy"], marker="o", color=BLUE, markersize=6 + 9 * row["pairs"] / most)
-    axes.set_xlabel("confidence, σ(β · margin); larger dot: more pairs", fontsize=TEXT, color=GREY)
+        color, face = (GREY, "white") if row["pairs"] < FEW else (BLUE, BLUE)
+        axes.vlines(row["confidence"], row["low"], row["high"], color=color, linewidth=2, alpha=0.6)
+        axes.plot(
+            row["confidence"], row["accuracy"], marker="o", color=color, markersize=7 + 9 * row["pairs"] / most,
+            markerfacecolor=face, markeredgewidth=2, clip_on=False, zorder=3,
+        )  # fmt: skip
+    axes.set_xlabel("confidence σ(β·margin); larger dot: more pairs", fontsize=14, color=GREY)
     axes.set_ylabel("accuracy", fontsize=TEXT, color=GREY)
     axes.set_xlim(0.49, 1.01)
     axes.set_ylim(min(0.5, *(row["low"] for row in rows)) - 0.02, 1.02)
@@ -160,32 +179,42 @@ def _draw_gate(axes: Axes, found: Found) -> None:
     """The change of each task with its interval, the worst first; the dashed line is the largest loss allowed."""
     limit, shown = found["gate"]["limit"], sorted(found["tasks"], key=lambda task: task["difference"])[:6]
     axes.set_title(f"Regression gate: {found['gate']['verdict']}", **TITLE)
-    axes.axvline(0, color=GREY, linewidth=1.5)
-    axes.axvline(-limit, color=ORANGE, **DASHED)
+    draw_level(axes, 0.0, len(shown), color=GREY, linewidth=1.5)
+    draw_level(axes, -limit, len(shown), color=ORANGE, **DASHED)
     for line, task in enumerate(shown):
         color = {"failed": ORANGE, "passed": BLUE, "inconclusive": GREY}[task["verdict"]]
-        label = f"{_short(task['task'], 24)} ({task['n']:,}): {task['difference']:+.3f}, {task['verdict']}"
-        interval = task["difference"], task["low"], task["high"]
-        _draw_interval(axes, line, label.replace("-", "−"), interval, color, label_color=color)
+        count = count_text([task["n"]], "").strip()
+        label = f"{_short(task['task'], 18)} ({count}): {task['verdict']}"
+        change = f"{task['difference']:+.3f}".replace("-", "−")
+        rate = task["difference"], task["low"], task["high"], task["n"]
+        _draw_interval(axes, line, label, rate, color, label_color=color)
+        place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        axes.text(1.0, -line + 0.17, change, fontsize=TEXT, fontweight="bold", color=color, **place)
     low, high = min(task["low"] for task in shown), max(task["high"] for task in shown)
     axes.set_xlim(min(low, -2 * limit, -0.02) * 1.1, max(high, limit, 0.02) * 1.1)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel("policy − reference; dashed: the largest loss allowed", fontsize=TEXT, color=GREY)
+    axes.set_xlabel("policy − reference (samples); dashed: largest loss allowed", fontsize=14, color=GREY)
     _set_lines(axes, len(shown))
 
 
 def _draw_failures(axes: Axes, found: Found) -> None:
-    """How frequent each group of losses is among the losses and among the wins; bold where that is beyond chance."""
+    """How frequent each group of losses is among the losses and among the wins, and how many times the one the other
+    with its interval; bold where that is beyond chance.
+    """
     losses, wins = (found["outcomes"].get(name, 0) for name in ("loss", "win"))
     shown = [group for group in found["groups"] if group["losses"]][:5]
-    axes.set_title(f"Where it loses: {losses:,} losses, {wins:,} wins", **TITLE)
+    axes.set_title(f"Where it loses: {losses:,} lost, {wins:,} won", **TITLE)
     for line, group in enumerate(shown):
-        ends = group["losses"] / losses, group["wins"] / wins if wins else 0.0
-        axes.plot(ends, [-line, -line], color=LIGHT, linewidth=3, zorder=1)
-        for share, color in zip(ends, (ORANGE, BLUE), strict=True):
-            axes.plot(share, -line, marker="o", markersize=10, color=color)
+        for among, of, color in ((group["losses"], losses, ORANGE), (group["wins"], wins, BLUE)):
+            if of:
+                face = "white" if of < FEW else color
+                axes.plot(
+                    among / of, -line, marker="o", markersize=11, color=color, markerfacecolor=face, markeredgewidth=2
+                )
+        times = f"{group['ratio']:.1f} times [{group['low']:.1f}, {group['high']:.1f}]"
+        label = f"{group['name']}: {group['losses']:,} and {group['wins']:,}, {times}"
         weight = "bold" if group["telling"] else "normal"
-        axes.text(0.0, -line + 0.16, group["name"], fontsize=TEXT, va="bottom", fontweight=weight)
+        axes.text(0.0, -line + 0.17, label, fontsize=TEXT, va="bottom", fontweight=weight)
     for place, name, color in ((0.5, "of the losses", ORANGE), (0.82, "of the wins", BLUE)):
         axes.text(place, 0.62, name, fontsize=TEXT, va="bottom", ha="left", color=color)
     axes.set_xlim(-0.02, 1.15)

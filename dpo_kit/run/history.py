@@ -72,3 +72,15 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     """{step: value} of the finite values of `key`, in the order of steps; the last one counts where a step has two."""
     values = {row.get("step", 0): row[key] for row in rows if isinstance(row.get(key), int | float)}
     return {step: values[step] for step in sorted(values) if math.isfinite(values[step])}
+
+
+def latest(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """{key: the last finite number under it}: what is known at the end of `rows`."""
+    numbers = ((key, value) for row in rows for key, value in row.items() if isinstance(value, int | float))
+    return {key: value for key, value in numbers if math.isfinite(value)}
+
+
+def last_step(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of the latest step among `rows` (of a probe.jsonl, of a samples.jsonl)."""
+    latest_step = max((row.get("step", 0) for row in rows), default=0)
+    return [row for row in rows if row.get("step", 0) == latest_step]

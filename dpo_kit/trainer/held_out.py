@@ -102,10 +102,14 @@ def read_held_out(
     return data.kind, [*data.select, *data.test] if split == "all" else getattr(data, split)
 
 
-def score_rows(tuned: Tuned, rows: Rows, reference: Any, beta: float | None) -> tuple[Scores, Rows]:
-    """Logratios of `rows` between the tuned policy and `reference` (its weights), and the rows that could be scored."""
+def score_rows(
+    tuned: Tuned, rows: Rows, reference: Any, beta: float | None, path: Path | None = None
+) -> tuple[Scores, Rows]:
+    """Logratios of `rows` between the tuned policy and `reference` (its weights), and the rows that could be scored;
+    row by row also in the file `path`, as a probe.jsonl.
+    """
     against = Reference(tuned, model=place(reference), is_start=False)  # type: ignore[arg-type]
-    probe = PairProbe(tuned, rows, beta=beta, reference=against)  # type: ignore[arg-type]
+    probe = PairProbe(tuned, rows, beta=beta, reference=against, path=path)  # type: ignore[arg-type]
     return probe.scores(), probe.rows
 
 

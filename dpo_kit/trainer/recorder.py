@@ -18,7 +18,7 @@ from dpo_kit.config.settings import Settings
 from dpo_kit.run import tracking
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import append_row, plain
-from dpo_kit.run.measures import MEASURES
+from dpo_kit.run.measures import MEASURES, in_rounding
 from dpo_kit.run.processes import is_writer
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,17 @@ class Progress(ProgressCallback):
 
     def __init__(self) -> None:
         super().__init__()
-        self.figures: dict[str, str] = {}
+        self.latest: dict[str, float] = {}
         self.began = (0, 0.0)  # step and time
         self.last_line = 0.0
+
+    def figures(self) -> dict[str, str]:
+        """{short name: latest value, or "rounding" where it is no more}."""
+        shown = {key: name for key, name in self.SHOWN.items() if key in self.latest}
+        return {
+            name: "rounding" if in_rounding(key, self.latest) else f"{self.latest[key]:.3g}"
+            for key, name in shown.items()
+        }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.last_line = (state.global_step, time.monotonic()), time.monotonic()
@@ -77,18 +85,16 @@ class Progress(ProgressCallback):
         """No second bar for an evaluation: it lasts seconds."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        for key, name in self.SHOWN.items():
-            value = plain((logs or {}).get(key))
-            if isinstance(value, int | float):
-                self.figures[name] = f"{value:.3g}"
+        values = {key: plain(value) for key, value in (logs or {}).items()}
+        self.latest |= {key: value for key, value in values.items() if isinstance(value, int | float)}
         if self.training_bar is not None:
-            self.training_bar.set_postfix(self.figures)
+            self.training_bar.set_postfix(self.figures())
         elif "loss" in (logs or {}) and state.is_world_process_zero and time.monotonic() - self.last_line > BETWEEN:
             self.last_line = time.monotonic()
             first, began = self.began
             per_step = (self.last_line - began) / max(1, state.global_step - first)
             minutes, seconds = divmod(round(per_step * (state.max_steps - state.global_step)), 60)
-            figures = ", ".join(f"{name} {value}" for name, value in self.figures.items())
+            figures = ", ".join(f"{name} {value}" for name, value in self.figures().items())
             where = (state.global_step, state.max_steps, figures, per_step, minutes, seconds)
             log.info("step %d of %d: %s; %.2g s a step with measuring, %d:%02d left", *where)
 

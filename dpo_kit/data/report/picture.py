@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.data.report.advice import SHORTCUT
-from dpo_kit.run.report.picture import BLUE, GREY, ORANGE, OVER_THE_LINE
+from dpo_kit.run.report.drawing import BLUE, FEW, GREY, ORANGE, OVER_THE_LINE, count_text, draw_level, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LIGHT = "#B5CFE3"
+LIGHT, BEFORE = "#B5CFE3", "#BBBBBB"
+TEXT = 16
 Report = dict[str, Any]
 Bar = tuple[str, float, str, str]  # label, value, what is written beside it, colour
 Draw = Callable[["Axes", Report, Report | None], None]
@@ -35,13 +36,11 @@ DIVERSITY = {
 def draw_data_report(path: Path, report: Report, *, title: str, before: Report | None = None) -> Path:
     """Draw `report` into `path`, 1200 pixels wide; `before` (of the rows before curation) is drawn in grey beside it.
 
-    A panel whose figures the report has not is left out. Orange means: look at this.
+    A panel whose figures the report has not is left out. Orange means: look at this; hollow: rests on fewer than ten.
     """
-    from matplotlib.figure import Figure
-
     panels = list(_panels(report, before))
     lines = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(12, 3.9 * lines + 1.2), dpi=100)
+    figure = new_figure(4.2 * lines + 1.2)
     height = figure.get_figheight()
     warnings = len(report["warnings"])
     told = f"{warnings} thing{'s' if warnings != 1 else ''} to look at" if warnings else "nothing to look at"
@@ -54,15 +53,14 @@ def draw_data_report(path: Path, report: Report, *, title: str, before: Report |
     for number, (name, content) in enumerate(panels):
         axes = figure.add_subplot(grid[number])
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(labelsize=13, colors=GREY)
-        axes.set_title(name, loc="left", fontsize=18, fontweight="bold", pad=10)
+        axes.tick_params(labelsize=15, colors=GREY)
+        axes.set_title(name, loc="left", fontsize=19, fontweight="bold", pad=10)
         axes.set_yticks([])
         if callable(content):
             content(axes, report, before)
         else:
             _draw_bars(axes, content)
-    figure.savefig(path)
-    return path
+    return save(figure, path)
 
 
 def _panels(report: Report, before: Report | None) -> Iterator[tuple[str, list[Bar] | Draw]]:
@@ -83,10 +81,10 @@ def _panels(report: Report, before: Report | None) -> Iterator[tuple[str, list[B
             bars.append((label, rows, f"{rows:,}{old}", ORANGE if rows else BLUE))
     yield "Repeats and leaks (rows)", bars
     if deciding(report.get("shortcuts", {})):
-        yield "Chosen, told by one rule alone", _draw_shortcuts
+        yield f"Chosen, told by one rule ({count_text([_pairs(report)], 'pairs')})", _draw_shortcuts
     if classes := report.get("classes"):
         yield "Labels", [_bar("thumbs up", classes["desirable"]), _bar("thumbs down", classes["undesirable"])]
-    yield "Length (tokens)", _draw_lengths
+    yield f"Tokens ({count_text([_pairs(report)], 'rows')})", _draw_lengths
     if agreement := report["agreement"]:
         was = before["agreement"]["mean"] if before and before["agreement"] else None
         note = f" (before {was:.2f})" if was else ""
@@ -110,26 +108,31 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
     widest = max((value for _, value, _, _ in bars), default=0) or 1
     for line, (label, value, text, color) in enumerate(bars):
         axes.barh(-line, value / widest, height=0.42, color=color)
-        axes.text(0, -line + 0.3, label, fontsize=14.5, va="bottom", ha="left")
-        axes.text(value / widest + 0.015, -line, text, fontsize=14.5, va="center", ha="left", fontweight="bold")
+        axes.text(0, -line + 0.3, label, fontsize=TEXT, va="bottom", ha="left")
+        axes.text(value / widest + 0.015, -line, text, fontsize=TEXT, va="center", ha="left", fontweight="bold")
     axes.set_xlim(0, 1.2)
     axes.set_ylim(-max(4, len(bars)) + 0.6, 0.85)
 
 
 def _draw_shortcuts(axes: Axes, report: Report, before: Report | None) -> None:
-    """Accuracy of each rule with its interval against chance; orange where it is a shortcut."""
+    """Accuracy of each rule with its interval against chance; orange where it is a shortcut, and the number of pairs in
+    which it names an answer.
+    """
     rules = deciding(report["shortcuts"])
     axes.axvspan(1 - SHORTCUT, SHORTCUT, color=GREY, alpha=0.1, linewidth=0)
-    axes.axvline(0.5, color=GREY, linewidth=1.5, linestyle=(0, (4, 3)))
+    draw_level(axes, 0.5, len(rules), color=GREY, linewidth=1.5, linestyle=(0, (4, 3)))
     for line, (name, rule) in enumerate(rules.items()):
         color = ORANGE if rule["low"] > SHORTCUT or rule["high"] < 1 - SHORTCUT else BLUE
+        decided = round(rule["decides"] * _pairs(report))
         old = (before or {}).get("shortcuts", {}).get(name)
-        if old:
-            axes.plot(old["accuracy"], -line, marker="o", markersize=11, color="#BBBBBB")
-        axes.plot([rule["low"], rule["high"]], [-line, -line], color=color, linewidth=3)
-        axes.plot(rule["accuracy"], -line, marker="o", markersize=11, color=color)
-        axes.text(0.0, -line + 0.14, name, fontsize=14.5, va="bottom", ha="left")
-        axes.text(1, -line, f"{rule['accuracy']:.2f}", fontsize=14.5, va="center", ha="right", fontweight="bold")
+        for shown, shade in ((old, BEFORE), (rule, color)):
+            if shown:
+                face = "white" if decided < FEW else shade
+                axes.hlines(-line, shown["low"], shown["high"], color=shade, linewidth=3)
+                axes.plot(shown["accuracy"], -line, marker="o", markersize=11, color=shade, markerfacecolor=face)
+        label = f"{name} (decides {count_text([decided], 'pairs')})"
+        axes.text(0.0, -line + 0.16, label, fontsize=TEXT, va="bottom", ha="left")
+        axes.text(1, -line, f"{rule['accuracy']:.2f}", fontsize=TEXT, va="center", ha="right", fontweight="bold")
     axes.set_xlim(0, 1)
     axes.set_ylim(-max(4, len(rules)) + 0.5, 0.9)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "chance", "", "1"])
@@ -147,12 +150,12 @@ def _draw_lengths(axes: Axes, report: Report, before: Report | None) -> None:
             spread["median"], -line, marker="o", markersize=12, color="white", markeredgecolor=color, markeredgewidth=3
         )
         label = f"{name}: {spread['median']:,.0f} (95 % below {spread['p95']:,.0f})"
-        axes.text(0, -line + 0.24, label, fontsize=14.5, va="bottom", ha="left", bbox=OVER_THE_LINE)
+        axes.text(0, -line + 0.24, label, fontsize=TEXT, va="bottom", ha="left", bbox=OVER_THE_LINE)
     if limit and limit < 2.5 * top:
         axes.axvline(limit, color=ORANGE if cut else GREY, linewidth=2, linestyle=(0, (4, 3)))
         top = max(top, limit)
     note = f"max_length {limit or 'none'} cuts {cut:,} rows"
-    axes.text(0, -len(report["tokens"]) + 0.3, note, fontsize=14.5, color=ORANGE if cut else GREY, bbox=OVER_THE_LINE)
+    axes.text(0, -len(report["tokens"]) + 0.3, note, fontsize=TEXT, color=ORANGE if cut else GREY, bbox=OVER_THE_LINE)
     axes.set_xlim(0, 1.05 * top)
     axes.set_ylim(-len(report["tokens"]) + 0.1, 0.8)
 
@@ -163,10 +166,16 @@ def _draw_agreement(axes: Axes, report: Report, before: Report | None) -> None:
     top = max(n for _, n in shown)
     for low, n in shown:
         axes.bar(low + 0.05, n, width=0.09, color=ORANGE if low < 0.7 else BLUE)
-        axes.text(low + 0.05, n + 0.02 * top, f"{n:,}", ha="center", va="bottom", fontsize=14.5, fontweight="bold")
+        axes.text(low + 0.05, n + 0.02 * top, f"{n:,}", ha="center", va="bottom", fontsize=TEXT, fontweight="bold")
     axes.set_ylim(0, 1.15 * top)
     axes.set_xticks([round(low, 1) for low, _ in shown] + [1.0])
-    axes.set_xlabel("share of raters behind the label", fontsize=14, color=GREY)
+    rated = count_text([report["agreement"]["rows"]], "rows")
+    axes.set_xlabel(f"share of raters behind the label, {rated}", fontsize=15, color=GREY)
+
+
+def _pairs(report: Report) -> int:
+    """How many rows the shares and lengths of a report are of."""
+    return report["rows"]["train"] + report["rows"]["held_out"]
 
 
 def deciding(shortcuts: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,23 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.evaluate.behaviour.failures import Contest, forms, repeated_share, words
-from dpo_kit.run.history import series
-from dpo_kit.run.report.picture import BLUE, GREEN, GREY, ORANGE, OVER_THE_LINE
+from dpo_kit.run.history import latest, series
+from dpo_kit.run.report.drawing import (
+    BLUE,
+    DASHES,
+    FEW,
+    GREEN,
+    GREY,
+    ORANGE,
+    count_text,
+    draw_course,
+    draw_floor,
+    draw_level,
+    intervals,
+    new_figure,
+    over_steps,
+    save,
+)
 from dpo_kit.run.statistics import from_intervals, paired_bootstrap
 
 if TYPE_CHECKING:
@@ -159,13 +174,11 @@ def draw_hacking(
     history: Sequence[Mapping[str, Any]], styles: Sequence[Style], rewards: Mapping[str, Any], path: Path
 ) -> None:
     """Gold reward and reward margin over steps, one above the other, beside the shifts of style; 1200 pixels wide."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5.4), dpi=100)
+    figure = new_figure(6.4)
     known = rewards["verdict"] != "unknown"
     title = {"hacked": "Reward hacking", "tracking": "The gold reward keeps up", "unknown": "Style of the answers"}
-    figure.suptitle(title[rewards["verdict"]], x=0.04, y=0.97, ha="left", fontsize=18, fontweight="bold")
-    figure.text(0.98, 0.94, "bands and bars: 95 % intervals", ha="right", fontsize=12, color=GREY)
+    figure.suptitle(title[rewards["verdict"]], x=0.04, y=0.97, ha="left", fontsize=22, fontweight="bold")
+    figure.text(0.98, 0.945, "bands and bars: 95 % intervals · hatched: rounding", ha="right", fontsize=14, color=GREY)
     grid = figure.add_gridspec(2, 2, left=0.07, right=0.98, bottom=0.12, top=0.82, wspace=0.28, hspace=0.5)
     if known:
         curves = (
@@ -174,41 +187,40 @@ def draw_hacking(
         )
         for number, (key, name, color) in enumerate(curves):
             axes = figure.add_subplot(grid[number, 0])
-            points, low, high = (series(history, f"{key}{end}") for end in ("", "_low", "_high"))
-            axes.plot(list(points), list(points.values()), color=color, linewidth=2.5, marker="o", markersize=5)
-            steps = [step for step in points if step in low and step in high]
-            band = [low[step] for step in steps], [high[step] for step in steps]
-            axes.fill_between(steps, *band, color=color, alpha=0.2, linewidth=0)
-            axes.axvline(rewards["peak_step"], color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-            axes.set_title(name, loc="left", fontsize=14, color=color)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(labelsize=12, colors=GREY)
-            axes.locator_params(nbins=5)
-        axes.set_xlabel("step (dashed: gold reward highest)", fontsize=12, color=GREY)
+            over_steps(axes)
+            axes.set_xlabel("")
+            draw_course(axes, series(history, key), intervals(history, key), color)
+            draw_floor(axes, key, latest(history))
+            axes.axvline(rewards["peak_step"], color=GREY, linewidth=1, linestyle=DASHES, zorder=0)
+            axes.set_title(name, loc="left", fontsize=16, color=color)
+        axes.set_xlabel("step (dashed: gold reward highest)", fontsize=14, color=GREY)
     _draw_styles(figure.add_subplot(grid[:, 1] if known else grid[:, :]), styles)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _draw_styles(axes: Axes, styles: Sequence[Style]) -> None:
     """One row per measure: its shift with interval, in standard deviations of the reference (as it is where that has
     none), the figures above it; at least from −1 to 1, so that a small shift looks small.
     """
-    axes.set_title("The policy's answers against the reference's", loc="left", fontsize=14)
-    axes.axvline(0, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    counts = count_text([style.n for style in styles], "prompts")
+    counted = f" ({counts})" if counts else ""
+    axes.set_title(f"Style of the answers{counted}", loc="left", fontsize=16)
+    draw_level(axes, 0.0, len(styles), color=GREY, linewidth=1, linestyle=DASHES, zorder=0)
     for number, style in enumerate(styles):
-        color, weight = (ORANGE, "bold") if style.changed else (GREY, "normal")
+        color = ORANGE if style.changed else GREY
         scale = style.shift / style.difference if style.shift and style.difference else 1.0
         value, low, high = (end * scale for end in (style.difference, style.low, style.high))
         bar: dict[str, Any] = {"marker": "o", "markersize": 9, "linewidth": 2.5, "capsize": 5}
-        axes.errorbar([value], [-number], xerr=[[value - low], [high - value]], color=color, **bar)
-        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "bbox": OVER_THE_LINE}
-        axes.annotate(style.label, (0, -number + 0.22), fontsize=13, color=color, fontweight=weight, **place)
+        face = "white" if style.n < FEW else color
+        axes.errorbar([value], [-number], xerr=[[value - low], [high - value]], color=color, mfc=face, **bar)
+        place = axes.get_yaxis_transform()
+        axes.text(0.0, -number + 0.22, style.label, fontsize=14, color=color, transform=place)
     axes.set_ylim(0.6 - max(1, len(styles)), 0.6)
     axes.set_yticks([])
     axes.margins(x=0.1)
     left, right = axes.get_xlim()
     axes.set_xlim(min(left, -1.0), max(right, 1.0))
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(labelsize=12, colors=GREY)
-    axes.set_xlabel("shift in standard deviations of the reference", fontsize=12, color=GREY)
+    axes.tick_params(labelsize=15, colors=GREY)
+    axes.set_xlabel("shift in standard deviations of the reference", fontsize=14, color=GREY)

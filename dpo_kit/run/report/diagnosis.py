@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_kit.run.history import series
-from dpo_kit.run.measures import kl_keys
+from dpo_kit.run.history import latest, series
+from dpo_kit.run.measures import FLOOR, KL_FLOOR, LOGRATIOS, in_rounding, kl_keys, learned, rounding_text
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -70,16 +70,12 @@ def diagnose(history: Rows, method: Mapping[str, Any]) -> list[Finding]:
 
 
 def lost_in_rounding(history: Rows, method: Mapping[str, Any]) -> Finding | None:
-    """Both held-out answers have moved less, in the mean, than rounding alone moves one (nats, root mean square at step
-    0), and their margin shows nothing learned: over many pairs it can be sure of less than one answer can.
-    """
-    floor = list(series(history, "probe/floor_nats").values())
-    sides = [list(series(history, f"probe/logratio_{side}_nats").values()) for side in ("chosen", "rejected")]
-    if not floor or not all(sides) or _learned(history) or (moved := max(abs(side[-1]) for side in sides)) >= floor[-1]:
+    """Held-out answers have moved no further than rounding alone moves one, and their margin shows nothing learned."""
+    values = latest(history)
+    if not in_rounding("probe/accuracy", values):
         return None
     return Finding(
-        f"Held-out answers have moved by {moved:.2g} nats, less than the {floor[-1]:.2g} by which rounding alone moves "
-        "one.",
+        f"{rounding_text(values).capitalize()}.",
         "What is measured of this policy is rounding: its accuracy, margin and KL say nothing yet.",
         "Train longer (trl.num_train_epochs, trl.max_steps), or measure more finely with model.dtype=float32.",
     )
@@ -89,7 +85,7 @@ def loss_flat(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     """The loss stays within its noise, and held-out rows show nothing learned either."""
     losses = list(series(history, "loss").values())
     part = len(losses) // 4
-    if part < 2 or _learned(history) is not False:
+    if part < 2 or learned(latest(history)) is not False:
         return None
     first, last = losses[:part], losses[-part:]
     noise = math.sqrt(statistics.variance(first) / part + statistics.variance(last) / part)
@@ -107,12 +103,11 @@ def loss_flat(history: Rows, method: Mapping[str, Any]) -> Finding | None:
 
 def both_fall(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     """The margin rises while both answers lose likelihood: chosen at least half of the margin, and still falling."""
-    sides = (f"probe/logratio_{side}_nats" for side in ("chosen", "rejected"))
-    chosen, rejected = (list(series(history, key).values()) for key in sides)
-    if min(len(chosen), len(rejected)) < 4 or not _learned(history):
+    chosen, rejected = (list(series(history, key).values()) for key in LOGRATIOS.values())
+    if min(len(chosen), len(rejected)) < 4 or not learned(latest(history)):
         return None
     half, end = chosen[len(chosen) // 2], chosen[-1]
-    if max(end, rejected[-1]) > -1 or end > -0.5 * (end - rejected[-1]):
+    if max(end, rejected[-1]) > -max(1.0, latest(history).get(FLOOR, 0.0)) or end > -0.5 * (end - rejected[-1]):
         return None
     if half - end < 0.25 * abs(end) or end > chosen[-2]:
         return None
@@ -150,7 +145,7 @@ def drift_explodes(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     for direction, key in [(way, key) for way in ("reverse", "forward") for key in kl_keys(way)]:
         values = list(series(history, key).values())
         per_token = list(series(history, f"{key}_per_token").values()) or [0.0]
-        if len(values) < 3 or values[-1] <= FAR_NATS:
+        if len(values) < 3 or values[-1] <= max(FAR_NATS, latest(history).get(KL_FLOOR, 0.0)):
             continue
         if values[-1] >= 3 * values[len(values) // 2] or per_token[-1] > FAR_PER_TOKEN:
             return Finding(
@@ -165,7 +160,7 @@ def drift_explodes(history: Rows, method: Mapping[str, Any]) -> Finding | None:
 def over_optimised(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     """Where the gold reward is known: it ends beyond its interval below its best, while the margin is up."""
     reward, low, high = (series(history, f"gold/reward{end}") for end in ("", "_low", "_high"))
-    if len(reward) < 2 or not _learned(history):
+    if len(reward) < 2 or not learned(latest(history)):
         return None
     best, last = max(reward, key=reward.__getitem__), max(reward)
     if high.get(last, math.inf) >= low.get(best, -math.inf):
@@ -182,7 +177,7 @@ def over_optimised(history: Rows, method: Mapping[str, Any]) -> Finding | None:
 def beta_unfelt(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     """The loss does not saturate at the end, so that neighbouring betas would give nearly the same run."""
     saturation = list(series(history, "probe/saturation").values())
-    if len(saturation) < 2 or saturation[-1] >= UNFELT:
+    if len(saturation) < 2 or saturation[-1] >= UNFELT or in_rounding("probe/saturation", latest(history)):
         return None
     return Finding(
         f"Nothing saturates (saturation {saturation[-1]:.2f} of 1): beta is not felt yet.",
@@ -208,11 +203,3 @@ def _hold_back(method: Mapping[str, Any]) -> str:
     if beta["higher"] == "closer":
         return f"raise beta, which keeps the policy closer to the reference (this method's grid: {grid})"
     return f"lower beta, which weakens the preference term (this method's grid: {grid})"
-
-
-def _learned(history: Rows) -> bool | None:
-    """Whether the last interval of the held-out measure lies above what chance gives; None where none was measured."""
-    for key, chance in (("probe/margin_nats", 0.0), ("probe/auc", 0.5)):
-        if low := list(series(history, f"{key}_low").values()):
-            return low[-1] > chance
-    return None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from dpo_kit.run.measures import MEASURES, kl_key, kl_keys
+from dpo_kit.run.measures import MEASURES, in_rounding, kl_key, kl_keys
 from dpo_kit.run.statistics import Z95
 
 if TYPE_CHECKING:
@@ -47,21 +47,26 @@ def bounds(values: Mapping[str, Any], key: str) -> tuple[float, float] | None:
     return (values[key] - Z95 * error, values[key] + Z95 * error) if is_number(error) else None
 
 
+def measured_text(values: Mapping[str, Any], key: str, form: str) -> str:
+    """A measured key, and whether that is rounding."""
+    return number_text(values[key], form) + (" (rounding)" if in_rounding(key, values) else "")
+
+
 def value_text(values: Mapping[str, Any], key: str, form: str) -> str:
-    """A measured key with its interval, where it has one."""
-    return f"{number_text(values[key], form)} {interval_text(values, key, form)}".rstrip()
+    """A measured key with its interval, where it has one, and whether that is rounding."""
+    return f"{measured_text(values, key, form)} {interval_text(values, key, form)}".rstrip()
 
 
 def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(measure, start, end, 95 % interval) as texts, for each measured quantity of `result` (as result.json holds it),
-    the user's own last. Of the two estimators of a KL the one that is read.
+    the user's own last. Of the two estimators of a KL the one that is read; "(rounding)" stands behind what is no more.
     """
     start, final = result.get("start") or {}, result.get("final") or {}
     unread = {key for way in ("forward", "reverse") for key in kl_keys(way) if key != kl_key(way, final)}
     shown = [(measure.key, measure.label, measure.form) for measure in MEASURES if measure.key not in unread]
     shown += [(key, key.removeprefix("custom/"), ".3f") for key in final if key.startswith("custom/")]
     return [
-        (label, number_text(start.get(key), form), number_text(final[key], form), interval_text(final, key, form))
+        (label, number_text(start.get(key), form), measured_text(final, key, form), interval_text(final, key, form))
         for key, label, form in shown
         if is_number(final.get(key))
     ]
@@ -86,9 +91,11 @@ def result_table(result: Mapping[str, Any]) -> Table:
 
 
 def ceiling_line(final: Mapping[str, Any], ceiling: float | None) -> str | None:
-    """How much of the accuracy that label noise leaves was reached; None where the ceiling is not known."""
+    """How much of the accuracy that label noise leaves was reached; None where the ceiling is not known, or where the
+    accuracy is rounding.
+    """
     accuracy = final.get("probe/accuracy")
-    if not is_number(accuracy) or ceiling is None or ceiling <= 0.5:
+    if not is_number(accuracy) or ceiling is None or ceiling <= 0.5 or in_rounding("probe/accuracy", final):
         return None
     share = (accuracy - 0.5) / (ceiling - 0.5)
     return f"accuracy went {share:.0%} of the way from .5 to {ceiling:.3f}, the most that noise in the labels leaves"

@@ -14,9 +14,10 @@ from typing import Any
 
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_text
+from dpo_kit.run.measures import as_measured
 from dpo_kit.run.redact import redact, redact_command
 from dpo_kit.run.report.markdown import code, fence, inline, table
-from dpo_kit.run.report.numbers import ceiling_line, interval_text, number_text, result_rows, value_text
+from dpo_kit.run.report.numbers import ceiling_line, interval_text, measured_text, number_text, result_rows, value_text
 from dpo_kit.run.report.published import sentences
 
 log = logging.getLogger(__name__)
@@ -131,8 +132,12 @@ def _judged(facts: Facts) -> Iterator[str]:
     if not judged:
         return
     yield f"## Evaluated against {inline(str(judged['opponent']))}, {judged['split']} split"
-    shown = [(label, key) for key, label in JUDGED if judged.get(key) is not None]
-    rows = [(label, number_text(judged[key], ".3f"), interval_text(judged, key, ".3f")) for label, key in shown]
+    measured = as_measured(judged)
+    rows = [
+        (label, measured_text(measured, f"probe/{key}", ".3f"), interval_text(judged, key, ".3f"))
+        for key, label in JUDGED
+        if judged.get(key) is not None
+    ]
     yield table(("measure", "value", "95 % interval"), rows)
     failed = (judged.get("judge") or {}).get("controls_failed") or []
     if failed:

@@ -1,4 +1,6 @@
-"""A run at a glance: report.png, its measures over steps. Reads metrics.jsonl, needs no torch."""
+"""A run at a glance: report.png, its measures over steps. Needs no torch."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,22 +8,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.run.history import read_metrics, series
-from dpo_kit.run.measures import kl_keys
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.history import last_step, latest, read_metrics, series
+from dpo_kit.run.measures import in_rounding, kl_keys
+from dpo_kit.run.report.drawing import (
+    BLUE,
+    DASHES,
+    FEW,
+    GREEN,
+    GREY,
+    ORANGE,
+    count_text,
+    draw_course,
+    draw_floor,
+    head,
+    intervals,
+    new_figure,
+    over_steps,
+    save,
+    spread,
+)
 from dpo_kit.run.report.numbers import number_text
-from dpo_kit.run.statistics import Z95
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe-Ito: told apart with any colour vision
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-OVER_THE_LINE = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # the box of a text that a line crosses
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One key over steps; its interval is that of `_low` and `_high`, or 1.96 of `_se`."""
+    """One key over steps, with its interval where it has one."""
 
     key: str
     label: str = ""
@@ -30,69 +47,73 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity with its unit. Of `curves` those are drawn that the run has; `level` is a line to compare with."""
+    """One quantity with its unit. Of `curves` those are drawn that the run has; `level` is a line to compare with,
+    `counted` what the quantity rests on (see `_counts`).
+    """
 
     title: str
     curves: tuple[Curve, ...]
+    counted: str = "held out"
     level: float | None = None
     level_name: str = ""
     limits: tuple[float, float] | None = None
 
 
 PANELS = (
-    Panel("Preference margin (nats)", (Curve("probe/margin_nats"),), 0.0),
-    Panel("Class gap of log-ratios (nats)", (Curve("probe/class_gap_nats"),), 0.0),
+    Panel("Preference margin (nats)", (Curve("probe/margin_nats"),), level=0.0),
+    Panel("Class gap of log-ratios (nats)", (Curve("probe/class_gap_nats"),), level=0.0),
     Panel(
         "Implicit reward, β·log-ratio (nats)",
         (Curve("probe/reward_chosen", "chosen"), Curve("probe/reward_rejected", "rejected", ORANGE)),
-        0.0,
+        level=0.0,
     ),
     Panel(
         "Log-ratio to the reference (nats)",
         (Curve("probe/logratio_chosen_nats", "chosen"), Curve("probe/logratio_rejected_nats", "rejected", ORANGE)),
-        0.0,
+        level=0.0,
     ),
-    Panel("Accuracy on held-out pairs", (Curve("probe/accuracy"),), 0.5, "chance"),
-    Panel("AUC on held-out answers", (Curve("probe/auc"),), 0.5, "chance"),
+    Panel("Accuracy on held-out pairs", (Curve("probe/accuracy"),), level=0.5, level_name="chance"),
+    Panel("AUC on held-out answers", (Curve("probe/auc"),), level=0.5, level_name="chance"),
     Panel(
         "KL drift (nats per answer)",
         tuple(
             Curve(key, way, color) for way, color in (("forward", BLUE), ("reverse", ORANGE)) for key in kl_keys(way)
         ),
-        0.0,
+        counted="fresh",
+        level=0.0,
     ),
-    Panel("Gold reward of fresh samples", (Curve("gold/reward", color=GREEN),)),
-    Panel("Capability (share right)", (Curve("gold/capability", color=GREEN),), limits=(0.0, 1.05)),
+    Panel("Gold reward of fresh samples", (Curve("gold/reward", color=GREEN),), counted="fresh"),
+    Panel(
+        "Capability (share right)", (Curve("gold/capability", color=GREEN),), counted="capability", limits=(0.0, 1.05)
+    ),
 )
 
 
 def draw_report(run_dir: str | Path, *, title: str = "", ceiling: float | None = None) -> Path:
-    """Draw `run_dir`/report.png, 1200 pixels wide, from `run_dir`/metrics.jsonl alone; returns its path.
+    """Draw `run_dir`/report.png, 1200 pixels wide, from metrics.jsonl, probe.jsonl and samples.jsonl; returns its path.
 
     A quantity that the run did not measure leaves its panel out. `ceiling` is the accuracy that label noise leaves.
     """
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(Path(run_dir) / "metrics.jsonl")
-    panels = shown_panels(rows)
-    columns = 3 if len(panels) > 4 else 2
-    lines = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(12, 3.6 * lines + 0.7), dpi=100)
-    figure.suptitle(title or Path(run_dir).resolve().name, x=0.04, y=0.98, ha="left", fontsize=18, fontweight="bold")
-    figure.text(0.985, 0.965, "bands and bars: 95 % intervals", ha="right", fontsize=12, color=GREY)
-    top = 1 - 1.05 / figure.get_figheight()
-    bottom = 0.6 / figure.get_figheight()
-    grid = figure.add_gridspec(lines, columns, left=0.045, right=0.91, bottom=bottom, top=top, wspace=0.56, hspace=0.42)
+    run = RunDirectory(Path(run_dir))
+    rows = read_metrics(run.metrics)
+    counts, panels = _counts(run, rows), shown_panels(rows)
+    lines = max(1, math.ceil(len(panels) / 2))
+    figure = new_figure(4.1 * lines + 0.9)
+    height = figure.get_figheight()
+    figure.suptitle(title or run.root.resolve().name, x=0.03, y=1 - 0.16 / height, ha="left", va="top", fontsize=22,
+                    fontweight="bold")  # fmt: skip
+    note = "bands and bars: 95 % intervals"
+    figure.text(0.985, 1 - 0.3 / height, note, ha="right", va="top", fontsize=15, color=GREY)
+    place: dict[str, float] = {"left": 0.065, "right": 0.88, "bottom": 0.7 / height, "top": 1 - 1.6 / height}
+    grid = figure.add_gridspec(lines, 2, **place, wspace=0.55, hspace=0.62)
     for number, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(grid[number]), panel, rows, ceiling)
+        _draw_panel(figure.add_subplot(grid[number]), panel, rows, counts[panel.counted], ceiling)
     if not panels:
-        figure.text(0.5, 0.45, "nothing was measured in this run", ha="center", fontsize=17)
-    path = Path(run_dir) / "report.png"
-    figure.savefig(path)
-    return path
+        figure.text(0.5, 0.45, "nothing was measured in this run", ha="center", fontsize=20)
+    return save(figure, run.picture)
 
 
-def shown_panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
+def shown_panels(rows: Rows) -> list[Panel]:
     """The panels that these rows can fill; log-ratios only where there is no implicit reward."""
     panels = [panel for panel in PANELS if any(series(rows, curve.key) for curve in panel.curves)]
     either = ("probe/reward_chosen", "probe/logratio_chosen_nats")
@@ -100,27 +121,41 @@ def shown_panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     return [panel for panel in panels if panel not in of_sides[1:]]
 
 
-def _draw_panel(axes: "Axes", panel: Panel, rows: Sequence[Mapping[str, Any]], ceiling: float | None) -> None:
-    axes.set_title(panel.title, loc="left", fontsize=15)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=12, colors=GREY)
-    axes.set_xlabel("step", fontsize=12, color=GREY)
-    axes.locator_params(axis="y", nbins=5)
-    axes.locator_params(axis="x", nbins=4, integer=True)
+def _counts(run: RunDirectory, rows: Rows) -> dict[str, tuple[int, str]]:
+    """How many of what the last values of a run rest on, 0 where it is not recorded."""
+    probed, sampled = (last_step(read_metrics(path)) for path in (run.probe, run.samples))
+    sides = ("logratio_chosen_nats", "logratio_rejected_nats")
+    paired = any(all(row.get(side) is not None for side in sides) for row in probed)
+    return {
+        "held out": (len(probed), "pairs" if paired else "answers"),
+        "fresh": (len(sampled), "answers"),
+        "capability": (int(latest(rows).get("gold/capability_prompts", 0)), "questions"),
+    }
+
+
+def _draw_panel(axes: Axes, panel: Panel, rows: Rows, counted: tuple[int, str], ceiling: float | None) -> None:
+    over_steps(axes)
+    (count, unit), values, notes = counted, latest(rows), []
     last = max((row.get("step", 0) for row in rows), default=0) or 1
     axes.set_xlim(-0.03 * last, 1.03 * last)  # the same for every panel, with a little air, so that panels compare
     if panel.level is not None:
-        _draw_level(axes, panel.level, panel.level_name)
+        axes.axhline(panel.level, color=GREY, linewidth=1, linestyle=DASHES, zorder=0.5)
+        notes += [f"dashed: {panel.level_name}"] if panel.level_name else []
     if ceiling is not None and panel.curves[0].key == "probe/accuracy":
-        _draw_level(axes, ceiling, f"ceiling of the labels {ceiling:.2f}", "bottom")
-    ends = [_draw_curve(axes, curve, rows) for curve in _measured(panel.curves, rows)]
+        axes.axhline(ceiling, color=GREY, linewidth=1.5, linestyle=":", zorder=0.5)
+        notes.append(f"dotted: label ceiling {ceiling:.2f}")
+    notes.append(draw_floor(axes, panel.curves[0].key, values))
+    curves = _measured(panel.curves, rows)
+    for curve in curves:
+        draw_course(axes, series(rows, curve.key), intervals(rows, curve.key), curve.color, hollow=0 < count < FEW)
+    head(axes, panel.title, count_text([count], unit), *notes)
     axes.margins(y=0.12)
     if panel.limits:
         axes.set_ylim(panel.limits)
-    _label_ends(axes, ends)
+    _label_ends(axes, curves, values)
 
 
-def _measured(curves: Sequence[Curve], rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
+def _measured(curves: Sequence[Curve], rows: Rows) -> list[Curve]:
     """One curve per label: the estimator with more points, the first named where they have as many."""
     best: dict[str, Curve] = {}
     for curve in curves:
@@ -130,46 +165,18 @@ def _measured(curves: Sequence[Curve], rows: Sequence[Mapping[str, Any]]) -> lis
     return list(best.values())
 
 
-def _draw_level(axes: "Axes", value: float, name: str, side: str = "top") -> None:
-    """A dashed line over the whole width, its name at the right above (`bottom` on the line) or under it."""
-    axes.axhline(value, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    place = axes.get_yaxis_transform()
-    axes.text(0.99, value, name, transform=place, va=side, ha="right", fontsize=12, color=GREY)
-
-
-def _draw_curve(axes: "Axes", curve: Curve, rows: Sequence[Mapping[str, Any]]) -> tuple[int, float, Curve]:
-    """Draw one curve with its interval (a band; bars where points are few) and return where it ends."""
-    points = series(rows, curve.key)
-    steps, values, few = list(points), list(points.values()), len(points) <= 4
-    axes.plot(steps, values, color=curve.color, linewidth=2.5, marker="o", markersize=8 if few else 5)
-    lows, highs, errors = (series(rows, f"{curve.key}_{end}") for end in ("low", "high", "se"))
-    if lows or errors:  # a point without an interval stands for itself
-        reach = {step: Z95 * errors.get(step, 0.0) for step in points}
-        low = [min(value, lows.get(step, value - reach[step])) for step, value in points.items()]
-        high = [max(value, highs.get(step, value + reach[step])) for step, value in points.items()]
-        if few:
-            below = [value - end for value, end in zip(values, low, strict=True)]
-            above = [end - value for value, end in zip(values, high, strict=True)]
-            axes.errorbar(steps, values, yerr=[below, above], color=curve.color, linewidth=0, elinewidth=2, capsize=5)
-        else:
-            axes.fill_between(steps, low, high, color=curve.color, alpha=0.2, linewidth=0)
-    return steps[-1], values[-1], curve
-
-
-def _label_ends(axes: "Axes", ends: Sequence[tuple[int, float, Curve]]) -> None:
-    """Write name and last value beside each curve's end, pushed apart where two would touch, and below the title."""
+def _label_ends(axes: Axes, curves: Sequence[Curve], values: Mapping[str, float]) -> None:
+    """Write name and last value (or that it is rounding) beside each curve's end, outside the panel, apart."""
     bottom, top = axes.get_ylim()
-    gap = 0.19 * (top - bottom)
-    ends = sorted(ends, key=lambda end: end[1])
-    heights: list[float] = []
-    for _, value, _ in ends:
-        heights.append(max(value, heights[-1] + gap) if heights else value)
-    above = max(0.0, heights[-1] - (top - gap / 2)) if len(heights) > 1 else 0.0
-    for (step, value, curve), height in zip(ends, heights, strict=True):
+    gap = 0.21 * (top - bottom)
+    for curve, height in zip(
+        curves, spread([values[curve.key] for curve in curves], gap, bottom + gap / 3, top - gap / 3), strict=True
+    ):
+        value = values[curve.key]
         size = abs(value)
         form = ".1f" if size >= 10 else ".2f" if size >= 0.1 or value == 0 else ".1g"
-        text = f"{curve.label}\n{number_text(value, form)}".strip()
-        axes.annotate(
-            text, (step, value), (1.03, height - above), textcoords=axes.get_yaxis_transform(), va="center", ha="left",
-            fontsize=13.5, fontweight="bold", color=curve.color, annotation_clip=False,
+        shown = "rounding" if in_rounding(curve.key, values) else number_text(value, form)
+        axes.text(
+            1.03, height, f"{curve.label}\n{shown}".strip(), transform=axes.get_yaxis_transform(), va="center",
+            ha="left", fontsize=16, fontweight="bold", color=curve.color, linespacing=1.0,
         )  # fmt: skip

@@ -33,6 +33,14 @@ class Quality:
         """The measure at the end of `run`."""
         return _interval(run.final(f"{self.key}{end}") for end in ENDS)
 
+    def count(self, run: RunRecord) -> int:
+        """How many prompts, pairs or answers it rests on; 0 where that is not known."""
+        return 0
+
+    def in_rounding(self, run: RunRecord) -> bool:
+        """Whether the measure is no more than what rounding alone makes."""
+        return False
+
     def start(self, run: RunRecord) -> Interval | None:
         """The measure of the step-0 model."""
         return HALF
@@ -60,6 +68,9 @@ class GoldReward(Quality):
 
     name, key, axis = "gold reward", "gold/reward", "gold reward of fresh samples"
 
+    def count(self, run: RunRecord) -> int:
+        return len(run.gold_by_prompt())
+
     def start(self, run: RunRecord) -> Interval | None:
         return _interval(run.start(f"{self.key}{end}") for end in ENDS)
 
@@ -83,6 +94,9 @@ class WinRate(Quality):
         whole = run.finished and (run.judged.get("parts") or {}).get("win_rate", "done") == "done"
         return _interval(number(run.judged.get(f"{self.key}{end}")) for end in ENDS) if whole else None
 
+    def count(self, run: RunRecord) -> int:
+        return int(number(run.judged.get("win_rate_prompts")) or 0)
+
     def compare(self, first: RunRecord, second: RunRecord) -> Difference | None:
         """None where another judge or another opponent stood behind them: these do not compare."""
         return super().compare(first, second) if first.judged_by == second.judged_by else None
@@ -91,21 +105,33 @@ class WinRate(Quality):
         return paired_bootstrap(first.points_by_prompt, second.points_by_prompt)
 
 
-class Accuracy(Quality):
+class HeldOut(Quality):
+    """A measure of held-out rows: what `evaluate` found, where it took as many as the probe, else the probe."""
+
+    provisional = True
+
+    def count(self, run: RunRecord) -> int:
+        return run.held_out_rows
+
+    def in_rounding(self, run: RunRecord) -> bool:
+        return run.in_rounding(self.key)
+
+
+class Accuracy(HeldOut):
     """Share of held-out pairs ranked as labelled."""
 
     name, key, axis = "held-out accuracy", "probe/accuracy", "accuracy on held-out pairs"
-    unit, test, provisional = "pairs", "exact McNemar", True
+    unit, test = "pairs", "exact McNemar"
 
     def pair(self, first: RunRecord, second: RunRecord) -> Difference | None:
         return mcnemar(first.pairs, second.pairs)
 
 
-class AUC(Quality):
+class AUC(HeldOut):
     """Share of (desirable, undesirable) held-out answers in the right order, for rows that are no pairs."""
 
     name, key, axis = "held-out AUC", "probe/auc", "AUC on held-out answers"
-    unit, test, provisional = "answers", "the intervals of the AUC", True
+    unit, test = "answers", "the intervals of the AUC"
 
 
 QUALITIES = (GoldReward(), WinRate(), Accuracy(), AUC())

@@ -7,6 +7,7 @@ import io
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dpo_kit.run.measures import FLOOR, KL_FLOOR
 from dpo_kit.run.report.markdown import inline, table
 from dpo_kit.run.report.numbers import number_text
 from dpo_kit.sweep.choice.runs import RunRecord, number, swept_keys
@@ -16,41 +17,52 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 FIRST = ("method", "beta", "seed", "tuning")
+ENDS = ("", "_low", "_high")
+BOUNDED = ("accuracy", "auc", "margin_nats")  # with the ends of an interval
 
 
 def summary_rows(runs: Sequence[RunRecord]) -> list[Row]:
     """A row per run, in the order given; None where a value was not measured or the run has not ended well.
 
-    KL, margin: nats per answer and pair; `sample_tokens`: mean length of fresh answers; `seconds`: wall-clock.
+    KL, margin: nats per answer and pair; `floor_nats`, `kl_floor_nats`: what rounding alone makes of them, and
+    `rounding` names the columns that are no more; `sample_tokens`: mean length of fresh answers; `seconds`: wall-clock.
     """
     swept = swept_keys(runs)
     return [_row(run, {key: values.get(run.path) for key, values in swept.items()}) for run in runs]
 
 
 def _row(run: RunRecord, swept: Row) -> Row:
+    keys = {
+        "accuracy": "probe/accuracy",
+        "auc": "probe/auc",
+        "margin_nats": "probe/margin_nats",
+        "kl_forward_nats": run.kl_key("forward"),
+        "kl_reverse_nats": run.kl_key("reverse"),
+        "displacement": "probe/displacement",
+        "saturation": "probe/saturation",
+    }
+    rounding = [name for name, key in keys.items() if run.final(key) is not None and run.in_rounding(key)]
+    ways = ("kl_forward_nats", "kl_reverse_nats")
     return {
         **dict(zip(FIRST, (run.method, run.beta, run.seed, run.tuning), strict=True)),
         **swept,
         "status": run.status,
-        **_interval("accuracy", run, "probe/accuracy"),
-        **_interval("auc", run, "probe/auc"),
-        **_interval("margin_nats", run, "probe/margin_nats"),
-        **{f"kl_forward_nats{end}": run.final(f"{run.kl_key('forward')}{end}") for end in ("", "_se")},
-        **{f"kl_reverse_nats{end}": run.final(f"{run.kl_key('reverse')}{end}") for end in ("", "_se")},
-        "displacement": run.final("probe/displacement"),
+        **{f"{name}{end}": run.final(f"{keys[name]}{end}") for name in BOUNDED for end in ENDS},
+        **{f"{name}{end}": run.final(f"{keys[name]}{end}") for name in ways for end in ("", "_se")},
+        "displacement": run.final(keys["displacement"]),
+        "held_out_rows": run.held_out_rows if run.finished and run.held_out_rows else None,
+        "floor_nats": run.final(FLOOR),
+        "kl_floor_nats": run.final(KL_FLOOR),
+        "rounding": ", ".join(rounding) or None,
         "sample_tokens": run.tokens_per_answer,
-        **_interval("gold_reward", run, "gold/reward"),
-        **{f"win_rate{end}": number(run.judged.get(f"win_rate{end}")) for end in ("", "_low", "_high")},
+        **{f"gold_reward{end}": run.final(f"gold/reward{end}") for end in ENDS},
+        **{f"win_rate{end}": number(run.judged.get(f"win_rate{end}")) for end in ENDS},
         "capability": run.final("gold/capability"),
-        "saturation": run.final("probe/saturation"),
+        "saturation": run.final(keys["saturation"]),
         "seconds": run.seconds,
         "path": run.path,
         "error": run.error,
     }
-
-
-def _interval(name: str, run: RunRecord, key: str) -> Row:
-    return {f"{name}{end}": run.final(f"{key}{end}") for end in ("", "_low", "_high")}
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -69,6 +81,9 @@ COLUMNS = (  # heading, what the cell holds, format; `_low`, `_high` or `_se` of
     ("KL forward, nats", "kl_forward_nats", ".2f"),
     ("KL reverse, nats", "kl_reverse_nats", ".2f"),
     ("displaced", "displacement", ".2f"),
+    ("held-out rows", "held_out_rows", ".0f"),
+    ("rounding of an answer, nats", "floor_nats", ".3f"),
+    ("KL of rounding, nats", "kl_floor_nats", ".2g"),
     ("tokens", "sample_tokens", ".1f"),
     ("gold reward", "gold_reward", ".2f"),
     ("win rate", "win_rate", ".3f"),
@@ -105,10 +120,14 @@ def _measured(row: Row, key: str, form: str) -> str:
     if value is None:
         return ""
     low, high, error = (row.get(f"{key}{end}") for end in ("_low", "_high", "_se"))
-    text = number_text(value, form)
+    text = number_text(value, form) + (" (rounding)" if _in_rounding(row, key) else "")
     if low is not None and high is not None:
         return f"{text} [{number_text(low, form)}, {number_text(high, form)}]"
     return f"{text} ± {number_text(error, form)}" if error is not None else text
+
+
+def _in_rounding(row: Row, key: str) -> bool:
+    return key in (row["rounding"] or "").split(", ")
 
 
 def _text(value: Any) -> str:
@@ -138,7 +157,10 @@ def terminal_table(rows: Sequence[Row], recommended: str | None, title: str) -> 
         table.add_column(heading.replace(" reverse, nats", "\nreverse").replace(" reward", ""), justify="right")
     for row in rows:
         mark = "→" if row["path"] == recommended else ""
-        cells = (number_text(row[key], form) if row[key] is not None else "" for _, key, form in shown)
+        cells = (
+            "rounding" if _in_rounding(row, key) else "" if row[key] is None else number_text(row[key], form)
+            for _, key, form in shown
+        )
         style = "bold" if mark else None if row["status"] == "done" else "dim"
         table.add_row(mark, *(escape(_text(row[key])) for key in leading), *cells, style=style)
     return table

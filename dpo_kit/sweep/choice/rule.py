@@ -6,12 +6,13 @@ separate from the best tie with it, and of these the one nearest to the referenc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
 from dpo_kit.config.settings import Choose
+from dpo_kit.run.measures import rounding_text
 from dpo_kit.run.report.diagnosis import UNFELT
 from dpo_kit.run.statistics import Difference, holm
 from dpo_kit.sweep.choice.quality import Interval, Quality, quality_of
@@ -40,7 +41,8 @@ class Verdict:
 
     @property
     def kl(self) -> float:
-        return self.run.kl_reverse if self.run.kl_reverse is not None else float("inf")
+        """What the run is ranked by: below what rounding alone makes, one KL is as good as another."""
+        return max(self.run.kl_reverse, self.run.kl_floor) if self.run.kl_reverse is not None else float("inf")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Choice:
 
 
 CITED = (
-    "parts", "split", "opponent", "judge", "win_rate", "win_rate_low", "win_rate_high", "win_rate_prompts", "gate"
+    "parts", "split", "opponent", "judge", "win_rate", "win_rate_low", "win_rate_high", "win_rate_prompts", "gate",
+    "held_out_rows", "accuracy", "accuracy_low", "accuracy_high",
 )  # fmt: skip
 
 
@@ -102,6 +105,7 @@ def _evidence(verdict: Verdict, *, with_test: bool) -> dict[str, Any]:
         "quality_high": high,
         "gain": _difference(verdict.gain),
         "kl_reverse_nats": run.kl_reverse,
+        "rounding": rounding_of(run),
         "capability_loss": verdict.capability_loss,
         "eligible": not verdict.why_not,
         "why_not": list(verdict.why_not),
@@ -109,7 +113,8 @@ def _evidence(verdict: Verdict, *, with_test: bool) -> dict[str, Any]:
         "tied_with_best": verdict.tied,
     }
     if cited := {key: run.judged[key] for key in CITED if key in run.judged}:
-        row["evaluation"] = {"file": f"{run.path}/evaluation/result.json", **cited}
+        file = run.evaluation.relative_to(run.root) / "result.json"
+        row["evaluation"] = {"file": f"{run.path}/{file.as_posix()}", **cited}
     if with_test and run.test:
         row["test"] = {key: number(item) for key, item in run.test.items()}
     return row
@@ -168,6 +173,8 @@ def judge(run: RunRecord, quality: Quality, limits: Choose) -> Verdict:
     reached, gain, faults = quality.read(run), quality.gain(run), []
     if reached is None or gain is None:
         faults.append(f"the {quality.name} was not measured")
+    elif quality.in_rounding(run):
+        faults.append(f"the {quality.name} is rounding ({rounding_text(run.measured)})")
     elif gain.low <= 0:
         difference = f"{gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}]"
         faults.append(f"the {quality.name} does not beat the reference (difference {difference})")
@@ -212,7 +219,10 @@ def _compare_with_best(verdicts: list[Verdict], quality: Quality) -> list[Verdic
 def _say_why(winner: Verdict, tied: Sequence[Verdict], eligible: int, quality: Quality) -> tuple[str, int | None]:
     """Why `winner` of `tied` is taken, and the number that would tell it from the best of them."""
     best = max(tied, key=lambda verdict: verdict.value)
-    at = f"{quality.name} {_shown(winner.quality)} at a reverse KL of {winner.kl:.2f} nats"
+    drift = f"a reverse KL of {winner.kl:.2f} nats"
+    if winner.run.in_rounding(winner.run.kl_reverse_key):
+        drift = f"a reverse KL below the {winner.kl:.2g} nats that rounding alone makes"
+    at = f"{quality.name} {_shown(winner.quality)} at {drift}"
     if len(tied) == 1:
         how = "is the only eligible run" if eligible == 1 else f"beats the other {eligible - 1} eligible beyond chance"
         return f"{winner.run.path} {how}: {at}.", None
@@ -235,7 +245,8 @@ def _say_why_none(verdicts: Sequence[Verdict], quality: Quality) -> tuple[str, i
         return "No run has ended well so far.", None
     faults = "; ".join(f"{verdict.run.path}: {', '.join(verdict.why_not)}" for verdict in verdicts)
     text = f"No run is eligible. {faults}."
-    ahead = [(v.gain, v.run) for v in verdicts if len(v.why_not) == 1 and v.gain and v.gain.low <= 0 < v.gain.value]
+    close = [v for v in verdicts if len(v.why_not) == 1 and not quality.in_rounding(v.run)]
+    ahead = [(v.gain, v.run) for v in close if v.gain and v.gain.low <= 0 < v.gain.value]
     gain, run = min(ahead, key=lambda pair: pair[0].needed or float("inf"), default=(None, None))
     if not (gain and run and gain.needed):
         return text, None
@@ -263,6 +274,7 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
         notes.append("One seed: this ranks runs, not betas; another seed may order them differently.")
     elif len(finished) > 1:
         notes.append("Means over seeds stand beside the choice: they rank betas, the rule chooses a run.")
+    notes += _rounding_notes(finished)
     if (saturation := unfelt_saturation(finished)) is not None:
         notes.append(
             f"Under-trained: beta not identified. Nothing saturates (at most {saturation:.2f} of 1), so that runs of "
@@ -293,9 +305,34 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
     return notes
 
 
+def _rounding_notes(finished: Sequence[RunRecord]) -> Iterator[str]:
+    """What of the runs is no more than what rounding alone makes, and where the held-out measures come from."""
+    if lost := [run.path for run in finished if run.in_rounding("probe/accuracy")]:
+        yield (
+            f"Held-out answers of {', '.join(lost)} moved less than rounding alone moves one: their accuracy and "
+            "margin say nothing of beta. Train longer, or measure more finely with model.dtype=float32."
+        )
+    if near := [run.path for run in finished if run.in_rounding(run.kl_reverse_key)]:
+        names = ", ".join(near)
+        yield f"The reverse KL of {names} lies below that of rounding alone: no drift is told, none is ranked."
+    if evaluated := [run for run in finished if run.is_evaluated]:
+        rows = sorted({run.held_out_rows for run in evaluated})
+        took = f"{rows[0]:,}" + (f" to {rows[-1]:,}" if len(rows) > 1 else "")
+        yield (
+            f"Held-out measures of {len(evaluated)} of {len(finished)} runs are what evaluate found on {took} rows, "
+            "not what the probe did."
+        )
+
+
+def rounding_of(run: RunRecord) -> list[str]:
+    """The keys of what a run measured at its end that is no more than what rounding alone makes."""
+    return [key for key, value in run.measured.items() if value is not None and run.in_rounding(key)]
+
+
 def unfelt_saturation(runs: Sequence[RunRecord]) -> float | None:
     """The highest saturation (of 1) where even that is too low for beta to be felt; None where felt or not known."""
-    known = [value for run in runs if (value := run.final("probe/saturation")) is not None]
+    telling = [run for run in runs if not run.in_rounding("probe/saturation")]
+    known = [value for run in telling if (value := run.final("probe/saturation")) is not None]
     return max(known) if known and max(known) < UNFELT else None
 
 
@@ -308,6 +345,7 @@ def _means(finished: Sequence[RunRecord], quality: Quality) -> tuple[dict[str, A
         groups.setdefault(key, []).append(run)
     if all(len({run.seed for run in group}) < 2 for group in groups.values()):
         return ()
+    rounded = any(run.kl_floor for run in finished)
     means = []
     for (method, beta, *others), group in groups.items():
         values = [interval[0] for run in group if (interval := quality.read(run))]
@@ -321,6 +359,7 @@ def _means(finished: Sequence[RunRecord], quality: Quality) -> tuple[dict[str, A
                 "quality": fmean(values) if values else None,
                 "quality_sd_over_seeds": stdev(values) if len(values) > 1 else None,
                 "kl_reverse_nats": fmean(kls) if kls else None,
+                **({"kl_floor_nats": max(run.kl_floor for run in group)} if rounded else {}),
             }
         )
     return tuple(means)

@@ -22,8 +22,8 @@ from dpo_kit.config.identity import flatten
 from dpo_kit.errors import DataError, did_you_mean
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
-from dpo_kit.run.history import read_metrics, series
-from dpo_kit.run.measures import kl_keys
+from dpo_kit.run.history import last_step, read_metrics, series
+from dpo_kit.run.measures import HELD_OUT, KL_FLOOR, in_rounding, kl_keys
 from dpo_kit.run.redact import redact_argv
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class RunRecord:
     manifest: Mapping[str, Any]
     config: Mapping[str, Any]
     result: Mapping[str, Any]  # empty where the run has not ended
-    judged: Mapping[str, Any]  # evaluation/result.json
+    evaluation: Path  # the evaluation that a choice reads: on the split `select` where there is one
+    judged: Mapping[str, Any]  # its result.json
     test: Mapping[str, Any]
     job: Mapping[str, Any]  # the launcher's entry in sweep.json
     fault: str | None  # which of its files cannot be read
@@ -56,7 +57,31 @@ class RunRecord:
 
     def final(self, key: str) -> float | None:
         """A measured value at the end, None where it was not measured or the run has not ended well."""
-        return number((self.result.get("final") or {}).get(key)) if self.finished else None
+        return number(self.measured.get(key))
+
+    @cached_property
+    def measured(self) -> dict[str, Any]:
+        """{key: value} at the end of a run that has ended well; of held-out rows what `evaluate` found before what the
+        probe did.
+        """
+        values = dict(self.result.get("final") or {}) if self.finished else {}
+        return values | ({f"probe/{key}": self.judged.get(key) for key in HELD_OUT} if self.is_evaluated else {})
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether `evaluate` measured at least as many held-out rows as the probe, those that a choice may rest on."""
+        done = (self.judged.get("parts") or {}).get("preferences", "done") == "done"
+        rows = number(self.judged.get("held_out_rows")) or 0
+        return self.finished and done and self.judged.get("split") == "select" and rows >= max(1, len(self.probed))
+
+    @property
+    def held_out_rows(self) -> int:
+        """The number of rows that `measured` rests on; 0 where it is not known."""
+        return self.judged["held_out_rows"] if self.is_evaluated else len(self.probed)
+
+    def in_rounding(self, key: str) -> bool:
+        """Whether what was measured at the end under `key` is no more than what rounding alone makes."""
+        return in_rounding(key, self.measured)
 
     def start(self, key: str) -> float | None:
         """A measured value of the step-0 model, None where it was not measured."""
@@ -97,19 +122,23 @@ class RunRecord:
         return {row["prompt_id"]: row["gold_reward"] for row in rows if row["step"] == step}
 
     @cached_property
+    def probed(self) -> list[Mapping[str, Any]]:
+        """The rows of the last scoring of the probe."""
+        return last_step(_rows(RunDirectory(self.root).probe))
+
+    @cached_property
     def pairs(self) -> dict[str, tuple[str, float]]:
-        """{pair_id: (prompt_id, margin in nats)} at the last scoring of the probe; {} for rows that are no pairs."""
-        rows = _rows(RunDirectory(self.root).probe)
-        last = max((row["step"] for row in rows), default=None)
+        """{pair_id: (prompt_id, margin in nats)} at the end; {} for rows that are no pairs."""
+        rows = _rows(self.evaluation / "preferences.jsonl") if self.is_evaluated else self.probed
         sides = ("logratio_chosen_nats", "logratio_rejected_nats")
-        whole = [row for row in rows if row["step"] == last and None not in (row.get(sides[0]), row.get(sides[1]))]
+        whole = [row for row in rows if None not in (row.get(sides[0]), row.get(sides[1]))]
         return {row["pair_id"]: (row["prompt_id"], row[sides[0]] - row[sides[1]]) for row in whole}
 
     @cached_property
     def points_by_prompt(self) -> dict[str, float]:
-        """The mean points of the answers to each prompt in evaluation/verdicts.jsonl; {} where nothing was judged."""
+        """The mean points of the answers to each prompt in verdicts.jsonl; {} where nothing was judged."""
         points: dict[str, list[float]] = {}
-        for row in _rows(RunDirectory(self.root).evaluation / "verdicts.jsonl"):
+        for row in _rows(self.evaluation / "verdicts.jsonl"):
             if number(row.get("points")) is not None:
                 points.setdefault(row["prompt_id"], []).append(row["points"])
         return {prompt: sum(values) / len(values) for prompt, values in points.items()}
@@ -134,6 +163,11 @@ class RunRecord:
     def kl_reverse(self) -> float | None:
         """At the end, nats per answer."""
         return self.final(self.kl_reverse_key)
+
+    @property
+    def kl_floor(self) -> float:
+        """The KL that rounding alone makes, nats per answer: no drift is told below it. 0 in float32."""
+        return self.final(KL_FLOOR) or 0.0
 
     @property
     def tokens_per_answer(self) -> float | None:
@@ -198,8 +232,11 @@ def read_runs(sweep_dir: str | Path) -> list[RunRecord]:
 
 def _read_run(root: Path, path: str, job: Mapping[str, Any]) -> RunRecord:
     """One run; a file that cannot be read is named in its `fault` and does not stop the others."""
-    names = ("manifest.json", "result.json", "evaluation/result.json", "test.json")
-    contents, faults = zip(*(_read(root / path / name) for name in names), strict=True)
+    run = RunDirectory(root / path)
+    beside = run.evaluation / "select"  # where evaluation/ holds the other split
+    evaluation = beside if (beside / "result.json").exists() else run.evaluation
+    files = (run.manifest, run.result, evaluation / "result.json", run.test)
+    contents, faults = zip(*map(_read, files), strict=True)
     manifest, result, judged, test = contents
     fault = next(filter(None, faults), None)
     config, weights = manifest.get("config") or {}, manifest.get("model") or {}
@@ -212,6 +249,7 @@ def _read_run(root: Path, path: str, job: Mapping[str, Any]) -> RunRecord:
         manifest=manifest,
         config=config,
         result=result,
+        evaluation=evaluation,
         judged=judged,
         test=test,
         job=job,

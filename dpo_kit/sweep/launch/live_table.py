@@ -69,7 +69,7 @@ class Board:
             table.add_column(name, justify="right", no_wrap=True, min_width=width)
         for job, label in zip(self.jobs, self.labels, strict=True):
             progress = self.read(job)
-            accuracy, drift, steps = progress.figure(ACCURACY), progress.figure(DRIFT), progress.steps()
+            steps = progress.steps()
             shown_time = "before" if job.before else "" if job.seconds is None else format_seconds(job.seconds)
             if job.state == "running":
                 left = progress.seconds_left()
@@ -79,8 +79,8 @@ class Board:
                 Text(label),
                 Text(job.state, STYLES[job.state]),
                 f"{progress.step}/{steps}" if steps and progress.latest else "",
-                "" if accuracy is None else f"{accuracy:.3f}",
-                "" if drift is None else f"{drift:.2f}",
+                progress.figure(ACCURACY, ".3f"),
+                progress.figure(DRIFT, ".2f"),
                 shown_time,
             )
         return table
@@ -129,9 +129,10 @@ class Lines(Board):
         took = format_seconds(job.seconds or 0)
         outcome = f" after {took}: {job.error}"
         if not job.error:
-            accuracy, drift = (self.read(job).figure(keys) for keys in (ACCURACY, DRIFT))
-            outcome = f" in {took}" + (f", held-out accuracy {accuracy:.3f}" if accuracy is not None else "")
-            outcome += f", forward KL {drift:.2f} nats" if drift is not None else ""
+            progress = self.read(job)
+            accuracy, drift = progress.figure(ACCURACY, ".3f"), progress.figure(DRIFT, ".2f")
+            outcome = f" in {took}" + (f", held-out accuracy {accuracy}" if accuracy else "")
+            outcome += f", forward KL (nats) {drift}" if drift else ""
         log.info("job %d, %s: %s%s", job.number, label, job.state, outcome)
 
     def close(self) -> None:

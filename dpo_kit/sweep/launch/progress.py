@@ -12,7 +12,7 @@ from typing import Any
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import decode_row
-from dpo_kit.run.measures import kl_keys
+from dpo_kit.run.measures import in_rounding, kl_keys
 
 ACCURACY = ("probe/accuracy", "probe/auc")
 DRIFT = kl_keys("forward")
@@ -52,10 +52,12 @@ class Progress:
                 if not self.first and row.get("time", 0.0) >= since:
                     self.first = row
 
-    def figure(self, keys: Sequence[str]) -> float | None:
-        """The latest value of the first of `keys` that the run measures."""
-        values = (self.latest.get(key) for key in keys)
-        return next((value for value in values if isinstance(value, int | float)), None)
+    def figure(self, keys: Sequence[str], form: str) -> str:
+        """The latest value of the first of `keys` that the run measures, or "rounding" where it is no more; else ""."""
+        key = next((key for key in keys if isinstance(self.latest.get(key), int | float)), None)
+        if key is None:
+            return ""
+        return "rounding" if in_rounding(key, self.latest) else f"{self.latest[key]:{form}}"
 
     @property
     def step(self) -> int:

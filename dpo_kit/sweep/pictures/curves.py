@@ -1,8 +1,13 @@
-"""curves.png: margin, implicit reward and KL over steps, a row per method and one colour per beta."""
+"""curves.png: what compares across betas, over steps: four panels per method and one colour per beta.
+
+Log-ratios, not implicit rewards: these are scaled by beta, so that those of two betas say nothing beside each other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,91 +15,118 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
+from dpo_kit.run.history import last_step, latest
+from dpo_kit.run.measures import floor_of, kl_keys
+from dpo_kit.run.report.drawing import (
+    DASHES,
+    FEW,
+    GREY,
+    count_text,
+    draw_course,
+    draw_floor,
+    head,
+    intervals,
+    new_figure,
+    over_steps,
+    save,
+    spread,
+)
 from dpo_kit.sweep.choice.runs import RunRecord
-from dpo_kit.sweep.pictures.labels import GREY, name_lines, new_figure, save, spread
+from dpo_kit.sweep.pictures.labels import name_lines
 
 LIGHTEST = 0.75  # of viridis: its yellow end is too pale on white
+APART = 0.02  # of the steps: between the bars of neighbouring runs, at most
 Keys = tuple[str, str | None]  # of the solid and of the dashed curve
-PANELS: tuple[tuple[str, tuple[Keys, ...], str], ...] = (  # title, keys by falling preference, a note on the dashes
-    ("Preference margin (nats)", (("probe/margin_nats", None), ("probe/class_gap_nats", None)), ""),
-    (
-        "Implicit reward, β·log-ratio (nats)",
-        (("probe/reward_chosen", "probe/reward_rejected"),),
-        "—  chosen    - -  rejected",
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity: its keys by falling preference, what tells the dashes, and a level to compare with."""
+
+    title: str
+    options: tuple[Keys, ...]
+    note: str = ""
+    level: float = 0.0
+
+
+PANELS = (
+    Panel("Preference margin (nats)", (("probe/margin_nats", None), ("probe/class_gap_nats", None))),
+    Panel(
+        "Log-ratio to the reference (nats)",
+        (("probe/logratio_chosen_nats", "probe/logratio_rejected_nats"),),
+        "- - rejected",
     ),
-    (
+    Panel("Accuracy on held-out pairs", (("probe/accuracy", None), ("probe/auc", None)), "dashed: chance", 0.5),
+    Panel(
         "KL drift (nats per answer)",
-        tuple((f"probe/kl_forward_{kind}_nats", f"probe/kl_reverse_{kind}_nats") for kind in ("rb", "k1")),
-        "—  forward    - -  reverse",
+        tuple(zip(kl_keys("forward"), kl_keys("reverse"), strict=True)),
+        "- - reverse",
     ),
 )
-LOG_RATIOS: Keys = ("probe/logratio_chosen_nats", "probe/logratio_rejected_nats")
+OF_UNARY = {"probe/class_gap_nats": "Class gap of log-ratios (nats)", "probe/auc": "AUC on held-out answers"}
 
 
 def draw_curves(sweep_dir: str | Path, runs: Sequence[RunRecord]) -> Path:
     """Draw `sweep_dir`/curves.png, 1200 pixels wide, from metrics.jsonl; unfinished runs as far as they got.
 
-    Betas have colours of viridis, dark to light with rising beta, the same in every row.
+    Betas have colours of viridis, dark to light with rising beta, the same for every method.
     """
     names = name_lines(runs)
     measured = [run for run in runs if run.history]
-    rows = list(dict.fromkeys(names[run.path] for run in measured))
+    blocks = list(dict.fromkeys(names[run.path] for run in measured))
     betas = sorted({run.beta for run in runs if run.beta is not None})
     colors: dict[float | None, Any] = {None: GREY}
     colors |= {beta: colormaps["viridis"](LIGHTEST * i / max(1, len(betas) - 1)) for i, beta in enumerate(betas)}
-    figure = new_figure(0.2 + 4.0 * max(1, len(rows)))
-    for row, name in enumerate(rows):
-        members = [run for run in measured if names[run.path] == name]
-        for column, panel in enumerate(PANELS):
-            axes = figure.add_subplot(len(rows), 3, 3 * row + column + 1)
-            _draw_panel(axes, panel, members, colors)
-            if column == 0:
-                axes.annotate(
-                    name, (-0.13, 1.28), xycoords="axes fraction", fontsize=18, fontweight="bold", annotation_clip=False
-                )
-    if not rows:
-        figure.text(0.5, 0.45, "no run has measured anything yet", ha="center", fontsize=18, color=GREY)
+    figure = new_figure(0.3 + 8.6 * max(1, len(blocks)))
     height = figure.get_figheight()
-    figure.subplots_adjust(
-        left=0.05, right=0.925, bottom=0.65 / height, top=1 - 1.05 / height, wspace=0.48, hspace=0.66
-    )
+    for block, name in enumerate(blocks):
+        members = [run for run in measured if names[run.path] == name]
+        top = 1 - (0.1 + 8.6 * block) / height  # of this method's part of the figure
+        figure.text(0.03, top, name, fontsize=22, fontweight="bold", va="top")
+        upper, lower = top - 1.35 / height, top - 7.9 / height
+        grid = figure.add_gridspec(2, 2, left=0.065, right=0.92, top=upper, bottom=lower, wspace=0.38, hspace=0.6)
+        for number, panel in enumerate(PANELS):
+            _draw_panel(figure.add_subplot(grid[number]), panel, members, colors)
+    if not blocks:
+        figure.text(0.5, 0.45, "no run has measured anything yet", ha="center", fontsize=20, color=GREY)
+    else:
+        note = "bands and bars: 95 % intervals"
+        figure.text(0.985, 1 - 0.15 / height, note, ha="right", va="top", fontsize=15, color=GREY)
     return save(figure, Path(sweep_dir) / "curves.png")
 
 
-def _draw_panel(
-    axes: Axes, panel: tuple[str, Sequence[Keys], str], runs: Sequence[RunRecord], colors: dict[float | None, Any]
-) -> None:
+def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunRecord], colors: Mapping[float | None, Any]) -> None:
     """Each run's curves; each beta once beside the end of its solid one (the mean over its seeds)."""
-    title, options, note = panel
-    if title.startswith("Implicit") and not any(run.series(options[0][0]) for run in runs):
-        title, options = "Log-ratio to the reference (nats)", (LOG_RATIOS,)
-    axes.set_title(title, loc="left", fontsize=14.5, pad=22)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=13, colors=GREY)
-    axes.set_xlabel("step", fontsize=13, color=GREY)
-    axes.locator_params(axis="y", nbins=5)
-    axes.locator_params(axis="x", nbins=4, integer=True)
-    axes.axhline(0, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    over_steps(axes)
+    axes.axhline(panel.level, color=GREY, linewidth=1, linestyle=DASHES, zorder=0.5)
+    first = next((solid for solid, _ in panel.options if any(run.series(solid) for run in runs)), panel.options[0][0])
+    rounding = draw_floor(axes, first, max((latest(run.history) for run in runs), key=partial(floor_of, first)))
+    of_answers = "/kl_" in first
+    counts = [len(last_step(run.answers) if of_answers else run.probed) for run in runs]
+    last = max((row.get("step", 0) for run in runs for row in run.history), default=0)
+    apart = min(APART, 5 * APART / len(runs)) * last
     ends: dict[float | None, list[float]] = {}  # of the solid curves, by beta
     has_dashes = False
-    for run in runs:
-        solid, dashed = next((keys for keys in options if run.series(keys[0])), options[0])
-        for key, style in ((solid, "-"), (dashed, (0, (3, 2)))):
-            if points := run.series(key) if key else {}:
-                values = list(points.values())
-                marker = "o" if len(points) <= 4 else None
-                axes.plot(list(points), values, color=colors[run.beta], linewidth=2.2, marker=marker, linestyle=style)
-                if key == solid:
-                    ends.setdefault(run.beta, []).append(values[-1])
-                else:
-                    has_dashes = True
+    for place, (run, count) in enumerate(zip(runs, counts, strict=True)):
+        keys = next((keys for keys in panel.options if run.series(keys[0])), panel.options[0])
+        for key in filter(None, keys):
+            if points := run.series(key):
+                is_dashed = key != keys[0]
+                draw_course(
+                    axes, points, intervals(run.history, key), colors[run.beta], dashed=is_dashed,
+                    hollow=0 < count < FEW, shift=apart * (place - (len(runs) - 1) / 2), alpha=0.12,
+                )  # fmt: skip
+                has_dashes |= is_dashed
+                if not is_dashed:
+                    ends.setdefault(run.beta, []).append(points[max(points)])
+    note = panel.note if has_dashes or not any(dashed for _, dashed in panel.options) else ""
+    unit = "pairs" if any(run.pairs for run in runs) and not of_answers else "answers"
+    head(axes, OF_UNARY.get(first, panel.title), count_text(counts, unit), note, rounding)
     axes.margins(y=0.08)
     bottom, top = axes.get_ylim()
-    heights = spread([fmean(values) for values in ends.values()], 0.095 * (top - bottom), bottom, top)
+    heights = spread([fmean(values) for values in ends.values()], 0.1 * (top - bottom), bottom, top)
     for beta, height in zip(ends, heights, strict=True):
         axes.text(
-            1.02, height, f"β {beta:g}" if beta is not None else "?", transform=axes.get_yaxis_transform(),
-            color=colors[beta], fontsize=14, fontweight="bold", va="center", ha="left",
+            1.03, height, f"β {beta:g}" if beta is not None else "?", transform=axes.get_yaxis_transform(),
+            color=colors[beta], fontsize=16, fontweight="bold", va="center", ha="left",
         )  # fmt: skip
-    if note and has_dashes:
-        axes.text(0.0, 1.02, note, transform=axes.transAxes, fontsize=12.5, color=GREY, va="bottom")

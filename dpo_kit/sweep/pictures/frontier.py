@@ -1,4 +1,4 @@
-"""frontier.png: quality against the square root of the reverse KL, a line per method through its betas.
+"""frontier.png: quality against the square root of the reverse KL, a line per method through its betas, three or more.
 
 A method is better where its line lies higher at the same KL (Gao et al. 2023, arXiv:2210.10760; for direct methods
 arXiv:2406.02900). Data of the best possible line, where the gold reward is known: {"ideal": [[KL, gold reward], …],
@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,11 +23,12 @@ from matplotlib.lines import Line2D
 
 from dpo_kit.errors import DataError
 from dpo_kit.run.files import read_json
+from dpo_kit.run.report.drawing import FEW, GREY, HATCHED, count_text, joined, new_figure, save
 from dpo_kit.run.statistics import Z95
 from dpo_kit.sweep.choice.quality import Interval, Quality
 from dpo_kit.sweep.choice.rule import Choice
 from dpo_kit.sweep.choice.runs import RunRecord, number
-from dpo_kit.sweep.pictures.labels import GREY, MARKERS, PALETTE, Box, Label, name_lines, new_figure, place_labels, save
+from dpo_kit.sweep.pictures.labels import MARKERS, PALETTE, Label, name_lines, place_labels
 
 log = logging.getLogger(__name__)
 ROW = 0.33  # inches that a further row of the legend takes
@@ -82,7 +82,11 @@ def draw_frontier(
         for index, name in enumerate(dict.fromkeys(names.values()))
     }
     extra = math.ceil(len(styles) / _legend_columns(styles)) - 1  # rows of the legend beyond the first
-    figure = new_figure((7.4 + ROW * extra) * len(panels))
+    figure = new_figure((7.9 + ROW * extra) * len(panels))
+    height, top = figure.get_figheight(), 1.5 + ROW * extra
+    figure.subplots_adjust(  # before the labels find their places
+        left=0.085, right=0.975, bottom=0.85 / height, top=1 - top / height, hspace=0.36 + ROW * extra / 5.5
+    )
     best = find_ideal(Path(sweep_dir), runs, ideal) if choice.quality.key == "gold/reward" else {}
     for place, group in enumerate(panels):
         members = {name: tuple(run for run in group if names[run.path] == name) for name in styles}
@@ -90,16 +94,15 @@ def draw_frontier(
         paths = {run.path for run in group}
         within = (inner for _, inner in choice.within if inner.verdicts[0].run.path in paths)
         axes = figure.add_subplot(len(panels), 1, place + 1)
-        _draw_panel(axes, lines, next(within, choice) if len(panels) > 1 else choice, best)
+        inner = next(within, choice) if len(panels) > 1 else choice
+        _draw_panel(axes, lines, inner, best)
         title = "Quality against drift" + (f", from {group[0].start_name}" if len(panels) > 1 else "")
-        axes.set_title(title, loc="left", fontsize=21, fontweight="bold", pad=42 + 24 * extra)
-        drawn = sum(len(line.points) for line in lines)
-        note = (f"{drawn} of {len(group)} runs so far · " if drawn < len(group) else "") + "bars: 95 % intervals"
-        axes.set_title(f"{note} · faint: on the way", loc="right", fontsize=14, color=GREY, pad=42 + 24 * extra)
-    height, top = figure.get_figheight(), 1.02 + ROW * extra
-    figure.subplots_adjust(
-        left=0.085, right=0.975, bottom=0.85 / height, top=1 - top / height, hspace=0.36 + ROW * extra / 5.5
-    )
+        axes.set_title(title, loc="left", fontsize=23, fontweight="bold", pad=76 + 24 * extra)
+        notes = _notes(group, lines, inner)
+        axes.annotate(
+            " · ".join(notes), (0, 1), (0, 49 + 24 * extra), xycoords="axes fraction", textcoords="offset points",
+            fontsize=15, color=GREY, va="bottom",
+        )  # fmt: skip
     return save(figure, Path(sweep_dir) / "frontier.png")
 
 
@@ -111,6 +114,15 @@ def _build_line(name: str, style: tuple[str, str], runs: tuple[RunRecord, ...], 
             reach = Z95 * (run.final(f"{run.kl_reverse_key}_se") or 0.0)
             points.append(Point(run, (kl, max(0.0, kl - reach), kl + reach), value))
     return Line(name, *style, runs, tuple(points))
+
+
+def _notes(group: Sequence[RunRecord], lines: Sequence[Line], choice: Choice) -> list[str]:
+    """What stands below the title of a panel."""
+    drawn = sum(len(line.points) for line in lines)
+    notes = ["nothing recommended"] if choice.verdicts and not choice.recommended and not choice.within else []
+    notes += [f"{drawn} of {len(group)} runs so far"] if drawn < len(group) else []
+    notes += ["bars: 95 % intervals", "faint: on the way"] if drawn else []
+    return notes + (["hatched: rounding"] if any(run.kl_floor for run in group) else [])
 
 
 def _legend_columns(names: Sequence[str] | Mapping[str, Any]) -> int:
@@ -155,9 +167,8 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mappin
     quality, budget = choice.quality, choice.limits.kl_budget_nats
     axes.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=15, colors=GREY)
-    axes.set_xlabel("reverse KL to the reference (nats per answer, square-root scale)", fontsize=16, color=GREY)
-    axes.set_ylabel(quality.axis, fontsize=16, color=GREY)
+    axes.tick_params(labelsize=16, colors=GREY)
+    axes.set_xlabel("reverse KL to the reference (nats per answer, square-root scale)", fontsize=17, color=GREY)
     axes.locator_params(axis="y", nbins=6)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -166,7 +177,12 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mappin
         text = "no finished run has a quality and a reverse KL yet"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", fontsize=19, color=GREY)
         return
-    seen = [point.kl[2] for point in points]  # KLs that the axis must reach
+    counted = count_text([quality.count(point.run) for point in points], quality.unit)
+    axes.set_ylabel(f"{quality.axis} ({counted})" if counted else quality.axis, fontsize=17, color=GREY)
+    floor = max(point.run.kl_floor for point in points)
+    if floor:
+        axes.axvspan(0.0, floor, **HATCHED)
+    seen = [floor, *(point.kl[2] for point in points)]  # KLs that the axis must reach
     for line in lines:
         seen += _draw_line(axes, line, quality)
     starts = [start for point in points if (start := quality.start(point.run))]
@@ -189,17 +205,17 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mappin
     if budget <= widest:
         axes.axvline(budget, color=GREY, linewidth=1.4, linestyle=(0, (5, 4)), zorder=1)
         text = f"KL budget {budget:g} "
-        axes.text(budget, 0.02, text, transform=axes.get_xaxis_transform(), ha="right", fontsize=14, color=GREY)
-    obstacles = [*_obstacles(lines), *((label.x, label.y, label.x, label.y) for label in predictions)]
-    place_labels(axes, labels, [*([(0, reference[1], 0, reference[2])] if reference else []), *obstacles])
+        axes.text(budget, 0.02, text, transform=axes.get_xaxis_transform(), ha="right", fontsize=15, color=GREY)
+    place_labels(axes, labels)
+    look: dict[str, Any] = {"markersize": 11, "linewidth": 2.6}
     handles = [
-        Line2D([], [], color=line.color, marker=line.marker, markersize=11, linewidth=2.6, label=line.name)
+        Line2D([], [], color=line.color, marker=line.marker, label=line.name, linestyle=joined(line.means()), **look)
         for line in lines
     ]
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0)}
     columns = _legend_columns([line.name for line in lines])
     axes.legend(
-        handles=handles, **place, ncols=columns, frameon=False, fontsize=15, handlelength=1.6, columnspacing=1.4
+        handles=handles, **place, ncols=columns, frameon=False, fontsize=17, handlelength=1.6, columnspacing=1.4
     )
 
 
@@ -209,21 +225,29 @@ def _draw_line(axes: Axes, line: Line, quality: Quality) -> list[float]:
     for run in line.runs:
         kls, values = run.series(run.kl_reverse_key), run.series(quality.key)
         if trail := [(max(0.0, kls[step]), values[step]) for step in kls if step in values]:
-            axes.plot(*zip(*trail, strict=True), color=line.color, alpha=0.3, linewidth=1.2, marker=".", markersize=6)
+            axes.plot(
+                *zip(*trail, strict=True), color=line.color, alpha=0.3, linewidth=1.2, linestyle=joined(trail),
+                marker=".", markersize=8,
+            )  # fmt: skip
             seen += [kl for kl, _ in trail]
     for point in line.points:
-        _error_bar(axes, point.kl, point.quality, line.color, line.marker)
-    if len(line.points) > 1:
-        axes.plot(*zip(*line.means().values(), strict=True), color=line.color, linewidth=2.6, zorder=3)
+        hollow = 0 < quality.count(point.run) < FEW or quality.in_rounding(point.run)
+        _error_bar(axes, point.kl, point.quality, line.color, line.marker, hollow=hollow)
+    if means := list(line.means().values()):
+        axes.plot(*zip(*means, strict=True), color=line.color, linewidth=2.6, linestyle=joined(means), zorder=3)
     return seen
 
 
-def _error_bar(axes: Axes, kl: Interval, quality: Sequence[float], color: str, marker: str) -> None:
+def _error_bar(
+    axes: Axes, kl: Interval, quality: Sequence[float], color: str, marker: str, *, hollow: bool = False
+) -> None:
+    """A point with its two intervals; hollow where it rests on few prompts or pairs, or is no more than rounding."""
     (x, left, right), (y, low, high) = kl, quality
     reach: dict[str, Any] = {"xerr": [[x - left], [right - x]], "yerr": [[max(0.0, y - low)], [max(0.0, high - y)]]}
     axes.errorbar(
         [x], [y], **reach, color=color, ecolor=f"{color}90", elinewidth=1.8, marker=marker, markersize=11,
-        markeredgecolor="white", markeredgewidth=1.2, zorder=4,
+        markerfacecolor="white" if hollow else color, markeredgecolor=color if hollow else "white",
+        markeredgewidth=2.2 if hollow else 1.2, zorder=4,
     )  # fmt: skip
 
 
@@ -240,8 +264,8 @@ def _draw_predictions(axes: Axes, line: Line, quality: Quality) -> list[Label]:
             continue
         betas, kls, golds = zip(*points, strict=True)
         axes.plot(
-            kls, golds, color=line.color, linewidth=1.8, linestyle=(0, (4, 2.5)), marker=line.marker, markersize=8,
-            markerfacecolor="white", zorder=3.5,
+            kls, golds, color=line.color, linewidth=1.8, linestyle=joined(kls, (0, (4, 2.5))), marker=line.marker,
+            markersize=8, markerfacecolor="white", zorder=3.5,
         )  # fmt: skip
         predicted = set(betas) - trained or {betas[-1]}
         for beta, kl, gold in points:
@@ -288,8 +312,9 @@ def _point_labels(lines: Sequence[Line], recommended: Point | None, quality: Qua
         text = "recommended" + ("\n(provisional)" if quality.provisional else "")
         labels.append(Label(*ring, text, "black", 16, bold=True, clear=RING))
     for line in lines:
+        lost = {point.run.beta for point in line.points if quality.in_rounding(point.run)}
         for beta, place in line.means().items():
-            text = f"β {beta:g}" if beta is not None else "?"
+            text = (f"β {beta:g}" if beta is not None else "?") + (" (rounding)" if beta in lost else "")
             labels.append(Label(*place, text, line.color, clear=RING if place == ring else 0))
     return labels
 
@@ -305,19 +330,6 @@ def _draw_ideal(axes: Axes, ideal: Mapping[str, Any], widest: float) -> list[Lab
         labels.append(Label(kl, gold, "ideal", GREY, 14))
     if best_of:
         counts, kls, golds = zip(*best_of, strict=True)
-        axes.plot(kls, golds, color=GREY, linewidth=1.5, linestyle=":", marker="x", markersize=7, zorder=2)
+        axes.plot(kls, golds, color=GREY, linewidth=1.5, linestyle=joined(kls, ":"), marker="x", markersize=7, zorder=2)
         labels.append(Label(kls[-1], golds[-1], f"best of {counts[-1]:g}", GREY, 14))
     return labels
-
-
-def _obstacles(lines: Sequence[Line]) -> list[Box]:
-    """Points, intervals and lines, as boxes that labels keep clear of."""
-    boxes: list[Box] = []
-    for line in lines:
-        for (x, left, right), (y, low, high) in ((point.kl, point.quality) for point in line.points):
-            boxes += [(x, low, x, high), (left, y, right, y), (x, y, x, y)]
-        for (x0, y0), (x1, y1) in pairwise(line.means().values()):
-            for share in (part / 8 for part in range(1, 8)):
-                x, y = (x0**0.5 + share * (x1**0.5 - x0**0.5)) ** 2, y0 + share * (y1 - y0)
-                boxes.append((x, y, x, y))
-    return boxes

@@ -1,17 +1,14 @@
-"""What the pictures of a sweep share: colours for any colour vision, direct labels that do not touch, whole files."""
+"""What the pictures of a sweep share: a colour for each line, direct labels that do not touch."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from dpo_kit.sweep.choice.runs import RunRecord, swept_keys
@@ -19,12 +16,11 @@ from dpo_kit.sweep.choice.runs import RunRecord, swept_keys
 # Okabe-Ito, the well visible ones first; each with a marker of its own, so that colour is never alone
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GREY = "#595959"
 SIDES = np.array([(1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)])
 DISTANCES = (7.0, 16.0, 30.0, 50.0, 80.0)  # pixels between a point and its label
 FAR = 40.0  # pixels from which on a thin line leads from the label to its point
 AIR = 5.0 * np.array([-1, -1, 1, 1])  # pixels kept around an obstacle
-Box = tuple[float, float, float, float]  # left, bottom, right, top
+SPACING = 8.0  # pixels along a line
 
 
 @dataclass(frozen=True)
@@ -40,21 +36,6 @@ class Label:
     clear: float = 0.0
 
 
-def new_figure(height: float) -> Figure:
-    """An empty figure 1200 pixels wide and `height` inches of 100 pixels high, with its renderer."""
-    figure = Figure(figsize=(12, height), dpi=100)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write aside, then rename: whoever looks at the picture sees a whole one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.png")
-    figure.savefig(partial)
-    partial.replace(path)
-    return path
-
-
 def name_lines(runs: Sequence[RunRecord]) -> dict[str, str]:
     """{run path: the line it belongs to}: its method, and its values of what is swept beside beta and seed."""
     names, swept = {}, swept_keys(runs)
@@ -64,9 +45,9 @@ def name_lines(runs: Sequence[RunRecord]) -> dict[str, str]:
     return names
 
 
-def place_labels(axes: Axes, labels: Iterable[Label], obstacles: Sequence[Box]) -> None:
-    """Write each label beside its point where it covers least: of other labels, of `obstacles` (data units)."""
-    taken = axes.transData.transform(np.reshape(obstacles, (-1, 2))).reshape(-1, 4) + AIR
+def place_labels(axes: Axes, labels: Iterable[Label]) -> None:
+    """Write each label beside its point where it covers least: of other labels, and of all that is drawn."""
+    taken = np.vstack([_boxes(axes), np.empty((0, 4))])
     for label in labels:
         text = axes.annotate(
             label.text, (label.x, label.y), (0, 0), textcoords="offset pixels", color=label.color, fontsize=label.size,
@@ -96,23 +77,21 @@ def place_labels(axes: Axes, labels: Iterable[Label], obstacles: Sequence[Box]) 
             axes.annotate("", (label.x, label.y), edge, textcoords="offset pixels", arrowprops=leader)
 
 
+def _boxes(axes: Axes) -> Any:
+    """Points, intervals and lines of a panel as boxes that labels keep clear of, (n, 4) pixels."""
+    paths = [(line.get_transform().transform(line.get_xydata()), line.get_linestyle() != "None") for line in axes.lines]
+    for bars in axes.collections:
+        paths += [(axes.transData.transform(path.vertices), True) for path in bars.get_paths()]
+    points = [np.empty((0, 2))]
+    for corners, is_joined in paths:
+        points.append(corners)
+        for start, end in pairwise(corners) if is_joined else ():
+            steps = int(np.hypot(*(end - start)) // SPACING)
+            points.append(start + np.linspace(0, 1, steps + 2)[1:-1, None] * (end - start))
+    return np.tile(np.vstack(points), 2) + AIR
+
+
 def _overlap(boxes: Any, others: Any) -> Any:
     """Square pixels that each of `boxes`, (n, 4), shares with each of `others`, (m, 4): (n, m)."""
     low, high = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
     return (high - low).clip(0).prod(-1)
-
-
-def spread(heights: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
-    """`heights` moved as little as needed to be `gap` apart and, as far as they fit, within [bottom, top]."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    placed = [heights[index] for index in order]
-    for _ in range(200):
-        placed = [min(max(height, bottom), top) for height in placed]
-        for low in range(len(placed) - 1):
-            lack = gap - (placed[low + 1] - placed[low])
-            if lack > 1e-9:
-                placed[low], placed[low + 1] = placed[low] - lack / 2, placed[low + 1] + lack / 2
-    result = list(heights)
-    for index, height in zip(order, placed, strict=True):
-        result[index] = height
-    return result

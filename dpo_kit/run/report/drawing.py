@@ -1,0 +1,143 @@
+"""What all pictures share: colours, and how a course, an interval, a floor and a small number are drawn. No torch;
+matplotlib is imported when a figure is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_kit.run.measures import floor_of
+from dpo_kit.run.report.numbers import bounds, is_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe-Ito: told apart with any colour vision
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
+OVER_THE_LINE = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # the box of a text that a line crosses
+DASHES = (0, (4, 3))
+HATCHED: dict[str, Any] = {
+    "facecolor": "#F2F2F2", "edgecolor": "#BFBFBF", "hatch": "//", "linewidth": 0, "zorder": 0, "label": "rounding"
+}  # fmt: skip  # what is no more than rounding
+FEW = 10  # pairs, prompts or answers: what is told of fewer is drawn hollow
+SCATTERED = 4  # points: up to so many are drawn with bars, more of them with a band
+Ends = tuple[float, float]  # of an interval
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure 1200 pixels wide and `height` inches of 100 pixels high, with its renderer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, height), dpi=100)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write aside, then rename: whoever looks at the picture sees a whole one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.png")
+    figure.savefig(partial)
+    partial.replace(path)
+    return path
+
+
+def count_text(counts: Collection[int], unit: str) -> str:
+    """How many `unit` (a plural) a figure rests on, from least to most of `counts` (0: not known), or nothing."""
+    known = [count for count in counts if count]
+    if not known:
+        return ""
+    least, most = min(known), max(known)
+    unit = unit.removesuffix("s") if most == 1 else unit
+    return f"{'only ' if least < FEW else ''}{least:,}{f' to {most:,}' if most > least else ''} {unit}"
+
+
+def head(axes: Axes, title: str, *notes: str) -> None:
+    """The title of a panel and below it, small, what a reader must know; nothing of it touches what is drawn."""
+    note = " · ".join(filter(None, notes))
+    axes.set_title(title, loc="left", fontsize=19, pad=30 if note else 9)
+    axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=14, color=GREY, va="bottom")
+
+
+def over_steps(axes: Axes) -> None:
+    """Spines, ticks and labels of a panel over steps."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=15, colors=GREY)
+    axes.set_xlabel("step", fontsize=15, color=GREY)
+    axes.locator_params(axis="y", nbins=5)
+    axes.locator_params(axis="x", nbins=4, integer=True)
+
+
+def intervals(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, Ends]:
+    """{step: 95 % interval} of `key`, at the steps at which it has one."""
+    measured = [row for row in rows if is_number(row.get(key))]
+    return {row.get("step", 0): ends for row in measured if (ends := bounds(row, key))}
+
+
+def joined(points: Sized, style: Any = "-") -> Any:
+    """The style of the line through `points`: two are no course, so that no line joins them."""
+    return style if len(points) > 2 else "none"
+
+
+def draw_course(
+    axes: Axes,
+    points: Mapping[int, float],
+    ends: Mapping[int, Ends],
+    color: Any,
+    *,
+    dashed: bool = False,
+    hollow: bool = False,
+    shift: float = 0.0,
+    alpha: float = 0.2,
+) -> None:
+    """`points` over steps, joined from the third on, since two are no course; `ends` are intervals: bars where points
+    are few (these moved by `shift`, so that the bars of several do not hide each other), else a band of `alpha`.
+    `hollow` points rest on few pairs.
+    """
+    scattered = len(points) <= SCATTERED
+    steps = [step + shift * scattered for step in points]
+    low, high = zip(*(ends.get(step, (value, value)) for step, value in points.items()), strict=True)
+    axes.plot(
+        steps, list(points.values()), color=color, linewidth=2.5, marker="o", markersize=9 if scattered else 5,
+        linestyle=joined(points, DASHES if dashed else "-"),
+        markerfacecolor="white" if hollow or (dashed and scattered) else color, zorder=3,
+    )  # fmt: skip
+    if ends and scattered:
+        axes.vlines(steps, low, high, color=color, linewidth=2)
+    elif ends:
+        axes.fill_between(steps, low, high, color=color, alpha=alpha, linewidth=0)
+
+
+def draw_level(axes: Axes, value: float, lines: int, **style: Any) -> None:
+    """An upright line at `value` beside the dots of so many `lines` (0, −1, …), with gaps for the labels above them."""
+    axes.vlines(
+        [value] * lines, [-line - 0.22 for line in range(lines)], [0.12 - line for line in range(lines)], **style
+    )
+
+
+def draw_floor(axes: Axes, key: str, values: Mapping[str, Any]) -> str:
+    """Hatch the band within which `key` of `values` is no more than rounding; the note that says so, empty without."""
+    if not (floor := floor_of(key, values)):
+        return ""
+    axes.axhspan(0.0 if "/kl_" in key else -floor, floor, **HATCHED)
+    return "hatched: rounding"
+
+
+def spread(heights: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
+    """`heights` moved as little as needed to be `gap` apart and, as far as they fit, within [bottom, top]."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    placed = [heights[index] for index in order]
+    for _ in range(200):
+        placed = [min(max(height, bottom), top) for height in placed]
+        for low in range(len(placed) - 1):
+            lack = gap - (placed[low + 1] - placed[low])
+            if lack > 1e-9:
+                placed[low], placed[low + 1] = placed[low] - lack / 2, placed[low + 1] + lack / 2
+    result = list(heights)
+    for index, height in zip(order, placed, strict=True):
+        result[index] = height
+    return result
