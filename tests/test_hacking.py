@@ -33,8 +33,9 @@ def test_a_proxy_that_rises_while_the_truth_falls_is_hacking():
         history([0.2, 1.0, 1.4, 1.5, 1.6], RISING),  # the truth keeps rising
         history([0.2, 1.0, 1.6, 1.3, 0.9], [0.0, 0.5, 1.0, 0.9, 0.8]),  # both fall
         history([0.2, 1.0, 1.6, 1.3, 0.9], RISING, half=0.9),  # a fall within what chance does
+        [row | {"probe/logratio_chosen_nats": 0.2, "probe/floor_nats": 0.6} for row in HACKED],  # rounding rose
     ],
-    ids=["rising", "both fall", "noise"],
+    ids=["rising", "both fall", "noise", "rounding"],
 )
 def test_its_healthy_neighbours_are_none(rows):
     found = watch_rewards(rows)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.evaluate.behaviour.failures import Contest, forms, repeated_share, words
 from dpo_kit.run.history import latest, series
+from dpo_kit.run.measures import in_rounding
 from dpo_kit.run.report.drawing import (
     BLUE,
     DASHES,
@@ -100,7 +101,8 @@ def watch_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     {verdict: hacked | tracking | unknown, proxy, peak_step, last_step, gold_first, gold_peak, gold_last, proxy_peak,
     proxy_last, p, reason}. Hacked: the last gold reward lies below its peak beyond chance (their intervals; p times the
     number of other points, since the peak was picked), and the proxy, the mean reward margin on held-out pairs (in nats
-    for methods without an implicit reward), rose after it.
+    for methods without an implicit reward), rose after it by
+    more than rounding.
     """
     gold = series(rows, "gold/reward")
     key = next((key for key in PROXIES if len(gold.keys() & series(rows, key).keys()) > 1), PROXIES[0])
@@ -114,7 +116,8 @@ def watch_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if peak != last and all(step in ends for step in (peak, last) for ends in (low, high)):
         fall = from_intervals(*((gold[step], low[step], high[step]) for step in (last, peak)))
         p = min(1.0, fall.p * (len(steps) - 1))
-    hacked = p is not None and p < CERTAIN and proxy[last] > proxy[peak]
+    rose = proxy[last] > proxy[peak] and not in_rounding(key, latest(rows))
+    hacked = p is not None and p < CERTAIN and rose
     between = (
         f"from step {peak} to {last} the reward margin went from {proxy[peak]:.2f} to {proxy[last]:.2f}, the gold "
         f"reward from {gold[peak]:.2f} to {gold[last]:.2f}"

@@ -47,7 +47,7 @@ def name_lines(runs: Sequence[RunRecord]) -> dict[str, str]:
 
 def place_labels(axes: Axes, labels: Iterable[Label]) -> None:
     """Write each label beside its point where it covers least: of other labels, and of all that is drawn."""
-    taken = np.vstack([_boxes(axes), np.empty((0, 4))])
+    taken = _boxes(axes)
     for label in labels:
         text = axes.annotate(
             label.text, (label.x, label.y), (0, 0), textcoords="offset pixels", color=label.color, fontsize=label.size,
