@@ -93,7 +93,7 @@ def test_every_rate_of_an_evaluation_has_its_interval(tmp_path: Path, figures: l
         assert len(bars) == len(dots(axes)) > 0, title
     won = panel(figures[0], "Win rate")
     assert texts(won)[::2] == [
-        "win rate (40 prompts)", "with ties dropped (only 9 prompts)", "at equal length (40 prompts)",
+        "win rate (40 prompts)", "ties dropped (only 9 comparisons)", "at equal length (40 prompts)",
     ]  # fmt: skip
     assert [dot.get_color() for dot in dots(won)] == [BLUE, GREY, BLUE]
 

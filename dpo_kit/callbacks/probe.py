@@ -106,6 +106,7 @@ class PairProbe:
                 self._reference_logps = self._find_reference_logps(logps) if step == 0 else self._restore()
         chosen, rejected = ([index for index in side if index is not None] for side in self._sides)
         logratios = logps - self._reference_logps
+        prompts_chosen, prompts_rejected = (self._prompt_ids(side) for side in self._sides)
         return Scores(
             step,
             self.paired,
@@ -113,8 +114,9 @@ class PairProbe:
             logratios[rejected],
             self._tokens[chosen],
             self._tokens[rejected],
-            *(self._prompt_ids(side) for side in self._sides),
-            floor_nats=self.floor_nats,
+            prompts_chosen,
+            prompts_rejected,
+            self.floor_nats,
         )
 
     def _score(self, model: Any) -> Tensor:

@@ -74,18 +74,16 @@ def _set_lines(axes: Axes, count: int) -> None:
     axes.set_yticks([])
 
 
-def _draw_rates(
-    axes: Axes, title: str, rates: Mapping[str, Rate], unit: str, level_name: str, *, rounding: bool = False
-) -> None:
+def _draw_rates(axes: Axes, title: str, rates: Mapping[str, Rate], level_name: str, *, rounding: bool = False) -> None:
     """A dot with its interval for each rate, against ½; blue where the interval lies above, orange below, else grey,
-    and grey all of them where they rest on few of `unit` or are no more than rounding.
+    and grey where it rests on few or all are no more than rounding.
     """
     axes.set_title(title, **TITLE)
     draw_level(axes, 0.5, len(rates), color=GREY, **DASHED)
     for line, (label, rate) in enumerate(rates.items()):
         value, low, high, count = rate
         color = GREY if rounding or count < FEW or low <= 0.5 <= high else BLUE if low > 0.5 else ORANGE
-        _draw_interval(axes, line, f"{label} ({count_text([count], unit)})", rate, color)
+        _draw_interval(axes, line, label, rate, color)
         axes.text(1.06, -line, f"{value:.2f}", fontsize=TEXT, va="center", ha="left", fontweight="bold", color=color)
     axes.set_xlim(-0.01, 1.2)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", level_name, "", "1"])
@@ -93,18 +91,18 @@ def _draw_rates(
 
 
 def _draw_win_rates(axes: Axes, found: Found) -> None:
-    names = {
-        "win_rate": "win rate",
-        "win_rate_without_ties": "with ties dropped",
-        "win_rate_length_controlled_without_difficulty": "at equal length",
+    prompts, decided = (found["prompts"], "prompts"), (found["decided"], "comparisons")
+    shown = {
+        "win_rate": ("win rate", *prompts),
+        "win_rate_without_ties": ("ties dropped", *decided),
+        "win_rate_length_controlled_without_difficulty": ("at equal length", *prompts),
     }
-    counts = {"win_rate_without_ties": found["decided"]}
     rates = {
-        label: _rate(found, key, counts.get(key, found["prompts"]))
-        for key, label in names.items()
+        f"{label} ({count_text([count], unit)})": _rate(found, key, count)
+        for key, (label, count, unit) in shown.items()
         if found.get(key) is not None
     }
-    _draw_rates(axes, f"Win rate: {found['win_rate_verdict']}", rates, "prompts", "0.5")
+    _draw_rates(axes, f"Win rate: {found['win_rate_verdict']}", rates, "0.5")
 
 
 def _draw_verdicts(axes: Axes, found: Found) -> None:
@@ -143,13 +141,14 @@ def _draw_groups(axes: Axes, found: Found) -> None:
             f"score gap up to {gaps[0]['to']:.2g}": gaps[0],
             f"score gap from {gaps[-1]['from']:.2g}": gaps[-1],
         }
-    rates = {"all": _rate(found, "accuracy", found["pairs"])}
+    rates = {f"all ({count_text([found['pairs']], 'pairs')})": _rate(found, "accuracy", found["pairs"])}
     for name, group in groups.items():
-        if group["pairs"]:
-            rates[name] = group["accuracy"], group["low"], group["high"], group["pairs"]
+        if count := group["pairs"]:
+            label = f"{name} ({count_text([count], 'pairs')})"
+            rates[label] = group["accuracy"], group["low"], group["high"], count
     rounding = in_rounding("probe/accuracy", as_measured(found))
     title = "Accuracy on held-out pairs" + (": rounding" if rounding else "")
-    _draw_rates(axes, title, rates, "pairs", "chance", rounding=rounding)
+    _draw_rates(axes, title, rates, "chance", rounding=rounding)
 
 
 def _draw_calibration(axes: Axes, found: Found) -> None:
