@@ -139,7 +139,7 @@ def test_a_rule_that_decides_few_pairs_is_hollow_and_intervals_stand_before_and_
     assert panel(figures[0], "Tokens (40 rows)")
 
 
-@pytest.mark.parametrize(("steps", "style"), [(2, "None"), (3, "-"), (6, "-")])
+@pytest.mark.parametrize(("steps", "style"), [(2, "None"), (3, ":"), (6, "-")])
 def test_the_watch_joins_no_two_points_and_says_how_many_prompts(
     steps: int, style: str, tmp_path: Path, figures: list[Figure]
 ) -> None:

@@ -219,11 +219,13 @@ def pairs_of(folder: Path, count: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("points", [2, 3, 9])
-def test_two_points_are_not_joined_and_three_are(points: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("points", "style"), [(2, "None"), (3, ":"), (9, "-")])
+def test_two_points_are_not_joined_and_a_few_by_dots_alone(
+    points: int, style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     figure = figure_of(write(tmp_path, history(PAIRS | GOLD, points)), monkeypatch)
     styles = {line.get_linestyle() for axes in figure.axes for line in drawn(axes)}
-    assert len(figure.axes) == 6 and styles == ({"None"} if points == 2 else {"-"})
+    assert len(figure.axes) == 6 and styles == {style}
 
 
 @pytest.mark.parametrize(("points", "kind"), [(3, LineCollection), (9, PolyCollection)])

@@ -424,8 +424,8 @@ def test_curves_show_what_compares_across_betas_with_intervals_and_counts(tmp_pa
     write_summary(sweep_of(tmp_path, 2, [1.0] * 6 + [-1.0] * 2, measured=more))
     shown = texts_of(figures[1])
     assert "Log-ratio to the reference (nats)" in shown and not any("reward" in text.lower() for text in shown)
-    assert "only 8 pairs · dashed: chance" in shown and "only 8 pairs · - - rejected" in shown
-    lines = [line for axes in figures[1].axes for line in axes.lines if line.get_marker() == "o"]
+    assert "only 8 pairs · dashed: chance" in shown and "only 8 pairs · squares: rejected" in shown
+    lines = [line for axes in figures[1].axes for line in axes.lines if line.get_marker() in ("o", "s")]
     assert len(lines) == 2 * (1 + 2 + 1 + 2)
     assert all(line.get_markerfacecolor() == "white" for line in lines[:8])  # of pairs; answers are not recorded here
     assert all(axes.collections for axes in figures[1].axes)

@@ -24,7 +24,7 @@ HATCHED: dict[str, Any] = {
     "facecolor": "#F2F2F2", "edgecolor": "#BFBFBF", "hatch": "//", "linewidth": 0, "zorder": 0, "label": "rounding"
 }  # fmt: skip  # what is no more than rounding
 FEW = 10  # pairs, prompts or answers: what is told of fewer is drawn hollow
-SCATTERED = 4  # points: up to so many are drawn with bars, more of them with a band
+SCATTERED = 4  # points: up to so many have bars and dots between them, more of them a band and a line
 Ends = tuple[float, float]  # of an interval
 
 
@@ -94,17 +94,18 @@ def draw_course(
     shift: float = 0.0,
     alpha: float = 0.2,
 ) -> None:
-    """`points` over steps, joined from the third on, since two are no course; `ends` are intervals: bars where points
-    are few (these moved by `shift`, so that the bars of several do not hide each other), else a band of `alpha`.
-    `hollow` points rest on few pairs.
+    """`points` over steps: two are not joined, a few by dots alone, as nothing is known in between; squares then stand
+    for `dashed`. `ends` are intervals: bars of a few (moved by `shift`, so that those of several courses do not hide
+    each other), else a band of `alpha`. `hollow` points rest on few pairs.
     """
     scattered = len(points) <= SCATTERED
     steps = [step + shift * scattered for step in points]
     low, high = zip(*(ends.get(step, (value, value)) for step, value in points.items()), strict=True)
     axes.plot(
-        steps, list(points.values()), color=color, linewidth=2.5, marker="o", markersize=9 if scattered else 5,
-        linestyle=joined(points, DASHES if dashed else "-"),
-        markerfacecolor="white" if hollow or (dashed and scattered) else color, zorder=3,
+        steps, list(points.values()), color=color, linewidth=1.5 if scattered else 2.5, zorder=3,
+        linestyle=joined(points, ":" if scattered else DASHES if dashed else "-"),
+        marker="s" if scattered and dashed else "o", markersize=9 if scattered else 5,
+        markerfacecolor="white" if hollow else color,
     )  # fmt: skip
     if ends and scattered:
         axes.vlines(steps, low, high, color=color, linewidth=2)

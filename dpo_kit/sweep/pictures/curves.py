@@ -21,6 +21,7 @@ from dpo_kit.run.report.drawing import (
     DASHES,
     FEW,
     GREY,
+    SCATTERED,
     count_text,
     draw_course,
     draw_floor,
@@ -41,12 +42,13 @@ Keys = tuple[str, str | None]  # of the solid and of the dashed curve
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity: its keys by falling preference, what tells the dashes, and a level to compare with."""
+    """One quantity: its keys by falling preference, what the dashed ones are, and a level to compare with."""
 
     title: str
     options: tuple[Keys, ...]
-    note: str = ""
+    dashed: str = ""
     level: float = 0.0
+    level_name: str = ""
 
 
 PANELS = (
@@ -54,13 +56,13 @@ PANELS = (
     Panel(
         "Log-ratio to the reference (nats)",
         (("probe/logratio_chosen_nats", "probe/logratio_rejected_nats"),),
-        "- - rejected",
+        "rejected",
     ),
-    Panel("Accuracy on held-out pairs", (("probe/accuracy", None), ("probe/auc", None)), "dashed: chance", 0.5),
+    Panel("Accuracy on held-out pairs", (("probe/accuracy", None), ("probe/auc", None)), "", 0.5, "dashed: chance"),
     Panel(
         "KL drift (nats per answer)",
         tuple(zip(kl_keys("forward"), kl_keys("reverse"), strict=True)),
-        "- - reverse",
+        "reverse",
     ),
 )
 OF_UNARY = {"probe/class_gap_nats": "Class gap of log-ratios (nats)", "probe/auc": "AUC on held-out answers"}
@@ -106,7 +108,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunRecord], colors: Map
     last = max((row.get("step", 0) for run in runs for row in run.history), default=0)
     apart = min(APART, 5 * APART / len(runs)) * last
     ends: dict[float | None, list[float]] = {}  # of the solid curves, by beta
-    has_dashes = False
+    dashed: list[int] = []  # how many points the dashed curves have
     for place, (run, count) in enumerate(zip(runs, counts, strict=True)):
         keys = next((keys for keys in panel.options if run.series(keys[0])), panel.options[0])
         for key in filter(None, keys):
@@ -116,10 +118,11 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunRecord], colors: Map
                     axes, points, intervals(run.history, key), colors[run.beta], dashed=is_dashed,
                     hollow=0 < count < FEW, shift=apart * (place - (len(runs) - 1) / 2), alpha=0.12,
                 )  # fmt: skip
-                has_dashes |= is_dashed
-                if not is_dashed:
+                if is_dashed:
+                    dashed.append(len(points))
+                else:
                     ends.setdefault(run.beta, []).append(points[max(points)])
-    note = panel.note if has_dashes or not any(dashed for _, dashed in panel.options) else ""
+    note = f"{'squares' if max(dashed) <= SCATTERED else '- -'}: {panel.dashed}" if dashed else panel.level_name
     unit = "pairs" if any(run.pairs for run in runs) and not of_answers else "answers"
     head(axes, OF_UNARY.get(first, panel.title), count_text(counts, unit), note, rounding)
     axes.margins(y=0.08)
