@@ -226,7 +226,7 @@ def _draw_line(axes: Axes, line: Line, quality: Quality) -> list[float]:
         kls, values = run.series(run.kl_reverse_key), run.series(quality.key)
         if trail := [(max(0.0, kls[step]), values[step]) for step in kls if step in values]:
             axes.plot(
-                *zip(*trail, strict=True), color=line.color, alpha=0.3, linewidth=1.2, linestyle=joined(trail),
+                *zip(*trail, strict=True), color=line.color, alpha=0.45, linewidth=1.2, linestyle=joined(trail, ":"),
                 marker=".", markersize=8,
             )  # fmt: skip
             seen += [kl for kl, _ in trail]
