@@ -35,7 +35,7 @@ from dpo_kit.trainer.refusals import explain_stop
 from dpo_kit.trainer.resume.checkpoints import explain_full_disk
 from dpo_kit.trainer.resume.find import begin_from, find_checkpoint, how_to_go_on
 from dpo_kit.trainer.resume.signals import Interrupted
-from dpo_kit.trainer.rows import prepare_data
+from dpo_kit.trainer.rows import prepare_data, report_data
 from dpo_kit.trainer.start_check import look_for_brakes
 
 log = logging.getLogger(__name__)
@@ -60,18 +60,19 @@ def train(cfg: DictConfig, run_dir: str | Path | None = None) -> Result:
 
 def _train(settings: Settings, run: RunDirectory) -> Result:
     began = time.time()
-    if is_writer():
-        run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model)
     date = keep_date(run, tokenizer)
     with phase("reading the rows"):
-        data = prepare_data(settings, tokenizer, run)
+        data = prepare_data(settings, tokenizer)
     manifest = build_manifest(settings, data, typed_command(), tokenizer, date, chosen_amount(run))
     checkpoint = find_checkpoint(settings, run, manifest)
+    if is_writer():  # not before: a start that is refused leaves what is there as it is
+        run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
     begin_from(run, checkpoint)
     if is_writer():
         write_json(run.manifest, manifest)
+        report_data(data, run)
     tracker = start_tracking(settings, manifest["config"], run)
     try:
         with open_reward(settings, run) as reward:

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from dpo_kit.config.compose import check, compose
+from dpo_kit.config.identity import list_differences, origin
 from dpo_kit.errors import ConfigError, TrainingError
-from dpo_kit.model.load import rounded_share
+from dpo_kit.model.load import load_tokenizer, rounded_share
 from dpo_kit.run.report.diagnosis import held_back
 from dpo_kit.trainer.arguments import build_arguments, decide
+from dpo_kit.trainer.manifest import build_manifest
 from dpo_kit.trainer.refusals import refusing
 from dpo_kit.training import run_trainer
 
@@ -27,6 +29,17 @@ def test_the_precision_of_accelerate_s_environment_is_obeyed_everywhere_or_nowhe
     assert (args.bf16, args.mixed_precision) == (asked == "bf16", asked)
     typed = build_arguments(settings("trl.bf16=false"), ROWS, tmp_path, 64)
     assert (typed.bf16, typed.mixed_precision) == (False, "no")
+
+
+def test_a_run_goes_on_under_the_precision_of_the_environment_that_it_began_in(monkeypatch):
+    def started_from(*words):
+        given, nothing = settings(*words), SimpleNamespace(train=[], select=[], test=[])
+        return origin(build_manifest(given, nothing, None, load_tokenizer(given.model)))
+
+    before, typed_before = started_from(), started_from("trl.bf16=false")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert list_differences(before, started_from()) == ["machine.mixed_precision: None there, bf16 now"]
+    assert started_from("trl.bf16=false") == typed_before  # where it decides nothing
 
 
 def test_a_precision_that_nobody_here_knows_is_refused(monkeypatch):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -131,7 +132,43 @@ def test_several_temperatures_are_several_sources(tmp_path):
     assert report["sources"][cold]["chosen"] + report["sources"][hot]["chosen"] == report["pairs"]
 
 
+def test_a_model_s_own_way_to_sample_is_followed_where_it_is_asked_for(tmp_path):
+    model = shutil.copytree(toy.MODEL, tmp_path / "model")
+    file = model / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": False}))
+    one = f"build.answers=[{{path: {model}, temperatures: [null], draws: 2}}]"
+    report = build_pairs(cfg(tmp_path / "own", "build.limit=4", one))
+    assert report["prompts"]["identical"] == 4 and [*report["sources"]] == [f"{model} as it samples"]
+    nearly_greedy = "build.answers=[{path: ${model.path}, top_p: 0.001, draws: 2}]"
+    assert build_pairs(cfg(tmp_path / "p", "build.limit=4", nearly_greedy))["prompts"]["identical"] == 4
+
+
+def test_answers_that_were_cut_are_said_and_how_many_of_them_are_chosen(tmp_path, capsys):
+    report = build_pairs(cfg(tmp_path, "build.limit=12", "build.max_new_tokens=3"))
+    assert report["answers"]["cut"] > report["answers"]["cut_and_chosen"] == report["pairs"] > 0
+    show_build(report)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{report['answers']['cut']} of 24 at build.max_new_tokens=3, {report['pairs']} of them chosen" in shown
+
+
+def test_the_embedded_model_says_so_where_it_answers_prompts_that_are_not_its_own(tmp_path, caplog):
+    (tmp_path / "mine.jsonl").write_text(toy.TRAIN.read_text().splitlines()[0])
+    build_pairs(cfg(tmp_path / "toy", "build.limit=1"))
+    assert not caplog.records
+    build_pairs(cfg(tmp_path / "mine", f"build.prompts={tmp_path / 'mine.jsonl'}"))
+    assert "the embedded model answers" in caplog.text and "model=local model.path=" in caplog.text
+
+
 # --- servers -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_set_is_left_to_the_server(tmp_path):
+    with scripted_server(helpful) as server:
+        options = {"temperatures": "[null, 0.5]", "top_p": "0.9", "draws": "1"}
+        build_pairs(cfg(tmp_path, "build.limit=2", server_source(server.base_url, **options)))
+        sent = sorted((body.get("temperature"), body.get("top_p")) for body in server.bodies if "temperature" in body)
+        assert sent == [(0.5, 0.9)] * 2 and len(server.bodies) == 4
+        assert all(body["top_p"] == 0.9 for body in server.bodies)
 
 
 def test_a_server_s_answers_become_pairs(tmp_path):

@@ -7,7 +7,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_kit.config.compose import check, compose
 from dpo_kit.model.trl_classes import import_class
-from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
 from dpo_kit.trainer.rows import prepare_data
@@ -71,7 +70,7 @@ def _losses_of_plain_trl(cfg, own, tuning, folder):
     """What a script of one's own would do on the same rows; only the class paths and the rows come from dpo_kit."""
     settings = check(cfg)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    data = prepare_data(settings, tokenizer, RunDirectory(folder))
+    data = prepare_data(settings, tokenizer)
     args = import_class(settings.method.config)(
         output_dir=str(folder / "trl"),
         report_to="none",

@@ -185,7 +185,7 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_only_a_run_that_ended_well_is_exported(lora, tmp_path):
-    with pytest.raises(ConfigError, match=r"is no run directory; did you mean run=.*run\?"):
+    with pytest.raises(ConfigError, match=r"is no run directory .*: did you mean run=.*run\?"):
         export_run(RunDirectory(lora.model), tmp_path / "export")
     write_json(lora.result, {"status": "interrupted"})
     with pytest.raises(ConfigError, match=r"has not ended well \(status: interrupted\)"):

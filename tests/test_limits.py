@@ -26,6 +26,13 @@ REFUSED = {
     "trl.lr_scheduler_type=polynomial trl.lr_scheduler_kwargs={power: x}": "lr_scheduler_kwargs.power must be float",
     "trl.lr_scheduler_kwargs={num_cycles: 2}": "num_cycles belongs to cosine,",
     "trl.lr_scheduler_type=reduce_lr_on_plateau trl.eval_strategy=no": "eval_strategy=no has none",
+    "trl.lr_scheduler_type=cosine_with_min_lr trl.lr_scheduler_kwargs={min_lr: 3e-3}": "min_lr must be below trl.learn",
+    "trl.lr_scheduler_type=cosine_with_min_lr trl.lr_scheduler_kwargs={min_lr_rate: 2}": "must lie in [0, 1], got 2",
+    "trl.lr_scheduler_type=polynomial trl.lr_scheduler_kwargs={lr_end: 1e-3}": "below trl.learning_rate=0.0002, got 0",
+    "trl.lr_scheduler_type=polynomial trl.learning_rate=1e-8": "got 1e-07, its default: add trl.lr_scheduler_kwargs={l",
+    "trl.lr_scheduler_type=greedy": "min_lr must be below trl.learning_rate=0.0002, got 0.001, its default: add",
+    "trl.learning_rate=-1e-4 allow_learning_rate=true": "trl.learning_rate must be at least 0, got -0.0001",
+    "model.attn_implementation=spda": "did you mean sdpa?",
     "trl.push_to_hub=true": "add trl.hub_model_id=org/name",
     "trl.save_strategy=best": "add trl.metric_for_best_model=probe/accuracy",
     "trl.load_best_model_at_end=true trl.eval_steps=0.1 trl.save_steps=20": "both shares of the run",
@@ -57,6 +64,10 @@ def test_a_value_that_would_end_in_a_traceback_is_refused_with_key_rule_and_reme
         [LORA, "model.lora.target_modules='.*_proj'"],
         [LORA, "+model.lora.init_lora_weights=pissa_niter_4"],
         ["trl.max_steps=-1"],
+        ["trl.lr_scheduler_type=greedy", "trl.lr_scheduler_kwargs={min_lr: 0}"],
+        ["trl.lr_scheduler_type=reduce_lr_on_plateau", "trl.learning_rate=0", "allow_learning_rate=true"],
+        ["model.attn_implementation=eager"],
+        ["trl.lr_scheduler_type=cosine", "trl.warmup_steps=3"],
     ],
 )  # fmt: skip
 def test_odd_values_that_libraries_take_are_taken(words):
@@ -110,8 +121,7 @@ def test_a_package_of_an_extra_is_named_with_the_versions_that_were_tried():
 
 def test_every_number_of_trl_has_a_bound_or_is_known_to_have_none():
     """A field that a new TRL brings is looked at here."""
-    free = """local_rank learning_rate beta seed alpha f_alpha_divergence_coef label_smoothing missing_eos_penalty
-    padding_value"""
+    free = """local_rank beta seed alpha f_alpha_divergence_coef label_smoothing missing_eos_penalty padding_value"""
     numbers = {
         key
         for described in load_schema()["classes"].values()
@@ -132,12 +142,20 @@ def test_every_number_of_trl_has_a_bound_or_is_known_to_have_none():
         ("trl.hub_model_id=me/it", "add trl.push_to_hub=true"),
         ("trl.discopop_tau=0.1", "add trl.loss_type=discopop"),
         ("data.holdout=0.2", "data.holdout=0.2 has no effect with data.eval="),
+        ("trl.lr_scheduler_type=constant trl.warmup_steps=9", "add trl.lr_scheduler_type=constant_with_warmup or"),
     ],
 )
 def test_a_word_that_changes_nothing_is_refused(words, said):
     with pytest.raises(ConfigError) as refusal:
         compose(words.split(" "))
     assert said in str(refusal.value)
+
+
+def test_jobs_of_a_sweep_are_not_pushed_over_each_other():
+    pushed = ["beta=0.1,0.2", "trl.push_to_hub=true"]
+    with pytest.raises(ConfigError, match=r"hub_model_id=me/it is one repository for 2 jobs"):
+        plan_sweep([*pushed, "trl.hub_model_id=me/it"], [], "config")
+    plan_sweep([*pushed, "trl.hub_model_id='me/it-${beta}'"], [], "config")
 
 
 def test_in_a_sweep_a_word_must_have_its_effect_in_one_job():

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from dpo_kit.config.compose import check, compose
+from dpo_kit.config.data_files import find_files
 from dpo_kit.config.identity import recall_config
 from dpo_kit.errors import DataError, ModelError
 from dpo_kit.evaluate.candidate import of_path
 from dpo_kit.evaluate.evaluation import next_command
-from dpo_kit.evaluate.job import plan
+from dpo_kit.evaluate.job import plan, share_template
 from dpo_kit.run.files import write_json
 from dpo_kit.toy import EVAL, MODEL
 from dpo_kit.trainer.held_out import refuse_other_rows
@@ -55,11 +56,25 @@ def test_a_relative_path_starts_from_the_folder_of_the_run_also_elsewhere(tmp_pa
         recall_config(manifest)
 
 
+def test_a_pattern_of_files_and_a_template_s_file_are_found_from_elsewhere_too(tmp_path, monkeypatch):
+    proj = tmp_path / "proj"
+    (proj / "data").mkdir(parents=True)
+    write_pairs(proj / "data" / "a.jsonl")
+    (proj / "chat.jinja").write_text("{{ messages }}")
+    monkeypatch.chdir(tmp_path)
+    config = {"model": {"path": "org/model", "chat_template": "chat.jinja"}, "data": {"train": "data/*.jsonl"}}
+    found = recall_config({"config": config, "folder": str(proj)})
+    assert found["data"]["train"] == str(proj / "data" / "*.jsonl") and find_files(found["data"]["train"], "train")
+    assert found["model"] == {"path": "org/model", "chat_template": str(proj / "chat.jinja")}
+    config["model"]["chat_template"] = "{% for m in messages %}" + "x" * 300 + "{% endfor %}"
+    assert recall_config({"config": config, "folder": str(proj)})["model"] == config["model"]
+
+
 def test_an_adapter_whose_base_is_named_from_its_run_s_folder_is_found_from_any(bare, monkeypatch):
     write_json(bare / "run" / "model" / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "base"})
     write_json(bare / "run" / "manifest.json", {"folder": str(bare)})
     monkeypatch.chdir("/")
-    assert of_path(str(bare / "run" / "model"), check(compose()).model).model.path == str(bare / "base")
+    assert of_path("policy", str(bare / "run" / "model"), check(compose()).model).model.path == str(bare / "base")
 
 
 def test_rows_are_read_with_the_adapter_s_own_template_and_all_of_a_held_out_file_is_measured(bare):
@@ -73,12 +88,12 @@ def test_rows_are_read_with_the_adapter_s_own_template_and_all_of_a_held_out_fil
         f"data.eval={bare}/e.jsonl",
     ]
     for more in ([], [f"data.train={bare}/e.jsonl"]):
-        (job,) = plan([*words, *more])
+        job = share_template(*plan([*words, *more]))
         kind, held_out = job.held_out()
         assert (kind, job.split, len(held_out)) == ("pairs", "all", len(texts))
         assert {row["prompt"][0]["content"] for row in held_out} == {text["prompt"] for text in texts}  # as chats
         assert job.reference.tokenizer().chat_template == job.policy.tokenizer().chat_template is not None
-    (job,) = plan([*words, "split=select"])
+    job = share_template(*plan([*words, "split=select"]))
     assert 0 < len(job.held_out()[1]) < len(texts)
 
 

@@ -43,6 +43,7 @@ VALUES = [
     "a:b", "range(1,3)", "choice(1,2)", "glob(*)", "float(nan)", "sort(1)", "\\", "a\\", "\u202e",
     "é", "NaN", "None", "True", "1e-5", "1.5e",
     "localhost:8000", "http://", "https://[", "org/name", "org/name/more", "a.b.c", "json.loads",
+    "~nobody_here/x.jsonl", "x/" * 2500 + "y.jsonl", "/dev/null", "/", "a\nb",
 ]  # fmt: skip
 
 

@@ -292,7 +292,7 @@ def plain_trl(cfg, tuning, folder):
     """What a script of one's own would do with the same prompts and the same reward, unknown to any judge."""
     settings = check(cfg)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    rows = prepare_data(settings, tokenizer, RunDirectory(folder)).train
+    rows = prepare_data(settings, tokenizer).train
     args = OnlineDPOConfig(
         output_dir=str(folder / "trl"), report_to="none", seed=0, use_cpu=True, bf16=False, max_steps=6, max_length=128,
         gradient_checkpointing=False, warmup_steps=0.1, save_strategy="no", learning_rate=3e-4, max_new_tokens=24,
@@ -565,6 +565,6 @@ def test_the_trainer_is_built_with_what_the_method_file_says(tmp_path):
     settings = check(compose(online(tmp_path / "pairs.jsonl")))
     tokenizer, run = load_tokenizer(settings.model), RunDirectory(tmp_path / "run")
     reward = JudgedReward(Scripted(lambda _: "tie"), 0)
-    trainer = build_trainer(settings, prepare_data(settings, tokenizer, run), tokenizer, run, reward)
+    trainer = build_trainer(settings, prepare_data(settings, tokenizer), tokenizer, run, reward)
     assert trainer.train_dataset.column_names == ["prompt"] and trainer.reward_funcs == [reward]
     assert reward in trainer.callback_handler.callbacks

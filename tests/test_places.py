@@ -15,7 +15,10 @@ from dpo_kit.cli.main import read_arguments, refuse_early
 from dpo_kit.config.compose import check, compose
 from dpo_kit.config.identity import comparable
 from dpo_kit.config.places import claim, refuse_foreign, refuse_no_file, refuse_unwritable
+from dpo_kit.data.__main__ import main as data_tool
 from dpo_kit.errors import ConfigError, DataError, ModelError
+from dpo_kit.evaluate import __main__ as evaluation
+from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.files import cache_folder, write_json
 from dpo_kit.toy import MODEL
@@ -52,7 +55,49 @@ REFUSED = {
     "trl.fsdp_config=nothing": "is a folder: name a file in it",
     "resume=checkpoints/checkpoint-3": "resume must be auto, never or a checkpoint folder",
     "method=online_dpo judge=reward_model judge.path=./judge": "judge.path=./judge does not exist",
+    "method=online_dpo judge.module=json.tol": "judge.module=json.tol: there is no module json.tol",
 }
+
+
+IN_EVALUATION = {
+    "policy=./modle reference=model": "policy=./modle does not exist; did you mean model?",
+    "policy=model reference=./base": "reference=./base does not exist",
+    "policy=model reference=model against=./modle": "against=./modle does not exist; did you mean model?",
+    "policy=model reference=model against=answer.jsonl": "against=answer.jsonl: no such file or folder; did you mean a",
+    "policy=model reference=model parts=[win_rat]": "did you mean win_rate?",
+    "policy=model reference=model win_rate.prompts=pair.jsonl": "no such file or folder: pair.jsonl; did you mean pair",
+    "policy=model reference=model judge=reward_model judge.path=./judge": "judge.path=./judge does not exist",
+    "policy=model reference=model judge.module=json.tol": "judge.module=json.tol: there is no module json.tol",
+    "policy=model reference=model parts=[domain] domain.file=label.jsonl": "no such file or folder: label.jsonl",
+    "run=modle": "run=modle is no run directory",
+}
+
+
+@pytest.mark.parametrize("words", IN_EVALUATION)
+def test_an_evaluation_looks_at_what_it_is_given_before_anything_is_drawn(words, here, monkeypatch):
+    (here / "answers.jsonl").touch()
+    monkeypatch.setattr(Candidate, "tokenizer", lambda self: pytest.fail("a tokenizer was loaded"))
+    with pytest.raises((ConfigError, DataError)) as refusal:
+        evaluation.work(words.split(" "))
+    assert IN_EVALUATION[words] in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "run=nowhere"],
+        ["evaluate", "policy=./x", "reference=./y"],
+        ["export", "run=nowhere"],
+        ["sweep", "sweep=nowhere"],
+        ["data", "data=jsonl", "data.train=pair.jsonl"],
+        ["data", "mode=build", "build.prompts=./pair.jsonl"],
+    ],
+)
+def test_a_tool_that_refuses_has_imported_no_torch(arguments, here):
+    script = f"import sys, importlib; main = importlib.import_module('dpo_kit.{arguments[0]}.__main__').main\n"
+    script += f"print(main({arguments[1:]!r}), [m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
+    assert done.stdout.strip() == "2 []", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("words", REFUSED)
@@ -118,6 +163,18 @@ def test_two_starts_within_one_second_do_not_share_a_folder(tmp_path):
     assert [claim(stamp).name for _ in range(3)] == [stamp.name, f"{stamp.name}-2", f"{stamp.name}-3"]
 
 
+def test_two_data_reports_within_one_second_do_not_share_a_folder_and_a_refused_one_leaves_none(here, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form: form.replace("%Y%m%d-%H%M%S", "20300101-000000"))
+    words = ["data=jsonl", "data.train=pairs.jsonl", "data.holdout=0.4", "mode=convert"]
+    assert data_tool(words) == data_tool(words) == 0
+    assert sorted(path.name for path in (here / "outputs").iterdir()) == [
+        "data-20300101-000000",
+        "data-20300101-000000-2",
+    ]
+    (here / "pairs.jsonl").write_text("{\n")
+    assert data_tool(words) == 2 and len([*(here / "outputs").iterdir()]) == 2
+
+
 def start(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dpo_kit"])
     refuse_early(read_arguments(words))
@@ -141,6 +198,8 @@ def test_a_refused_start_changes_nothing_in_the_run_directory_that_is_there(here
     (here / "s" / ".lock").write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
     with pytest.raises(ConfigError, match=f"s is being written by process {os.getpid()} on"):
         start(["hydra.run.dir=s"], monkeypatch)
+    with pytest.raises(ConfigError, match=f"s is being written by process {os.getpid()} on"):
+        start(["-m", "beta=0.1,0.2", "hydra.sweep.dir=s"], monkeypatch)  # before Hydra writes what was typed
     assert sorted(path.name for path in here.rglob("[rs]/*")) == [".lock", "manifest.json"]
 
 
@@ -154,6 +213,23 @@ def test_a_folder_of_somebody_else_is_no_place_to_write_and_one_s_own_is(here):
     (here / "nothing" / "metrics.jsonl").touch()  # a run, whose result.json would be overwritten
     with pytest.raises(ConfigError, match=r"\(metrics\.jsonl\)"):
         refuse_foreign("out", "nothing")
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "key"),
+    [
+        ("data", [], "out=outputs"),
+        ("evaluate", ["policy=model", "reference=model"], "out=outputs/evaluation-"),
+        ("export", ["run=r"], "out=r/export"),
+        ("export", ["run=r", "mode=script"], "out=r/reproduce"),
+        ("sweep", ["sweep=s"], "sweep=s"),
+    ],
+)
+def test_every_tool_refuses_at_once_to_write_where_it_cannot_by_itself(tool, words, key, here, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
+    assert importlib.import_module(f"dpo_kit.{tool}.__main__").main(words) == 2
+    said = capsys.readouterr().err
+    assert key in said and "cannot be written" in said
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -233,6 +234,16 @@ def test_advice_follows_memory_and_tuning(billions, tuning, said):
     memory = {"parameters": 4 * size, "reference": 0, "optimizer": 8 * size, "gradients": 4 * size}
     found = Plan(memory, 16 * size + 2 * 10**9, 1, 1, 1.0, 1, 1, size)
     assert said in advise(found, _settings(f"model.tuning={tuning}"))
+
+
+def test_what_a_plan_prints_to_start_the_run_with_can_be_pasted():
+    size = 10**9
+    memory = {"parameters": 4 * size, "reference": 0, "optimizer": 8 * size, "gradients": 4 * size}
+    words = ["model=local", "model.path=my model", "data.train='v=2.jsonl'"]
+    said = advise(Plan(memory, 16 * size, 1, 1, 1.0, 1, 1, size), _settings(), words)
+    alone, several = said.splitlines()
+    assert shlex.split(alone.partition(": ")[2]) == ["python", "-m", "dpo_kit", *words]
+    assert shlex.split(several.partition(": ")[2])[-len(words) - 2 :] == ["-m", "dpo_kit", *words]
 
 
 def test_the_peak_of_a_block_is_measured():

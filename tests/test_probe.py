@@ -25,7 +25,7 @@ from dpo_kit.callbacks.probe import PairProbe, name_rows
 from dpo_kit.errors import DataError, ModelError
 from dpo_kit.model import head
 from dpo_kit.model.head import Predicted, predict, read_head, token_logps
-from dpo_kit.model.sampling import Draw, draw_samples, measuring
+from dpo_kit.model.sampling import Draw, Shaped, draw_samples, measuring
 from dpo_kit.model.scoring import Reference, length_sorted_batches, score, twin_batches
 from dpo_kit.trainer.reference_store import score_as_trained
 from tests import oracle, tiny
@@ -219,6 +219,28 @@ def test_tokens_are_drawn_as_torch_draws_them_row_by_row() -> None:
         torch.manual_seed(5)
         draw = Draw(rows, 7)
         assert all(torch.equal(draw(None, scores[rows]).argmax(-1), each[rows]) for each in expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.8, "repetition_penalty": 1.3},
+        {"do_sample": True, "min_p": 0.2, "top_k": 0},
+        {"do_sample": True},
+        {"do_sample": False, "repetition_penalty": 1.5},
+    ],
+)
+def test_logits_are_shaped_as_generate_shapes_them_by_the_model_s_own_config(options) -> None:
+    model, config = tiny.model(80, scale=1.0).eval(), GenerationConfig(**options, max_new_tokens=1, pad_token_id=0)
+    ids = torch.tensor([[4, 5, 4, 6], [9, 2, 3, 3]])
+    theirs = model.generate(ids, generation_config=config, output_scores=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        ours = Shaped(config)(ids, model(ids).logits[:, -1])
+    if config.do_sample:
+        assert torch.equal(ours.softmax(-1) > 0, theirs.scores[0].softmax(-1) > 0)
+        assert torch.allclose(ours.softmax(-1), theirs.scores[0].softmax(-1), atol=1e-6)
+    else:
+        assert ours.argmax(-1).tolist() == theirs.sequences[:, -1].tolist()
 
 
 def test_samples_follow_the_models_own_distribution() -> None:

@@ -107,7 +107,7 @@ def test_what_prompts_alone_cannot_measure_is_refused_on_every_process(tmp_path,
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(ConfigError, match="best_model=custom/own needs held-out pairs"):
-            trainer_rows.prepare_data(given, None, RunDirectory(tmp_path))
+            trainer_rows.prepare_data(given, None)
 
 
 def test_a_kl_and_a_loss_are_better_when_small():

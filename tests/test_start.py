@@ -164,7 +164,7 @@ def test_a_model_that_names_another_path_as_its_own_has_itself_as_reference(few,
     own = ["model=local", f"model.path={mine}", "allow_learning_rate=true", f"speed.reference_store={store}"]
     settings = check(compose([*few, *own, "trl.max_length=32", "data.wrap_as_chat=false"]))
     tokenizer, run = load_tokenizer(settings.model), RunDirectory(tmp_path / "run")
-    trainer = build_trainer(settings, prepare_data(settings, tokenizer, run), tokenizer, run)
+    trainer = build_trainer(settings, prepare_data(settings, tokenizer), tokenizer, run)
     trainer.model.config._name_or_path = theirs
     if not store:
         assert torch.equal(trainer.ref_model.lm_head.weight, trainer.model.lm_head.weight)

@@ -342,7 +342,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
         (["sweep=SWEEP/0-dpo-beta0.05"], "holds no run (it is itself a run: give the folder above)"),
         (["sweep=SWEEP", "choose.kl_budget_nats=-1"], "choose.kl_budget_nats: input should be greater than 0, got -1"),
         (["sweep=SWEEP", "choose.max_regression=much"], "choose.max_regression: input should be a valid number"),
-        (["sweep=SWEEP", "ideal=none.json"], "ideal=none.json must hold"),
+        (["sweep=SWEEP", "ideal=none.json"], "ideal=none.json: no such file"),
     ],
 )
 def test_wrong_arguments_are_refused_with_a_remedy(

@@ -95,7 +95,7 @@ def test_a_run_with_a_hostile_template_is_refused_before_its_model_is_loaded(tmp
     made.save_pretrained(folder)
     settings = check(compose(["model=local", f"model.path={folder}", "allow_learning_rate=true"]))
     with pytest.raises(ModelError, match=r"more than 0\.5 s"):
-        prepare_data(settings, load_tokenizer(settings.model), RunDirectory(tmp_path / "run"))
+        prepare_data(settings, load_tokenizer(settings.model))
 
 
 # --- the date ------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_training_probe_and_sampling_read_control_tokens_as_text(method, tmp_pat
     settings = check(compose([*overrides, "trl.per_device_train_batch_size=4"]))
     run = RunDirectory(tmp_path / "run")
     tokenizer = load_tokenizer(settings.model)
-    data = prepare_data(settings, tokenizer, run)
+    data = prepare_data(settings, tokenizer)
     held = data.report["control_tokens"]
     assert held["rows"] == 6 and held["read_as"] == "text" and held["tokens"]["<|user|>"] == 12
     assert "6 rows hold control tokens in their text" in caplog.text
@@ -215,7 +215,7 @@ def test_raw_text_is_read_as_trl_reads_it_and_its_control_tokens_are_counted(tmp
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     raw = [f"data.train={tmp_path / 'rows.jsonl'}", "data.eval=null", "data.wrap_as_chat=false", "data.holdout=0.4"]
     settings = check(compose([*raw, "data.gold=null"]))
-    data = prepare_data(settings, load_tokenizer(settings.model), RunDirectory(tmp_path / "run"))
+    data = prepare_data(settings, load_tokenizer(settings.model))
     held = data.report["control_tokens"]
     assert (held["rows"], held["tokens"], held["read_as"]) == (1, {"<|user|>": 1, "<|end|>": 1}, "tokens")
     assert "data.wrap_as_chat=true" in caplog.text

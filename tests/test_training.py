@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_a_finished_run_is_measured_once_on_the_split_that_no_choice_has_seen(fe
     assert set(measured) >= {"probe/accuracy", "probe/margin_nats_low", "gold/reward", "gold/capability"}
     assert measured["probe/margin_nats"] != run.final["probe/margin_nats"]  # other rows
     config = check(compose([*few, f"model.tuning={tuning}"]))
-    data = prepare_data(config, load_tokenizer(config.model), RunDirectory(tmp_path / "again"))
+    data = prepare_data(config, load_tokenizer(config.model))
     monkeypatch.setattr("dpo_kit.trainer.held_out.read_held_out", lambda *_: (data.kind, data.select))
     monkeypatch.setattr("dpo_kit.trainer.held_out.refuse_other_rows", lambda *_: None)
     RunDirectory(tmp_path).test.unlink()
@@ -195,6 +196,11 @@ def test_callbacks_change_no_loss(few, tmp_path, tuning):
     assert losses("default") == losses("none")
 
 
+def contents(folder):
+    """The files under `folder` with their bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_stopped_run_goes_on_where_it_stood(small_run, few, tmp_path, monkeypatch):
     from dpo_kit.trainer.recorder import Recorder
 
@@ -208,6 +214,15 @@ def test_a_stopped_run_goes_on_where_it_stood(small_run, few, tmp_path, monkeypa
     run = RunDirectory(tmp_path)
     assert run.read_result()["status"] == "interrupted"
     assert newest_verified(run.checkpoints).name == "checkpoint-2"
+    pairs = Path(next(word for word in few if word.startswith("data.train=")).partition("=")[2])
+    rows, before = pairs.read_text(), contents(tmp_path)
+    try:
+        pairs.write_text("".join(rows.splitlines(keepends=True)[1:]))
+        with pytest.raises(ConfigError, match="cannot be resumed exactly"):
+            train(compose(few), tmp_path)
+    finally:
+        pairs.write_text(rows)
+    assert contents(tmp_path) == before  # a start that is refused changes nothing
     resumed = train(compose(few), tmp_path)
     assert resumed.final == small_run[1].final
     assert [row["step"] for row in read_metrics(run.metrics) if "loss" in row] == [1, 2, 3, 4]

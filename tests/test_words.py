@@ -1,5 +1,6 @@
 """Words of a command line: as people type them, as Hydra reads them, as they are printed to be typed next."""
 
+import importlib
 import re
 import shlex
 import sys
@@ -10,6 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from dpo_kit.cli.main import read_arguments
+from dpo_kit.cli.plan import split_words
+from dpo_kit.config.command_line import parse
 from dpo_kit.config.compose import check, compose, compose_unchecked, known_keys, unknown_key
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory
@@ -100,6 +103,32 @@ def test_what_is_printed_is_read_again_as_it_was(text):
 def test_words_that_are_no_overrides_are_answered_with_the_one_that_was_meant(words, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         read_arguments(words)
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "said"),
+    [
+        ("export", ["--run=outputs/mine"], "without dashes: run=outputs/mine"),
+        ("cli.env", ["--out", "f.json"], "without dashes: out=…"),
+        ("data", ["--dataset_name", "p.jsonl"], "without dashes: data.train=p.jsonl"),
+        ("evaluate", ["--run", "outputs/mine"], "without dashes: run=outputs/mine"),
+        ("cli.plan", ["beta=0.2", "--lr", "1e-5"], "without dashes: trl.learning_rate=1e-5"),
+    ],
+)
+def test_flags_of_other_tools_are_answered_by_every_tool(tool, words, said, capsys):
+    module = importlib.import_module(f"dpo_kit.{tool}" + ("" if "." in tool else ".__main__"))
+    assert module.main(words) == 2 and said in capsys.readouterr().err
+
+
+def test_a_mistyped_tool_is_answered_with_the_one_that_is_meant():
+    with pytest.raises(ConfigError, match=r"there is no tool evalute; did you mean evaluate\?"):
+        read_arguments(["evalute", "run=outputs/mine"])
+
+
+def test_a_home_folder_is_meant_by_its_sign_in_every_tool(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert parse(["run=~/mine"], ["run"]) == {"run": "/home/somebody/mine"}
+    assert split_words(["out=~/plan.json", "beta=1"]) == ({"out": "/home/somebody/plan.json"}, ["beta=1"])
 
 
 def test_flags_and_overrides_may_stand_in_any_order(monkeypatch):

@@ -32,7 +32,7 @@ from dpo_kit.config.compose import CONF, check, compose_unchecked, refuse_idle, 
 from dpo_kit.config.identity import refuse_other_run
 from dpo_kit.config.places import claim, refuse_unwritable
 from dpo_kit.config.settings import Endpoint, Settings
-from dpo_kit.errors import ConfigError, DataError, ModelError
+from dpo_kit.errors import ConfigError, DataError, ModelError, did_you_mean
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.lock import refuse_held
@@ -80,6 +80,8 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Hydra's flags and overrides in any order, the overrides as Hydra can read them; the words that Hydra itself will
     read are put so. Raises ConfigError.
     """
+    if words and words[0].isidentifier() and (meant := did_you_mean(words[0], TOOLS)):
+        raise ConfigError(f"there is no tool {words[0]}{meant}")
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[assignment,method-assign]  # not eight lines of usage
     args, unknown = parser.parse_known_intermixed_args(words)  # as Hydra 1.4 does (facebookresearch/hydra#3053)
@@ -118,7 +120,8 @@ def _work(args: argparse.Namespace) -> None:
         quiet_imports()
         from dpo_kit.cli.plan import dry_run
 
-        dry_run(start)
+        sweeps = args.multirun or means_multirun(args)
+        dry_run(start, [] if sweeps else [word for word in args.overrides if not word.startswith("dry_run=")])
     elif start is None or isinstance(start, Path):
         _single(start)
     else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.config.command_line import run_tool
+from dpo_kit.config.command_line import parse, run_tool
 from dpo_kit.config.compose import check, compose_unchecked, refuse_idle
 from dpo_kit.config.places import refuse_no_file
 from dpo_kit.config.settings import Settings
@@ -22,6 +22,7 @@ from dpo_kit.errors import ConfigError
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.files import write_json
 from dpo_kit.run.quiet import quiet_imports
+from dpo_kit.run.words import command, refuse_dashes
 
 if TYPE_CHECKING:
     from dpo_kit.data.prepare import Prepared
@@ -81,21 +82,22 @@ def plan(arguments: Sequence[str]) -> None:
     quiet_imports()
     planned = plan_run(settings)
     measured = measure_first_steps(overrides) if options.get("first_step") == "true" else {}
-    show(planned, settings, measured)
+    show(planned, settings, measured, overrides)
     if "out" in options:
         write_json(Path(options["out"]), vars(planned) | {"measured": measured})
 
 
 def split_words(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The tool's own keys, and the overrides of the run. Raises ConfigError."""
+    refuse_dashes(arguments, arguments)
     for word in arguments:
         if "=" not in word:
             raise ConfigError(f"arguments are key=value, got {word}; did you mean model=local model.path={word}?")
-    words = [(word, *word.split("=", 1)) for word in arguments]
-    options = {key: value for _, key, value in words if key in OWN}
+    own = [word for word in arguments if word.partition("=")[0] in OWN]
+    options = parse(own, OWN)
     if options.get("first_step", "false") not in ("true", "false"):
         raise ConfigError(f"first_step must be true or false, got {options['first_step']}")
-    return options, [word for word, key, _ in words if key not in OWN]
+    return options, [word for word in arguments if word not in own]
 
 
 def plan_run(settings: Settings) -> Plan:
@@ -233,8 +235,8 @@ LABELS = {
 }
 
 
-def show(planned: Plan, settings: Settings, measured: dict[str, float]) -> None:
-    """The tables, and the command to start the run with."""
+def show(planned: Plan, settings: Settings, measured: dict[str, float], words: Sequence[str]) -> None:
+    """The tables, and the command to start the run with, whose overrides are `words`."""
     from rich.console import Console
     from rich.table import Table
 
@@ -256,10 +258,10 @@ def show(planned: Plan, settings: Settings, measured: dict[str, float]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(advise(planned, settings), highlight=False, soft_wrap=True)
+    console.print(advise(planned, settings, words), highlight=False, markup=False, soft_wrap=True)
 
 
-def advise(planned: Plan, settings: Settings) -> str:
+def advise(planned: Plan, settings: Settings, words: Sequence[str] = ()) -> str:
     """How to start the run: on one device where its memory suffices, else sharded over several, else cheaper."""
     fitting = find_devices(planned, settings)
     if fitting is None:
@@ -267,10 +269,11 @@ def advise(planned: Plan, settings: Settings) -> str:
             "fits no usual device: take trl.gradient_checkpointing=true, a smaller trl.per_device_train_batch_size "
             "with more trl.gradient_accumulation_steps, a smaller trl.max_length, or model.tuning=lora or qlora"
         )
-    devices, card = fitting
+    (devices, card), run = fitting, command(*words) if words else "python -m dpo_kit …"
+    launched = run.removeprefix("python ")
     if devices == 1:
-        return f"fits one device of {card} GB: python -m dpo_kit …; on several: {LAUNCH}/ddp.yaml -m dpo_kit …"
-    return f"fits {devices} devices of {card} GB, sharded: {LAUNCH}/fsdp2.yaml --num_processes {devices} -m dpo_kit …"
+        return f"fits one device of {card} GB: {run}\non several: {LAUNCH}/ddp.yaml {launched}"
+    return f"fits {devices} devices of {card} GB, sharded: {LAUNCH}/fsdp2.yaml --num_processes {devices} {launched}"
 
 
 def find_devices(planned: Plan, settings: Settings) -> tuple[int, int] | None:
@@ -288,15 +291,15 @@ def find_devices(planned: Plan, settings: Settings) -> tuple[int, int] | None:
 # --- a dry run ---------------------------------------------------------------------------------------------------
 
 
-def dry_run(settings: Settings) -> None:
-    """Compose, check, tokenise, show which rows would be dropped, one row as it is trained on, and the plan; write
-    nothing. Raises as training.
+def dry_run(settings: Settings, words: Sequence[str] = ()) -> None:
+    """Compose, check, tokenise, show which rows would be dropped, one row as it is trained on, and the plan of the run
+    with the overrides `words`; write nothing. Raises as training.
     """
     tokenizer, data = _read_rows(settings)
     sys.stdout.write("".join(f"{path} is read as {form}\n" for path, form in data.report["forms"].items()))
     sys.stdout.write(show_dropped(data))
     sys.stdout.write(show_row(data.train[0], tokenizer, settings.trl) + "\n\n")
-    show(plan_on(settings, data), settings, {})
+    show(plan_on(settings, data), settings, {}, words)
     sys.stdout.write("nothing was trained or written: dry_run=true\n")
 
 

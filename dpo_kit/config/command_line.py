@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError, did_you_mean
 from dpo_kit.run.redact import redact_text, refuse_secrets
+from dpo_kit.run.words import with_home
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 Values = dict[str, str]
@@ -52,13 +53,15 @@ def parse(arguments: Sequence[str], keys: Sequence[str], *, needed: str | None =
     """
     values: Values = {}
     for word in arguments:
-        key, equals, value = word.partition("=")
+        key, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-"):
+            raise ConfigError(f"arguments are key=value without dashes: {key}={value or '…'}")
         if not equals:
             raise ConfigError(f"arguments are key=value, got {word}; did you mean {needed or keys[0]}={word}?")
         if key not in keys:
             meant = did_you_mean(key, keys, f"; the keys are {', '.join(keys)}", cutoff=0.5)
             raise ConfigError(f"unknown key {key}{meant}")
-        values[key] = value
+        values[key] = with_home(value)
     if needed and not values.get(needed):
         raise ConfigError(f"{needed} is missing: add {needed}={meaning}")
     return values

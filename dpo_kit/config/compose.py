@@ -54,6 +54,7 @@ GONE_FROM_TRL = {
     "tokenizer": "model.path",
     "torch_dtype": "model.dtype",
 }
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 JUDGES: tuple[type[Strict], ...] = (GoldJudge, RewardModelJudge, LLMJudge, HumanJudge)
 REPORTERS = ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio")
 
@@ -287,6 +288,8 @@ def _model_faults(model: Model) -> Iterator[str]:
             f"model.attn_implementation={model.attn_implementation} would download code and run it: take sdpa, eager "
             "or flash_attention_2"
         )
+    elif model.attn_implementation not in (None, *ATTENTION):
+        yield wrong_choice("model.attn_implementation", model.attn_implementation, ATTENTION)
 
 
 def usual_lora() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,24 @@ def comparable(settings: Settings) -> dict[str, Any]:
     return redact(settings.model_dump(mode="json", exclude=left_out))
 
 
+OF_MODEL, OF_DATA = ("path", "reference", "chat_template"), ("train", "eval", "benchmark")  # what may name files
+
+
 def recall_config(manifest: dict[str, Any]) -> dict[str, Any]:
     """The config of the run that wrote `manifest`; a relative path is one from the folder that the run was started in,
     where it is there. ModelError where the model that training started from is gone.
     """
     config, started_in = copy.deepcopy(manifest["config"]), Path(manifest.get("folder") or ".")
     model, data = config.get("model") or {}, config.get("data") or {}
-    named = [(model, "path"), (model, "reference"), (data, "train"), (data, "eval")]
+    named = [(block, key) for block, keys in ((model, OF_MODEL), (data, OF_DATA)) for key in keys]
     for rows in (data.get("train"), data.get("eval")):
         named += [(source, "path") for source in rows] if isinstance(rows, list) else []
     for block, key in named:
-        if isinstance(path := block.get(key), str) and (beside := started_in / Path(path).expanduser()).exists():
+        path = block.get(key)
+        if not isinstance(path, str) or (key == "chat_template" and "{" in path):  # the template itself, no file
+            continue
+        beside = started_in / Path(path).expanduser()
+        if beside.exists() or (any(sign in path for sign in "*?[") and glob(str(beside), recursive=True)):  # noqa: PTH207 - absolute too
             block[key] = str(beside)
     path = model.get("path", "")
     if (manifest.get("model") or {}).get("sha256") and not Path(path).expanduser().exists():
@@ -57,6 +65,7 @@ def refuse_other_run(run: RunDirectory, settings: Settings, key: str = "hydra.ru
 
 
 NUMERIC = ("python", "torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes")
+PLACE = ("processor", "device", "world_size", "mixed_precision")
 
 
 Origin = dict[str, Any]
@@ -69,7 +78,7 @@ def origin(manifest: dict[str, Any]) -> Origin:
         "data": {name: split["sha256"] for name, split in manifest["data"].items()},
         "model": manifest["model"],
         "versions": {name: manifest["versions"][name] for name in NUMERIC},
-        "machine": {name: manifest["machine"][name] for name in ("processor", "device", "world_size")},
+        "machine": {name: manifest["machine"].get(name) for name in PLACE},
     }
 
 

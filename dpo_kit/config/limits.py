@@ -15,6 +15,7 @@ import pydantic
 from dpo_kit.config.settings import Settings
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import did_you_mean
+from dpo_kit.run.report.diagnosis import NO_WARMUP
 
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
@@ -34,14 +35,14 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         """
         warmup_steps weight_decay max_grad_norm dataloader_num_workers eval_delay save_total_limit data_seed cpo_alpha
         neftune_noise_alpha top_k simpo_gamma desirable_weight undesirable_weight router_aux_loss_coef ld_alpha
-        vllm_server_port vllm_group_port min_lr min_lr_rate lr_end power num_cycles num_decay_steps num_stable_steps
-        timescale
+        vllm_server_port vllm_group_port min_lr lr_end power num_cycles num_decay_steps num_stable_steps timescale
+        learning_rate
         """,
     ),
     (
         "must lie in [0, 1]",
         lambda value: 0 <= value <= 1,
-        "label_smoothing_factor ref_model_mixup_alpha top_p min_p vllm_gpu_memory_utilization min_lr_ratio",
+        "label_smoothing_factor ref_model_mixup_alpha top_p min_p vllm_gpu_memory_utilization min_lr_ratio min_lr_rate",
     ),
     ("must lie in [0, 1)", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
     ("must be below 2**32, as numpy wants it", lambda value: value < 2**32, "data_seed"),
@@ -153,6 +154,11 @@ def _schedule_faults(trl: dict[str, Any]) -> Iterator[str]:
         meant = did_you_mean(name, takes) or (f"; {name} belongs to {', '.join(others)}" if others else "")
         yield f"{key}: trl.lr_scheduler_type={kind} takes {', '.join(takes) or 'no arguments'}, got {name}{meant}"
     yield from field_faults(key, {name: value for name, value in options.items() if name in takes}, takes)
+    for name in ("min_lr", "lr_end"):  # a schedule that goes there would rise, past the guard of the rate itself
+        end = options.get(name, takes.get(name, {}).get("default"))
+        if name in takes and isinstance(end, int | float) and end and end >= trl["learning_rate"]:
+            default = "" if name in options else f", its default: add {key}={{{name}: 0}}"
+            yield f"{key}.{name} must be below trl.learning_rate={trl['learning_rate']:g}, got {end:g}{default}"
     needed = [name for name, field in takes.items() if field["required"] and name not in options]
     if "min_lr" in takes and kind.startswith("cosine") and not {"min_lr", "min_lr_rate"} & options.keys():
         needed.append("min_lr: …} or {min_lr_rate")
@@ -188,6 +194,7 @@ ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "trl.f_alpha_divergence_coef": ("trl.f_divergence_type", ("alpha_divergence",)),
     "trl.discopop_tau": ("trl.loss_type", ("discopop",)),
     "trl.simpo_gamma": ("trl.loss_type", ("simpo", "alphapo")),
+    "trl.warmup_steps": ("trl.lr_scheduler_type", tuple(sorted(load_schema()["schedules"].keys() - {*NO_WARMUP}))),
     "data.holdout": ("data.eval", ("null",)),
 }  # keys (or their beginning) that do nothing unless another key has one of these values
 
@@ -204,7 +211,7 @@ def idle_faults(settings: Settings, words: Iterable[str]) -> Iterator[str]:
             current = current[part]
         values: list[Any] = current if isinstance(current, list) else ["null" if current is None else current]
         if not set(values) & set(needed[1]):
-            other = " or ".join(f"{needed[0]}={str(value).lower()}" for value in needed[1])
+            other = " or ".join(f"{needed[0]}={str(value).lower()}" for value in needed[1][:2])
             now = ", ".join(str(value).lower() for value in values)
             yield f"{word} has no effect with {needed[0]}={now}: add {other}, or leave it out"
 

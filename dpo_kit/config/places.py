@@ -21,14 +21,7 @@ LISTS = ("deepspeed", "fsdp_config", "accelerator_config")  # of TRL's fields: a
 def refuse_missing(settings: Settings) -> None:
     """ConfigError for each place that `settings` name and that is not there, or is no place of its kind."""
     faults = [*data_faults(settings.data), *model_faults(settings.model), *judge_faults(settings.judge)]
-    if gold := settings.data.gold:
-        try:
-            missing = "" if importlib.util.find_spec(gold) else gold
-        except ModuleNotFoundError as error:
-            missing = str(error.name)
-        except (ImportError, ValueError) as error:
-            missing = f"{gold} ({error})"
-        faults += [no_module(f"data.gold={gold}", missing)] if missing else []
+    faults += module_faults("data.gold", settings.data.gold)
     for name in LISTS:
         value = settings.trl.get(name)
         if isinstance(value, str) and not value.lstrip().startswith("{"):
@@ -59,21 +52,38 @@ def data_faults(data: Data) -> Iterator[str]:
 def model_faults(model: Model) -> Iterator[str]:
     """Models that are meant to be local and are not there, or hold none; a template that is in no file."""
     for key, path in (("model.path", model.path), ("model.reference", model.reference)):
-        local = Path(path or "").expanduser()
-        if path and local.is_file():
-            yield f"{key}={path} is a file, not a folder with a model: name the folder above it, {key}={local.parent}"
-        elif path and not local.exists() and is_local(path):
-            yield f"{key}={path} does not exist{near_miss(path)}"
+        yield from weights_faults(key, path or "")
     if model.chat_template and "{" not in model.chat_template:
         yield from file_faults("model.chat_template", model.chat_template)
 
 
+def weights_faults(key: str, path: str) -> Iterator[str]:
+    """Why there can be no model at `path`; a hub id is left to the hub."""
+    local = Path(path).expanduser()
+    if path and local.is_file():
+        yield f"{key}={path} is a file, not a folder with a model: name the folder above it, {key}={local.parent}"
+    elif path and not local.exists() and is_local(path):
+        yield f"{key}={path} does not exist{near_miss(path)}"
+
+
+def module_faults(key: str, name: str | None) -> Iterator[str]:
+    """Why there is no module `name`."""
+    try:
+        missing = "" if not name or importlib.util.find_spec(name) else name
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+    except (ImportError, ValueError) as error:
+        missing = f"{name} ({error})"
+    if missing:
+        yield no_module(f"{key}={name}", missing)
+
+
 def judge_faults(judge: Any) -> Iterator[str]:
-    """A judge's model or rubric that is not there."""
-    for name in ("path", "rubric"):
-        value = getattr(judge, name, None)
-        if value and (name == "rubric" or is_local(value)) and not Path(value).expanduser().exists():
-            yield f"judge.{name}={value} does not exist{near_miss(value)}"
+    """A judge's model, module or rubric that is not there."""
+    yield from weights_faults("judge.path", getattr(judge, "path", ""))
+    yield from module_faults("judge.module", getattr(judge, "module", None))
+    if rubric := getattr(judge, "rubric", None):
+        yield from file_faults("judge.rubric", rubric)
 
 
 def file_faults(key: str, path: str) -> Iterator[str]:

@@ -267,10 +267,14 @@ class Settings(Strict):
     trl: dict[str, Any]
 
 
-class Drawing(Strict):
-    """How often a model answers each prompt."""
+TopP = Annotated[float, Field(gt=0, le=1)]  # the share of the probability that is drawn from
 
-    temperatures: list[NonNegativeFloat] = [1.0]
+
+class Drawing(Strict):
+    """How often a model answers each prompt, and how."""
+
+    temperatures: list[NonNegativeFloat | None] = [1.0]  # None: as its own generation_config samples
+    top_p: TopP | None = None  # None: all of the probability; where the temperature is None, its own
     draws: PositiveInt = 2  # at each temperature
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import textwrap
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
@@ -16,11 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_kit.config.command_line import run_tool
 from dpo_kit.config.compose import CONF, check, compose_unchecked, describe_fault, explain, unknown_key
 from dpo_kit.config.help import keys_of
-from dpo_kit.config.places import refuse_foreign
+from dpo_kit.config.places import refuse_foreign, refuse_unwritable
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.curate.options import Convert, Curate, Tool
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.origin import refuse_unusable
+from dpo_kit.run.words import refuse_dashes
 
 USAGE = """\
 usage: python -m dpo_kit data [mode=check|curate|convert|build] [group=option | key=value] …
@@ -61,6 +60,8 @@ def work(arguments: Sequence[str]) -> None:
     cfg = compose_tool(arguments)
     if cfg.out:
         refuse_foreign("out", str(cfg.out))
+    else:
+        refuse_unwritable("out", "outputs")
     if cfg.mode == "build":
         from dpo_kit.data.build.pairs import build_pairs, show_build
 
@@ -71,11 +72,12 @@ def work(arguments: Sequence[str]) -> None:
     from dpo_kit.data.curate.modes import MODES
 
     gc.set_threshold(200_000)  # rows are plain data without cycles, and looking through 100,000 of them costs seconds
-    MODES[tool.mode](settings, tool, Path(tool.out or time.strftime("outputs/data-%Y%m%d-%H%M%S")))
+    MODES[tool.mode](settings, tool)
 
 
 def compose_tool(arguments: Sequence[str]) -> DictConfig:
     """The config of a run with the tool's own keys beside it. Raises ConfigError."""
+    refuse_dashes(arguments, arguments)
     for word in arguments:
         key, equals, _ = word.partition("=")
         if not equals:

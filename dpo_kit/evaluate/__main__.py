@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dpo_kit.config.command_line import run_tool
 from dpo_kit.config.compose import CONF
 from dpo_kit.config.help import keys_of
+from dpo_kit.config.places import refuse_unwritable
 from dpo_kit.errors import ConfigError, DpoKitError, EvaluationError
-from dpo_kit.evaluate.evaluation import evaluate, show, show_line
+from dpo_kit.evaluate.evaluation import asked_parts, evaluate, show, show_line
 from dpo_kit.evaluate.job import Job, plan, refuse_silent_servers
 from dpo_kit.run.quiet import quiet_imports
 
@@ -46,6 +47,9 @@ def work(arguments: Sequence[str]) -> None:
     """
     quiet_imports()
     jobs = plan(arguments)
+    for job in jobs:
+        refuse_unwritable("sweep" if job.options.sweep else "out", job.folder)
+    asked_parts(jobs[0])
     refuse_silent_servers(jobs[0])
     with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
         import dpo_kit.trainer.held_out  # noqa: F401

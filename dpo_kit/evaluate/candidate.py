@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.identity import recall_config
+from dpo_kit.config.places import weights_faults
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError
 from dpo_kit.judge.answers import LocalModel
@@ -77,18 +78,7 @@ class Candidate:
 def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
     """The policy that a finished run left, and the config of the run. ConfigError where there is none."""
     run = RunDirectory(folder)
-    if not run.manifest.exists():
-        meant = f": for a model made elsewhere say policy={folder} reference=…" if folder.is_dir() else ""
-        if RunDirectory(folder.parent).manifest.exists():
-            meant = f": did you mean run={folder.parent}?"
-        if any(folder.glob("*/manifest.json")):
-            meant = f": it is a sweep, say sweep={folder}"
-        raise ConfigError(f"{folder} is no run directory (it has no manifest.json){meant}")
-    result = run.read_result() or {}
-    if result.get("status") != "done":
-        status = result.get("status", "running or killed")
-        raise ConfigError(f"{folder} is a run that has not ended well (status: {status}): finish it first")
-    manifest = read_json(run.manifest)
+    manifest, _ = run.read_finished()
     config = recall_config(manifest)
     policy = Candidate(folder.resolve().name, Model(**config["model"]), run.model)
     if manifest.get("template_date"):
@@ -98,12 +88,15 @@ def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
     return policy, config
 
 
-def of_path(path: str, model: Model) -> Candidate:
-    """A model made by any tool: a folder or hub id, or a folder with an adapter; loaded as `model` says.
+def of_path(key: str, path: str, model: Model) -> Candidate:
+    """A model made by any tool, given as `key`: a folder or hub id, or a folder with an adapter; loaded as `model`
+    says.
 
-    ConfigError for a run directory.
+    ConfigError for a run directory, and for what is no model.
     """
     folder = Path(path).expanduser()
+    if faults := [*weights_faults(key, path)]:
+        raise ConfigError(faults[0])
     if RunDirectory(folder).manifest.exists():
         raise ConfigError(f"{path} is a run directory: say run={path}, or name its policy, {folder / 'model'}")
     own = {"reference": None, "revision": model.revision if path == model.path else None}

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import ConfigError, did_you_mean
-from dpo_kit.evaluate.job import Job
+from dpo_kit.evaluate.job import Job, share_template
+from dpo_kit.evaluate.part import Part
 from dpo_kit.evaluate.parts import PARTS
 from dpo_kit.evaluate.picture import draw_evaluation
 from dpo_kit.run import tracking
@@ -32,13 +33,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     Each part's findings are in `<part>.json` of the job's folder, and those of parts measured earlier stay there.
     Raises ConfigError, DataError, ModelError.
     """
-    for name in job.options.parts:
-        if name not in PARTS:
-            raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {name}{did_you_mean(name, PARTS)}")
-    asked = {name: part for name, part in PARTS.items() if name in job.options.parts}
-    for part in asked.values():
-        part.check(job)
-    skipped = {}
+    asked, job, skipped = asked_parts(job), share_template(job), {}
     for name, part in asked.items():
         found = part.measure(job)
         if found["status"] == "skipped":
@@ -66,6 +61,19 @@ def evaluate(job: Job) -> dict[str, Any]:
         refresh_page(job.run.root)
     _report(job, result, parts)
     return result
+
+
+def asked_parts(job: Job) -> dict[str, Part]:
+    """The parts that `job` asks for, in the order in which they are measured. Raises ConfigError, DataError for what
+    can be seen to be wrong with them; loads nothing heavy.
+    """
+    for name in job.options.parts:
+        if name not in PARTS:
+            raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {name}{did_you_mean(name, PARTS)}")
+    asked = {name: part for name, part in PARTS.items() if name in job.options.parts}
+    for part in asked.values():
+        part.check(job)
+    return asked
 
 
 def read_parts(folder: Path) -> Findings:

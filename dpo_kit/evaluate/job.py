@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,9 @@ import pydantic
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_kit.config.compose import check, compose_unchecked, explain, known_keys, unknown_key
+from dpo_kit.config.compose import JUDGES, check, compose_unchecked, describe_fault, explain, known_keys, unknown_key
 from dpo_kit.config.places import refuse_foreign
-from dpo_kit.config.settings import (
-    Endpoint,
-    GoldJudge,
-    HumanJudge,
-    LLMJudge,
-    Method,
-    Model,
-    RewardModelJudge,
-    Strict,
-    Tracking,
-)
+from dpo_kit.config.settings import Endpoint, Method, Model, Strict, Tracking
 from dpo_kit.errors import ConfigError, did_you_mean
 from dpo_kit.evaluate.candidate import ADAPTER, Candidate, of_path, of_run
 from dpo_kit.evaluate.options import Alpaca, Domain, Evaluate, Harness, MTBench, Split, WinRate
@@ -33,6 +23,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.journal import key_of
 from dpo_kit.run.redact import redact_argv
+from dpo_kit.run.words import refuse_dashes
 from dpo_kit.sweep.choice.runs import read_runs
 
 OWN = tuple(Evaluate.model_fields)
@@ -41,7 +32,6 @@ GROUPS: dict[str, type[Strict]] = {
     "win_rate": WinRate, "gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "domain": Domain,
 }  # fmt: skip
 OF_THE_RUN = ("beta", "seed", "method", "model", "data", "trl", "callbacks")
-JUDGES = (GoldJudge, RewardModelJudge, LLMJudge, HumanJudge)
 
 
 @dataclass(frozen=True)
@@ -101,6 +91,7 @@ def plan(arguments: Sequence[str]) -> list[Job]:
     """
     known = [*OWN, *(f"{group}.{name}" for group, model in GROUPS.items() for name in model.model_fields)]
     roots = {key.split(".")[0] for key in (*known, *known_keys(), "hydra")}
+    refuse_dashes(arguments, arguments)
     for word in arguments:
         key, equals, _ = word.partition("=")
         if not equals:
@@ -190,16 +181,10 @@ def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
     settings = check(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in OWN]), trains=False)
     refuse_unusable(settings)
     options = _options(cfg, arguments)
-    policy = of_path(str(options.policy), settings.model)
+    policy = of_path("policy", str(options.policy), settings.model)
     if options.reference is None and policy.tuned is None:
         raise ConfigError("reference is missing: add reference=…, the folder or hub id that policy was tuned from")
-    reference = of_path(options.reference, settings.model) if options.reference else policy.start
-    if not policy.model.chat_template:  # where one of them has a template and the other none, it serves both
-        mine, theirs = (candidate.tokenizer().chat_template for candidate in (policy, reference))
-        if mine and not theirs:
-            reference = reference.with_template(mine)
-        elif theirs and not mine:
-            policy = policy.with_template(theirs)
+    reference = of_path("reference", options.reference, settings.model) if options.reference else policy.start
     told = any(word.startswith("beta=") for word in arguments)  # else nobody knows what the policy was trained with
     config = settings.model_dump(mode="json")
     identity = [policy.name, reference.name, str(options.against), config["data"], options.win_rate.model_dump()]
@@ -218,6 +203,20 @@ def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
         tracking=settings.tracking,
         words=tuple(redact_argv(arguments)),
     )
+
+
+def share_template(job: Job) -> Job:
+    """`job`, of models made elsewhere, with one chat template for both where one of them has one and the other none."""
+    policy, reference = job.policy, job.reference
+    if job.run or policy.model.chat_template:
+        return job
+    mine, theirs = (candidate.tokenizer().chat_template for candidate in (policy, reference))
+    if mine and not theirs:
+        reference = reference.with_template(mine)
+    elif theirs and not mine:
+        policy = policy.with_template(theirs)
+    opponent = reference if job.opponent == job.reference else job.opponent
+    return replace(job, policy=policy, reference=reference, opponent=opponent)
 
 
 def refuse_silent_servers(job: Job) -> None:
@@ -247,7 +246,7 @@ def _opponent(against: str | None, reference: Candidate, model: Model) -> Candid
         raise ConfigError(
             f"against={against} is neither a run directory nor a model nor a file of answers: name one of these"
         )
-    return of_path(against, model)
+    return of_path("against", against, model)
 
 
 def _options(cfg: DictConfig, arguments: Sequence[str]) -> Evaluate:
@@ -263,15 +262,9 @@ def _options(cfg: DictConfig, arguments: Sequence[str]) -> Evaluate:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
+        of_judges = [f"judge.{name}" for kind in JUDGES for name in kind.model_fields]
+        raise ConfigError("\n".join(describe_fault(fault, of_judges) for fault in error.errors())) from error
 
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
-
-
-def _describe(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"] if part not in ("gold", "reward_model", "llm", "human"))
-    if fault["type"] == "extra_forbidden":
-        return unknown_key(key, [f"judge.{name}" for kind in JUDGES for name in kind.model_fields])
-    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r:.80}"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from dpo_kit.config.settings import Endpoint, Judge, Strict
+from dpo_kit.config.settings import Endpoint, Judge, Strict, TopP
 
 Split = Literal["select", "test", "all"]
 
@@ -18,7 +18,8 @@ class WinRate(Strict):
     prompts: str | None
     limit: PositiveInt | None
     draws: PositiveInt
-    temperature: NonNegativeFloat
+    temperature: NonNegativeFloat | None
+    top_p: TopP | None
     max_new_tokens: PositiveInt
     chunk: PositiveInt
     seed: NonNegativeInt

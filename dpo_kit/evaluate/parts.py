@@ -10,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dpo_kit.errors import ModelError
+from dpo_kit.config.data_files import find_files
+from dpo_kit.config.places import file_faults, judge_faults
+from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.evaluate.behaviour.parts import Failures, Hacking
 from dpo_kit.evaluate.benchmarks.parts import AlpacaEval, Domain, Gate, MTBench
 from dpo_kit.evaluate.candidate import Candidate
@@ -110,6 +112,16 @@ def _score(
 
 class WinRate(Part):
     """The policy's answers against the opponent's, before a judge."""
+
+    def check(self, job: Job) -> None:
+        wanted = job.options.win_rate
+        if wanted.prompts:
+            find_files(wanted.prompts, job.config["data"]["train_split"])
+        faults = [*judge_faults(job.options.judge)]
+        if isinstance(job.opponent, Path) and wanted.opponent_server is None:
+            faults += file_faults("against", str(job.opponent))
+        if faults:
+            raise ConfigError("\n".join(faults))
 
     def measure(self, job: Job) -> Found:
         return measure_win_rate(job)

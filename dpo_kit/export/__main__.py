@@ -45,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(arguments: Sequence[str]) -> None:
     """Do what `arguments` ask for and say where it is. Raises ConfigError, DataError, ModelError."""
     values = parse_words(arguments)
-    if "out" in values:
-        refuse_unwritable("out", values["out"])
     run = RunDirectory(Path(values["run"]))
+    out = Path(values.get("out") or (run.export if values["mode"] == "model" else run.reproduction))
+    refuse_unwritable("out", out)
+    run.read_finished()
     everyone, ours = logging.getLogger(), logging.getLogger("dpo_kit")
     silence, terminal, level = logging.NullHandler(), logging.StreamHandler(), ours.level
     everyone.addHandler(silence)  # libraries and their warnings say nothing
@@ -58,12 +59,11 @@ def export(arguments: Sequence[str]) -> None:
         if values["mode"] == "script":
             from dpo_kit.export.script import write_reproduction
 
-            script = write_reproduction(run, Path(values.get("out") or run.reproduction))
+            script = write_reproduction(run, out)
             sys.stdout.write(f"{script.read_text(encoding='utf-8')}\nnext: python {shlex.quote(str(script))}\n")
             return
         from dpo_kit.export.folder import export_run, push
 
-        out = Path(values.get("out") or run.export)
         facts = export_run(run, out, values["dtype"], values["base"])
         sys.stdout.write(f"{out}: {facts['dtype']}. {facts['how']}\nchecked: {facts['checked']}\n")
         if "push" in values:

@@ -58,7 +58,7 @@ def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "o
     ConfigError where the run has not ended well or `out` holds something else; ModelError where the folder would not
     be the policy that the run left.
     """
-    manifest, result = finished(run)
+    manifest, result = run.read_finished()
     model = Model(**recall_config(manifest)["model"])
     quiet_libraries()
     dtype = choose_dtype(model, run, dtype)
@@ -94,18 +94,6 @@ def complete_or_absent(out: Path) -> Iterator[Path]:
         put_in_place(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def finished(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Manifest and result of a run that has ended well; ConfigError for any other folder."""
-    if not run.manifest.exists():
-        inside = RunDirectory(run.root.parent).manifest.exists()
-        meant = f"; did you mean run={run.root.parent}?" if inside else ": name the folder that holds manifest.json"
-        raise ConfigError(f"run={run.root} is no run directory{meant}")
-    result = run.read_result() or {"status": "running or killed"}
-    if result["status"] != "done":
-        raise ConfigError(f"run={run.root} has not ended well (status: {result['status']}): finish it first")
-    return read_json(run.manifest), result
 
 
 def push(out: Path, repository: str, *, private: bool) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from dpo_kit.config.identity import recall_settings
 from dpo_kit.config.settings import Settings
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.export.folder import complete_or_absent, finished
+from dpo_kit.export.folder import complete_or_absent
 from dpo_kit.model.load import load_tokenizer, read_template
 from dpo_kit.model.origin import base_of, has_tokenizer, read_adapter
 from dpo_kit.run.directory import RunDirectory
@@ -66,7 +66,7 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
     ConfigError where the run has not ended well or drew its answers itself, or `out` is there already; DataError where
     the rows that its sources give now are not those that it trained on.
     """
-    manifest, result = finished(run)
+    manifest, result = run.read_finished()
     if manifest["config"]["method"]["rows"] == "prompts":
         raise ConfigError(
             f"mode=script repeats a run on its prepared rows, but {run.root} drew its answers and had them judged "

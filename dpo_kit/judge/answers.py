@@ -8,7 +8,7 @@ same prompt in another chunk may get another answer.)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -49,6 +49,12 @@ class Asking:
     max_new_tokens: int
     chunk: int = 32  # prompts of a local model at a time
     seed: int = 0
+    top_p: float | None = None  # the share of the probability that is drawn from; None: all of it
+
+    @property
+    def identity(self) -> list[Any]:
+        """What an answer depends on."""
+        return [self.max_new_tokens, self.seed, *([] if self.top_p is None else [self.top_p])]
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def draw_answers(
 
     `model` says how a local one is loaded. What `journal` has is not drawn again. Raises ModelError, DataError.
     """
+    asking = replace(asking, top_p=source.top_p)
     if isinstance(source, LocalAnswers):
         local = _local_model(source, model)
         return draw_locally(local, source.temperatures, source.draws, prompts, asking, journal), {}
@@ -79,9 +86,9 @@ def draw_answers(
     for prompt in prompts:  # one after the other, so that a pass that stops has whole prompts
         messages, context = split_context(as_messages(prompt))
         for turn in turns:
-            key = key_of("answer", source.model, *turn, asking.max_new_tokens, asking.seed, prompt)
+            key = key_of("answer", source.model, *turn, *asking.identity, prompt)
             seed = int(key[:7], 16)  # of its own, so that two draws differ on a server that honours seeds
-            requests.append(Request(key, messages, asking.max_new_tokens, turn[0], seed, context))
+            requests.append(Request(key, messages, asking.max_new_tokens, turn[0], seed, context, asking.top_p))
     server = Server(source, journal)
     server.ask(requests, f"answers of {source.model}")
     keys = [[request.key for request in requests[start :: len(turns)]] for start in range(len(turns))]
@@ -90,14 +97,14 @@ def draw_answers(
 
 def draw_locally(
     local: LocalModel,
-    temperatures: Sequence[float],
+    temperatures: Sequence[float | None],
     draws: int,
     prompts: Sequence[Prompt],
     asking: Asking,
     journal: Journal,
 ) -> list[list[Answer | None]]:
     """For each prompt the answers of `local`, `draws` at each temperature. What `journal` has is not drawn again."""
-    identity = [*local.identity, asking.max_new_tokens, asking.seed]
+    identity = [*local.identity, *asking.identity]
     turns = [(temperature, draw) for temperature in temperatures for draw in range(draws)]
     chunks = [list(prompts[start : start + asking.chunk]) for start in range(0, len(prompts), asking.chunk)]
     contents = [key_of(chunk) for chunk in chunks]
@@ -116,7 +123,7 @@ def draw_locally(
             for turn, number in missing:
                 seed = int(key_of(asking.seed, *turn, contents[number])[:15], 16)
                 rows = _rows(tokenizer, chunks[number], local.wrap)
-                samples = _sample(model, tokenizer, rows, turn[0], asking.max_new_tokens, seed)
+                samples = _sample(model, tokenizer, rows, turn[0], asking, seed)
                 answers = [{"text": sample.text, "cut": sample.cut} for sample in samples]
                 journal.add_all(dict(zip(keys[turn, number], answers, strict=True)))
                 bar.update(len(answers))
@@ -125,13 +132,13 @@ def draw_locally(
 
 
 def _read(
-    journal: Journal, name: str, turns: Sequence[tuple[float, int]], keys: Sequence[Sequence[str]]
+    journal: Journal, name: str, turns: Sequence[tuple[float | None, int]], keys: Sequence[Sequence[str]]
 ) -> list[list[Answer | None]]:
     """For each prompt its answers, from the keys of all prompts by turn; None where there is none."""
     answers: list[list[Answer | None]] = [[] for _ in keys[0]]
     for (temperature, _), of_turn in zip(turns, keys, strict=True):
         for drawn, row in zip(answers, map(journal.rows.get, of_turn), strict=True):
-            source = f"{name} at {temperature:g}"
+            source = f"{name} {'as it samples' if temperature is None else f'at {temperature:g}'}"
             answer = Answer(row["text"], row["cut"], source, tuple(row.get("calls", ()))) if row else None
             drawn.append(answer)
     return answers
@@ -158,19 +165,26 @@ def _local_model(source: LocalAnswers, model: Model) -> LocalModel:
 
 
 def _sample(
-    model: Any, tokenizer: Any, rows: list[dict[str, Any]], temperature: float, max_new_tokens: int, seed: int
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], temperature: float | None, asking: Asking, seed: int
 ) -> list[Any]:
-    """One sample per row, all in one batch, from the random state `seed`; temperature 0 is greedy."""
+    """One sample per row, all in one batch, from the random state `seed`; temperature 0 is greedy, None as the model's
+    own generation config has it.
+    """
     import torch
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper
+    from transformers import GenerationConfig
 
-    from dpo_kit.model.sampling import draw_samples
+    from dpo_kit.model.sampling import Shaped, draw_samples
 
-    warper = TemperatureLogitsWarper(float(temperature)) if temperature else TopKLogitsWarper(1)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": len(rows)}
+    shape = Shaped(GenerationConfig(do_sample=False))
+    if temperature is None:
+        shape = Shaped(model.generation_config)
+    elif temperature:
+        own = {"temperature": float(temperature), "top_p": asking.top_p, "top_k": 0}
+        shape = Shaped(GenerationConfig(do_sample=True, **own))
+    options: dict[str, Any] = {"max_new_tokens": asking.max_new_tokens, "batch_size": len(rows)}
     with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return draw_samples(model, tokenizer, rows, processor=lambda _: warper, **options)
+        return draw_samples(model, tokenizer, rows, processor=lambda _: shape, **options)
 
 
 def _rows(tokenizer: Any, prompts: Sequence[Prompt], wrap: bool) -> list[dict[str, Any]]:

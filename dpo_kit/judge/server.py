@@ -45,9 +45,10 @@ class Request:
     key: str
     messages: list[dict[str, Any]]
     max_tokens: int
-    temperature: float | None
+    temperature: float | None  # None: as the server has it
     seed: int | None = None
     context: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs (see chats.py)
+    top_p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ class Server:
 
     def _complete(self, request: Request) -> dict[str, Any]:
         """The reply as the journal keeps it. openai.APIError or GarbageError once all retries are used up."""
-        optional = {"temperature": request.temperature, "seed": request.seed, "tools": request.context.get("tools")}
+        optional = {name: getattr(request, name) for name in ("temperature", "top_p", "seed")}
+        optional["tools"] = request.context.get("tools")
         if kwargs := request.context.get("chat_template_kwargs"):
             optional["extra_body"] = {"chat_template_kwargs": kwargs}  # what vLLM, SGLang and llama.cpp call it too
         body: dict[str, Any] = {

@@ -11,13 +11,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    Trainer,
+)
 
 from dpo_kit.model.chats import prompt_of
 from dpo_kit.model.tokens import decode_answer, encode_prompts
 from dpo_kit.model.turns import stop_ids
 
 DRAWN_AT_ONCE = 64  # answers, on a CPU
+USUAL_TOP_K = 50  # of transformers' generate, where a model's own config says nothing
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,32 @@ class Draw(LogitsProcessor):
         """Bring the random state to where it is after so many steps: other rows may have gone on for longer."""
         for _ in range(steps - self.steps):
             self.noise.exponential_()
+
+
+class Shaped(LogitsProcessor):
+    """Shapes logits as `generate` does under `config`: repetition penalty; then greedy, or temperature, top-k, top-p
+    and min-p.
+    """
+
+    def __init__(self, config: GenerationConfig) -> None:
+        penalty, top_k = config.repetition_penalty or 1.0, config.top_k
+        self.steps: list[Any] = [RepetitionPenaltyLogitsProcessor(float(penalty))] if penalty != 1 else []
+        if not config.do_sample:
+            self.steps.append(TopKLogitsWarper(1))
+            return
+        if config.temperature not in (None, 1):
+            self.steps.append(TemperatureLogitsWarper(float(config.temperature)))
+        if top_k != 0:
+            self.steps.append(TopKLogitsWarper(USUAL_TOP_K if top_k is None else top_k))
+        if config.top_p not in (None, 1):
+            self.steps.append(TopPLogitsWarper(float(config.top_p)))
+        if config.min_p:
+            self.steps.append(MinPLogitsWarper(float(config.min_p)))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for step in self.steps:
+            scores = step(input_ids, scores)
+        return scores
 
 
 def _sample(

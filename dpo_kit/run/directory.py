@@ -10,6 +10,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.errors import ConfigError, did_you_mean
 from dpo_kit.run.files import read_json, write_text
 
 
@@ -42,6 +43,24 @@ class RunDirectory:
     def read_result(self) -> dict[str, Any] | None:
         """How the run ended, or None where it has not."""
         return read_json(self.result) if self.result.exists() else None
+
+    def read_finished(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Manifest and result of a run that has ended well; ConfigError for any other folder."""
+        if not self.manifest.exists():
+            if RunDirectory(self.root.parent).manifest.exists():
+                meant = f"did you mean run={self.root.parent}?"
+            elif any(self.root.glob("*/manifest.json")):
+                meant = f"it is a sweep, say sweep={self.root} (evaluate, sweep), or name one of its runs"
+            elif self.root.is_dir():
+                meant = f"for a model made elsewhere say policy={self.root} reference=… (evaluate)"
+            else:
+                siblings = [path.parent.name for path in self.root.parent.glob("*/manifest.json")]
+                meant = did_you_mean(self.root.name, siblings, "name the folder that holds manifest.json")
+            raise ConfigError(f"run={self.root} is no run directory (it has no manifest.json): {meant.lstrip('; ')}")
+        result = self.read_result() or {"status": "running or killed"}
+        if result["status"] != "done":
+            raise ConfigError(f"run={self.root} has not ended well (status: {result['status']}): finish it first")
+        return read_json(self.manifest), result
 
     def wandb_id(self, wanted: str | None = None) -> str:
         """The id of this run's wandb run, the same whenever the run goes on; `wanted` where it has none yet."""

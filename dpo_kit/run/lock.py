@@ -109,4 +109,4 @@ def _in_use(directory: Path) -> str:
         )
     since = holder and time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
     who = f"process {holder.pid} on {holder.host} (since {since})" if holder else "another process"
-    return f"{directory} is being written by {who}: wait for it, end it, or choose another hydra.run.dir"
+    return f"{directory} is being written by {who}: wait for it, end it, or name another directory"

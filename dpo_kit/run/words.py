@@ -76,7 +76,7 @@ def readable(words: Sequence[str]) -> list[str]:
             raise ConfigError(f"overrides are key=value without dashes: {_undashed(word)}")
         if not KEY.fullmatch(key) or not (equals or key.startswith("~")):
             raise ConfigError(f"overrides are key=value, got {word!r}")
-        value = HOME.sub(str(Path.home()), value) if "~" in value else value
+        value = with_home(value)
         if not PLAIN.fullmatch(value):
             try:
                 OverridesParser.create().parse_override(f"{key}{equals}{value}")
@@ -84,6 +84,11 @@ def readable(words: Sequence[str]) -> list[str]:
                 equals, value = "=", quote(value)
         read.append(f"{key}{equals}{value}")
     return read
+
+
+def with_home(text: str) -> str:
+    """`text` with ~/ at its start, or at that of an item of a list, as the home folder."""
+    return HOME.sub(str(Path.home()), text) if "~" in text else text
 
 
 def _undashed(word: str, value: str = "…") -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from dpo_kit.config.command_line import Values, parse, run_tool
+from dpo_kit.config.places import file_faults, refuse_unwritable
 from dpo_kit.config.settings import Choose
 from dpo_kit.errors import ConfigError
 from dpo_kit.sweep.conclude import measure_recommended
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summarise(arguments: Sequence[str]) -> None:
     """Write and show the summary that `arguments` ask for."""
     values = parse_words(arguments)
+    refuse_unwritable("sweep", values["sweep"])
+    if faults := [*file_faults("ideal", values["ideal"])] if "ideal" in values else []:
+        raise ConfigError(faults[0])
     budget, regression = (
         float(values[key]) if key in values else None for key in ("choose.kl_budget_nats", "choose.max_regression")
     )

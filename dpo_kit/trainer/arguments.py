@@ -62,7 +62,9 @@ def uses_store(settings: Settings, rows: Rows) -> bool:
 
 def decide(trl: dict[str, Any], rows: Rows, width: int) -> dict[str, Any]:
     """Values for the fields that are null in `trl` and not left to TRL: precision, cadence, class weights."""
-    chosen: dict[str, Any] = precision_arguments(trl, width) | _asked_of_accelerate(trl)
+    chosen: dict[str, Any] = precision_arguments(trl, width)
+    if asked := asked_of_accelerate(trl):
+        chosen |= {"bf16": asked == "bf16", "fp16": asked == "fp16"}
     steps = count_steps(trl, len(rows))
     evaluate_every = _dividing(trl, max(1, min(500, steps // 10)))
     cadence = {
@@ -78,14 +80,16 @@ def decide(trl: dict[str, Any], rows: Rows, width: int) -> dict[str, Any]:
     return chosen
 
 
-def _asked_of_accelerate(trl: dict[str, Any]) -> dict[str, bool]:
-    """The precision that `accelerate launch` was told, where the user left it open here."""
+def asked_of_accelerate(trl: dict[str, Any]) -> str | None:
+    """The precision (no, bf16 or fp16) that `accelerate launch` was told; None where it was not, or the user has
+    said it here.
+    """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if asked is None or trl["bf16"] is not None or trl["fp16"]:
-        return {}
+    if not asked or trl["bf16"] is not None or trl["fp16"]:
+        return None
     if asked not in (known := ("no", "bf16", "fp16")):
         raise ConfigError(f"ACCELERATE_MIXED_PRECISION must be one of {', '.join(known)}, got {asked}")
-    return {"bf16": asked == "bf16", "fp16": asked == "fp16"}
+    return asked
 
 
 def _dividing(trl: dict[str, Any], every: int) -> float:

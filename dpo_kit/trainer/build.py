@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.best_metric import needs_trl_evaluation
-from dpo_kit.config.compose import PACKAGE
 from dpo_kit.config.settings import Settings
+from dpo_kit.data.gather import sources
 from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.model.load import (
     build_adapter,
@@ -26,6 +26,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import cache_folder, write_json
 from dpo_kit.run.processes import is_writer
 from dpo_kit.run.quiet import phase
+from dpo_kit.toy import is_out_of_its_world
 from dpo_kit.trainer.arguments import build_arguments, count_steps, describe_arguments, effective_batch, uses_store
 from dpo_kit.trainer.given_tokens import GivenTokens
 from dpo_kit.trainer.measuring import ProbeAlone
@@ -154,8 +155,7 @@ def describe(settings: Settings, args: Any, data: Prepared) -> None:
         "%d steps of %d rows out of %d; %d are held out",
         *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), len(data.select)),
     )
-    toy = PACKAGE / "toy"
-    if Path(settings.model.path).is_relative_to(toy) and not str(settings.data.train).startswith(str(toy)):
+    if is_out_of_its_world(settings.model.path, (source.path for source in sources(settings.data.train))):
         log.warning(
             "this tunes the embedded model, which knows its own small world only, on %s: your own is model=local "
             "model.path=…",

@@ -24,7 +24,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import digest, hash_weights, read_json
 from dpo_kit.run.processes import launcher, world_size
 from dpo_kit.run.redact import redact_argv
-from dpo_kit.trainer.arguments import effective_batch
+from dpo_kit.trainer.arguments import asked_of_accelerate, effective_batch
 
 PACKAGES = (
     "dpo-kit",
@@ -87,6 +87,7 @@ def build_manifest(
             "device": device_name(),
             "world_size": world_size(),
             "dtype": str(weight_dtype(settings.model.dtype, settings.model.tuning)).removeprefix("torch."),
+            "mixed_precision": asked_of_accelerate(settings.trl),
         },
         "config": config,
         "config_hash": digest(config),

@@ -15,7 +15,6 @@ from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import write_json, write_jsonl
-from dpo_kit.run.processes import is_writer
 from dpo_kit.run.redact import redact
 
 log = logging.getLogger(__name__)
@@ -35,8 +34,8 @@ def read_data(settings: Settings, tokenizer: Any) -> Prepared:
     )
 
 
-def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepared:
-    """Rows for training and measuring, with the report and the dropped rows written to the run directory."""
+def prepare_data(settings: Settings, tokenizer: Any) -> Prepared:
+    """Rows for training and measuring, with all that the run's data report says."""
     data = read_data(settings, tokenizer)
     if fault := kind_fault(settings.trl["metric_for_best_model"], data.kind, settings.callbacks.metrics):
         raise ConfigError(fault)
@@ -49,8 +48,11 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
         from dpo_kit.callbacks.gold import label_ceiling, load_gold
 
         data.report["ceiling"] = label_ceiling(load_gold(settings.data.gold), data.select)
-    if not is_writer():
-        return data
+    return data
+
+
+def report_data(data: Prepared, run: RunDirectory) -> None:
+    """The report and the dropped rows, into the run directory."""
     write_json(run.data_report, data.report)
     log.info("read: %s", ", ".join(f"{path} as {form}" for path, form in data.report["forms"].items()))
     if about := [warning["about"] for warning in data.report["warnings"]]:
@@ -59,7 +61,6 @@ def prepare_data(settings: Settings, tokenizer: Any, run: RunDirectory) -> Prepa
         write_jsonl(run.dropped_rows, (redact(vars(fault)) for fault in data.dropped))
         reasons = (f"{count} ({reason})" for reason, count in data.report["dropped_by_reason"].items())
         log.info("rows dropped: %s", ", ".join(reasons))
-    return data
 
 
 def probe_rows(data: Prepared, settings: Settings) -> Rows:

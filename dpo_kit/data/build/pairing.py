@@ -42,6 +42,7 @@ class Paired:
     pairs: list[dict[str, Any]]
     outcomes: Counter[str]
     coins: Counter[str] = field(default_factory=Counter)
+    cut: int = 0  # pairs whose chosen answer was cut
 
 
 def pair_answers(
@@ -115,6 +116,7 @@ def _pairs(paired: Paired, compared: Comparison, build: Build, seed: int) -> Ite
     elif outcome != "win":
         return
     prompt, context = split_context(compared.prompt)
+    paired.cut += compared.a.cut
     yield context | {
         "prompt": prompt,
         "chosen": compared.a.in_form_of(prompt),

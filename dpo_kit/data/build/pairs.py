@@ -8,6 +8,7 @@ build_report.json. The same command goes on where a killed one stopped.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_kit.config.compose import JUDGES, describe_fault, explain
 from dpo_kit.config.identity import list_differences
-from dpo_kit.config.places import data_faults, file_faults, is_local, judge_faults, model_faults
+from dpo_kit.config.places import data_faults, file_faults, is_local, judge_faults, model_faults, weights_faults
 from dpo_kit.config.settings import (
     COST_ONLY,
     Build,
@@ -36,6 +37,7 @@ from dpo_kit.config.settings import Judge as JudgeSettings
 from dpo_kit.data.build.pairing import OUTCOMES, Comparison, Paired, different, pair_answers
 from dpo_kit.data.build.prompts import Prompts, read_prompts
 from dpo_kit.data.build.rated import pair_by_votes
+from dpo_kit.data.gather import sources
 from dpo_kit.errors import BuildError, ConfigError
 from dpo_kit.judge.answers import Answer, Asking, draw_answers
 from dpo_kit.judge.open import judge_identity, open_judge
@@ -46,7 +48,9 @@ from dpo_kit.run.files import hash_weights, read_json, write_json, write_jsonl
 from dpo_kit.run.journal import Journal, key_of
 from dpo_kit.run.redact import redact
 from dpo_kit.run.words import training
+from dpo_kit.toy import is_out_of_its_world
 
+log = logging.getLogger(__name__)
 Given = list[list[Answer | None]]  # for each prompt, the answers of all sources
 PARTS = ("model", "data", "judge", "build")
 
@@ -94,8 +98,7 @@ def check_plan(cfg: DictConfig) -> Plan:
     faults = [*model_faults(plan.model), *judge_faults(plan.judge)]
     faults += data_faults(plan.data) if build.prompts is None and build.votes is None else []
     for source in build.answers:
-        if isinstance(source, LocalAnswers) and is_local(source.path) and not Path(source.path).expanduser().exists():
-            faults.append(f"build.answers: path={source.path} does not exist: name a folder with a model, or a hub id")
+        faults += weights_faults("build.answers: path", source.path) if isinstance(source, LocalAnswers) else []
     for name in ("prompts", "votes"):
         faults += file_faults(f"build.{name}", named) if (named := getattr(build, name)) and is_local(named) else []
     if faults:
@@ -120,6 +123,12 @@ def _build_from_votes(plan: Plan) -> dict[str, Any]:
 
 def _build_from_prompts(plan: Plan) -> dict[str, Any]:
     read = read_prompts(plan.build.prompts, plan.data, plan.build.limit)
+    files = [source.path for source in sources(plan.build.prompts or plan.data.train)]
+    local = [source.path for source in plan.build.answers if isinstance(source, LocalAnswers)]
+    if any(is_out_of_its_world(path, files) for path in local):
+        log.warning(
+            "the embedded model answers, which knows its own small world only: your own is model=local model.path=…"
+        )
     identity = _identity(plan, read.prompts)
     folder = Path(plan.out or f"outputs/build-{key_of(identity)[:8]}")
     if not (folder / "answers.jsonl").exists():  # else all may have been answered
@@ -219,6 +228,8 @@ def _report(plan: Plan, read: Prompts, answers: Given, paired: Paired) -> dict[s
             "there": len(given),
             "empty": sum(not answer.text.strip() for answer in given),
             "cut": sum(answer.cut for answer in given),
+            "cut_and_chosen": paired.cut,
+            "max_new_tokens": plan.build.max_new_tokens,
         },
         "sources": {
             name: {"answers": count, **{side: sides[side][name] for side in sides}}
@@ -270,6 +281,9 @@ def _lines(report: dict[str, Any], spent: list[dict[str, Any]]) -> list[tuple[st
     outcomes = ", ".join(f"{count} {name}" for name, count in counted.items() if count and name != "in")
     lines = [("prompts" if "prompts" in report else "items", f"{counted['in']} = {outcomes}")]
     lines.append(("pairs", str(report["pairs"])))
+    if (answers := report.get("answers")) and answers["cut"]:
+        counts = f"{answers['cut']} of {answers['there']} at build.max_new_tokens={answers['max_new_tokens']}"
+        lines.append(("answers cut", f"{counts}, {answers['cut_and_chosen']} of them chosen: raise it"))
     if judge := report.get("judge"):
         lines.append(("judge", judge["name"]))
         keys = ("order_agreement", "first_position_rate", "unparsable_rate")

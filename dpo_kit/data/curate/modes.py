@@ -29,10 +29,10 @@ from dpo_kit.data.rows import Rows
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.run.files import write_json, write_text
 from dpo_kit.run.words import command, override, training
-from dpo_kit.toy import MODEL
+from dpo_kit.toy import is_out_of_its_world
 
 
-def check_data(settings: Settings, tool: Tool, out: Path) -> None:
+def check_data(settings: Settings, tool: Tool) -> None:
     """The whole report. Malformed rows are listed, and then refused where training would refuse them."""
     data, tokenizer = settings.data, _tokenizer(settings)
     gathered = gather(data, tokenizer, refuse=False, bare=settings.method.rows == "prompts")
@@ -42,6 +42,7 @@ def check_data(settings: Settings, tool: Tool, out: Path) -> None:
     if data.reference_margin:
         rows = [row for part in train for row in part]
         report["reference"] = measure_preference(_margins(rows, gathered, settings, tokenizer))
+    out = tool.claim_folder()
     write_json(out / "data_report.json", report)
     _write_rows(out / "dropped_rows.jsonl", map(vars, gathered.faults))
     title = f"{report['rows']['train']:,} {'pairs' if gathered.kind == 'pairs' else 'rows'} to train on"
@@ -53,7 +54,7 @@ def check_data(settings: Settings, tool: Tool, out: Path) -> None:
         refuse_malformed(malformed)
 
 
-def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
+def curate_data(settings: Settings, tool: Tool) -> None:
     """Rows of data.train that are worth training on, the others with their reasons, and a report before and after."""
     data, tokenizer = settings.data, _tokenizer(settings)
     gathered = gather(data, tokenizer)
@@ -77,6 +78,7 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
         {"place": fault.place, "reason": fault.reason, "found": fault.found, "row": row["_values"]}
         for row, fault in curated.left_out
     ]
+    out = tool.claim_folder()
     files = {
         "curated.jsonl": _write_rows(out / "curated.jsonl", (row["_values"] for row in curated.kept)),
         "rejects.jsonl": _write_rows(out / "rejects.jsonl", rejects),
@@ -90,7 +92,7 @@ def curate_data(settings: Settings, tool: Tool, out: Path) -> None:
     _say_end(out, training(tool.words, out / "curated.jsonl"))
 
 
-def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
+def convert_data(settings: Settings, tool: Tool) -> None:
     """Rows of any form as pairs or unary rows."""
     from rich.console import Console
     from rich.table import Table
@@ -108,6 +110,7 @@ def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
         raise DataError(f"no row came out{first}: say what the rows are with data.form and data.columns")
     for source, match, _ in read:
         _say(f"{source.path} is read as {match}")
+    out = tool.claim_folder()
     files = {
         "converted.jsonl": _write_rows(out / "converted.jsonl", rows),
         "rejects.jsonl": _write_rows(out / "rejects.jsonl", map(vars, faults)),
@@ -130,7 +133,7 @@ def convert_data(settings: Settings, tool: Tool, out: Path) -> None:
     _say_end(out, command("data=jsonl", override("data.train", out / "converted.jsonl"), tool="data"))
 
 
-MODES: dict[str, Callable[[Settings, Tool, Path], None]] = {
+MODES: dict[str, Callable[[Settings, Tool], None]] = {
     "check": check_data,
     "curate": curate_data,
     "convert": convert_data,
@@ -168,8 +171,7 @@ def _inspect(
         held=held,
         thorough=gathered.kind != "prompts",  # near-duplicates are told by answers
     )
-    own_rows = all(MODEL.parent in Path(source.path).parents for source in sources(settings.data.train))
-    if Path(settings.model.path) == MODEL and not own_rows:  # of others, the embedded model's tokens say little
+    if is_out_of_its_world(settings.model.path, (source.path for source in sources(settings.data.train))):
         report["warnings"].insert(0, asdict(OTHER_TOKENS))
     return report
 

@@ -1,9 +1,12 @@
 """The options of `python -m dpo_kit data` (conf/tool/data.yaml), checked."""
 
+import time
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from dpo_kit.config.places import claim
 from dpo_kit.config.settings import FormName, Strict
 
 
@@ -41,3 +44,7 @@ class Tool(Strict):
     curate: Curate
     convert: Convert
     words: tuple[str, ...] = ()  # that were typed, for the command to type next
+
+    def claim_folder(self) -> Path:
+        """Where to write: `out`, else a time stamp that no other start has."""
+        return Path(self.out) if self.out else claim(Path(time.strftime("outputs/data-%Y%m%d-%H%M%S")))

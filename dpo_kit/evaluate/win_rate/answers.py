@@ -60,10 +60,11 @@ def answer(
     if isinstance(who, Path) and server is None:
         return [] if again else read_answers(who, prompts, wanted.draws), {}
     draws, seed = (1, int(digest(["again", seed])[:7], 16)) if again else (wanted.draws, seed)
-    asking = Asking(wanted.max_new_tokens, wanted.chunk, seed)
+    asking = Asking(wanted.max_new_tokens, wanted.chunk, seed, wanted.top_p)
     with Journal(kept) as journal:
         if server is not None:
-            source = ServerAnswers(**server.model_dump(), temperatures=[wanted.temperature], draws=draws)
+            drawing = {"temperatures": [wanted.temperature], "top_p": wanted.top_p, "draws": draws}
+            source = ServerAnswers(**server.model_dump(), **drawing)
             return draw_answers(source, job.policy.model, prompts, asking, journal)
         assert isinstance(who, Candidate)
         return draw_locally(who.sampler(), [wanted.temperature], draws, prompts, asking, journal), {}

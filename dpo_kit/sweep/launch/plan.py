@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from dpo_kit.config.settings import Settings, Tracking
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.lock import refuse_held
 from dpo_kit.run.words import quote
 from dpo_kit.sweep.choice.runs import read_runs
 
@@ -80,6 +82,13 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
         raise ConfigError("\n".join(sorted(everywhere)))
     for job in jobs:
         refuse_unusable(job.settings)
+    pushed = Counter(job.settings.trl["hub_model_id"] for job in jobs if job.settings.trl["push_to_hub"])
+    if shared := [name for name, count in pushed.items() if count > 1]:
+        raise ConfigError(
+            f"trl.hub_model_id={shared[0]} is one repository for {pushed[shared[0]]} jobs, which would push one over "
+            "the other: put into its name what is swept, 'trl.hub_model_id=org/name-beta${beta}-seed${seed}', or "
+            "export the run that is chosen"
+        )
     plan = _plan(base, configs, _tell_apart(base, jobs, swept))
     if plan.named and (plan.directory.is_dir() or jobs[0].settings.dry_run):
         jobs = [compose_job([*job.overrides, *plan.named], search, config_name) for job in jobs]
@@ -94,6 +103,7 @@ def _plan(base: DictConfig, configs: list[dict[str, Any]], subdirectories: list[
     named = written["dir"].replace(SWEEP_ID, sweep_id(configs))
     directory = Path(OmegaConf.create({"at": named, "hydra": base.hydra}).at)
     refuse_unwritable("hydra.sweep.dir", directory)
+    refuse_held(directory)
     local = base.hydra.runtime.choices["hydra/launcher"] in LOCAL
     words = [f"hydra.sweep.dir={quote(named)}"] if SWEEP_ID in written["dir"] else []
     if not local:  # a cluster's job may start in another folder and without this process's environment: name both
