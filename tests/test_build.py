@@ -472,7 +472,8 @@ def test_the_prompts_of_a_mixture_and_of_another_column(tmp_path):
         (["judge=llm", "judge.model=m"], r"judge\.base_url is missing"),
         (["judge=llm", "judge.model=m", "judge.base_url=localhost:1"], r"judge\.base_url: .*got 'localhost:1'"),
         (["build.answers=[]"], "build.answers: .*at least 1 item"),
-        (["out=/dev/null/x", "build.prompts=nowhere.jsonl"], "no such file or folder: nowhere.jsonl"),
+        (["out=/dev/null/x", "build.prompts=nowhere.jsonl"], r"build\.prompts=nowhere\.jsonl: no such file or folder"),
+        (["data=jsonl", "data.train=x.jsonl"], r"data\.gold is null, and mode=build needs somebody to compare"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_refused(words, said):

@@ -124,6 +124,10 @@ def test_convert_writes_rows_that_train_and_the_rejects(tool, tmp_path):
         (["data=jsonl", "data.train=none.jsonl"], "data.train=none.jsonl: no such file or folder"),
         (["convert.schema=hh"], "convert.schema: input should be"),
         (["method=dop"], "method must be one of apo_zero, bco"),
+        (["curate.balance_length=true"], "curate.balance_length=true does nothing with mode=check: take mode=curate"),
+        (["mode=curate", "convert.to=unary"], "convert.to=unary does nothing with mode=curate: take mode=convert"),
+        (["mode=build", "curate.per_source=3"], "curate.per_source=3 does nothing with mode=build: take mode=curate"),
+        (["judge=human"], "judge=human does nothing with mode=check: take mode=build, or leave it out"),
     ],
 )
 def test_what_is_wrong_is_refused_with_the_remedy(tool, words, message):

@@ -64,7 +64,10 @@ def test_what_is_wrong_with_a_part_s_settings_is_said_before_anything_is_measure
     for words, said in (
         (["parts=[gate]", "gate.task=[x]"], r"unknown key gate\.task; did you mean gate\.tasks\?"),
         (["parts=[mt_bench]", "mt_bench.judge.model=x"], r"did you mean judge\.model\?"),
-        (["gate.limit=5"], r"gate\.limit=5 does nothing .*: parts=\[preferences,win_rate,failures,hacking,gate\]"),
+        (["gate.limit=5"], r"gate\.limit=5 does nothing .*, parts=\[preferences,win_rate,failures,hacking,gate\]"),
+        (["win_rate.limit=5", "parts=preferences"], r"nothing without the part win_rate: add it, parts=\[pref.*,win_r"),
+        (["judge=human", "parts=[preferences,gate]"], "judge=human does nothing without the part win_rate"),
+        (["parts=[domain]", "review=4", "domain.file=x"], "review=4 does nothing without the part win_rate"),
         (["parts=[gat]"], r"got gat; did you mean gate\?"),
         (["parts=[gate]", "gate.limit=0"], r"gate\.limit: .*greater than 0"),
         (["parts=[win_rate,gate]", "gate.tasks=[humaneval]"], "allow_code=true"),

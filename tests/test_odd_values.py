@@ -20,7 +20,7 @@ from dpo_kit.config.compose import check, compose, compose_unchecked, known_keys
 from dpo_kit.config.settings import Build
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.data.__main__ import check_tool, compose_tool
-from dpo_kit.data.build.pairs import check_plan
+from dpo_kit.data.build.plan import check_plan
 from dpo_kit.data.curate.options import Convert, Curate
 from dpo_kit.errors import DpoKitError
 from dpo_kit.evaluate.job import plan as plan_evaluation

@@ -38,6 +38,7 @@ def here(tmp_path, monkeypatch):
 
 REFUSED = {
     "data=jsonl data.train=pair.jsonl": "data.train=pair.jsonl: no such file or folder; did you mean pairs.jsonl?",
+    "data=jsonl data.train=peer*.jsonl": "data.train=peer*.jsonl: no such file or folder",
     "data=jsonl data.train=nothing": "data.train=nothing has no .jsonl",
     "data=jsonl data.train=notes.txt": "unknown kind of file",
     "data=jsonl data.train=a/b/c": "data.train=a/b/c: no such file or folder",
@@ -65,7 +66,7 @@ IN_EVALUATION = {
     "policy=model reference=model against=./modle": "against=./modle does not exist; did you mean model?",
     "policy=model reference=model against=answer.jsonl": "against=answer.jsonl: no such file or folder; did you mean a",
     "policy=model reference=model parts=[win_rat]": "did you mean win_rate?",
-    "policy=model reference=model win_rate.prompts=pair.jsonl": "no such file or folder: pair.jsonl; did you mean pair",
+    "policy=model reference=model win_rate.prompts=pair.jsonl": "win_rate.prompts=pair.jsonl: no such file or folder",
     "policy=model reference=model judge=reward_model judge.path=./judge": "judge.path=./judge does not exist",
     "policy=model reference=model judge.module=json.tol": "judge.module=json.tol: there is no module json.tol",
     "policy=model reference=model parts=[domain] domain.file=label.jsonl": "no such file or folder: label.jsonl",
@@ -113,6 +114,7 @@ def test_what_is_not_there_is_refused_with_key_and_near_miss(words, here):
     [
         [],
         ["data=jsonl", "data.train=pairs.jsonl", "model=local", "model.path=model"],
+        ["data=jsonl", "data.train=pair*.jsonl", "data.eval=**/[p]airs.jsonl"],
         ["data=jsonl", "data.train=org/pairs", "model=local", "model.path=org/model"],  # left to the hub
         ["model.chat_template={{ messages }}", "trl.accelerator_config={split_batches: true}"],
     ],

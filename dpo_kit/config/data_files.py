@@ -32,14 +32,21 @@ def find_files(path: str, split: str) -> list[Path] | None:
         return _of_split(local, split)
     if local.exists():
         return [local]
-    if any(sign in path for sign in "*?["):
-        matching = [Path(name) for name in sorted(glob.glob(str(local), recursive=True))]  # noqa: PTH207 - absolute too
+    if (matching := match(path)) is not None:
         if not matching:
             raise DataError(f"no file matches {path}")
-        return [file for match in matching for file in ([match] if match.is_file() else _of_split(match, split))]
+        return [file for each in matching for file in ([each] if each.is_file() else _of_split(each, split))]
     if ending(local) or not _ON_HUB.fullmatch(path):
         raise DataError(f"no such file or folder: {path}{near_miss(path)}")
     return None
+
+
+def match(path: str) -> list[Path] | None:
+    """The files and folders that the pattern `path` matches, sorted; None where it is no pattern."""
+    if not any(sign in path for sign in "*?["):
+        return None
+    names = glob.glob(str(Path(path).expanduser()), recursive=True)  # noqa: PTH207 - absolute too
+    return [Path(name) for name in sorted(names)]
 
 
 def near_miss(path: str) -> str:

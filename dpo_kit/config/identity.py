@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from glob import glob
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.config.data_files import match
 from dpo_kit.config.settings import COST_ONLY, Choose, Settings, Tracking
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.run.directory import RunDirectory
@@ -40,7 +40,7 @@ def recall_config(manifest: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(path, str) or (key == "chat_template" and "{" in path):  # the template itself, no file
             continue
         beside = started_in / Path(path).expanduser()
-        if beside.exists() or (any(sign in path for sign in "*?[") and glob(str(beside), recursive=True)):  # noqa: PTH207 - absolute too
+        if beside.exists() or match(str(beside)):
             block[key] = str(beside)
     path = model.get("path", "")
     if (manifest.get("model") or {}).get("sha256") and not Path(path).expanduser().exists():

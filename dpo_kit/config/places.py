@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.data_files import KNOWN, ending, near_miss
+from dpo_kit.config.data_files import KNOWN, ending, match, near_miss
 from dpo_kit.config.extensions import no_module
 from dpo_kit.config.settings import Data, Model, Settings
 from dpo_kit.errors import ConfigError
@@ -39,14 +39,21 @@ def data_faults(data: Data) -> Iterator[str]:
     """Sources of rows that are not there or cannot be read; a hub id is left to the hub."""
     for key, named in (("data.train", data.train), ("data.eval", data.eval), ("data.benchmark", data.benchmark)):
         for path in [named] if isinstance(named, str) else [source.path for source in named or ()]:
-            local = Path(path).expanduser()
-            if local.is_dir():
-                if not any(ending(file) for file in local.rglob("*")):
-                    yield f"{key}={path} has no {', '.join(KNOWN)} file in it"
-            elif local.exists() or local.suffix or is_local(path):
-                yield from file_faults(key, path)
-                if local.exists() and not ending(local):
-                    yield f"{key}={path}: unknown kind of file; known are {', '.join(KNOWN)}"
+            yield from rows_faults(key, path)
+
+
+def rows_faults(key: str, path: str) -> Iterator[str]:
+    """Why there can be no rows at `path`: a file, a folder with some, or a pattern; a hub id is left to the hub."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not any(ending(file) for file in local.rglob("*")):
+            yield f"{key}={path} has no {', '.join(KNOWN)} file in it"
+    elif not local.exists() and match(path):
+        return
+    elif local.exists() or local.suffix or is_local(path):
+        yield from file_faults(key, path)
+        if local.exists() and not ending(local):
+            yield f"{key}={path}: unknown kind of file; known are {', '.join(KNOWN)}"
 
 
 def model_faults(model: Model) -> Iterator[str]:

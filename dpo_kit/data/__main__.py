@@ -16,6 +16,7 @@ from dpo_kit.config.compose import CONF, check, compose_unchecked, describe_faul
 from dpo_kit.config.help import keys_of
 from dpo_kit.config.places import refuse_foreign, refuse_unwritable
 from dpo_kit.config.settings import Settings
+from dpo_kit.data.build.plan import check_plan
 from dpo_kit.data.curate.options import Convert, Curate, Tool
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.origin import refuse_unusable
@@ -40,6 +41,12 @@ usage: python -m dpo_kit data [mode=check|curate|convert|build] [group=option | 
 keys with their defaults (curate.min_agreement=0.8):
 """
 OWN = ("mode", "out", "curate", "convert")
+ONLY_IN = {
+    "curate": "curate",
+    "convert": "convert",
+    "build": "build",
+    "judge": "build",
+}  # keys by their first part: mode
 KNOWN = [
     f"{group}.{field.alias or name}"
     for group, options in (("curate", Curate), ("convert", Convert))
@@ -63,16 +70,27 @@ def work(arguments: Sequence[str]) -> None:
     else:
         refuse_unwritable("out", "outputs")
     if cfg.mode == "build":
+        check_plan(cfg)  # before what builds is imported, which takes seconds
+        refuse_idle_words(arguments, cfg.mode)
         from dpo_kit.data.build.pairs import build_pairs, show_build
 
         show_build(build_pairs(cfg), arguments)
         return
     settings, tool = check_tool(cfg)
+    refuse_idle_words(arguments, tool.mode)
     tool.words = tuple(arguments)
     from dpo_kit.data.curate.modes import MODES
 
     gc.set_threshold(200_000)  # rows are plain data without cycles, and looking through 100,000 of them costs seconds
     MODES[tool.mode](settings, tool)
+
+
+def refuse_idle_words(arguments: Sequence[str], mode: str) -> None:
+    """ConfigError for words that another mode would obey."""
+    for word in arguments:
+        needed = ONLY_IN.get(word.lstrip("+~").partition("=")[0].partition(".")[0], mode)
+        if needed != mode:
+            raise ConfigError(f"{word} does nothing with mode={mode}: take mode={needed}, or leave it out")
 
 
 def compose_tool(arguments: Sequence[str]) -> DictConfig:

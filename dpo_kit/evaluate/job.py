@@ -28,6 +28,12 @@ from dpo_kit.sweep.choice.runs import read_runs
 
 OWN = tuple(Evaluate.model_fields)
 OF_A_PART = ("gate", "alpaca_eval", "mt_bench", "domain")  # options that are nothing without their part
+ONLY_WITH: dict[str, tuple[str, ...]] = {  # keys by their first part, and the parts of which one must be asked for
+    **{name: (name,) for name in OF_A_PART},
+    "win_rate": ("win_rate", "alpaca_eval", "mt_bench", "domain"),
+    "judge": ("win_rate", "mt_bench"),
+    "review": ("win_rate",),
+}
 GROUPS: dict[str, type[Strict]] = {
     "win_rate": WinRate, "gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "domain": Domain,
 }  # fmt: skip
@@ -250,10 +256,13 @@ def _opponent(against: str | None, reference: Candidate, model: Model) -> Candid
 
 
 def _options(cfg: DictConfig, arguments: Sequence[str]) -> Evaluate:
-    unasked = [name for name in OF_A_PART if name not in cfg.parts]
+    parts = [cfg.parts] if isinstance(cfg.parts, str) else list(cfg.parts)
+    unasked = [name for name in OF_A_PART if name not in parts]
     for word in arguments:
-        if (name := _root(word)) in unasked:
-            raise ConfigError(f"{word} does nothing without that part: parts=[{','.join([*cfg.parts, name])}]")
+        needed = ONLY_WITH.get(_root(word), parts)
+        if not {*needed} & {*parts}:
+            asked = ",".join([*parts, needed[0]])
+            raise ConfigError(f"{word} does nothing without the part {needed[0]}: add it, parts=[{asked}]")
     if cfg.data.gold is None and not any(_root(word) == "judge" for word in arguments):
         unasked.append("judge")  # the default one needs what these data do not have
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from dpo_kit.config.settings import Endpoint, Judge, Strict, TopP
 
@@ -82,6 +82,9 @@ class Domain(Strict):
     limit: PositiveInt | None = None
 
 
+Listed = Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+
+
 class Evaluate(Strict):
     """What is evaluated, against what, and where the findings go; `judge` None: no win rate.
 
@@ -94,7 +97,7 @@ class Evaluate(Strict):
     reference: str | None
     against: str | None
     out: str | None
-    parts: list[str] = Field(min_length=1)
+    parts: Listed = Field(min_length=1)
     split: Split | None
     review: NonNegativeInt
     win_rate: WinRate

@@ -10,8 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dpo_kit.config.data_files import find_files
-from dpo_kit.config.places import file_faults, judge_faults
+from dpo_kit.config.places import file_faults, judge_faults, rows_faults
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.evaluate.behaviour.parts import Failures, Hacking
 from dpo_kit.evaluate.benchmarks.parts import AlpacaEval, Domain, Gate, MTBench
@@ -115,9 +114,8 @@ class WinRate(Part):
 
     def check(self, job: Job) -> None:
         wanted = job.options.win_rate
-        if wanted.prompts:
-            find_files(wanted.prompts, job.config["data"]["train_split"])
         faults = [*judge_faults(job.options.judge)]
+        faults += rows_faults("win_rate.prompts", wanted.prompts) if wanted.prompts else []
         if isinstance(job.opponent, Path) and wanted.opponent_server is None:
             faults += file_faults("against", str(job.opponent))
         if faults:

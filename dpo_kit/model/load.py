@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from dpo_kit.config.compose import usual_lora
+from dpo_kit.config.data_files import near_miss
+from dpo_kit.config.places import weights_faults
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError, did_you_mean
 from dpo_kit.model.control_tokens import neutralised
@@ -318,7 +320,8 @@ def _quantization(model: Model) -> BitsAndBytesConfig:
 def _load(auto_class: Any, path: str, model: Model, **options: Any) -> Any:
     key = "model.reference" if path == model.reference and path != model.path else "model.path"
     options |= {"revision": model.revision, "code_revision": model.revision} if path == model.path else {}
-    _refuse_wrong_path(key, path)
+    for fault in weights_faults(key, path):  # before the hub is asked for what is meant to be here
+        raise ModelError(fault)
     if auto_class is not AutoTokenizer:
         refuse_adapter(key, path, options.get("revision"))
     refuse_unsafe(key, path, options.get("revision"))
@@ -327,7 +330,8 @@ def _load(auto_class: Any, path: str, model: Model, **options: Any) -> Any:
         return auto_class.from_pretrained(path, trust_remote_code=trusted, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{key}={path} cannot be loaded: {reason}{_remedy(reason)}") from error
+        near = "" if Path(path).expanduser().exists() else near_miss(path)
+        raise ModelError(f"{key}={path} cannot be loaded: {reason}{_remedy(reason) or near}") from error
 
 
 def _remedy(reason: str) -> str:
@@ -341,15 +345,6 @@ def _remedy(reason: str) -> str:
             " Only safetensors are loaded, no pickles: take a revision that has them, or convert the weights yourself"
         )
     return ""
-
-
-def _refuse_wrong_path(key: str, path: str) -> None:
-    """A path that is meant to be local but is not there, before the hub is asked for it."""
-    local = Path(path).expanduser()
-    if local.exists() or not path.startswith((".", "/", "~")):
-        return
-    siblings = [entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else []
-    raise ModelError(f"{key}={path} does not exist{did_you_mean(local.name, siblings, count=2)}")
 
 
 SAMPLE = ("Hello, world!", "naïve café, 東京 🙂", "  two  spaces\n\tand a tab", "x = 3.14159 * 2**10  # code", "don't")

@@ -15,26 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pydantic
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from dpo_kit.config.compose import JUDGES, describe_fault, explain
 from dpo_kit.config.identity import list_differences
-from dpo_kit.config.places import data_faults, file_faults, is_local, judge_faults, model_faults, weights_faults
-from dpo_kit.config.settings import (
-    COST_ONLY,
-    Build,
-    Data,
-    Endpoint,
-    LLMJudge,
-    LocalAnswers,
-    Model,
-    ServerAnswers,
-    Strict,
-)
-from dpo_kit.config.settings import Judge as JudgeSettings
+from dpo_kit.config.settings import COST_ONLY, Endpoint, LLMJudge, LocalAnswers
 from dpo_kit.data.build.pairing import OUTCOMES, Comparison, Paired, different, pair_answers
+from dpo_kit.data.build.plan import Plan, check_plan
 from dpo_kit.data.build.prompts import Prompts, read_prompts
 from dpo_kit.data.build.rated import pair_by_votes
 from dpo_kit.data.gather import sources
@@ -52,18 +38,6 @@ from dpo_kit.toy import is_out_of_its_world
 
 log = logging.getLogger(__name__)
 Given = list[list[Answer | None]]  # for each prompt, the answers of all sources
-PARTS = ("model", "data", "judge", "build")
-
-
-class Plan(Strict):
-    """What a build needs of the composed config."""
-
-    seed: int
-    model: Model
-    data: Data
-    judge: JudgeSettings
-    build: Build
-    out: str | None
 
 
 def build_pairs(cfg: DictConfig) -> dict[str, Any]:
@@ -78,32 +52,6 @@ def build_pairs(cfg: DictConfig) -> dict[str, Any]:
     report["seconds"] = round(time.perf_counter() - since, 1)
     write_json(Path(report["folder"]) / "build_report.json", redact(report))
     return report
-
-
-def check_plan(cfg: DictConfig) -> Plan:
-    """The parts of `cfg` that a build needs, typed. ConfigError lists every fault, and models and files that are not
-    there.
-    """
-    try:
-        values = {name: OmegaConf.to_container(cfg[name], resolve=True, throw_on_missing=True) for name in PARTS}
-        plan = Plan(seed=cfg.seed, out=cfg.out, **values)  # type: ignore[arg-type]
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
-    except pydantic.ValidationError as error:
-        known = {f"judge.{name}" for judge in JUDGES for name in judge.model_fields}
-        known |= {f"build.{name}" for name in Build.model_fields} | {f"data.{name}" for name in Data.model_fields}
-        known |= {f"build.answers.{name}" for name in (*LocalAnswers.model_fields, *ServerAnswers.model_fields)}
-        raise ConfigError("\n".join(describe_fault(fault, sorted(known)) for fault in error.errors())) from error
-    build = plan.build
-    faults = [*model_faults(plan.model), *judge_faults(plan.judge)]
-    faults += data_faults(plan.data) if build.prompts is None and build.votes is None else []
-    for source in build.answers:
-        faults += weights_faults("build.answers: path", source.path) if isinstance(source, LocalAnswers) else []
-    for name in ("prompts", "votes"):
-        faults += file_faults(f"build.{name}", named) if (named := getattr(build, name)) and is_local(named) else []
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return plan
 
 
 # --- from votes --------------------------------------------------------------------------------------------------
