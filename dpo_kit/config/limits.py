@@ -12,10 +12,10 @@ from typing import Any, Union
 
 import pydantic
 
+from dpo_kit.config.best_metric import SCHEDULES_BY_METRIC
 from dpo_kit.config.settings import Settings
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import did_you_mean
-from dpo_kit.run.report.diagnosis import NO_WARMUP
 
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
@@ -194,7 +194,10 @@ ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "trl.f_alpha_divergence_coef": ("trl.f_divergence_type", ("alpha_divergence",)),
     "trl.discopop_tau": ("trl.loss_type", ("discopop",)),
     "trl.simpo_gamma": ("trl.loss_type", ("simpo", "alphapo")),
-    "trl.warmup_steps": ("trl.lr_scheduler_type", tuple(sorted(load_schema()["schedules"].keys() - {*NO_WARMUP}))),
+    "trl.warmup_steps": (
+        "trl.lr_scheduler_type",
+        tuple(kind for kind in sorted(load_schema()["schedules"]) if kind not in ("constant", *SCHEDULES_BY_METRIC)),
+    ),
     "data.holdout": ("data.eval", ("null",)),
 }  # keys (or their beginning) that do nothing unless another key has one of these values
 
