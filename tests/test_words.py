@@ -158,6 +158,7 @@ def test_names_that_other_tools_have_lead_to_a_key_that_is_there():
         ("wandb=none", "did you mean tracking=none?"),
         ("dataset=p.jsonl", "did you mean data=jsonl data.train=p.jsonl?"),
         ("beta=0.1,0.2", "add -m for a run of each (--multirun)"),
+        ("data.train=a.jsonl,b.jsonl", "the list data.train=[a.jsonl,b.jsonl] or the one text data.train='a.jsonl,b.j"),
     ],
 )
 def test_other_spellings_and_things_of_one_s_own_are_answered_with_what_to_type(word, said):

@@ -378,9 +378,10 @@ def explain(error: Exception, words: Sequence[str] = ()) -> ConfigError:
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(f"{error.full_key} is missing: add {error.full_key}=…")
     if named := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", text):
-        one, several = f"{named[1]}={quote(named[2])}", f"{named[1]}={named[2]}"
+        one, several, listed = (f"{named[1]}={value}" for value in (quote(named[2]), named[2], f"[{named[2]}]"))
         return ConfigError(
-            f"{several} is several values: add -m for a run of each (--multirun), or quote it as one, {one}"
+            f"{several} is several values: add -m for a run of each (--multirun), or say which is meant, the list "
+            f"{listed} or the one text {one}"
         )
     says_which = any(word.lstrip("+~").partition("=")[0] in text for word in words)
     return ConfigError(text if says_which or not words else f"{' '.join(words)}: {text}")
