@@ -129,7 +129,7 @@ def test_weights_that_are_published_quantised_are_not_tuned_in_full(tmp_path):
     config = read_json(model / "config.json") | {"quantization_config": {"quant_method": "bitsandbytes"}}
     write_json(model / "config.json", config)
     with pytest.raises(ModelError, match=r"published in a quantised form, .* take model.tuning=lora"):
-        load_policy(_model(f"model.path={model}"), None)
+        plan_run(check(compose(["tracking=none", f"model.path={model}"])))
 
 
 def test_a_tuned_policy_that_is_rounded_to_4_bit_is_told_to_go_on_as_an_adapter(tmp_path, caplog):

@@ -335,6 +335,8 @@ def test_answers_that_no_trained_token_ends_are_named_before_training(tmp_path, 
     caplog.clear()
     read(tmp_path, pairs(), ends=[tokenizer.eos_token_id])
     assert caplog.text == ""
+    read(tmp_path, pairs(), ends=[len(tokenizer) + 7])
+    assert f"(it names {len(tokenizer) + 7})" in caplog.text  # of a model whose tokenizer is another one
 
 
 # --- the prompt beside training --------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_rows_that_have_changed_since_the_run_are_refused(finished_run, tmp_path
 def test_dropout_that_the_script_cannot_repeat_is_said(tmp_path, caplog):
     run = tmp_path / "run"
     few = [*few_pairs(tmp_path / "pairs.jsonl"), "callbacks=none", "trl.save_strategy=no", "trl.max_steps=1"]
-    train(compose([*few, "model.tuning=lora", "trl.disable_dropout=false"]), run)
+    train(compose([*few, "model.tuning=lora", "model.lora.lora_dropout=0.05", "trl.disable_dropout=false"]), run)
     script = write_reproduction(RunDirectory(run), run / "reproduce")
     assert "LoRA's dropout" in caplog.text
     assert "lora_dropout=0.05" in script.read_text() and "target_modules='all-linear'" in script.read_text()

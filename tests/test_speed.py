@@ -1,6 +1,7 @@
 """Faster, and the same training: losses of TRL's trainers with each lever on and off."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_activations_are_computed_again_where_memory_would_not_do_or_asked(words
     rows = [{"tokens": {"prompt": 20, "chosen": 10, "rejected": 8}}] * 40
     for module in (room, memory):
         monkeypatch.setattr(module, "free_memory", lambda: free)
-    assert choose_arguments(settings, rows, tmp_path, 96).gradient_checkpointing is on
+    assert choose_arguments(settings, SimpleNamespace(train=rows), tmp_path).gradient_checkpointing is on
 
 
 # --- norms and counts --------------------------------------------------------------------------------------------

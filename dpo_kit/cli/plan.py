@@ -119,14 +119,12 @@ def _read_rows(settings: Settings) -> tuple[Any, Prepared]:
 def plan_on(settings: Settings, data: Prepared) -> Plan:
     """The plan of a run on `data`."""
     from dpo_kit.data.fresh import with_answer_lengths
-    from dpo_kit.model.load import read_config
     from dpo_kit.trainer.arguments import count_steps, effective_batch
     from dpo_kit.trainer.build import choose_arguments, needs_reference
     from dpo_kit.trainer.memory import build_weightless, estimate
     from dpo_kit.trainer.resume.safe_trainer import OPTIMIZER_VALUES
 
-    width = read_config(settings.model).get_text_config().hidden_size
-    args = choose_arguments(settings, data.train, Path(tempfile.gettempdir()) / "dpo_kit-plan", width)
+    args = choose_arguments(settings, data, Path(tempfile.gettempdir()) / "dpo_kit-plan")
     trl = args.to_dict()
     model = build_weightless(settings, args)
     needs, shares = needs_reference(settings, args), settings.speed.share_prefix is not False
@@ -258,6 +256,12 @@ def show(planned: Plan, settings: Settings, measured: dict[str, float], words: S
         highlight=False,
         soft_wrap=True,
     )
+    if not planned.memory["passes"]:
+        console.print(
+            "without the activations, which cannot be counted for this model: plan first_step=true measures them",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(advise(planned, settings, words), highlight=False, markup=False, soft_wrap=True)
 
 

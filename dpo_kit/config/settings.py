@@ -79,6 +79,7 @@ class Model(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     attn_implementation: str | None
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # what data.chat_template_kwargs is where it is not said
     trust_remote_code: bool
     reference: str | None
     learning_rate: Rates | None

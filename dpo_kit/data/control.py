@@ -82,7 +82,9 @@ def describe_end(tokenizer: Any) -> dict[str, Any]:
     """
     from dpo_kit.model.turns import ends_of, turns_of
 
-    end, stops = turns_of(tokenizer).end, tokenizer.convert_ids_to_tokens(ends_of(tokenizer))
+    ends = ends_of(tokenizer)
+    known = tokenizer.convert_ids_to_tokens(ends)  # None for an id that the tokenizer has not
+    end, stops = turns_of(tokenizer).end, [token or str(number) for token, number in zip(known, ends, strict=True)]
     if end is None:
         log.warning(
             "the chat template writes no token that ends an answer: trained on it, the model never learns to stop; "

@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    Mxfp4Config,
     PreTrainedModel,
 )
 
@@ -30,13 +31,11 @@ from dpo_kit.model.origin import (
     base_of,
     find_parent,
     has_tokenizer,
-    is_quantised,
+    quantised_by,
     read_adapter,
     refuse_adapter,
-    refuse_pickled_adapter,
     refuse_unsafe,
 )
-from dpo_kit.model.trl_classes import uses_fused_head
 from dpo_kit.model.turns import ends_of, stop_ids
 from dpo_kit.run.files import hash_weights
 
@@ -90,11 +89,6 @@ def read_template(given: str) -> str:
 
 def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:
     """The weights to be tuned, 4-bit under `tuning=qlora`; or the adapter that training goes on from, on its base."""
-    if model.tuning == "full" and is_quantised(model):
-        raise ModelError(
-            f"model.path={model.path} is published in a quantised form, whose weights cannot be tuned: take "
-            "model.tuning=lora, or the original repository"
-        )
     if model.attn_implementation == "flex_attention" and not has_accelerator():
         raise ConfigError("model.attn_implementation=flex_attention has no backward pass on a CPU: leave it out")
     if model.tuning == "qlora" and (
@@ -135,7 +129,9 @@ def load_start(model: Model) -> Any:
     """What training starts from: the weights at `model.path`, or its adapter on its base, ready to be trained."""
     if read_adapter(model) is None:
         return load_weights(model)
-    refuse_pickled_adapter(model)
+    from dpo_kit.model.adapter_weights import refuse_adapter_weights
+
+    refuse_adapter_weights(model)
     revision = model.revision or "main"
     start = PeftModel.from_pretrained(
         load_weights(base_of(model)), model.path, is_trainable=True, revision=revision
@@ -178,48 +174,6 @@ def load_tuned(model: Model, folder: Path) -> PreTrainedModel:
     if model.tuning == "full":
         return load_weights(model, str(folder))
     return PeftModel.from_pretrained(load_weights(base_of(model)), folder)  # type: ignore[return-value]
-
-
-def check_targets(adapter: LoraConfig, policy: PreTrainedModel, trainer: type) -> None:
-    """ConfigError for names of modules that the policy has not, and for a head that `trainer` would never train; a
-    warning for one of two embeddings that the policy ties.
-    """
-    head = next((name for name, module in policy.named_modules() if module is policy.get_output_embeddings()), None)
-    if head and _is_target(head, adapter.target_modules) and uses_fused_head(trainer):
-        raise ConfigError(
-            f"model.lora.target_modules puts an adapter on {head}, but {trainer.__name__} works out log-probabilities "
-            f"from the head's own weights, so that it would never be trained: take {head} out, or train the whole "
-            f"head, model.lora.modules_to_save=[{head}]"
-        )
-    modules = [name for name, _ in policy.named_modules()]
-    for key in ("target_modules", "modules_to_save"):
-        for wanted in _names(getattr(adapter, key)):
-            if not any(_is_target(name, [wanted]) for name in modules):
-                own = {
-                    name.rpartition(".")[2] for name, module in policy.named_modules() if [*module.parameters(False)]
-                }
-                meant = did_you_mean(wanted, sorted(own), f": it has {', '.join(sorted(own))}", count=2)
-                raise ConfigError(f"model.lora.{key}: this model has no module {wanted}{meant}")
-    touched = {name for key in ("target_modules", "modules_to_save") for name in _names(getattr(adapter, key))}
-    touched &= {"lm_head", "embed_tokens"}
-    if touched and policy.config.get_text_config().tie_word_embeddings and not adapter.ensure_weight_tying:
-        log.warning(
-            "model.lora puts an adapter on %s, one of two embeddings that this model ties: they will differ after "
-            "training, and the exported model holds both; +model.lora.ensure_weight_tying=true keeps them one",
-            " and ".join(sorted(touched)),
-        )
-
-
-def _is_target(name: str, targets: Any) -> bool:
-    """Whether PEFT means the module `name` by `targets`: ends of names, or a pattern of whole ones."""
-    if isinstance(targets, str):
-        return targets != "all-linear" and bool(re.fullmatch(targets, name))
-    return any(name == target or name.endswith(f".{target}") for target in targets or ())
-
-
-def _names(value: Any) -> list[str]:
-    """Names of modules. A string is a pattern or all-linear, which PEFT itself refuses where it fits nothing."""
-    return [] if isinstance(value, str) else sorted(value or [])
 
 
 def build_adapter(model: Model) -> LoraConfig | None:
@@ -279,6 +233,10 @@ def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
     if model.tuning == "qlora":
         options["quantization_config"] = _quantization(model)
         options["device_map"] = {"": torch.cuda.current_device() if has_accelerator() else "cpu"}
+    elif (
+        quantised_by(path, model.revision if path == model.path else None) == "mxfp4"
+    ):  # which cannot be trained as it is
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     weights = _load(AutoModelForCausalLM, path, model, **options)
     if getattr(weights, "is_loaded_in_4bit", False):
         _keep_4bit_weights_as_they_are(weights)
@@ -311,8 +269,13 @@ def _keep_4bit_weights_as_they_are(weights: PreTrainedModel) -> None:
 
 
 def _quantization(model: Model) -> BitsAndBytesConfig:
+    whole = None
+    if not is_plain(config := read_config(model)):
+        from dpo_kit.model.bypassed import kept_whole
+
+        whole = kept_whole(config)
     try:
-        return BitsAndBytesConfig(**model.quantization)
+        return BitsAndBytesConfig(**{"llm_int8_skip_modules": whole} | model.quantization)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.quantization: transformers.BitsAndBytesConfig refuses it: {error}") from error
 
@@ -328,7 +291,7 @@ def _load(auto_class: Any, path: str, model: Model, **options: Any) -> Any:
     trusted = model.trust_remote_code and path == model.path  # the commit is that of model.path's repository
     try:
         return auto_class.from_pretrained(path, trust_remote_code=trusted, **options)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         near = "" if Path(path).expanduser().exists() else near_miss(path)
         raise ModelError(f"{key}={path} cannot be loaded: {reason}{_remedy(reason) or near}") from error
@@ -419,3 +382,12 @@ def read_config(model: Model) -> Any:
             f"model.path={base.path} cannot be planned with: {str(error).splitlines()[0]} Name a "
             "folder or hub id with a config.json"
         ) from error
+
+
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # kinds of models of which trainer/families.py has nothing to say
+
+
+def is_plain(config: Any) -> bool:
+    """Whether a model of this config trains as TRL has it, without what trainer/families.py does and refuses."""
+    drops = any("drop" in name and value for name, value in config.to_dict().items())
+    return config.model_type in PLAIN and not drops and not hasattr(config, "quantization_config")

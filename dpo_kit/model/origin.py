@@ -26,7 +26,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 def refuse_unsafe(key: str, path: str, revision: str | None = None) -> None:
     """ModelError where `path` (a folder or hub id, given as `key`) is pickled or asks for foreign code."""
     _refuse_pickles(key, Path(path).expanduser())
-    config = _read(path, "config.json", revision)
+    config = read_file(path, "config.json", revision)
     kernel = str(config.get("attn_implementation") or config.get("_attn_implementation") or "")
     if "/" in kernel:
         raise ModelError(
@@ -82,7 +82,7 @@ def read_adapter(model: Model) -> dict[str, Any] | None:
 
     ModelError for an adapter that cannot be gone on with.
     """
-    found = _read(model.path, ADAPTER, model.revision)
+    found = read_file(model.path, ADAPTER, model.revision)
     if not found:
         return None
     if model.tuning == "full":
@@ -90,16 +90,6 @@ def read_adapter(model: Model) -> dict[str, Any] | None:
     if found.get("peft_type") != "LORA":
         raise ModelError(f"model.path={model.path} is an adapter of kind {found.get('peft_type')}, not a LoRA")
     return found
-
-
-def refuse_pickled_adapter(model: Model) -> None:
-    """ModelError where peft would read the adapter at `model.path` from a pickle, as it does without a word."""
-    refuse_unsafe("model.path", model.path, model.revision)
-    if _find(model.path, ADAPTER_WEIGHTS, model.revision) is None:
-        raise ModelError(
-            f"model.path={model.path} is an adapter without {ADAPTER_WEIGHTS} (or that file cannot be had), and only "
-            "safetensors are loaded, no pickles: take a revision that has it, or convert the adapter yourself"
-        )
 
 
 def base_of(model: Model) -> Model:
@@ -121,19 +111,19 @@ def find_base(folder: Path, adapter: dict[str, Any]) -> str:
 
 def has_tokenizer(path: str, revision: str | None) -> bool:
     """Whether `path` brings a tokenizer of its own, as adapters of a trainer do."""
-    return bool(_read(path, "tokenizer_config.json", revision))
+    return bool(read_file(path, "tokenizer_config.json", revision))
 
 
-def is_quantised(model: Model) -> bool:
-    """Whether the weights of `model` are published in a quantised form."""
-    return "quantization_config" in _read(model.path, "config.json", model.revision)
+def quantised_by(path: str, revision: str | None) -> str | None:
+    """The method by which the weights at `path` are published quantised; None where they are not."""
+    return (read_file(path, "config.json", revision).get("quantization_config") or {}).get("quant_method")
 
 
 def refuse_adapter(key: str, path: str, revision: str | None) -> None:
     """ModelError for an adapter where a whole model is meant: transformers would load its base with the adapter in it,
     and peft would tune on top, without a word.
     """
-    adapter = _read(path, ADAPTER, revision)
+    adapter = read_file(path, ADAPTER, revision)
     if not adapter:
         return
     base = adapter.get("base_model_name_or_path")
@@ -156,17 +146,17 @@ def _refuse_pickles(key: str, folder: Path) -> None:
         )
 
 
-def _read(path: str, name: str, revision: str | None) -> dict[str, Any]:
+def read_file(path: str, name: str, revision: str | None) -> dict[str, Any]:
     """A JSON file of a folder or repository; empty where it is not to be had (loading will say what is missing)."""
     file = Path(path).expanduser() / name
-    found = _find(path, name, revision)
+    found = find_file(path, name, revision)
     try:
         return json.loads(found.read_text(encoding="utf-8")) if found else {}
     except ValueError as error:
         raise ModelError(f"{file} is not JSON: {error}; copy the model again") from error
 
 
-def _find(path: str, name: str, revision: str | None) -> Path | None:
+def find_file(path: str, name: str, revision: str | None) -> Path | None:
     file = Path(path).expanduser() / name
     return (file if file.exists() else None) if file.parent.is_dir() else _download(path, name, revision)
 
@@ -208,8 +198,10 @@ def refuse_start(model: Model) -> None:
         refuse_unsafe(key, path)
         if not any((folder / name).exists() for name in ("config.json", ADAPTER)):
             raise ModelError(f"{key}={path} has no config.json: a model is a folder with that and safetensors weights")
-        if key == "model.path":
-            read_adapter(model)
+        if key == "model.path" and read_adapter(model) is not None:
+            from dpo_kit.model.adapter_weights import refuse_adapter_weights
+
+            refuse_adapter_weights(model)
 
 
 def refuse_unusable(settings: Settings) -> None:

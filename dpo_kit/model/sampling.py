@@ -110,12 +110,23 @@ def rows_at_once(model: Any, length: int) -> int:
     if model.device.type != "cuda":
         return DRAWN_AT_ONCE
     text = model.config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    row = 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * length + 12 * text.vocab_size
+    row = 2 * text.num_hidden_layers * cache_width(text) * model.dtype.itemsize * length + 12 * text.vocab_size
     free, total = torch.cuda.mem_get_info(model.device)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, min(total // 8, (free + unused) // 2) // row)
+
+
+def cache_width(text: Any) -> int:
+    """Numbers that a layer keeps of a token as keys, and as many as values; the hidden size where it has no heads."""
+    heads = getattr(text, "num_attention_heads", None) or 1
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return width * (getattr(text, "num_key_value_heads", None) or heads)
+
+
+def mlp_width(text: Any) -> int:
+    """Of the widest MLP of a model with the config `text`."""
+    given = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return max(given) if isinstance(given, list | tuple) else given
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -239,10 +250,25 @@ def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     for holder in holders:
         holder.generation_config = config
     try:
-        yield
+        with without_router_logits(model):
+            yield
     finally:
         for holder, own in zip(holders, kept, strict=True):
             holder.generation_config = own
+
+
+@contextmanager
+def without_router_logits(model: Any) -> Iterator[None]:
+    """Inside, a mixture of experts returns none: generation fails on them (huggingface/transformers#29087)."""
+    text = model.config.get_text_config()
+    asked = getattr(text, "output_router_logits", False)
+    if asked:
+        text.output_router_logits = False
+    try:
+        yield
+    finally:
+        if asked:
+            text.output_router_logits = asked
 
 
 @contextmanager

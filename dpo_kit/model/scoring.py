@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from dpo_kit.errors import ModelError
 from dpo_kit.model.head import Tokens, completion_targets, predict, read_head, token_logps
-from dpo_kit.model.sampling import pad_batch
+from dpo_kit.model.sampling import mlp_width, pad_batch
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,9 @@ def batch_size_in_tokens(model: Any) -> int:
     text = model.config.get_text_config()
     tokens = TOKENS_PER_BATCH
     if model.device.type == "cuda":
-        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-        token_bytes = 4 * (10 * text.hidden_size + 3 * inner)  # of one layer, the largest of what lives at a time
+        token_bytes = 4 * (
+            10 * text.hidden_size + 3 * mlp_width(text)
+        )  # of one layer, the largest of what lives at a time
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         room = (torch.cuda.mem_get_info(model.device)[0] + unused) // 2
         tokens = max(tokens, min(MOST_TOKENS, room // token_bytes))

@@ -10,10 +10,10 @@ from typing import Any
 from dpo_kit.config.best_metric import needs_trl_evaluation
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.gather import sources
-from dpo_kit.data.prepare import Prepared, Rows
+from dpo_kit.data.prepare import Prepared
 from dpo_kit.model.load import (
     build_adapter,
-    check_targets,
+    is_plain,
     keep_start,
     load_policy,
     load_reference,
@@ -57,13 +57,14 @@ def build_trainer(
     """
     adapter = build_adapter(settings.model)
     with refusing("TRL's arguments"):
-        width = read_config(settings.model).get_text_config().hidden_size
-        args = choose_arguments(settings, data.train, run.checkpoints, width)
+        args = choose_arguments(settings, data, run.checkpoints)
     with phase("loading the weights"):
         policy = load_policy(settings.model, tokenizer)
     trl_trainer = import_class(settings.method.trainer)
     if adapter:
-        check_targets(adapter, policy, trl_trainer)
+        from dpo_kit.trainer.targets import fit_targets
+
+        fit_targets(adapter, policy, trl_trainer)
     if is_writer():
         write_json(run.trl_config, describe_arguments(args))
     given: dict[str, Any] = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
@@ -110,13 +111,26 @@ def build_trainer(
             peft_config=adapter,
             **given,
         )
+    if not is_plain(policy.config):
+        from dpo_kit.trainer.families import fit_trainer
+
+        fit_trainer(built)
     if shares_prefixes(policy):
         built.data_collator = LaidOut(built.data_collator)
     return built
 
 
-def choose_arguments(settings: Settings, rows: Rows, checkpoints: Path, width: int) -> Any:
-    """The TRL arguments, with activation checkpointing where the user left it open and memory would not do without."""
+def choose_arguments(settings: Settings, data: Prepared, checkpoints: Path) -> Any:
+    """The TRL arguments, with activation checkpointing where the user left it open and memory would not do without.
+
+    ModelError or ConfigError for a model of a family that cannot be trained, or not so.
+    """
+    config, rows = read_config(settings.model), data.train
+    if not is_plain(config):
+        from dpo_kit.trainer.families import fit_family
+
+        fit_family(settings, config, data)
+    width = getattr(config.get_text_config(), "hidden_size", 0)
     args = build_arguments(settings, rows, checkpoints, width)
     left_open = settings.trl["gradient_checkpointing"] is None and settings.speed.checkpointing == "auto"
     if not left_open or surely_fits(settings, args):

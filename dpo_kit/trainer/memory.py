@@ -26,19 +26,22 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from dpo_kit.config.settings import Callbacks, Model, Settings
 from dpo_kit.data.fresh import with_answer_lengths
+from dpo_kit.errors import ConfigError
 from dpo_kit.model.hardware import has_accelerator, weight_dtype
 from dpo_kit.model.head import TILE_BYTES
-from dpo_kit.model.load import check_targets, read_config, read_lora, refuse_uncopied
+from dpo_kit.model.load import read_config, read_lora, refuse_uncopied
 from dpo_kit.model.origin import read_adapter
-from dpo_kit.model.sampling import DRAWN_AT_ONCE
+from dpo_kit.model.sampling import DRAWN_AT_ONCE, cache_width, mlp_width
 from dpo_kit.model.scoring import TOKENS_PER_BATCH
 from dpo_kit.model.trl_classes import import_class, uses_fused_head
 from dpo_kit.trainer.prefix import NAME as SHARING
 from dpo_kit.trainer.prefix import WORTH, Layout, attend_row_by_row, in_autocast_dtype
 from dpo_kit.trainer.room import ROOM, free_memory
 from dpo_kit.trainer.speed import HEAD_TOKENS
+from dpo_kit.trainer.targets import fit_targets
 
 log = logging.getLogger(__name__)
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # of what cannot be counted we say so
 Rows = Sequence[dict[str, Any]]
 Shape = tuple[tuple[int, int], ...]  # of each row of a batch: tokens shared with an earlier row, tokens of its own
 FAKE = FakeTensorMode()  # tensors have shape, dtype and device, as on a CPU, but no memory
@@ -94,8 +97,11 @@ def estimate(model: Any, settings: Settings, args: Any, rows: Rows, *, loads_ref
     vocabulary = model.config.get_text_config().vocab_size
     fused = uses_fused_head(import_class(settings.method.trainer))
     padded = len(shape) * max(sum(row) for row in shape)
-    passes = peak_of_passes(model, shape, args)
-    kept, recomputed = count_activations(model, shape, args)
+    try:
+        passes, (kept, recomputed) = peak_of_passes(model, shape, args), count_activations(model, shape, args)
+    except Exception as error:  # whatever an architecture raises that cannot run without weights, or not in a flat row
+        log.info("activations cannot be counted for this model (%s)", type(error).__name__)
+        passes = kept = recomputed = 0
     return Memory(
         parameters=parameters,
         reference=parameters if loads_reference else 0,
@@ -153,12 +159,15 @@ def build_weightless(settings: Settings, args: Any, layers: int | None = None) -
     half = _autocast_dtype(args) if model.tuning == "qlora" else None  # 4-bit weights compute in half precision
     dtype = half or weight_dtype(model.dtype, model.tuning)
     with torch.device("meta"):
-        bare: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        bare: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if adapter := read_lora(model):
             from peft import get_peft_model
 
-            check_targets(adapter, bare, import_class(settings.method.trainer))
-            policy: Any = get_peft_model(bare, adapter)
+            fit_targets(adapter, bare, import_class(settings.method.trainer))
+            try:
+                policy: Any = get_peft_model(bare, adapter)
+            except ValueError as error:
+                raise ConfigError(f"model.lora: PEFT refuses it for this model: {error}") from error
             goes_on = read_adapter(model) is not None
             if goes_on and model.reference is None and settings.method.rows != "prompts":
                 if settings.method.reference:
@@ -352,14 +361,11 @@ def _measuring(wanted: Callbacks, model: Any, parameters: int, reloads: bool, ro
         return 0
     text = model.config.get_text_config()
     tiles = TILES * TILE_BYTES["cuda" if has_accelerator() else "cpu"]
-    inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
-    scoring = tiles + 4 * TOKENS_PER_BATCH * (4 * text.hidden_size + 2 * inner)
+    scoring = tiles + 4 * TOKENS_PER_BATCH * (4 * text.hidden_size + 2 * mlp_width(text))
     if not wanted.kl_drift:
         return scoring
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     prompt = max(row["tokens"]["prompt"] for row in rows[:DRAWN_AT_ONCE])
     length = prompt + wanted.at_most("max_new_tokens")
     drawn = min(DRAWN_AT_ONCE, wanted.at_most("prompts"))
-    cache = 2 * 4 * drawn * length * text.num_hidden_layers * heads * width
+    cache = 2 * 4 * drawn * length * text.num_hidden_layers * cache_width(text)
     return (parameters if reloads else 0) + max(cache, scoring)

@@ -25,7 +25,7 @@ from dpo_kit.errors import TrainingError
 from dpo_kit.judge.open import open_judge
 from dpo_kit.judge.verdicts import Judge, Prompt, compare, toss_coin
 from dpo_kit.model.chats import text_of
-from dpo_kit.model.sampling import pad_batch, pad_token_id
+from dpo_kit.model.sampling import pad_batch, pad_token_id, without_router_logits
 from dpo_kit.model.scoring import add_up
 from dpo_kit.model.tokens import decode_answer, encode_prompts, render_prompts
 from dpo_kit.run.directory import RunDirectory
@@ -178,7 +178,8 @@ class FreshAnswers(Base):
         tokenizer = self.processing_class
         self.processing_class = GivenIds(tokenizer, encode_prompts(tokenizer, list(map(json.loads, prompts))))
         try:
-            return super()._generate(model, prompts, images)
+            with without_router_logits(self.accelerator.unwrap_model(model)):
+                return super()._generate(model, prompts, images)
         finally:
             self.processing_class = tokenizer
 

@@ -10,6 +10,7 @@ import torch
 from dpo_kit.config.settings import Settings
 from dpo_kit.model.hardware import has_accelerator
 from dpo_kit.model.load import read_config
+from dpo_kit.model.sampling import mlp_width
 from dpo_kit.model.scoring import TOKENS_PER_BATCH
 
 ROOM = 0.8  # of the free memory: estimates are up to a fifth too low
@@ -18,11 +19,12 @@ ROOM = 0.8  # of the free memory: estimates are up to a fifth too low
 def surely_fits(settings: Settings, args: Any) -> bool:
     """Whether a run with the TRL arguments `args` needs so little that nobody has to count: generously, from sizes."""
     text = read_config(settings.model).get_text_config()
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    length = args.max_length or text.max_position_embeddings
+    length = args.max_length or getattr(text, "max_position_embeddings", 2048)
     tokens = max(2 * args.per_device_train_batch_size * length, TOKENS_PER_BATCH)
-    width = 40 * text.hidden_size + 10 * inner + 4 * text.num_attention_heads * length
-    weights = text.num_hidden_layers * text.hidden_size * (4 * text.hidden_size + 3 * inner)
+    width = (
+        40 * text.hidden_size + 10 * mlp_width(text) + 4 * (getattr(text, "num_attention_heads", None) or 1) * length
+    )
+    weights = text.num_hidden_layers * text.hidden_size * (4 * text.hidden_size + 3 * mlp_width(text))
     weights += 2 * text.vocab_size * text.hidden_size
     activations = 8 * tokens * (text.num_hidden_layers * width + 8 * text.vocab_size)
     return activations + 40 * weights <= ROOM * free_memory()

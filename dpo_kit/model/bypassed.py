@@ -1,0 +1,46 @@
+"""Linear modules whose weights the code around them reads itself, past the module, as state-space mixers do: an adapter
+there would not be trained, and 4-bit weights would not be read. Loaded for adapters and odd families alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import get_keys_to_not_convert
+
+
+def bypassed(model: nn.Module) -> list[str]:
+    """The full names of such modules."""
+    return [
+        f"{name}.{child}"
+        for name, parent in model.named_modules()
+        for child, module in parent.named_children()
+        if isinstance(module, nn.Linear)
+        and re.search(rf"self\.{child}\.weight(?!\w|\[|\.dtype|\.device|\.shape)", _methods(type(parent)))
+    ]
+
+
+def short_names(names: list[str]) -> set[str]:
+    """The last two parts of each name, which all layers have in common."""
+    return {".".join(name.split(".")[-2:]) for name in names}
+
+
+def kept_whole(config: Any) -> list[str] | None:
+    """What of a model of this config is not to be quantised; None where transformers knows it by itself."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = short_names(bypassed(model))
+    return sorted({*names, *get_keys_to_not_convert(model)}) if names else None
+
+
+@functools.cache
+def _methods(kind: type) -> str:
+    """The source of the methods of a class but its initialisation."""
+    methods = (part for name, part in vars(kind).items() if inspect.isfunction(part) and "init" not in name)
+    return "".join(map(inspect.getsource, methods))

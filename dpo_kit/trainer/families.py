@@ -1,0 +1,205 @@
+"""What only some model families need, and why some are refused; loaded for those alone (see load.is_plain).
+
+Whatever can be told is told from the model's config, before weights are loaded: a dry run finds it too. What is done
+and refused for which family: docs/families.md, which examples/benchmark/families.py prints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from dpo_kit.config.settings import Model, Settings
+from dpo_kit.data.prepare import Prepared
+from dpo_kit.errors import ConfigError, ModelError
+from dpo_kit.model.head import AGREES
+from dpo_kit.model.sampling import measuring
+from dpo_kit.model.scoring import trained_terms
+from dpo_kit.model.trl_classes import uses_fused_head
+
+ALIASES = {
+    "final_logit_softcapping": ("logits_soft_cap", "output_logit_soft_cap"),
+    "num_experts": ("num_local_experts", "n_routed_experts"),
+}
+"""What TRL reads in a config, and other names under which families keep it."""
+
+
+def fit_family(settings: Settings, config: Any, data: Prepared) -> None:
+    """Make the family of `config` readable to TRL; ModelError or ConfigError for what cannot be trained in it."""
+    _refuse_no_decoder(settings.model, config)
+    _refuse_quantised(settings.model, config)
+    _add_aliases(config.get_text_config())
+    _refuse_no_balance(settings, config.get_text_config())
+    _refuse_past_the_last_position(settings, config, data)
+
+
+def _refuse_no_decoder(model: Model, config: Any) -> None:
+    """ModelError for models that do not predict the next token from the text before it."""
+    kind, what = config.model_type, None
+    if config.is_encoder_decoder:
+        what = "an encoder-decoder"
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.trust_remote_code:
+        seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        what = "a vision model whose text part cannot be had alone" if seeing else "no language model that generates"
+    elif kind == "xlnet" or (kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not _is_causal(config)):
+        what = "an encoder, in which a token sees those after it"
+    if what:
+        raise ModelError(
+            f"model.path={model.path} is {what} (model_type {kind}), and preference tuning here takes decoders of "
+            "text: name a causal language model"
+        )
+
+
+def _is_causal(config: Any) -> bool:
+    return getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+
+
+def _refuse_quantised(model: Model, config: Any) -> None:
+    """ModelError for weights that are published quantised where they are to be tuned themselves, or cannot be read."""
+    if (given := getattr(config, "quantization_config", None)) is None:
+        return
+    method = given["quant_method"]
+    if model.tuning == "full":
+        raise ModelError(
+            f"model.path={model.path} is published in a quantised form ({method}), whose weights cannot be tuned: take "
+            "model.tuning=lora, or the original repository"
+        )
+    try:
+        AutoHfQuantizer.from_config(given, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:  # ImportError for a package, RuntimeError for a device, and others
+        raise ModelError(
+            f"model.path={model.path} is quantised with {method}, which cannot be read here: "
+            f"{str(error).strip().splitlines()[0]}. Install what is missing, or take the original repository with "
+            "model.tuning=qlora"
+        ) from error
+
+
+def _add_aliases(text: Any) -> None:
+    """Let what TRL reads be found where this family's configs keep it; nothing of it is saved with the model."""
+    for name, others in ALIASES.items():
+        own = next((other for other in others if hasattr(text, other)), None)
+        if own and not hasattr(text, name):
+            type(text).attribute_map = {**type(text).attribute_map, name: own}
+
+
+def _refuse_no_balance(settings: Settings, text: Any) -> None:
+    """ConfigError where TRL would add an auxiliary loss of experts that it cannot work out for this family."""
+    if "router_aux_loss_coef" not in settings.trl or not hasattr(text, "output_router_logits"):
+        return
+    asked, own = settings.trl["router_aux_loss_coef"], getattr(text, "router_aux_loss_coef", 0.0)
+    weight = own if asked is None else asked
+    if weight and (text.model_type in UNBALANCED or not hasattr(text, "num_experts")):
+        raise ConfigError(
+            f"trl.router_aux_loss_coef={weight:g}{' (of the model)' if asked is None else ''}: TRL cannot work out "
+            f"the auxiliary loss of the experts of a {text.model_type}: trl.router_aux_loss_coef=0 trains without"
+        )
+
+
+UNBALANCED: tuple[str, ...] = ()
+"""Families whose routers do not return what the auxiliary loss is made of."""
+
+
+def _refuse_past_the_last_position(settings: Settings, config: Any, data: Prepared) -> None:
+    """ConfigError for rows, or held-out prompts with drawn answers, that are longer than a table of positions."""
+    if (last := _positions(config)) is None:
+        return
+    longest = max(map(_length, data.train))
+    trained = min(longest, settings.trl["max_length"] or longest)
+    if trained > last:
+        raise ConfigError(
+            f"model.path={settings.model.path} knows {last} positions, and rows to train on have up to {trained} "
+            f"tokens: say trl.max_length={last}"
+        )
+    drawn = settings.callbacks.max_new_tokens
+    prompt = max((row["tokens"]["prompt"] for row in data.select), default=0)
+    if settings.callbacks.kl_drift and prompt + drawn > last:
+        raise ConfigError(
+            f"model.path={settings.model.path} knows {last} positions, and answers of callbacks.max_new_tokens={drawn} "
+            f"tokens would be drawn after held-out prompts of up to {prompt}: say "
+            + (f"callbacks.max_new_tokens={last - prompt}" if prompt < last else "callbacks.kl_drift=false")
+        )
+
+
+def _length(row: dict[str, Any]) -> int:
+    """Tokens of the prompt and the longest answer of a row."""
+    tokens: dict[str, int] = row["tokens"]
+    return tokens["prompt"] + max(
+        (tokens[name] for name in ("chosen", "rejected", "completion") if name in tokens), default=0
+    )
+
+
+def _positions(config: Any) -> int | None:
+    """How many positions a model of this config has a table for; None where positions are worked out."""
+    text = config.get_text_config()
+    last = getattr(text, "max_position_embeddings", None)
+    if last is None or getattr(text, "rope_parameters", None):
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tables = [*model.named_parameters(), *model.named_buffers()]
+    known = [table.shape[0] for name, table in tables if re.search("pos|wpe", name) and table.ndim == 2]
+    return last if any(last <= rows <= last + 8 for rows in known) else None  # OPT and others begin at 2
+
+
+# --- of a trainer that is built ----------------------------------------------------------------------------------
+
+
+def fit_trainer(trainer: Any) -> None:
+    """Switch off what drops and jitters where TRL is to and cannot; ModelError where its loss would read other
+    log-probabilities than the model gives, or the model looks ahead.
+    """
+    models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if model is not None]
+    if trainer.args.disable_dropout:
+        for model in models:
+            switch_off_noise(model)
+    with measuring(trainer, *models[1:]):
+        _refuse_other_logits(trainer)
+
+
+def switch_off_noise(model: Any) -> None:
+    """No dropout, no dropped layers and no jitter of routers that modules keep as plain numbers: TRL's disable_dropout
+    reaches modules of the class Dropout alone.
+    """
+    for module in model.modules():
+        for name, value in [*vars(module).items()]:
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
+def _refuse_other_logits(trainer: Any) -> None:
+    model = trainer.model
+    ids = torch.randint(
+        2, model.get_input_embeddings().weight.shape[0], (2, 8), generator=torch.Generator().manual_seed(0)
+    )
+    ids[1, :7] = ids[0, :7]
+    first, second = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    near = AGREES.get(model.dtype, 2e-2) * first.abs().max()
+    kind = model.config.model_type
+    if (first[:7] - second[:7]).abs().max() > near:
+        raise ModelError(f"in a {kind} a token sees those after it, so that it has no log-probabilities to tune")
+    if not uses_fused_head(type(trainer)):
+        return
+    expected = _log_probabilities(first, ids[0].tolist())
+    row = (ids[0, :1].tolist(), ids[0, 1:].tolist())
+    if (trained_terms(model, [row], 0)[0].float() - expected).abs().max() > near:
+        raise ModelError(
+            f"the logits of a {kind} are not its head on its last hidden states, of which {type(trainer).__name__} "
+            "makes log-probabilities: its loss would be that of another model. Take method=orpo, cpo or simpo, which "
+            "read the logits"
+        )
+
+
+def _log_probabilities(logits: Tensor, ids: Sequence[int]) -> Tensor:
+    """Of each token but the first: (tokens - 1,), nats."""
+    return logits[:-1].log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]

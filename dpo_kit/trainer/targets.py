@@ -1,0 +1,66 @@
+"""What a new LoRA is put on: modules that the model has, and that training reaches. Loaded for such adapters alone."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from dpo_kit.errors import ConfigError, did_you_mean
+from dpo_kit.model.bypassed import bypassed, short_names
+from dpo_kit.model.trl_classes import uses_fused_head
+
+log = logging.getLogger(__name__)
+
+
+def fit_targets(adapter: LoraConfig, policy: PreTrainedModel, trainer: type) -> None:
+    """Leave out of all-linear what an adapter would not reach. ConfigError for names of modules that the policy lacks,
+    and for named ones that `trainer` would never train; a warning for one of two embeddings that the policy ties.
+    """
+    head = next((name for name, module in policy.named_modules() if module is policy.get_output_embeddings()), None)
+    if head and _is_target(head, adapter.target_modules) and uses_fused_head(trainer):
+        raise ConfigError(
+            f"model.lora.target_modules puts an adapter on {head}, but {trainer.__name__} works out log-probabilities "
+            f"from the head's own weights, so that it would never be trained: take {head} out, or train the whole "
+            f"head, model.lora.modules_to_save=[{head}]"
+        )
+    past = bypassed(policy)
+    if adapter.target_modules == "all-linear" and past and not isinstance(adapter.exclude_modules, str):
+        adapter.exclude_modules = short_names(past) | set(adapter.exclude_modules or ())
+    elif named := [name for name in past if _is_target(name, adapter.target_modules)]:
+        raise ConfigError(
+            f"model.lora.target_modules puts an adapter on {named[0]}, whose weights this model also reads past the "
+            "module, so that the adapter would not be trained there: take it out; all-linear leaves it out by itself"
+        )
+    modules = [name for name, _ in policy.named_modules()]
+    for key in ("target_modules", "modules_to_save"):
+        for wanted in _names(getattr(adapter, key)):
+            if not any(_is_target(name, [wanted]) for name in modules):
+                own = {
+                    name.rpartition(".")[2] for name, module in policy.named_modules() if [*module.parameters(False)]
+                }
+                meant = did_you_mean(wanted, sorted(own), f": it has {', '.join(sorted(own))}", count=2)
+                raise ConfigError(f"model.lora.{key}: this model has no module {wanted}{meant}")
+    touched = {name for key in ("target_modules", "modules_to_save") for name in _names(getattr(adapter, key))}
+    touched &= {"lm_head", "embed_tokens"}
+    if touched and policy.config.get_text_config().tie_word_embeddings and not adapter.ensure_weight_tying:
+        log.warning(
+            "model.lora puts an adapter on %s, one of two embeddings that this model ties: they will differ after "
+            "training, and the exported model holds both; +model.lora.ensure_weight_tying=true keeps them one",
+            " and ".join(sorted(touched)),
+        )
+
+
+def _is_target(name: str, targets: Any) -> bool:
+    """Whether PEFT means the module `name` by `targets`: ends of names, or a pattern of whole ones."""
+    if isinstance(targets, str):
+        return targets != "all-linear" and bool(re.fullmatch(targets, name))
+    return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+
+def _names(value: Any) -> list[str]:
+    """Names of modules. A string is a pattern or all-linear, which PEFT itself refuses where it fits nothing."""
+    return [] if isinstance(value, str) else sorted(value or [])

@@ -1,0 +1,282 @@
+"""Every text architecture of the installed transformers, tiny, trained by this project and by plain TRL side by side.
+
+    python examples/benchmark/families.py                      # the table of docs/families.md, in 25 minutes on one core
+    python examples/benchmark/families.py only=llama,qwen3_moe  # some of them
+
+Each family is a random model of two layers made from its own config class, in a process with a time limit. Two steps of
+DPO, full and LoRA, on the same rows: token ids, the log-probabilities of step 0 and both losses are compared with those
+of trl.DPOTrainer, and the log-probabilities with the model's own logits. QLoRA is trained where bitsandbytes works.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from trl import DPOConfig, DPOTrainer
+
+from dpo_kit import compose, train
+from dpo_kit.cli.plan import plan_run
+from dpo_kit.config.compose import check
+from dpo_kit.errors import DpoKitError
+from dpo_kit.model.load import load_tokenizer
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.history import read_metrics
+from dpo_kit.run.quiet import quiet_libraries
+from dpo_kit.toy import MODEL, TRAIN
+from dpo_kit.trainer.rows import prepare_data
+from dpo_kit.trainer.targets import fit_targets
+
+LIMIT = 60.0  # seconds for one family
+NEAR = 1e-4  # largest relative difference of losses and log-probabilities that counts as equal
+COMMON = {
+    "max_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "max_length": 128,
+}
+SIZES = {  # of whatever field of this name a config has
+    2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks num_experts_per_tok "
+    "moe_k num_key_value_heads n_head_kv num_key_heads linear_num_key_heads top_k moe_top_k num_attn_heads "
+    "num_experts_per_token moe_topk num_memory_blocks num_mem_blocks",
+    4: "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads num_experts "
+    "num_local_experts n_routed_experts moe_num_experts linear_num_value_heads mamba_n_heads linear_conv_kernel_dim "
+    "num_linear_heads conv_kernel mamba_d_conv swa_num_attention_heads linear_num_heads",
+    8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim qk_head_dim linear_key_head_dim linear_value_head_dim "
+    "state_size ssm_state_size mamba_d_state rotary_dim kv_channels attention_head_dim mamba_head_dim global_head_dim "
+    "swa_head_dim linear_head_dim index_head_dim time_step_rank mamba_dt_rank",
+    16: "moe_intermediate_size shared_expert_intermediate_size sliding_window kv_lora_rank q_lora_rank mamba_d_head "
+    "mamba_chunk_size chunk_size attention_window_size moe_ffn_hidden_size expert_ffn_hidden_size "
+    "n_positions_per_block shared_intermediate_size mamba_headdim o_lora_rank window_size local_window_size",
+    32: "hidden_size n_embd d_model word_embed_proj_dim embedding_size lru_width attention_hidden_size emb_dim dim "
+    "embed_dim hidden_size_per_layer_input vocab_size_per_layer_input dim_model dim_head",
+    64: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner d_ff ffn_hidden_size inner_dim d_inner "
+    "dense_intermediate_size mlp_hidden_size intermediate_size_mlp dff",
+    512: "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx context_length",
+    640: "vocab_size",
+    1: "n_shared_experts n_group topk_group num_shared_experts first_k_dense_replace mamba_n_groups n_groups "
+    "moe_layer_start_index num_dense_layers moe_layer_freq decoder_sparse_step num_nextn_predict_layers "
+    "mamba_ngroups moe_num_shared_experts n_expert_groups",
+}
+TINY = {name: size for size, names in SIZES.items() for name in names.split()}
+TINY |= {"pad_token_id": 0, "eos_token_id": 4, "bos_token_id": None, "initializer_range": 0.1, "init_std": 0.1}
+OWN = {  # what a family's code demands of its sizes
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mpt": {"expansion_ratio": 2},
+    "mamba2": {"num_heads": 8, "expand": 2, "head_dim": 8},
+    "opt": {"word_embed_proj_dim": 16},
+}
+
+
+def tiny_config(family):
+    """The config of a random model of two layers, of the family with this model_type."""
+    kind = CONFIG_MAPPING[family]
+    names = set(kind().to_dict()) | set(getattr(kind, "attribute_map", ()))
+    values = {name: value for name, value in TINY.items() if name in names}
+    values |= {name: 0.0 for name, value in kind().to_dict().items() if "drop" in name and isinstance(value, float)}
+    return kind(**values | OWN.get(family, {}))
+
+
+def save_tiny(family, folder):
+    """Write model and tokenizer; the model, in fp32."""
+    config = tiny_config(family)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    model.save_pretrained(folder)
+    for file in MODEL.iterdir():
+        if file.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(file, folder)
+    return model
+
+
+def words_of(folder, tuning, rows):
+    """The overrides of a run on the tiny model."""
+    return [
+        "model=local",
+        f"model.path={folder}",
+        f"model.tuning={tuning}",
+        "data=jsonl",
+        f"data.train={rows}",
+        "tracking=none",
+        "allow_learning_rate=true",
+        "callbacks.pairs=4",
+        "callbacks.prompts=4",
+        "callbacks.max_new_tokens=8",
+        "speed.group_by_length=false",
+        "trl.save_strategy=no",
+        *(f"trl.{key}={value}" for key, value in COMMON.items()),
+    ]
+
+
+def ours(folder, tuning, rows, out):
+    """What a run of ours logs at each step, and why prompts are not shared, if they are not."""
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger("dpo_kit").addHandler(handler)
+    logging.getLogger("dpo_kit").setLevel(logging.INFO)
+    train(compose(words_of(folder, tuning, rows)), out)
+    alone = [line.split("for both answers: ")[1] for line in heard if "for both answers: " in line]
+    return [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row], alone[0] if alone else None
+
+
+def theirs(folder, tuning, rows, out):
+    """The same of trl.DPOTrainer, as a script of one's own would call it; its rows of token ids and ours."""
+    settings = check(compose(words_of(folder, tuning, rows)))
+    data = prepare_data(settings, load_tokenizer(settings.model), RunDirectory(out))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    lora = None
+    if tuning == "lora":
+        lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0, target_modules="all-linear")
+        fit_targets(lora, model, DPOTrainer)
+    args = DPOConfig(
+        output_dir=str(out / "trl"),
+        report_to="none",
+        seed=0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        warmup_steps=0.1,
+        save_strategy="no",
+        disable_tqdm=True,
+        **COMMON,
+    )
+    names = ("prompt", "chosen", "rejected")
+    trainer = DPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list([{name: row[name] for name in names} for row in data.train]),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=lora,
+    )
+    same = all(
+        trainer.train_dataset[index][f"{name}_ids"] == row["ids"][name].tolist()
+        for index, row in enumerate(data.train)
+        for name in names
+    )
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row], same
+
+
+def compare(one, other):
+    """The largest relative difference of the losses, and of the log-probabilities of step 0, of two logs."""
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(one, other, strict=True)]
+    pairs += [(one[0][key], other[0][key]) for key in ("logps/chosen", "logps/rejected")]
+    return max(abs(a - b) / max(1e-12, abs(b)) for a, b in pairs)
+
+
+def sentence(error):
+    """What was refused, short; the kind of an error that is not ours."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    text = text.replace(str(error.__dict__.get("folder", "\0")), "")
+    return text if isinstance(error, DpoKitError) else f"FAULT {type(error).__name__}: {text[:160]}"
+
+
+def try_family(family, place):
+    """A row of the table: {full, lora, qlora, shared, note}."""
+    folder, rows = place / "model", place / "pairs.jsonl"
+    rows.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:12]))
+    try:
+        model = save_tiny(family, folder)
+    except Exception as error:
+        return {"skipped": f"{type(error).__name__}: {str(error).strip()[:120]}"}
+    row = {"parameters": sum(p.numel() for p in model.parameters()), "planned": None}
+    try:
+        plan_run(check(compose(words_of(folder, "full", rows))))
+    except Exception as error:
+        row["planned"] = sentence(error).replace(str(folder), family)
+    for tuning in ("full", "lora", "qlora"):
+        try:
+            mine, alone = ours(folder, tuning, rows, place / tuning)
+        except Exception as error:
+            row[tuning] = sentence(error).replace(str(folder), family)
+            if not isinstance(error, DpoKitError):
+                row[f"{tuning} trace"] = traceback.format_exc()[-1500:]
+            if tuning == "full" and row["planned"] == row["full"]:
+                break
+            continue
+        row.setdefault("alone", alone)
+        if tuning == "qlora":
+            row[tuning] = "trains" if abs(mine[0]["loss"] - 0.6931) < 0.01 else f"first loss {mine[0]['loss']:.4f}"
+            continue
+        try:
+            plain, same_ids = theirs(folder, tuning, rows, place / f"{tuning}-trl")
+        except Exception as error:
+            row[tuning] = "trains"
+            row["note"] = f"plain TRL: {type(error).__name__}"
+            continue
+        off = compare(mine, plain)
+        row[tuning] = "as TRL" if off <= NEAR and same_ids else f"off by {off:.1e}{'' if same_ids else ', other ids'}"
+    return row
+
+
+def in_a_process(family):
+    """`try_family` in a process of its own, which has LIMIT seconds."""
+    fork = multiprocessing.get_context("fork")
+    reader, writer = fork.Pipe(duplex=False)
+
+    def work():
+        with tempfile.TemporaryDirectory() as place, Path(os.devnull).open("w") as nothing:
+            os.environ["DPO_KIT_CACHE"] = str(Path(place) / "cache")
+            with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+                try:
+                    result = try_family(family, Path(place))
+                except BaseException as error:
+                    result = {"skipped": f"{type(error).__name__}: {error}"}
+        writer.send(result)
+
+    process = fork.Process(target=work)
+    process.start()
+    result = reader.recv() if reader.poll(LIMIT) else {"skipped": f"took longer than {LIMIT:.0f} s"}
+    process.terminate()
+    process.join()
+    return result
+
+
+def show(rows):
+    """The tables, as Markdown: {family: row}."""
+    tried = {family: row for family, row in rows.items() if "full" in row and row["planned"] is None}
+    refused = {family: row["planned"] for family, row in rows.items() if row.get("planned")}
+    print("| model_type | full | LoRA | QLoRA | prompts shared |\n|---|---|---|---|---|")
+    for family, row in tried.items():
+        shared = f"no: {row['alone']}" if row.get("alone") else "yes" if "alone" in row else ""
+        note = f" ({row['note']})" if "note" in row else ""
+        print(f"| `{family}` | {row['full']}{note} | {row.get('lora', '')} | {row.get('qlora', '')} | {shared} |")
+    print("\n| model_type | refused before weights are loaded |\n|---|---|")
+    for family, said in refused.items():
+        print(f"| `{family}` | {said} |")
+    skipped = [f"`{family}`" for family, row in rows.items() if "skipped" in row]
+    print(f"\nNot made so small: {', '.join(skipped) or 'none'}.")
+
+
+def main(words):
+    """Print the tables; `only=name,name` takes some families, `out=FILE` keeps what was found as JSON lines."""
+    options = dict(word.split("=", 1) for word in words)
+    families = options["only"].split(",") if "only" in options else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    quiet_libraries()
+    rows = {}
+    for family in families:
+        rows[family] = in_a_process(family)
+        if "out" in options:
+            with Path(options["out"]).open("a") as file:
+                file.write(json.dumps({"family": family} | rows[family]) + "\n")
+    show(rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
