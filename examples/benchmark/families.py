@@ -1,6 +1,6 @@
-"""Every text architecture of the installed transformers, tiny, trained by this project and by plain TRL side by side.
+"""Every text architecture of the installed transformers, tiny, trained by this project and by plain TRL.
 
-    python examples/benchmark/families.py                      # the table of docs/families.md, in 25 minutes on one core
+    python examples/benchmark/families.py                      # the tables of docs/families.md: 25 minutes, one core
     python examples/benchmark/families.py only=llama,qwen3_moe  # some of them
 
 Each family is a random model of two layers made from its own config class, in a process with a time limit. Two steps of
@@ -8,11 +8,11 @@ DPO, full and LoRA, on the same rows: token ids, the log-probabilities of step 0
 of trl.DPOTrainer, and the log-probabilities with the model's own logits. QLoRA is trained where bitsandbytes works.
 """
 
-import contextlib
 import json
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -29,19 +29,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import DPOConfig, DPOTrainer
 
-from dpo_kit import compose, train
-from dpo_kit.cli.plan import plan_run
+from dpo_kit import compose
 from dpo_kit.config.compose import check
 from dpo_kit.errors import DpoKitError
 from dpo_kit.model.load import load_tokenizer
+from dpo_kit.model.sampling import draw_samples, measuring
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.run.history import read_metrics
 from dpo_kit.run.quiet import quiet_libraries
 from dpo_kit.toy import MODEL, TRAIN
+from dpo_kit.trainer.build import build_trainer, choose_arguments
 from dpo_kit.trainer.rows import prepare_data
 from dpo_kit.trainer.targets import fit_targets
 
-LIMIT = 60.0  # seconds for one family
+LIMIT = 60  # seconds of a processor for one family
 NEAR = 1e-4  # largest relative difference of losses and log-probabilities that counts as equal
 COMMON = {
     "max_steps": 2,
@@ -92,85 +92,80 @@ def tiny_config(family):
     return kind(**values | OWN.get(family, {}))
 
 
-def save_tiny(family, folder):
-    """Write model and tokenizer; the model, in fp32."""
-    config = tiny_config(family)
+def save_tiny(config, folder):
+    """Write a random model, in fp32, and the embedded tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float()
     model.save_pretrained(folder)
     for file in MODEL.iterdir():
         if file.name.startswith(("tokenizer", "chat_template")):
             shutil.copy(file, folder)
-    return model
 
 
-def words_of(folder, tuning, rows):
-    """The overrides of a run on the tiny model."""
-    return [
-        "model=local",
-        f"model.path={folder}",
-        f"model.tuning={tuning}",
-        "data=jsonl",
-        f"data.train={rows}",
-        "tracking=none",
-        "allow_learning_rate=true",
-        "callbacks.pairs=4",
-        "callbacks.prompts=4",
-        "callbacks.max_new_tokens=8",
-        "speed.group_by_length=false",
-        "trl.save_strategy=no",
-        *(f"trl.{key}={value}" for key, value in COMMON.items()),
-    ]
+def settings_of(folder, tuning, out):
+    """The settings of a run on the model in `folder`."""
+    words = ["tracking=none", "allow_learning_rate=true", "data.eval=null", "data.holdout=0.3", "data.gold=null"]
+    words += ["callbacks.max_new_tokens=4", "speed.group_by_length=false", "trl.save_strategy=no"]
+    words += [f"trl.{key}={value}" for key, value in COMMON.items()]
+    return check(compose([*words, f"data.train={out}", f"model.path={folder}", f"model.tuning={tuning}"]))
 
 
-def ours(folder, tuning, rows, out):
-    """What a run of ours logs at each step, and why prompts are not shared, if they are not."""
-    heard = []
-    handler = logging.Handler()
-    handler.emit = lambda record: heard.append(record.getMessage())
-    logging.getLogger("dpo_kit").addHandler(handler)
-    logging.getLogger("dpo_kit").setLevel(logging.INFO)
-    train(compose(words_of(folder, tuning, rows)), out)
-    alone = [line.split("for both answers: ")[1] for line in heard if "for both answers: " in line]
-    return [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row], alone[0] if alone else None
+class Bench:
+    """What all families share: rows, tokenizer, settings by tuning; read once, in the parent process."""
+
+    def __init__(self, place):
+        rows = place / "pairs.jsonl"
+        rows.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:12]))
+        self.settings = {tuning: settings_of(MODEL, tuning, rows) for tuning in ("full", "lora", "qlora")}
+        self.tokenizer = load_tokenizer(self.settings["full"].model)
+        self.data = prepare_data(self.settings["full"], self.tokenizer, RunDirectory(place))
+
+    def of(self, folder, tuning):
+        """The settings for a model in `folder`."""
+        settings = self.settings[tuning]
+        return settings.model_copy(update={"model": settings.model.model_copy(update={"path": str(folder)})})
+
+    def ours(self, folder, tuning):
+        """What two steps of ours log, and why prompts are not shared, if they are not; two answers are drawn before."""
+        heard = []
+        handler = logging.Handler()
+        handler.emit = lambda record: heard.append(record.getMessage())
+        logging.getLogger("dpo_kit").handlers = [handler]
+        logging.getLogger("dpo_kit").setLevel(logging.INFO)
+        run = RunDirectory(folder.parent / f"ours-{tuning}")
+        run.root.mkdir()
+        trainer = build_trainer(self.of(folder, tuning), self.data, self.tokenizer, run)
+        with measuring(trainer):
+            draw_samples(trainer.model, self.tokenizer, self.data.select[:2], max_new_tokens=4)
+        trainer.train()
+        alone = [line.split("for both answers: ")[1] for line in heard if "for both answers: " in line]
+        return logged(trainer), alone[0] if alone else None
+
+    def theirs(self, folder, tuning):
+        """What two steps of trl.DPOTrainer log, called as in a script of one's own; whether its ids are ours."""
+        model, lora = AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), None
+        if tuning == "lora":
+            lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0, target_modules="all-linear")
+            fit_targets(lora, model, DPOTrainer)
+        options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "warmup_steps": 0.1}
+        quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        names = ("prompt", "chosen", "rejected")
+        trainer = DPOTrainer(
+            model=model,
+            args=DPOConfig(output_dir=str(folder.parent / "trl"), seed=0, **options, **quiet, **COMMON),
+            train_dataset=Dataset.from_list([{name: row[name] for name in names} for row in self.data.train]),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            peft_config=lora,
+        )
+        pairs = zip(trainer.train_dataset, self.data.train, strict=True)
+        same = all(theirs[f"{name}_ids"] == row["ids"][name].tolist() for theirs, row in pairs for name in names)
+        trainer.train()
+        return logged(trainer), same
 
 
-def theirs(folder, tuning, rows, out):
-    """The same of trl.DPOTrainer, as a script of one's own would call it; its rows of token ids and ours."""
-    settings = check(compose(words_of(folder, tuning, rows)))
-    data = prepare_data(settings, load_tokenizer(settings.model), RunDirectory(out))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    lora = None
-    if tuning == "lora":
-        lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0, target_modules="all-linear")
-        fit_targets(lora, model, DPOTrainer)
-    args = DPOConfig(
-        output_dir=str(out / "trl"),
-        report_to="none",
-        seed=0,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        warmup_steps=0.1,
-        save_strategy="no",
-        disable_tqdm=True,
-        **COMMON,
-    )
-    names = ("prompt", "chosen", "rejected")
-    trainer = DPOTrainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list([{name: row[name] for name in names} for row in data.train]),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=lora,
-    )
-    same = all(
-        trainer.train_dataset[index][f"{name}_ids"] == row["ids"][name].tolist()
-        for index, row in enumerate(data.train)
-        for name in names
-    )
-    trainer.train()
-    return [row for row in trainer.state.log_history if "loss" in row], same
+def logged(trainer):
+    """What it logged at each step."""
+    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 def compare(one, other):
@@ -187,95 +182,97 @@ def sentence(error):
     return text if isinstance(error, DpoKitError) else f"FAULT {type(error).__name__}: {text[:160]}"
 
 
-def try_family(family, place):
-    """A row of the table: {full, lora, qlora, shared, note}."""
-    folder, rows = place / "model", place / "pairs.jsonl"
-    rows.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:12]))
+def try_family(bench, family, place):
+    """A row of the tables: what became of each tuning, or why the family is refused."""
+    folder = place / "model"
     try:
-        model = save_tiny(family, folder)
+        config = tiny_config(family)
+        config.save_pretrained(folder)
     except Exception as error:
-        return {"skipped": f"{type(error).__name__}: {str(error).strip()[:120]}"}
-    row = {"parameters": sum(p.numel() for p in model.parameters()), "planned": None}
+        return {"skipped": sentence(error)}
     try:
-        plan_run(check(compose(words_of(folder, "full", rows))))
+        choose_arguments(bench.of(folder, "full"), bench.data, place)  # no weights are there yet
+    except DpoKitError as error:
+        return {"refused": sentence(error).replace(str(folder), "…")}
+    try:
+        save_tiny(config, folder)
     except Exception as error:
-        row["planned"] = sentence(error).replace(str(folder), family)
-    for tuning in ("full", "lora", "qlora"):
+        return {"skipped": sentence(error)}
+    row = {}
+    for tuning in bench.settings:
         try:
-            mine, alone = ours(folder, tuning, rows, place / tuning)
+            mine, row["alone"] = bench.ours(folder, tuning)
         except Exception as error:
-            row[tuning] = sentence(error).replace(str(folder), family)
-            if not isinstance(error, DpoKitError):
-                row[f"{tuning} trace"] = traceback.format_exc()[-1500:]
-            if tuning == "full" and row["planned"] == row["full"]:
-                break
+            row[tuning] = sentence(error).replace(str(folder), "…")
+            row[f"{tuning} trace"] = traceback.format_exc()[-1500:]
             continue
-        row.setdefault("alone", alone)
         if tuning == "qlora":
-            row[tuning] = "trains" if abs(mine[0]["loss"] - 0.6931) < 0.01 else f"first loss {mine[0]['loss']:.4f}"
+            row[tuning] = "trains" if abs(mine[0]["loss"] - 0.6931) < 0.02 else f"first loss {mine[0]['loss']:.4f}"
             continue
         try:
-            plain, same_ids = theirs(folder, tuning, rows, place / f"{tuning}-trl")
+            plain, same_ids = bench.theirs(folder, tuning)
         except Exception as error:
-            row[tuning] = "trains"
-            row["note"] = f"plain TRL: {type(error).__name__}"
+            row[tuning] = f"trains; TRL: {type(error).__name__}"
             continue
         off = compare(mine, plain)
-        row[tuning] = "as TRL" if off <= NEAR and same_ids else f"off by {off:.1e}{'' if same_ids else ', other ids'}"
+        row[tuning] = "as TRL" if off <= NEAR and same_ids else f"off by {off:.0e}{'' if same_ids else ', other ids'}"
     return row
 
 
-def in_a_process(family):
-    """`try_family` in a process of its own, which has LIMIT seconds."""
+def in_a_process(bench, family):
+    """`try_family` in a process of its own, which has LIMIT seconds of a processor."""
     fork = multiprocessing.get_context("fork")
     reader, writer = fork.Pipe(duplex=False)
 
     def work():
-        with tempfile.TemporaryDirectory() as place, Path(os.devnull).open("w") as nothing:
-            os.environ["DPO_KIT_CACHE"] = str(Path(place) / "cache")
-            with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-                try:
-                    result = try_family(family, Path(place))
-                except BaseException as error:
-                    result = {"skipped": f"{type(error).__name__}: {error}"}
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+        with tempfile.TemporaryDirectory() as place, Path(os.devnull).open("w") as silent:
+            sys.stdout = sys.stderr = silent
+            result = try_family(bench, family, Path(place))
         writer.send(result)
 
     process = fork.Process(target=work)
     process.start()
-    result = reader.recv() if reader.poll(LIMIT) else {"skipped": f"took longer than {LIMIT:.0f} s"}
-    process.terminate()
-    process.join()
-    return result
+    writer.close()
+    try:
+        return reader.recv()
+    except EOFError:
+        return {"skipped": f"ended by a signal, or took longer than {LIMIT} s"}
+    finally:
+        process.join()
 
 
 def show(rows):
-    """The tables, as Markdown: {family: row}."""
-    tried = {family: row for family, row in rows.items() if "full" in row and row["planned"] is None}
-    refused = {family: row["planned"] for family, row in rows.items() if row.get("planned")}
+    """The tables, as Markdown; `rows` by family."""
     print("| model_type | full | LoRA | QLoRA | prompts shared |\n|---|---|---|---|---|")
-    for family, row in tried.items():
-        shared = f"no: {row['alone']}" if row.get("alone") else "yes" if "alone" in row else ""
-        note = f" ({row['note']})" if "note" in row else ""
-        print(f"| `{family}` | {row['full']}{note} | {row.get('lora', '')} | {row.get('qlora', '')} | {shared} |")
+    for family, row in rows.items():
+        if "full" in row:
+            shared = f"no: {row['alone']}" if row.get("alone") else "yes"
+            print(f"| `{family}` | {row['full']} | {row['lora']} | {row['qlora']} | {shared} |")
     print("\n| model_type | refused before weights are loaded |\n|---|---|")
-    for family, said in refused.items():
-        print(f"| `{family}` | {said} |")
-    skipped = [f"`{family}`" for family, row in rows.items() if "skipped" in row]
-    print(f"\nNot made so small: {', '.join(skipped) or 'none'}.")
+    for family, row in rows.items():
+        if "refused" in row:
+            print(f"| `{family}` | {row['refused']} |")
+    print(f"\nNot made so small: {', '.join(f'`{family}`' for family, row in rows.items() if 'skipped' in row)}.")
 
 
 def main(words):
-    """Print the tables; `only=name,name` takes some families, `out=FILE` keeps what was found as JSON lines."""
+    """Print the tables; `only=name,name` takes some families; what `out=FILE` holds already is not tried again."""
     options = dict(word.split("=", 1) for word in words)
     families = options["only"].split(",") if "only" in options else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    out = Path(options.get("out", os.devnull))
+    lines = out.read_text().splitlines() if out.is_file() else []
+    rows = {row.pop("family"): row for row in map(json.loads, lines)}
     quiet_libraries()
-    rows = {}
-    for family in families:
-        rows[family] = in_a_process(family)
-        if "out" in options:
-            with Path(options["out"]).open("a") as file:
-                file.write(json.dumps({"family": family} | rows[family]) + "\n")
-    show(rows)
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["DPO_KIT_CACHE"] = str(Path(place) / "cache")
+        bench = Bench(Path(place))
+        for family in families:
+            if family not in rows:
+                rows[family] = in_a_process(bench, family)
+                with out.open("a") as file:
+                    file.write(json.dumps({"family": family} | rows[family]) + "\n")
+    show({family: rows[family] for family in families})
 
 
 if __name__ == "__main__":
