@@ -128,7 +128,7 @@ def test_weights_that_are_published_quantised_are_not_tuned_in_full(tmp_path):
     model = shutil.copytree(MODEL, tmp_path / "model")
     config = read_json(model / "config.json") | {"quantization_config": {"quant_method": "bitsandbytes"}}
     write_json(model / "config.json", config)
-    with pytest.raises(ModelError, match=r"published in a quantised form, .* take model.tuning=lora"):
+    with pytest.raises(ModelError, match=r"published in a quantised form \(bitsandbytes\), .* take model.tuning=lora"):
         plan_run(check(compose(["tracking=none", f"model.path={model}"])))
 
 

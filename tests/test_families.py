@@ -89,6 +89,7 @@ def refused_before_weights(folder, tmp_path, error, match, *more):
         ("qwen2_vl", {}, "is a vision model whose text part cannot be had alone"),
         ("vit", {}, "is no language model that generates"),
         ("roberta", {}, "is an encoder, in which a token sees those after it"),
+        ("bert-generation", {}, "is an encoder, in which a token sees those after it"),
     ],
 )
 def test_what_is_no_decoder_of_text_is_refused_in_a_sentence(family, own, what, tmp_path):

@@ -28,6 +28,7 @@ from dpo_kit.model.sampling import measuring
 from dpo_kit.model.scoring import trained_terms
 from dpo_kit.model.trl_classes import uses_fused_head
 
+ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # unless their config says that they are causal
 ALIASES = {
     "final_logit_softcapping": ("logits_soft_cap", "output_logit_soft_cap"),
     "num_experts": ("num_local_experts", "n_routed_experts"),
@@ -52,7 +53,7 @@ def _refuse_no_decoder(model: Model, config: Any) -> None:
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.trust_remote_code:
         seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         what = "a vision model whose text part cannot be had alone" if seeing else "no language model that generates"
-    elif kind == "xlnet" or (kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not _is_causal(config)):
+    elif kind == "xlnet" or (kind in ENCODERS and not _is_causal(config)):
         what = "an encoder, in which a token sees those after it"
     if what:
         raise ModelError(

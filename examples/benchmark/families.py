@@ -80,6 +80,9 @@ OWN = {  # what a family's code demands of its sizes
     "mpt": {"expansion_ratio": 2},
     "mamba2": {"num_heads": 8, "expand": 2, "head_dim": 8},
     "opt": {"word_embed_proj_dim": 16},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
 }
 
 
