@@ -91,6 +91,8 @@ def tiny_config(family):
     kind = CONFIG_MAPPING[family]
     names = set(kind().to_dict()) | set(getattr(kind, "attribute_map", ()))
     values = {name: value for name, value in TINY.items() if name in names}
+    if "kv_lora_rank" in names:
+        values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has as many
     values |= {name: 0.0 for name, value in kind().to_dict().items() if "drop" in name and isinstance(value, float)}
     return kind(**values | OWN.get(family, {}))
 
@@ -252,10 +254,13 @@ def show(rows):
         if "full" in row:
             shared = f"no: {row['alone']}" if row.get("alone") else "yes"
             print(f"| `{family}` | {row['full']} | {row['lora']} | {row['qlora']} | {shared} |")
-    print("\n| model_type | refused before weights are loaded |\n|---|---|")
+    reasons = {}
     for family, row in rows.items():
         if "refused" in row:
-            print(f"| `{family}` | {row['refused']} |")
+            reasons.setdefault(row["refused"].replace(f"model_type {family}", "model_type …"), []).append(family)
+    print("\n| refused before weights are loaded | model_type |\n|---|---|")
+    for reason, families in reasons.items():
+        print(f"| {reason} | {', '.join(f'`{family}`' for family in families)} |")
     print(f"\nNot made so small: {', '.join(f'`{family}`' for family, row in rows.items() if 'skipped' in row)}.")
 
 
