@@ -24,7 +24,7 @@ from dpo_kit.config.compose import usual_lora
 from dpo_kit.config.data_files import near_miss
 from dpo_kit.config.places import weights_faults
 from dpo_kit.config.settings import Model
-from dpo_kit.errors import ConfigError, ModelError, did_you_mean
+from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.model.control_tokens import neutralised
 from dpo_kit.model.hardware import has_accelerator, weight_dtype
 from dpo_kit.model.origin import (
