@@ -32,11 +32,11 @@ from dpo_kit.trainer.manifest import build_manifest, keep_date, typed_command
 from dpo_kit.trainer.measuring import add_callbacks
 from dpo_kit.trainer.recorder import start_tracking
 from dpo_kit.trainer.refusals import explain_stop
-from dpo_kit.trainer.resume.checkpoints import explain_full_disk
 from dpo_kit.trainer.resume.find import begin_from, find_checkpoint, how_to_go_on
 from dpo_kit.trainer.resume.signals import Interrupted
+from dpo_kit.trainer.resume.whole_or_absent import explain_full_disk
 from dpo_kit.trainer.rows import prepare_data, report_data
-from dpo_kit.trainer.start_check import look_for_brakes
+from dpo_kit.trainer.start_check import findings_before_training
 
 log = logging.getLogger(__name__)
 
@@ -78,20 +78,28 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         with open_reward(settings, run) as reward:
             trainer = build_trainer(settings, data, tokenizer, run, reward, origin(manifest))
             add_callbacks(trainer, settings, data, run, tracker, began)
-            brakes = look_for_brakes(trainer, len(data.train))
+            early_findings = findings_before_training(trainer, len(data.train))
             seconds = {"train": run_trainer(trainer, run, checkpoint, manifest["command"])}
             seconds |= {"measuring": spent(trainer), "run": time.time() - began + trainer.seconds_before}
-            judge, ceiling = reward.summary(trainer.accelerator) if reward else None, data.report.get("ceiling")
             result = finish_run(
-                trainer, settings, run, tracker, seconds=seconds, ceiling=ceiling, judge=judge, known=brakes
+                trainer,
+                settings,
+                run,
+                tracker,
+                seconds=seconds,
+                ceiling=data.report.get("ceiling"),
+                judge=reward.summary(trainer.accelerator) if reward else None,
+                early_findings=early_findings,
             )
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
             if is_writer():
                 write_failure(run, settings, error)
-        tracker.finish(exit_code=1)
+        if tracker:
+            tracker.finish(exit_code=1)
         raise
-    tracker.finish()
+    if tracker:
+        tracker.finish()
     return result
 
 

@@ -28,8 +28,8 @@ from dpo_kit.data.build.pairs import build_pairs
 from dpo_kit.data.build.prompts import read_prompts
 from dpo_kit.data.fresh import distinct_prompts
 from dpo_kit.export.folder import export_run
+from dpo_kit.model.batches import measuring
 from dpo_kit.model.load import load_reference, load_tokenizer
-from dpo_kit.model.sampling import measuring
 from dpo_kit.model.scoring import Reference
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json, write_jsonl

@@ -18,15 +18,8 @@ from dpo_kit.config.compose import check
 from dpo_kit.export.folder import export_run
 from dpo_kit.export.script import write_reproduction
 from dpo_kit.model import origin
-from dpo_kit.model.load import (
-    OF_ADAPTER,
-    keep_start,
-    load_policy,
-    load_reference,
-    load_start,
-    load_tokenizer,
-    refuse_uncopied,
-)
+from dpo_kit.model.adapter import OF_ADAPTER, keep_start, refuse_uncopied
+from dpo_kit.model.load import load_policy, load_reference, load_start, load_tokenizer
 from dpo_kit.model.trl_classes import import_class
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json

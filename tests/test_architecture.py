@@ -4,6 +4,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import dpo_kit
+from dpo_kit.toy import MODEL, TRAIN
 
 PACKAGE = Path(dpo_kit.__file__).parent
 CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
@@ -32,6 +35,20 @@ LAYERS = (
     "__init__",
     "__main__",
 )
+LOADED = 10_200  # lines of ours in a plain run: what a run does not ask for must cost it nothing
+TALLY = """
+import atexit, runpy, sys
+from pathlib import Path
+
+def tally():
+    ours = {n: m for n, m in sys.modules.items() if n.startswith(("dpo_kit", "hydra_plugins.dpo_kit"))}
+    lines = {n: len(Path(m.__file__).read_text().splitlines()) for n, m in ours.items()}
+    print(*sorted(((count, n) for n, count in lines.items()), reverse=True), sum(lines.values()), sep="\\n")
+
+atexit.register(tally)
+sys.argv[0] = "dpo_kit"
+runpy.run_module("dpo_kit", run_name="__main__", alter_sys=True)
+"""
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -157,6 +174,16 @@ def test_the_map_in_contributing_names_every_room():
 def test_every_room_says_what_it_is():
     for folder in (path.parent for path in PACKAGE.glob("*/__init__.py")):
         assert 5 < len((folder / "README.md").read_text().splitlines()) <= 60, folder
+
+
+@pytest.mark.slow
+def test_a_plain_run_loads_few_lines_of_ours(tmp_path):
+    words = ["model=local", f"model.path={MODEL}", "data=jsonl", f"data.train={TRAIN}", "trl.max_steps=2"]
+    plain = [sys.executable, "-c", TALLY, *words, "callbacks=none", "tracking=none"]
+    said = subprocess.run(plain, cwd=tmp_path, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr[-2000:]
+    *modules, total = said.stdout.splitlines()
+    assert 0 < int(total) <= LOADED, modules
 
 
 def test_functions_stay_short():

@@ -12,7 +12,8 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.trainer import budget
-from dpo_kit.trainer.budget import LEAST, Amount, Costs, choose_amount
+from dpo_kit.trainer.budget import LEAST, Amount, choose_amount
+from dpo_kit.trainer.costs import Costs
 from tests.small import few_pairs
 
 MOST = Amount(evaluations=10, pairs=256, prompts=64, max_new_tokens=128)

@@ -17,26 +17,19 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from dpo_kit.config.compose import check, compose
-from dpo_kit.config.identity import refuse_inexact_resume
 from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.run import lock
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.lock import only_writer
-from dpo_kit.trainer.resume import checkpoints
 from dpo_kit.trainer.resume import find as resume
 from dpo_kit.trainer.resume import safe_trainer as safekeeping
 from dpo_kit.trainer.resume import signals as interrupt
-from dpo_kit.trainer.resume.checkpoints import (
-    complete,
-    find_fault,
-    list_checkpoints,
-    newest_verified,
-    refuse_full_disk,
-    rotate,
-)
-from dpo_kit.trainer.resume.nonfinite import find_rows, likely_cause
+from dpo_kit.trainer.resume import verified, whole_or_absent
 from dpo_kit.trainer.resume.safe_trainer import Kept, Safekeeping
 from dpo_kit.trainer.resume.signals import Interrupted
+from dpo_kit.trainer.resume.verified import find_fault, newest_verified, refuse_inexact_resume
+from dpo_kit.trainer.resume.which_rows import find_rows, likely_cause
+from dpo_kit.trainer.resume.whole_or_absent import complete, list_checkpoints, refuse_full_disk, rotate
 from tests import tiny
 from tests.faults import fault
 
@@ -164,7 +157,7 @@ def test_a_checkpoint_of_plain_trl_is_refused_with_the_remedy(tmp_path):
 def test_a_checkpoint_holds_everything_that_a_resume_needs_and_says_how_large_it_is(saved):
     names = json.loads((saved / "checkpoint-4" / "manifest.json").read_text())["content"]["files"]
     assert set(FILES) - {"manifest.json"} <= names.keys()
-    assert checkpoints.read_facts(saved / "checkpoint-4") == {"step": 4, "origin": {"seed": 0}}
+    assert verified.read_facts(saved / "checkpoint-4") == {"step": 4, "origin": {"seed": 0}}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +181,7 @@ def make(folder, step):
     aside = folder / f".saving-{step}"
     aside.mkdir(parents=True)
     (aside / "file").write_text(str(step))
-    complete(aside, checkpoints.folder_of(folder, step), {"step": step})
+    complete(aside, whole_or_absent.folder_of(folder, step), {"step": step})
 
 
 @pytest.mark.parametrize(
@@ -411,7 +404,7 @@ def test_plain_transformers_takes_one_step_too_many_when_it_resumes_at_the_last(
 
 @pytest.mark.fault("too little room for the run, before its start", promise="P1")
 def test_a_run_that_will_not_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(whole_or_absent.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match=r"3 checkpoints of .* free are 0\.00 GB.*save_total_limit=1"):
         build(tmp_path).train()
 
@@ -419,14 +412,14 @@ def test_a_run_that_will_not_fit_is_refused_before_it_starts(tmp_path, monkeypat
 @pytest.mark.fault("too little room for the next checkpoint", promise="P1")
 def test_room_is_looked_at_before_each_save_and_the_old_checkpoint_stays(tmp_path, monkeypatch, record_property):
     trainer = build(tmp_path)
-    honest = checkpoints.refuse_full_disk
+    honest = whole_or_absent.refuse_full_disk
 
     def shrinking(folder, needed, what, error=TrainingError):
         if "step 4" in what:
-            monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+            monkeypatch.setattr(whole_or_absent.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         honest(folder, needed, what, error)
 
-    monkeypatch.setattr(checkpoints, "refuse_full_disk", shrinking)
+    monkeypatch.setattr(whole_or_absent, "refuse_full_disk", shrinking)
     with pytest.raises(TrainingError, match="the checkpoint of step 4 needs about"):
         trainer.train()
     assert newest_verified(tmp_path / "out").name == "checkpoint-2"

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from dpo_kit.config.compose import CONF, check, compose, known_keys
+from dpo_kit.config.compose import CONF, check, compose
+from dpo_kit.config.explain import known_keys
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import ConfigError
 from tests.golden.write import resolved
@@ -245,12 +246,12 @@ def test_the_schema_speaks_of_the_pinned_trl():
 
 
 def test_another_trl_is_read_once_and_cached(tmp_path, monkeypatch):
-    import dpo_kit.config.trl_schema as trl_schema
+    from dpo_kit.config import derive_schema, trl_schema
 
     calls = []
     monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path))
     monkeypatch.setattr(trl_schema, "installed_versions", lambda: {"trl": "1.99", "transformers": "5.99"})
-    monkeypatch.setattr(trl_schema, "derive_schema", lambda: calls.append(1) or {"versions": "new", "classes": {}})
+    monkeypatch.setattr(derive_schema, "derive_schema", lambda: calls.append(1) or {"versions": "new", "classes": {}})
     for _ in range(2):
         trl_schema.load_schema.cache_clear()
         assert trl_schema.load_schema()["versions"] == "new"
@@ -259,10 +260,10 @@ def test_another_trl_is_read_once_and_cached(tmp_path, monkeypatch):
 
 
 def test_the_checked_in_schema_is_what_the_installed_trl_says():
-    """Fails at a TRL upgrade: run `python -m dpo_kit.config.trl_schema`, read the difference, then the golden files."""
+    """Fails at a TRL upgrade: run `python -m dpo_kit.config.derive_schema`, read the difference, then golden/."""
     import json
 
-    from dpo_kit.config.trl_schema import PINNED_FILE, pinned_schema
+    from dpo_kit.config.derive_schema import PINNED_FILE, pinned_schema
 
     assert json.loads(json.dumps(pinned_schema())) == json.loads(PINNED_FILE.read_text())
 
@@ -273,7 +274,7 @@ def test_what_only_trl_s_code_says_is_declared_as_it_stands_there():
     import importlib
     import inspect
 
-    from dpo_kit.config.trl_schema import COMPARED, CONFIG_CLASSES, SMOOTHED
+    from dpo_kit.config.derive_schema import COMPARED, CONFIG_CLASSES, SMOOTHED
 
     def name(node):
         return getattr(node, "attr", None) or getattr(node, "id", None)

@@ -78,7 +78,10 @@ def test_every_command_of_the_readme_composes(command):
 
 
 @pytest.mark.parametrize("command", BUILDS)
-def test_every_build_of_the_readme_is_understood(command):
+def test_every_build_of_the_readme_is_understood(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("prompts.jsonl", "votes.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "…"}\n')
     check_plan(compose_tool(_arguments(command)[1:]))
 
 

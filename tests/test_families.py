@@ -16,9 +16,11 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 from dpo_kit import ConfigError, ModelError, compose, train
 from dpo_kit.cli.plan import plan_run
 from dpo_kit.config.compose import CONF, check
-from dpo_kit.model.load import PLAIN, build_adapter, is_plain, load_weights
+from dpo_kit.model.adapter import build_adapter
+from dpo_kit.model.batches import mlp_width
+from dpo_kit.model.load import PLAIN, is_plain, load_weights
 from dpo_kit.model.origin import refuse_start
-from dpo_kit.model.sampling import draw_samples, mlp_width
+from dpo_kit.model.sampling import draw_samples
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL
@@ -389,7 +391,9 @@ def test_weights_in_mxfp4_are_read_as_what_can_be_trained(monkeypatch, tmp_path)
     write_json(folder / "config.json", read_json(folder / "config.json") | given)
     (folder / "model.safetensors").touch()
     asked = {}
-    monkeypatch.setattr("dpo_kit.model.load._load", lambda *_, **options: asked.update(options) or model_of("gpt_oss"))
+    monkeypatch.setattr(
+        "dpo_kit.model.load.load_named", lambda *_, **options: asked.update(options) or model_of("gpt_oss")
+    )
     load_weights(check(compose(["model=gpt-oss", f"model.path={folder}"])).model)
     assert asked["quantization_config"].dequantize
 

@@ -15,7 +15,8 @@ import pytest
 
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics
-from dpo_kit.trainer.resume.checkpoints import folder_of, newest_verified
+from dpo_kit.trainer.resume.verified import newest_verified
+from dpo_kit.trainer.resume.whole_or_absent import folder_of
 from tests.conftest import ROOT
 from tests.faults import fault, run_cli, start_cli
 from tests.faults_table import EXISTING

@@ -11,8 +11,8 @@ import pytest
 
 from dpo_kit.data.curate.convert import convert
 from dpo_kit.data.curate.options import Convert
-from dpo_kit.data.forms import best_and_worst
 from dpo_kit.data.gather import read_rows, sources
+from dpo_kit.data.other_forms import best_and_worst
 from dpo_kit.data.read import Fault, Row
 from tests.preferences import data, prepared
 from tests.test_forms import FORM_ROWS

@@ -162,7 +162,7 @@ def test_what_merely_looks_like_a_secret_is_accepted(monkeypatch):
 @pytest.mark.fault("a secret given to a tool", promise="P10")
 def test_the_tools_refuse_secrets_as_well(capsys):
     from dpo_kit.config.command_line import REFUSED as EXIT
-    from dpo_kit.config.command_line import run_tool
+    from dpo_kit.config.tools import run_tool
 
     assert run_tool("sweep", "", [f"sweep={URL}"], lambda _: pytest.fail("ran")) == EXIT
     assert PLAIN not in capsys.readouterr().err

@@ -11,7 +11,8 @@ from scipy import stats
 
 from dpo_kit.callbacks import metrics
 from dpo_kit.callbacks.drift import kl_terms
-from dpo_kit.model.head import Predicted
+from dpo_kit.model.predicted import Predicted
+from dpo_kit.run import intervals
 from tests import oracle, tiny
 
 NAN_FREE = torch.tensor([0.5, -1.0, 2.0, 0.0])
@@ -73,7 +74,7 @@ def test_class_gap_interval_is_that_of_the_means_of_resampled_prompts() -> None:
 @pytest.mark.parametrize(("hits", "count"), [(0, 10), (5, 10), (97, 100), (300, 300)])
 def test_wilson_agrees_with_scipy(hits: int, count: int) -> None:
     expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
-    assert metrics.wilson(hits / count, count) == pytest.approx((expected.low, expected.high))
+    assert intervals.wilson(hits / count, count) == pytest.approx((expected.low, expected.high))
 
 
 def test_spearman_agrees_with_scipy_on_ties() -> None:
@@ -189,7 +190,7 @@ def test_the_exact_interval_of_a_share_is_scipy_s_and_rejects_one_half_where_the
         count = random.randint(1, 60)
         successes = random.randint(0, count)
         test = stats.binomtest(successes, count)
-        low, high = metrics.clopper_pearson(successes, count)
+        low, high = intervals.clopper_pearson(successes, count)
         assert (low, high) == pytest.approx(tuple(test.proportion_ci(0.95, "exact")), abs=1e-9)
         assert (low <= 0.5 <= high) == (test.pvalue >= 0.05)
-    assert metrics.clopper_pearson(0, 0) == (0, 1)
+    assert intervals.clopper_pearson(0, 0) == (0, 1)

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_kit.config.compose import check, compose
 from dpo_kit.config.data_files import find_files
-from dpo_kit.config.identity import recall_config
+from dpo_kit.config.recall import recall_config
 from dpo_kit.errors import DataError, ModelError
 from dpo_kit.evaluate.candidate import of_path
 from dpo_kit.evaluate.evaluation import next_command

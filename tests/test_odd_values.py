@@ -15,9 +15,10 @@ from dpo_kit.cli import dashboard
 from dpo_kit.cli import main as cli
 from dpo_kit.cli import plan as planning
 from dpo_kit.cli.main import read_arguments, refuse_early
-from dpo_kit.config.command_line import parse
-from dpo_kit.config.compose import check, compose, compose_unchecked, known_keys
+from dpo_kit.config.compose import check, compose, compose_unchecked
+from dpo_kit.config.explain import known_keys
 from dpo_kit.config.settings import Build
+from dpo_kit.config.tools import parse
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.data.__main__ import check_tool, compose_tool
 from dpo_kit.data.build.plan import check_plan

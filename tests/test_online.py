@@ -33,7 +33,7 @@ from dpo_kit.trainer.build import build_trainer
 from dpo_kit.trainer.measuring import ProbeAlone
 from dpo_kit.trainer.mixins import with_mixins
 from dpo_kit.trainer.online import FreshAnswers, JudgedReward, add_spends, open_judged_reward
-from dpo_kit.trainer.resume.nonfinite import find_rows
+from dpo_kit.trainer.resume.which_rows import find_rows
 from dpo_kit.trainer.rows import prepare_data, read_data
 from dpo_kit.trainer.start_check import StartCheck
 from dpo_kit.training import train

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from dpo_kit.config.compose import check, compose
 from dpo_kit.data.read import read_source
 from dpo_kit.errors import ConfigError, ModelError
-from dpo_kit.model.load import _load, load_policy, load_reference, load_tokenizer
+from dpo_kit.model.load import load_named, load_policy, load_reference, load_tokenizer
 from dpo_kit.model.origin import find_parent
 from tests import tiny
 
@@ -112,7 +112,7 @@ def test_trust_reaches_the_named_repository_only_and_pins_its_code(folder):
     model = settings("model.path=org/name", f"model.revision={COMMIT}", "model.trust_remote_code=true")
     model.reference = str(folder)
     for path in (model.path, model.reference):
-        _load(Recorder, path, model)
+        load_named(Recorder, path, model)
     pinned = {"trust_remote_code": True, "revision": COMMIT, "code_revision": COMMIT}
     assert given == {"org/name": pinned, str(folder): {"trust_remote_code": False}}
 

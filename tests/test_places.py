@@ -14,7 +14,8 @@ from dpo_kit.cli import main as cli
 from dpo_kit.cli.main import read_arguments, refuse_early
 from dpo_kit.config.compose import check, compose
 from dpo_kit.config.identity import comparable
-from dpo_kit.config.places import claim, refuse_foreign, refuse_no_file, refuse_unwritable
+from dpo_kit.config.places import claim, refuse_unwritable
+from dpo_kit.config.tools import refuse_foreign, refuse_no_file
 from dpo_kit.data.__main__ import main as data_tool
 from dpo_kit.errors import ConfigError, DataError, ModelError
 from dpo_kit.evaluate import __main__ as evaluation

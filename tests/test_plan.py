@@ -30,8 +30,9 @@ from dpo_kit.trainer.memory import (
     optimizer_bytes,
     worst_batch,
 )
-from dpo_kit.trainer.prefix import NAME, Layout
+from dpo_kit.trainer.prefix import Layout
 from dpo_kit.trainer.rows import read_data
+from dpo_kit.trainer.speed import SHARING
 from tests.conftest import ROOT
 from tests.small import few_pairs, write_pairs
 
@@ -66,7 +67,7 @@ def _kept_on_the_cpu(model, half):
     ids = torch.zeros(1, sum(own for _, own in SHAPE), dtype=torch.long)
     layout = Layout(ids, ids, ids[0], SHAPE, keys=None, query_ends=ids[0], key_ends=ids[0])
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
-    bare.set_attn_implementation(NAME)
+    bare.set_attn_implementation(SHARING)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
         bare.base_model(
@@ -80,7 +81,7 @@ def _kept_on_the_cpu(model, half):
 def test_activations_counted_without_weights_are_those_of_a_real_forward_pass(words, half, tmp_path):
     from peft import get_peft_model
 
-    from dpo_kit.model.load import build_adapter
+    from dpo_kit.model.adapter import build_adapter
 
     words = [*words, f"trl.bf16={half}"]
     settings = _settings(*words)

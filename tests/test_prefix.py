@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from dpo_kit.trainer import prefix
-from dpo_kit.trainer.prefix import NAME, LaidOut, agrees_at_once, attend_row, build_layout, share_prefixes, why_not
+from dpo_kit.trainer.prefix import LaidOut, agrees_at_once, attend_row, build_layout, share_prefixes, why_not
+from dpo_kit.trainer.speed import SHARING
 from tests import varlen
 
 SMALL = {
@@ -119,7 +120,7 @@ def test_hidden_states_and_gradients_equal_those_of_padded_rows(config, seed):
 
 def test_tokens_that_fill_a_batch_up_change_nothing():
     policy = model(EXACT[0])
-    policy.set_attn_implementation(NAME)
+    policy.set_attn_implementation(SHARING)
     layout = build_layout(*rows(0))
     filled = layout.fill_up(64)
     assert filled.ids.shape[1] % 64 == 0 and 0 < filled.rest < 64 and filled.rows == layout.rows
@@ -285,7 +286,7 @@ def test_a_window_that_a_layer_does_not_ask_for_is_found_though_the_rows_tried_a
     policy = model(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=50))
     assert why_not(policy) is None
     layer = policy.base_model.layers[1].self_attn
-    layer.config = MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None, attn_implementation=NAME)
+    layer.config = MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None, attn_implementation=SHARING)
     assert why_not(policy) == "its layers do not ask for the sliding windows of its config"
 
 

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 from dpo_kit.callbacks.drift import Drift
 from dpo_kit.callbacks.preview import Mixed, Preview
-from dpo_kit.model.sampling import measuring
+from dpo_kit.model.batches import measuring
 from dpo_kit.model.scoring import Reference
 from tests import oracle, tiny
 

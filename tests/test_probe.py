@@ -23,9 +23,11 @@ from transformers import (
 from dpo_kit.callbacks.drift import Drift, drift_metrics, kl_terms
 from dpo_kit.callbacks.probe import PairProbe, name_rows
 from dpo_kit.errors import DataError, ModelError
-from dpo_kit.model import head
-from dpo_kit.model.head import Predicted, predict, read_head, token_logps
-from dpo_kit.model.sampling import Draw, Shaped, draw_samples, measuring
+from dpo_kit.model import head, predicted
+from dpo_kit.model.batches import measuring
+from dpo_kit.model.head import read_head
+from dpo_kit.model.predicted import Predicted, predict, token_logps
+from dpo_kit.model.sampling import Draw, Shaped, draw_samples
 from dpo_kit.model.scoring import Reference, length_sorted_batches, score, twin_batches
 from dpo_kit.trainer.reference_store import score_as_trained
 from tests import oracle, tiny
@@ -299,7 +301,7 @@ def test_kl_terms_are_summed_in_tiles_without_loss(monkeypatch: pytest.MonkeyPat
     p, q, targets = torch.randn(23, 9), torch.randn(23, 9), torch.randint(9, (23,))
     given = Predicted(p, None), Predicted(q, None), targets
     whole = kl_terms(*given)
-    monkeypatch.setitem(head.TILE_BYTES, "cpu", 5 * 4 * 9)
+    monkeypatch.setitem(predicted.TILE_BYTES, "cpu", 5 * 4 * 9)
     assert [(rows.start, rows.stop) for rows in given[0].tiles()] == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 25)]
     tiled = kl_terms(*given)
     logp, logq = p.double().log_softmax(-1), q.double().log_softmax(-1)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dpo_kit.run.files import write_jsonl
 from dpo_kit.run.history import append_row
-from dpo_kit.run.report.numbers import ceiling_line, interval_text, result_rows, result_table
+from dpo_kit.run.report.numbers import bounds, ceiling_line, range_text, result_rows, result_table
 from dpo_kit.run.report.picture import PANELS, draw_report, shown_panels
 
 PAIRS = {
@@ -196,8 +196,8 @@ def test_the_ceiling_line_is_left_out_where_it_says_nothing() -> None:
 
 
 def test_zero_has_no_sign_and_missing_intervals_are_empty() -> None:
-    assert interval_text({"a": 1.0, "a_low": -0.001, "a_high": math.nan}, "a", ".2f") == ""
-    assert interval_text({"a": 1.0, "a_low": -0.001, "a_high": -2.0}, "a", ".2f") == "[0.00, −2.00]"
+    assert range_text(bounds({"a": 1.0, "a_low": -0.001, "a_high": math.nan}, "a"), ".2f") == ""
+    assert range_text(bounds({"a": 1.0, "a_low": -0.001, "a_high": -2.0}, "a"), ".2f") == "[0.00, −2.00]"
 
 
 # --- nothing that overstates ---------------------------------------------------------------------------------------

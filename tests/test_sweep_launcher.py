@@ -21,12 +21,12 @@ from dpo_kit.config.compose import compose, compose_unchecked
 from dpo_kit.errors import ConfigError, SweepError
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import write_json
-from dpo_kit.sweep.launch.devices import device_slots, visible_devices
 from dpo_kit.sweep.launch.launcher import Job, threads_per_job
 from dpo_kit.sweep.launch.live_table import Board, format_seconds, label_jobs
 from dpo_kit.sweep.launch.plan import plan_sweep, split_jobs
 from dpo_kit.sweep.launch.progress import Progress
 from dpo_kit.sweep.launch.record import JobRecord
+from dpo_kit.sweep.launch.starters import device_slots, visible_devices
 from tests.conftest import ROOT
 from tests.small import few_pairs
 
@@ -268,7 +268,7 @@ def test_other_sweepers_get_a_value_for_what_is_done_and_an_error_for_what_is_no
 def test_the_result_of_a_start_that_failed_is_gone_when_the_next_one_begins(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
     write_json(run.result, {"status": "failed"})
-    monkeypatch.setattr(training, "load_tokenizer", lambda model: 1 / 0)
+    monkeypatch.setattr(training, "begin_from", lambda run, checkpoint: 1 / 0)  # until then it may be refused
     with pytest.raises(ZeroDivisionError):
         training.train(compose(["tracking=none"]), tmp_path)
     assert run.read_result() is None

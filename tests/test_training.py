@@ -15,7 +15,7 @@ from dpo_kit.model.load import load_tokenizer
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
-from dpo_kit.trainer.resume.checkpoints import newest_verified
+from dpo_kit.trainer.resume.verified import newest_verified
 from dpo_kit.trainer.rows import prepare_data
 from tests.offline_wandb import log_files, read_offline
 from tests.small import few_pairs

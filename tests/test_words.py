@@ -12,13 +12,15 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from dpo_kit.cli.main import read_arguments
 from dpo_kit.cli.plan import split_words
-from dpo_kit.config.command_line import parse
-from dpo_kit.config.compose import check, compose, compose_unchecked, known_keys, unknown_key
+from dpo_kit.config.compose import check, compose, compose_unchecked
+from dpo_kit.config.explain import known_keys, unknown_key
+from dpo_kit.config.tools import parse
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.other_tools import MEANT
 from dpo_kit.run.processes import launcher
 from dpo_kit.run.report.diagnosis import loss_flat
-from dpo_kit.run.words import MEANT, again, command, longer, override, readable, training
+from dpo_kit.run.words import again, command, longer, override, readable, training
 from dpo_kit.trainer.finish import next_command
 from dpo_kit.trainer.resume.find import how_to_go_on
 

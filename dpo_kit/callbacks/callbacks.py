@@ -25,8 +25,9 @@ from dpo_kit.callbacks.drift import Divergence, Drift, ReferenceSamples, drift_m
 from dpo_kit.callbacks.probe import PairProbe, name_rows
 from dpo_kit.callbacks.scores import preference_metrics, reward_metrics
 from dpo_kit.config.extensions import call_metrics
+from dpo_kit.model.batches import measuring
 from dpo_kit.model.random_state import forked_random
-from dpo_kit.model.sampling import Sample, measuring
+from dpo_kit.model.sampling import Sample
 from dpo_kit.model.scoring import Reference
 from dpo_kit.run.quiet import phase
 
@@ -54,7 +55,7 @@ class _Measuring(TrainerCallback):
         raise NotImplementedError
 
     def carry(self) -> dict[str, Any]:
-        """What a resumed run must know (see trainer/resume/state.py): what was measured last."""
+        """What a resumed run must know (see trainer/resume/carried_state.py): what was measured last."""
         return {"logged": self._logged, "measuring_seconds": self.measuring_seconds}
 
     def pick_up(self, carried: dict[str, Any]) -> None:
@@ -302,7 +303,7 @@ class Patience(EarlyStoppingCallback):
     """
 
     def carry(self) -> dict[str, Any]:
-        """What a resumed run must know (see trainer/resume/state.py)."""
+        """What a resumed run must know (see trainer/resume/carried_state.py)."""
         return {"waited": self.early_stopping_patience_counter}
 
     def pick_up(self, carried: dict[str, Any]) -> None:

@@ -13,19 +13,11 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from dpo_kit.callbacks.metrics import bootstrap_se, rao_blackwell
+from dpo_kit.model.batches import pad_token_id
 from dpo_kit.model.chats import prompt_of
-from dpo_kit.model.head import (
-    Head,
-    Mixed,
-    Predicted,
-    Tokens,
-    completion_targets,
-    jittered,
-    predict,
-    read_head,
-    token_logps,
-)
-from dpo_kit.model.sampling import Sample, draw_samples, pad_token_id
+from dpo_kit.model.head import Head, Tokens, read_head
+from dpo_kit.model.predicted import Mixed, Predicted, completion_targets, jittered, predict, token_logps
+from dpo_kit.model.sampling import Sample, draw_samples
 from dpo_kit.model.scoring import (
     Reference,
     add_up,

@@ -14,8 +14,9 @@ import torch
 
 from dpo_kit.callbacks.metrics import bootstrap_interval, wilson
 from dpo_kit.config.extensions import find_gold
+from dpo_kit.model.batches import measuring
 from dpo_kit.model.chats import answer_text
-from dpo_kit.model.sampling import Sample, draw_samples, measuring
+from dpo_kit.model.sampling import Sample, draw_samples
 
 NEEDED = ("gold_rewards", "capability_prompts", "capability_score", "MAX_NEW_TOKENS")
 

@@ -1,18 +1,17 @@
 """Pure functions that measure preference tuning: the same definitions for every method.
 
 Log-probabilities, logratios, margins and KL are in nats. A logratio is the summed completion log-probability
-(EOS in) under the policy minus the one under the reference (the step-0 model). Imports torch and the standard
-library only.
+(EOS in) under the policy minus the one under the reference (the step-0 model). Imports torch and run.intervals
+alone.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-Z95 = NormalDist().inv_cdf(0.975)
+from dpo_kit.run.intervals import wilson
 
 
 def implicit_reward(logratio: Tensor, beta: float) -> Tensor:
@@ -167,32 +166,6 @@ def _fit_lengths(points: Tensor, length_gaps: Tensor, weights: Tensor, ridge: fl
         if float(step.abs().max()) < 1e-10:
             break
     return torch.sigmoid(fitted[:, 0])
-
-
-def wilson(share: float, count: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval (95 % by default) of a share, 0 to 1, seen in `count` trials.
-
-    `count` may be an effective number; without trials the interval is (0, 1).
-    """
-    if count <= 0:
-        return 0.0, 1.0
-    shrink = 1 / (1 + z * z / count)
-    centre = shrink * (share + z * z / (2 * count))
-    half = shrink * z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def clopper_pearson(successes: int, count: int) -> tuple[float, float]:
-    """Clopper and Pearson's exact 95 % interval of a share seen as `successes` of `count`; (0, 1) without any.
-
-    It leaves ½ out just where the two-sided exact sign test rejects it at .05.
-    """
-    if not count:
-        return 0.0, 1.0
-    from scipy.stats import binomtest
-
-    low, high = binomtest(successes, count).proportion_ci(0.95, "exact")
-    return float(low), float(high)
 
 
 def effective_count(values: Tensor, clusters: Sequence[str]) -> float:

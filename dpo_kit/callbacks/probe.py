@@ -15,8 +15,9 @@ from transformers import Trainer
 
 from dpo_kit.callbacks.scores import Scores
 from dpo_kit.errors import DataError
-from dpo_kit.model.head import Tokens, jittered
-from dpo_kit.model.sampling import measuring, pad_token_id
+from dpo_kit.model.batches import measuring, pad_token_id
+from dpo_kit.model.head import Tokens
+from dpo_kit.model.predicted import jittered
 from dpo_kit.model.scoring import Reference, batch_size_in_tokens, fingerprint, score
 from dpo_kit.model.tokens import ids_of_rows, truncate_both
 

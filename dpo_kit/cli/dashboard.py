@@ -11,8 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.config.command_line import Values, parse, run_tool
 from dpo_kit.config.limits import missing_package
+from dpo_kit.config.tools import Values, parse, run_tool
 from dpo_kit.errors import ConfigError, DpoKitError
 from dpo_kit.run.measures import kl_keys
 from dpo_kit.run.redact import redact_text

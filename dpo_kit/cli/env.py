@@ -14,9 +14,8 @@ from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.command_line import parse, run_tool
 from dpo_kit.config.compose import PACKAGE
-from dpo_kit.config.places import refuse_no_file
+from dpo_kit.config.tools import parse, refuse_no_file, run_tool
 from dpo_kit.run.files import cache_folder, write_json
 from dpo_kit.run.redact import REDACTED, is_secret_key, redact_text
 from dpo_kit.run.report.markdown import code, inline, table

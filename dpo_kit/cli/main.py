@@ -255,7 +255,6 @@ def show(result: Result) -> None:
     from rich.markup import escape
 
     from dpo_kit.run.report.numbers import result_table
-    from dpo_kit.run.report.published import sentences
 
     console = Console()
     console.print(result_table(dataclasses.asdict(result)))
@@ -263,8 +262,10 @@ def show(result: Result) -> None:
         coins = ", ".join(f"{count:,} {why}" for why, count in judge["coins"].items() if count)
         compared = f"{judge['comparisons']:,} times two fresh answers, compared by {judge['name']}"
         console.print(f"{compared}; decided by coin: {coins or 'none'}", highlight=False, markup=False, soft_wrap=True)
-    for line in sentences(result.published) if result.published else ():
-        console.print(line, highlight=False, markup=False)
+    if result.published:
+        from dpo_kit.run.report.published import sentences
+
+        console.print("\n".join(sentences(result.published)), highlight=False, markup=False)
     for finding in result.findings:
         console.print(f"[bold]{escape(finding['symptom'])}[/bold]", highlight=False)
         console.print(f"{finding['meaning']} {finding['remedy']}\n", highlight=False, markup=False)

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.config.command_line import parse, run_tool
 from dpo_kit.config.compose import check, compose_unchecked, refuse_idle
-from dpo_kit.config.places import refuse_no_file
 from dpo_kit.config.settings import Settings
+from dpo_kit.config.tools import parse, refuse_no_file, run_tool
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.files import write_json
@@ -316,7 +315,7 @@ def show_dropped(data: Prepared) -> str:
         f"  {len(dropped):,} ({reason}): {', '.join(dropped[:SHOWN])}{', …' if len(dropped) > SHOWN else ''}"
         for reason, dropped in places.items()
     ]
-    rows = data.report["rows"]
+    rows = data.report["used"]["rows"]
     counts = f"{rows['train']:,} to train on, {rows['select']:,} and {rows['test']:,} held out"
     return "\n".join([f"rows: {counts}, {len(data.dropped):,} dropped", *lines, "", ""])
 

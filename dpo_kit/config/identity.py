@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.data_files import match
-from dpo_kit.config.settings import COST_ONLY, Choose, Settings, Tracking
-from dpo_kit.errors import ConfigError, ModelError
+from dpo_kit.config.settings import COST_ONLY, Settings
+from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import digest, read_json
 from dpo_kit.run.redact import redact
@@ -21,39 +18,6 @@ def comparable(settings: Settings) -> dict[str, Any]:
     left_out["data"] = {"benchmark", "reference_margin"}  # they change the data report, not the run
     left_out["judge"] = True if settings.judge is None else set(COST_ONLY)  # what it costs can be raised meanwhile
     return redact(settings.model_dump(mode="json", exclude=left_out))
-
-
-OF_MODEL, OF_DATA = ("path", "reference", "chat_template"), ("train", "eval", "benchmark")  # what may name files
-
-
-def recall_config(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The config of the run that wrote `manifest`; a relative path is one from the folder that the run was started in,
-    where it is there. ModelError where the model that training started from is gone.
-    """
-    config, started_in = copy.deepcopy(manifest["config"]), Path(manifest.get("folder") or ".")
-    model, data = config.get("model") or {}, config.get("data") or {}
-    named = [(block, key) for block, keys in ((model, OF_MODEL), (data, OF_DATA)) for key in keys]
-    for rows in (data.get("train"), data.get("eval")):
-        named += [(source, "path") for source in rows] if isinstance(rows, list) else []
-    for block, key in named:
-        path = block.get(key)
-        if not isinstance(path, str) or (key == "chat_template" and "{" in path):  # the template itself, no file
-            continue
-        beside = started_in / Path(path).expanduser()
-        if beside.exists() or match(str(beside)):
-            block[key] = str(beside)
-    path = model.get("path", "")
-    if (manifest.get("model") or {}).get("sha256") and not Path(path).expanduser().exists():
-        raise ModelError(
-            f"model.path={path} is not there any more (the run was started in {started_in}): bring it back"
-        )
-    return config
-
-
-def recall_settings(manifest: dict[str, Any]) -> Settings:
-    """The settings of the run that wrote `manifest`; what does not belong to a run's identity is as if unset."""
-    silent = Tracking(reporter="none", project="", entity=None, group=None, tags=[], name="")
-    return Settings(**recall_config(manifest), resume="never", tracking=silent, choose=Choose())
 
 
 def refuse_other_run(run: RunDirectory, settings: Settings, key: str = "hydra.run.dir") -> None:
@@ -68,10 +32,7 @@ NUMERIC = ("python", "torch", "transformers", "trl", "accelerate", "peft", "bits
 PLACE = ("processor", "device", "world_size", "mixed_precision")
 
 
-Origin = dict[str, Any]
-
-
-def origin(manifest: dict[str, Any]) -> Origin:
+def origin(manifest: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's manifest on which every bit of its outcome depends; it travels with each checkpoint."""
     return {
         "config": manifest["config"],
@@ -80,23 +41,6 @@ def origin(manifest: dict[str, Any]) -> Origin:
         "versions": {name: manifest["versions"][name] for name in NUMERIC},
         "machine": {name: manifest["machine"].get(name) for name in PLACE},
     }
-
-
-INEXACT = {
-    "sync_ref_model": ": the reference that it has moved is in no checkpoint",
-    "save_only_model": ", which has no optimizer state",
-    "use_vllm": ": vLLM draws answers from a random state of its own, which is in no checkpoint",
-}  # of TRL: what no checkpoint brings back
-
-
-def refuse_inexact_resume(checkpoint: Path, recorded: Origin, current: Origin, settings: Settings) -> None:
-    """ConfigError where going on from `checkpoint` would not give what the run would have given without a stop."""
-    anew = "start anew with resume=never, or in another hydra.run.dir"
-    for key, reason in INEXACT.items():
-        if settings.trl.get(key):
-            raise ConfigError(f"trl.{key}=true cannot be resumed from {checkpoint}{reason}; {anew}")
-    if differing := describe_difference(recorded, current):
-        raise ConfigError(f"{checkpoint} cannot be resumed exactly ({differing}): make it as it was, or {anew}")
 
 
 def describe_difference(recorded: Any, current: Any) -> str:

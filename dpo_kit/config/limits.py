@@ -125,7 +125,7 @@ def checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, lis
 
 
 def _type(annotation: str) -> Any:
-    """The type that trl_schema.py writes as `annotation`: builtins, lists and dicts of them, joined by |."""
+    """The type that derive_schema.py writes as `annotation`: builtins, lists and dicts of them, joined by |."""
     if len(parts := annotation.split(" | ")) > 1:
         return Union[tuple(map(_type, parts))]  # noqa: UP007 - of types that are known only here
     outer, _, inner = annotation.removesuffix("]").partition("[")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.data_files import KNOWN, ending, match, near_miss
-from dpo_kit.config.extensions import no_module
 from dpo_kit.config.settings import Data, Model, Settings
 from dpo_kit.errors import ConfigError
 
@@ -82,6 +81,8 @@ def module_faults(key: str, name: str | None) -> Iterator[str]:
     except (ImportError, ValueError) as error:
         missing = f"{name} ({error})"
     if missing:
+        from dpo_kit.config.extensions import no_module
+
         yield no_module(f"{key}={name}", missing)
 
 
@@ -120,32 +121,6 @@ def refuse_unwritable(key: str, folder: str | Path) -> None:
         raise ConfigError(f"{key}={folder}: {nearest} is a file, not a folder: choose another {key}")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}={folder} cannot be written ({nearest} is read-only here): choose another {key}")
-
-
-def refuse_no_file(key: str, file: str | Path) -> None:
-    """ConfigError where the file to be written, given as `key`, is a folder or stands where nothing can be written."""
-    if Path(file).expanduser().is_dir():
-        raise ConfigError(f"{key}={file} is a folder: name a file, {key}={Path(file) / 'out.json'}")
-    refuse_unwritable(key, Path(file).expanduser().absolute().parent)
-
-
-A_RUN_S = {"metrics.jsonl", "trl_config.json", "checkpoints", "sweep.json", "config.json", "adapter_config.json"}
-WRITTEN = {
-    "data_report.json", "manifest.json", "rejects.jsonl", "answers.jsonl", "opponent_answers.jsonl", "judgements.jsonl",
-    "comparisons.jsonl", "pairs.jsonl", "result.json", "review.csv",
-}  # fmt: skip
-
-
-def refuse_foreign(key: str, folder: str | Path) -> None:
-    """ConfigError where `folder`, in which a tool is to write, cannot be written, or has files in it and none of those
-    that our tools write; also for runs and models.
-    """
-    refuse_unwritable(key, folder)
-    path = Path(folder).expanduser()
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if names and (names & A_RUN_S or not names & WRITTEN):
-        some = ", ".join(sorted(names & A_RUN_S or names)[:3])
-        raise ConfigError(f"{key}={folder} is a folder with other files in it ({some}): name a new one")
 
 
 def claim(folder: Path) -> Path:

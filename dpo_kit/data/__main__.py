@@ -11,11 +11,12 @@ import pydantic
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_kit.config.command_line import run_tool
-from dpo_kit.config.compose import CONF, check, compose_unchecked, describe_fault, explain, unknown_key
+from dpo_kit.config.compose import CONF, check, compose_unchecked
+from dpo_kit.config.explain import describe_fault, explain, unknown_key
 from dpo_kit.config.help import keys_of
-from dpo_kit.config.places import refuse_foreign, refuse_unwritable
+from dpo_kit.config.places import refuse_unwritable
 from dpo_kit.config.settings import Settings
+from dpo_kit.config.tools import refuse_foreign, run_tool
 from dpo_kit.data.build.plan import check_plan
 from dpo_kit.data.curate.options import Convert, Curate, Tool
 from dpo_kit.errors import ConfigError

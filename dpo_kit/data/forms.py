@@ -1,4 +1,5 @@
-"""The forms in which preference data exist: one table of the columns that a form needs, and how a row of it reads.
+"""How a source is recognised by its columns, and how its rows read: pairs, transcripts and whole chats of chosen and
+rejected here, every other published form in other_forms.py.
 
 Training and mode=convert read by it alike. What comes out is, under our names, a pair (prompt, chosen, rejected), a
 thumb (prompt, completion, label), scored answers (prompt, answers, scores; higher is better) or a prompt alone. The
@@ -15,30 +16,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_kit.config.settings import FormName
-from dpo_kit.data.read import Fault, Row, Tie, TieError, UnfitError
-from dpo_kit.data.report.figures import number
+from dpo_kit.data.read import Fault, Row, UnfitError
 from dpo_kit.data.rows import ANSWERS, is_blank, normalise, refuse_missing
-from dpo_kit.data.spelling import LEAVE, conversation, looks_written, read_chat, unwritten
+from dpo_kit.data.spelling import LEAVE, looks_written, read_chat, unwritten
 from dpo_kit.errors import DataError
 
 Values = dict[str, Any]
 SAMPLE = 100  # rows by which forms of the same columns are told apart
-RANKS = ("ranks", "ranking", "rank")
-ITEM_ANSWERS = ("response", "completion", "answer", "text", "content")
-ITEM_SCORES = ("fine-grained_score", "overall_score", "score", "rating")  # UltraFeedback's authors recommend the first
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
 
 
 # --- one row -----------------------------------------------------------------------------------------------------
 
 
-def _pair(values: Values, asked: str | None, better: str, worse: str) -> Values:
+def read_pair(values: Values, asked: str | None, better: str, worse: str) -> Values:
     """A prompt and two answers to it; or two whole conversations, cut where the prompt ends if there is one."""
-    prompt = _prompt(values, asked) if asked else None
+    prompt = read_prompt(values, asked) if asked else None
     chosen, rejected = read_chat("chosen", values[better]), read_chat("rejected", values[worse])
     answers = {"chosen": chosen, "rejected": rejected}
     if not (_is_whole(chosen) and _is_whole(rejected)):
-        return answers if prompt is None else _alike({"prompt": prompt, **answers})
+        return answers if prompt is None else alike({"prompt": prompt, **answers})
     if asked in CHATS or prompt is None or (isinstance(prompt, str) and is_blank(prompt)):
         return answers
     if isinstance(prompt, list) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
@@ -49,7 +46,7 @@ def _pair(values: Values, asked: str | None, better: str, worse: str) -> Values:
     return answers
 
 
-def _prompt(values: Values, asked: str) -> Any:
+def read_prompt(values: Values, asked: str) -> Any:
     """What is asked; of alpaca's columns the instruction with its input, after its history."""
     prompt, more, history = read_chat("prompt", values.get(asked)), values.get("input"), values.get("history")
     if asked != "instruction" or not (more or history):
@@ -79,17 +76,17 @@ def _says(chat: list[Values], prompt: Any) -> bool:
     return str(prompt).strip() in asked
 
 
-def _alike(made: Values) -> Values:
+def alike(made: Values) -> Values:
     """Text beside a chat as a turn of it: answers as the assistant's, a prompt as the user's."""
     answers = [name for name in made if name != "prompt"]
     if isinstance(made["prompt"], list):
-        return made | {name: _turn("assistant", made[name]) for name in answers}
+        return made | {name: as_turn("assistant", made[name]) for name in answers}
     if all(isinstance(made[name], list) for name in answers):
-        return made | {"prompt": _turn("user", made["prompt"])}
+        return made | {"prompt": as_turn("user", made["prompt"])}
     return made
 
 
-def _turn(role: str, value: Any) -> Any:
+def as_turn(role: str, value: Any) -> Any:
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
@@ -97,7 +94,7 @@ def _transcripts(values: Values, asked: str | None, better: str, worse: str) -> 
     """Texts of Human: and Assistant: turns: both answers with all that came before, or a prompt and two answers."""
     prompt, answers = values.get(asked) if asked else None, {"chosen": values[better], "rejected": values[worse]}
     if _is_transcript(prompt) and not _is_transcript(answers["chosen"]):
-        return _alike({"prompt": _open_transcript(prompt), **answers})
+        return alike({"prompt": open_transcript(prompt), **answers})
     chats = {name: _transcript(name, text) for name, text in answers.items()}
     if isinstance(prompt, str) and not all(str(text).strip().startswith(prompt.strip()) for text in answers.values()):
         raise UnfitError("prompt is not how chosen and rejected begin", repr(prompt[:40]), LEAVE)
@@ -112,7 +109,7 @@ def _transcript(name: str, text: Any) -> list[Values]:
     return [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def _open_transcript(prompt: Any) -> Any:
+def open_transcript(prompt: Any) -> Any:
     """A prompt that is a transcript up to the last Assistant: as messages; any other as it is."""
     if not _is_transcript(prompt):
         return prompt
@@ -124,105 +121,6 @@ def _open_transcript(prompt: Any) -> Any:
 
 def _is_transcript(text: Any) -> bool:
     return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
-
-
-def _thumb(values: Values, asked: str, answer: str, label: str) -> Values:
-    completion = read_chat("completion", values[answer])
-    return _alike({"prompt": _prompt(values, asked), "completion": completion}) | {"label": values[label]}
-
-
-def _thumb_of_chat(values: Values, chat: str, label: str) -> Values:
-    prompt, answer = _last_turn(chat, values[chat])
-    return {"prompt": prompt, "completion": answer, "label": values[label]}
-
-
-def _last_turn(name: str, value: Any) -> tuple[list[Values], list[Values]]:
-    """A conversation without its last message, and that message, which must be the assistant's."""
-    chat = conversation(name, value)
-    if len(chat) < 2 or chat[-1]["role"] != "assistant":
-        raise UnfitError(f"{name} is no chat that ends with an answer", f"{len(chat)} messages", LEAVE)
-    return chat[:-1], chat[-1:]
-
-
-def _rejected_turn(values: Values, chat: str, worse: str) -> Values:
-    prompt, chosen = _last_turn(chat, values[chat])
-    return {"prompt": prompt, "chosen": chosen, "rejected": _turn("assistant", read_chat("rejected", values[worse]))}
-
-
-def _whole(values: Values, better: str, worse: str) -> Values:
-    return {"chosen": conversation(better, values[better]), "rejected": conversation(worse, values[worse])}
-
-
-def _good_and_bad(values: Values, asked: str, answers: str) -> Values:
-    both = unwritten(answers, values[answers])
-    if not isinstance(both, list) or len(both) != 2:
-        raise UnfitError(f"{answers} is no list of two answers", str(both)[:40], "the better one, then the worse one")
-    return _pair(values | {"chosen": both[0], "rejected": both[1]}, asked, "chosen", "rejected")
-
-
-def _openai(values: Values, asked: str, better: str, worse: str) -> Values:
-    given = unwritten(asked, values[asked])
-    if not isinstance(given, dict):
-        raise UnfitError(f"{asked} is no object with messages", str(given)[:40], '{"messages": […]}')
-    others = {key: value for key, value in given.items() if key != "messages"}
-    return others | _pair(values | {asked: conversation(asked, given.get("messages"))}, asked, better, worse)
-
-
-def _compared(verdicts: dict[str, int], read: Callable[..., Values] = _pair) -> Callable[..., Values]:
-    """Columns of a prompt (if not in the answers), of two answers and of who was better: the first where `verdicts` has
-    1, the second where it has -1, neither where it has 0.
-    """
-
-    def compare(values: Values, *names: str) -> Values:
-        *asked, first, second, verdict = names
-        given = values[verdict]
-        better = verdicts.get(f"{given:g}" if isinstance(given, float) else str(given).strip().lower())
-        if better is None:
-            raise UnfitError(f"{verdict} names no answer", repr(given)[:40], f"known are {', '.join(verdicts)}")
-        if better == 0:
-            raise TieError("neither answer is better", f"{verdict}: {given}", "nothing to do: a tie is no preference")
-        return read(values, *asked, *((first, second) if better > 0 else (second, first)))
-
-    return compare
-
-
-def _items(values: Values, asked: str, items: str) -> Values:
-    """Answers as objects, each with its rank (lower is better) or its score."""
-    given = unwritten(items, values[items])
-    if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
-        raise UnfitError(f"column {items!r} is no list of objects", str(given)[:40], "data.form=scored reads texts")
-    answers = [next((item[name] for name in ITEM_ANSWERS if item.get(name) is not None), None) for item in given]
-    ranks = [number(item.get("rank")) for item in given]
-    scores = [next((n for name in ITEM_SCORES if (n := number(item.get(name))) is not None), None) for item in given]
-    worth = [score if rank is None else -rank for rank, score in zip(ranks, scores, strict=True)]
-    return _with_scores(_open_transcript(_prompt(values, asked)), answers, worth)
-
-
-def _scored(values: Values, asked: str, answers: str, scores: str) -> Values:
-    """Lists of answers and of scores (higher is better), or of ranks (1 is the best)."""
-    texts, worth = unwritten(answers, values[answers]), unwritten(scores, values[scores])
-    if not isinstance(texts, list) or not isinstance(worth, list) or len(texts) != len(worth):
-        raise UnfitError("answers and scores are no lists of one length", f"{answers}, {scores}", "a score for each")
-    numbers = [number(score) for score in worth]
-    if scores in RANKS:
-        numbers = [None if rank is None else -rank for rank in numbers]
-    return _with_scores(_prompt(values, asked), texts, numbers)
-
-
-def _rated(values: Values, asked: str, answer: str, score: str) -> Values:
-    """One answer with its score; rows of one prompt belong together."""
-    return _with_scores(_prompt(values, asked), [values[answer]], [number(values[score])])
-
-
-def _with_scores(prompt: Any, answers: list[Any], scores: list[float | None]) -> Values:
-    if None in scores or not scores:
-        reason = "a score is no number" if scores else "there is no answer"
-        raise UnfitError(reason, str(scores)[:60], "give every answer a number")
-    return {"prompt": prompt, "answers": [read_chat("answer", answer) for answer in answers], "scores": scores}
-
-
-def _question(values: Values, asked: str) -> Values:
-    return {"prompt": _prompt(values, asked)}
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
@@ -250,46 +148,14 @@ def _are_transcripts(values: Values, asked: str | None, *answers: str) -> bool:
     return any(_is_transcript(values.get(name)) for name in (asked, answers[0]) if name)
 
 
-def _are_listed(values: Values, asked: str, answers: str) -> bool:
-    return isinstance(values[answers], list) or str(values[answers]).startswith("[")
-
-
 CHATS = ("messages", "conversations")
 ASKED = "prompt|instruction|question|query|input|context"
-SEVERAL = "answers|responses|completions|candidates|generations"
-FIRST_0, FIRST_1 = {"0": 1, "1": -1}, {"1": 1, "0": -1}
-ARENA = {"model_a": 1, "model_b": -1, "a": 1, "b": -1}
-ARENA |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "bothbad", "both bad"), 0)
-STRENGTH = {"-3": 1, "-2": 1, "-1": 1, "0": 0, "1": -1, "2": -1, "3": -1}
 DECIDED = (  # columns chosen and rejected say what a row is, whatever stands beside them
-    Form("chat", "prompt? chosen rejected", "pairs", _pair, _are_whole),
+    Form("chat", "prompt? chosen rejected", "pairs", read_pair, _are_whole),
     Form("hh_rlhf", "prompt? chosen rejected", "pairs", _transcripts, _are_transcripts),
-    Form("pairs", f"{ASKED}|messages|conversations? chosen rejected", "pairs", _pair),
+    Form("pairs", f"{ASKED}|messages|conversations? chosen rejected", "pairs", read_pair),
 )
-TABLE = (
-    *DECIDED,
-    Form("responses", f"{ASKED} chosen_response rejected_response", "pairs", _pair),
-    Form("stack_exchange", "question response_j response_k", "pairs", _pair),
-    Form("unary", f"{ASKED} completion|response|output label|kto_tag", "unary", _thumb),
-    Form("chat_unary", "messages|conversations label|kto_tag", "unary", _thumb_of_chat),
-    Form("swift", "messages|conversations rejected_response", "pairs", _rejected_turn),
-    Form("swift_chat", "messages|conversations rejected_messages", "pairs", _whole),
-    Form("alpaca", "instruction output", "pairs", _good_and_bad, _are_listed),
-    Form("openai", "input preferred_output non_preferred_output", "pairs", _openai),
-    Form("pku_saferlhf", "prompt response_0 response_1 better_response_id", "pairs", _compared(FIRST_0)),
-    Form("shp", "history human_ref_A human_ref_B labels", "pairs", _compared(FIRST_1)),
-    Form("arena", "conversation_a conversation_b winner", "pairs", _compared(ARENA, _whole)),
-    Form("arena_text", "prompt|question response_a response_b winner", "pairs", _compared(ARENA)),
-    Form("helpsteer", "prompt response_1 response_2 preference_strength", "pairs", _compared(STRENGTH)),
-    Form("helpsteer3", "context response1 response2 overall_preference", "pairs", _compared(STRENGTH)),
-    Form("ultrafeedback", "instruction completions", "scored", _items),
-    Form("ranked", "prompt|context|question completions|answers", "scored", _items),
-    Form("scored", f"{ASKED} {SEVERAL} scores|ratings|rating|{'|'.join(RANKS)}", "scored", _scored),
-    Form("rated", f"{ASKED} completion|response|answer|output score|rating", "rated", _rated),
-    Form("prompts", f"{ASKED}|messages|conversations", "prompts", _question),
-)  # fmt: skip
 WEAK = {"prompts": 0, "rated": 1}  # what says less of a row than any pair, thumb or list does
-FORMS = {form.name: form for form in TABLE}
 
 
 # --- a source ----------------------------------------------------------------------------------------------------
@@ -364,8 +230,7 @@ def recognise(
                 raise DataError(f"{path} has no column {name!r} (data.columns.{mine}); it has {', '.join(near)}")
     renamed = [rename(row.values, columns) for row in rows]
     names = {name for values in renamed for name, value in values.items() if value is not None}
-    forms = (FORMS[asked],) if asked else DECIDED if {"chosen", "rejected"} <= names else TABLE
-    matches = [match for form in forms if (match := _match(form, names, columns))]
+    matches = [match for form in _candidates(names, asked) if (match := _match(form, names, columns))]
     matches = [match for match in matches if asked or match.fits(renamed[:SAMPLE])]
     matches = [match for match in matches if bare or match.form.rows != "prompts"]
     matches = [match for match in matches if not any(_beats(other, match) for other in matches)]
@@ -385,6 +250,15 @@ def recognise(
         values = [values[name] for values in renamed if values.get(name) is not None]
         texts += [name] if 2 * sum(map(looks_written, values)) >= len(values) else []
     return replace(match, texts=tuple(texts))
+
+
+def _candidates(names: set[str], asked: FormName | None) -> Sequence[Form]:
+    """The forms that the columns `names` may be of; the one that is `asked` for alone."""
+    if asked is None and {"chosen", "rejected"} <= names:
+        return DECIDED
+    from dpo_kit.data.other_forms import FORMS
+
+    return [FORMS[asked]] if asked else [*FORMS.values()]
 
 
 def _match(form: Form, names: set[str], columns: dict[str, str]) -> Match | None:
@@ -410,6 +284,8 @@ def _refusal(path: str, rows: Sequence[Row], names: set[str], matches: Sequence[
     if matches:
         options = " or ".join(f"data.form={match.form.name}" for match in matches)
         return DataError(f"{path} could be read as {' or as '.join(map(str, matches))}: say which with {options}")
+    from dpo_kit.data.other_forms import FORMS
+
     empty = sorted({name for row in rows for name in row.values} - names)
     has = f"{path} has the columns {', '.join(sorted(names))}" + (f" (nothing in {', '.join(empty)})" if empty else "")
     if asked:
@@ -418,28 +294,8 @@ def _refusal(path: str, rows: Sequence[Row], names: set[str], matches: Sequence[
     wanted = ("prompt", "chosen", "rejected", "completion", "label")
     near = {name: difflib.get_close_matches(name, names - {*wanted}, n=1) for name in wanted if name not in names}
     hint = ", ".join(f"{name}: {matching[0]}" for name, matching in near.items() if matching)
-    others = ", ".join(form.name for form in TABLE if form.name not in ("pairs", "unary", "rated", "prompts"))
+    others = ", ".join(form.name for form in FORMS.values() if form.name not in ("pairs", "unary", "rated", "prompts"))
     return DataError(
         f"{has}; needed are prompt, chosen, rejected (pairs) or prompt, completion, label (unary): map them with "
         f"data.columns={{{hint or 'chosen: …, rejected: …'}}}. Known by their columns are also {others}"
     )
-
-
-# --- scored answers ----------------------------------------------------------------------------------------------
-
-
-def best_and_worst(row: Row) -> Row | Fault:
-    """The best of a row's scored answers against the worst, as a pair."""
-    scores = row.values["scores"]
-    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
-    if scores[order[0]] == scores[order[-1]]:
-        return Tie(row.place, "no two answers that differ in score", f"scores {scores}"[:60], "nothing to do")
-    return normalise(Row(row.place, prefer(row.values, order[0], order[-1]), row.typed), "pairs")
-
-
-def prefer(values: Values, better: int, worse: int) -> Values:
-    """A pair of two of the scored answers."""
-    pair = {"prompt": values["prompt"], "chosen": values["answers"][better], "rejected": values["answers"][worse]}
-    scores = {"score_chosen": values["scores"][better], "score_rejected": values["scores"][worse]}
-    rest = {name: value for name, value in values.items() if name not in ("prompt", "answers", "scores")}
-    return _alike(pair) | scores | rest

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_kit.config.settings import Data, Source
 from dpo_kit.data.control import count_in_rows, describe_changes, describe_columns, describe_end, try_template
-from dpo_kit.data.forms import Match, best_and_worst, recognise
+from dpo_kit.data.forms import Match, recognise
 from dpo_kit.data.ids import add_ids
 from dpo_kit.data.read import Fault, Row, Tie, read_source
 from dpo_kit.data.rows import Kind, Rows
@@ -61,6 +61,8 @@ def gather(data: Data, tokenizer: Any, *, refuse: bool = True, bare: bool = Fals
                 f"data=jsonl data.train={path} makes pairs of those to one prompt"
             )
         if match.form.rows == "scored":
+            from dpo_kit.data.other_forms import best_and_worst
+
             rows = _keep(map(best_and_worst, rows), faults)
         _refuse_empty(path, rows, faults[since:])
         placed = [row.values | {"_place": row.place, "_values": row.values} for row in rows]

@@ -9,10 +9,10 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from dpo_kit.config.command_line import run_tool
 from dpo_kit.config.compose import CONF
 from dpo_kit.config.help import keys_of
 from dpo_kit.config.places import refuse_unwritable
+from dpo_kit.config.tools import run_tool
 from dpo_kit.errors import ConfigError, DpoKitError, EvaluationError
 from dpo_kit.evaluate.evaluation import asked_parts, evaluate, show, show_line
 from dpo_kit.evaluate.job import Job, plan, refuse_silent_servers

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.identity import recall_config
 from dpo_kit.config.places import weights_faults
+from dpo_kit.config.recall import recall_config
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError
 from dpo_kit.judge.answers import LocalModel

@@ -11,9 +11,10 @@ import pydantic
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_kit.config.compose import JUDGES, check, compose_unchecked, describe_fault, explain, known_keys, unknown_key
-from dpo_kit.config.places import refuse_foreign
+from dpo_kit.config.compose import check, compose_unchecked
+from dpo_kit.config.explain import JUDGES, describe_fault, explain, known_keys, unknown_key
 from dpo_kit.config.settings import Endpoint, Method, Model, Strict, Tracking
+from dpo_kit.config.tools import refuse_foreign
 from dpo_kit.errors import ConfigError, did_you_mean
 from dpo_kit.evaluate.candidate import ADAPTER, Candidate, of_path, of_run
 from dpo_kit.evaluate.options import Alpaca, Domain, Evaluate, Harness, MTBench, Split, WinRate

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from dpo_kit.evaluate.job import Job
+from dpo_kit.run.report.numbers import number_text, range_text
 
 Found = dict[str, Any]
 Line = tuple[str, str, str]  # measure, value, 95 % interval
@@ -40,18 +41,5 @@ class Part:
 
 def line(label: str, value: float, low: float | None, high: float | None, form: str = ".3f") -> Line:
     """A row of the table; without an interval where one of its ends is not known."""
-    known = low is not None and high is not None
-    return label, number_text(value, form), f"[{number_text(low, form)}, {number_text(high, form)}]" if known else ""
-
-
-def interval_lines(found: Mapping[str, Any], labels: Mapping[str, str], form: str = ".3f") -> Iterator[Line]:
-    """The row of each key of `labels` with its `_low` and `_high`; none for what was not measured."""
-    for key, label in labels.items():
-        if found.get(key) is not None:
-            yield line(label, found[key], found.get(f"{key}_low"), found.get(f"{key}_high"), form)
-
-
-def number_text(value: Any, form: str) -> str:
-    """A number for the reader: a real minus, and none before 0."""
-    text = f"{value:{form}}"
-    return f"{0:{form}}" if float(text) == 0 else text.replace("-", "−")
+    ends = None if low is None or high is None else (low, high)
+    return label, number_text(value, form), range_text(ends, form)

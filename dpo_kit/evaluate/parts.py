@@ -16,11 +16,12 @@ from dpo_kit.evaluate.behaviour.parts import Failures, Hacking
 from dpo_kit.evaluate.benchmarks.parts import AlpacaEval, Domain, Gate, MTBench
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import Job
-from dpo_kit.evaluate.part import Found, Line, Part, interval_lines, line, number_text
+from dpo_kit.evaluate.part import Found, Line, Part, line
 from dpo_kit.evaluate.picture import DOUBTS, SCORING
 from dpo_kit.evaluate.win_rate.comparison import measure_win_rate
 from dpo_kit.evaluate.win_rate.rates import CUT
 from dpo_kit.run.measures import HELD_OUT, as_measured, in_rounding, rounding_text
+from dpo_kit.run.report.numbers import labelled_rows, number_text
 
 ENDS = ("", "_low", "_high")
 WIN_RATES = {
@@ -64,9 +65,9 @@ class Preferences(Part):
     def lines(self, found: Found) -> Iterator[Line]:
         count = f"{found['pairs']:,} pairs" if found["kind"] == "pairs" else f"{found['rows']:,} answers"
         yield f"held-out rows ({found['split']})", count, ""
-        yield from interval_lines(found, {"accuracy": "accuracy", "auc": "AUC"})
-        yield from interval_lines(found, {"margin_nats": "margin, nats"}, ".2f")
-        yield from interval_lines(
+        yield from labelled_rows(found, {"accuracy": "accuracy", "auc": "AUC"})
+        yield from labelled_rows(found, {"margin_nats": "margin, nats"}, ".2f")
+        yield from labelled_rows(
             found, {"accuracy_length_corrected_logistic": "accuracy at equal length (logistic fit)"}
         )
         if calibration := found.get("calibration"):
@@ -94,7 +95,7 @@ def _score(
     path: Path | None = None,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Scores of `policy` against `reference`, row by row also in the file `path`, and the rows that were scored."""
-    from dpo_kit.model.load import token_differences
+    from dpo_kit.model.other_reference import token_differences
     from dpo_kit.run.quiet import quiet_libraries
     from dpo_kit.trainer.held_out import Tuned, place, score_rows
 
@@ -132,7 +133,7 @@ class WinRate(Part):
 
     def lines(self, found: Found) -> Iterator[Line]:
         yield f"against {found['opponent']}", f"{found['prompts']:,} prompts", ""
-        yield from interval_lines(found, WIN_RATES)
+        yield from labelled_rows(found, WIN_RATES)
         for key, label in DOUBTS.items():
             if found[key] is not None and found["judge"]["kind"] not in SCORING:
                 yield f"judge: {label}", f"{found[key]:.0%}", ""

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_kit.config.command_line import Values, parse, run_tool
 from dpo_kit.config.places import refuse_unwritable
+from dpo_kit.config.tools import Values, parse, run_tool
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.quiet import quiet_imports

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_kit.config.identity import recall_config
+from dpo_kit.config.recall import recall_config
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.export.merge import (
@@ -36,7 +36,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json, write_text
 from dpo_kit.run.quiet import quiet_libraries
 from dpo_kit.run.report.card import card_text
-from dpo_kit.trainer.resume.checkpoints import SAVING, put_in_place
+from dpo_kit.trainer.resume.whole_or_absent import SAVING, put_in_place
 
 log = logging.getLogger(__name__)
 FACTS = "export.json"

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.identity import recall_settings
+from dpo_kit.config.recall import recall_settings
 from dpo_kit.config.settings import Settings
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.export.folder import complete_or_absent

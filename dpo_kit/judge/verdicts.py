@@ -141,7 +141,8 @@ def run_controls(
     """
     import torch
 
-    from dpo_kit.callbacks.metrics import bootstrap_interval, clopper_pearson
+    from dpo_kit.callbacks.metrics import bootstrap_interval
+    from dpo_kit.run.intervals import clopper_pearson
 
     fakes = {"pick me": PICK_ME, "constant": CONSTANT, "empty": ""}
     tried = {"same model twice": again or answers} | {name: [fake] * len(prompts) for name, fake in fakes.items()}

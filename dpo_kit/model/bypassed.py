@@ -1,5 +1,6 @@
 """Linear modules whose weights the code around them reads itself, past the module, as state-space mixers do: an adapter
-there would not be trained, and 4-bit weights would not be read. Loaded for adapters and odd families alone.
+there would not be trained, and 4-bit weights would not be read; and what 4-bit weights need. Loaded for adapters, 4-bit
+weights and odd families alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def bypassed(model: nn.Module) -> list[str]:
         for name, parent in model.named_modules()
         for child, module in parent.named_children()
         if isinstance(module, nn.Linear)
-        and re.search(rf"self\.{child}\.weight(?!\w|\[|\.dtype|\.device|\.shape)", _methods(type(parent)))
+        and re.search(rf"self\.{child}\.weight(?!\w|\[|\.dtype|\.device|\.shape)", _methods(type(parent)))  # type: ignore[arg-type]
     ]
 
 
@@ -44,3 +45,14 @@ def _methods(kind: type) -> str:
     """The source of the methods of a class but its initialisation."""
     methods = (part for name, part in vars(kind).items() if inspect.isfunction(part) and "init" not in name)
     return "".join(map(inspect.getsource, methods))
+
+
+def keep_4bit_weights_as_they_are(weights: nn.Module) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes repacks them in place at the first evaluation: the rounded scales change
+    training, and a width that is no multiple of the block size fails (bitsandbytes-foundation/bitsandbytes#1804).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in weights.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,9 +1,8 @@
-"""What a model predicts at the completions of a batch: hidden states, of which logits are made tile by tile in fp32."""
+"""A model's LM head, and the hidden states that reach it at the completions of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dpo_kit.model.sampling import pad_batch, without_autocast
+from dpo_kit.model.batches import pad_batch, without_autocast
 
 Tokens = tuple[list[int], list[int]]
 """Ids of a prompt and of its completion."""
 
-TILE_BYTES = {"cpu": 2**24, "cuda": 2**29}  # of fp32 logits at once: what stays in a CPU's cache, what keeps a GPU busy
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # largest difference of logits, relative
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 """Names under which configs keep what their models multiply logits by; `logits_scaling` divides them."""
@@ -57,46 +55,6 @@ class Head:
         return replace(self, weight=self.weight.detach().cpu().clone(), bias=bias)
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """What a model predicts at each of n completion tokens: hidden states (n, width), of which `head` makes logits; or
-    the logits themselves (n, vocabulary), where the head works in the model only (weights shared out, an adapter on
-    it).
-    """
-
-    states: Tensor
-    head: Head | None
-
-    def logits(self, rows: slice) -> Tensor:
-        """Of some of the tokens: (tokens, vocabulary), fp32."""
-        states = self.states[rows]
-        return self.head.logits(states) if self.head else states.float()
-
-    @property
-    def vocabulary(self) -> int:
-        return len(self.head.weight) if self.head else self.states.shape[1]
-
-    def tiles(self) -> Iterator[slice]:
-        """Tokens whose logits are made at once."""
-        step = max(1, TILE_BYTES[self.states.device.type] // (4 * self.vocabulary))
-        return (slice(start, start + step) for start in range(0, len(self.states), step))
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """Logits (1 − share)·first + share·second (DeRa, arXiv:2402.02992)."""
-
-    first: Predicted
-    second: Predicted
-    share: float
-
-    def logits(self, rows: slice) -> Tensor:
-        return torch.lerp(self.first.logits(rows), self.second.logits(rows), self.share)
-
-    def tiles(self) -> Iterator[slice]:
-        return self.second.tiles()
-
-
 _HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a model's head was found to be plain
 
 
@@ -121,24 +79,14 @@ def _is_plain(model: Any, head: Head) -> bool:
     probe: Tokens = ([0], [1, 2, 3, 0])
     try:
         with without_autocast(model):
-            expected = _run(model, [probe], 0, keep_all=True)[1].float()
-            logits = head.logits(_run(model, [probe], 0, keep_all=False)[0])
+            expected = run_to_head(model, [probe], 0, keep_all=True)[1].float()
+            logits = head.logits(run_to_head(model, [probe], 0, keep_all=False)[0])
     except Exception:  # whatever weights raise that are shared out or packed
         return False
     return bool((logits - expected).abs().max() <= AGREES.get(model.dtype, 2e-2) * expected.abs().max())
 
 
-def predict(model: Any, batch: Sequence[Tokens], pad_id: int) -> Predicted:
-    """What `model` predicts at each completion token, rows one after the other.
-
-    A completion token without any token before it (empty prompt, no BOS) has no prediction and is left out, as in TRL.
-    """
-    head = read_head(model)
-    states, logits = _run(model, batch, pad_id, keep_all=head is None)
-    return Predicted(states, head) if head else Predicted(logits, None)
-
-
-def _run(model: Any, batch: Sequence[Tokens], pad_id: int, *, keep_all: bool) -> tuple[Tensor, Tensor]:
+def run_to_head(model: Any, batch: Sequence[Tokens], pad_id: int, *, keep_all: bool) -> tuple[Tensor, Tensor]:
     """Hidden states that reach the LM head at completion positions, and the model's own logits there, of the first only
     unless `keep_all`: the rest is left out before the head works it out.
     """
@@ -158,38 +106,3 @@ def _run(model: Any, batch: Sequence[Tokens], pad_id: int, *, keep_all: bool) ->
     finally:
         handle.remove()
     return states[0], logits
-
-
-@contextmanager
-def jittered(model: Any) -> Iterator[None]:
-    """Inside, the embedding of each token is off by half of its last bit, up or down at random: all that is rounded
-    after it falls otherwise too, as it does when a step has moved the weights.
-    """
-
-    def move(_: Any, args: Any, states: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, states.shape, generator=draw).to(states) * 2 - 1
-        return states * (1 + torch.finfo(model.dtype).eps / 2 * signs)
-
-    draw = torch.Generator().manual_seed(0)
-    handle = model.get_input_embeddings().register_forward_hook(move)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def completion_targets(batch: Sequence[Tokens]) -> tuple[Tensor, list[int]]:
-    """The tokens that `predict` predicts, in its order, and how many belong to each row."""
-    rows = [completion if prompt else completion[1:] for prompt, completion in batch]
-    return torch.tensor([token for row in rows for token in row], dtype=torch.long), [len(row) for row in rows]
-
-
-def token_logps(predicted: Predicted, targets: Tensor) -> Tensor:
-    """Log-probability of each target: (tokens,), nats, fp32, on the CPU."""
-    targets = targets.to(predicted.states.device)
-    parts = [_log_softmax_at(predicted.logits(rows), targets[rows]) for rows in predicted.tiles()]
-    return torch.cat(parts or [torch.zeros(0)]).cpu()
-
-
-def _log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)

@@ -1,9 +1,7 @@
-"""Fresh samples of a model at temperature 1, whatever generation config it ships, and measuring without
-traces.
-"""
+"""Fresh samples of a model at temperature 1, whatever generation config it ships."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +18,9 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
-    Trainer,
 )
 
+from dpo_kit.model.batches import cache_width, pad_batch, pad_token_id
 from dpo_kit.model.chats import prompt_of
 from dpo_kit.model.tokens import decode_answer, encode_prompts
 from dpo_kit.model.turns import stop_ids
@@ -44,28 +42,6 @@ class Sample:
     token_ids: list[int]
     text: str
     cut: bool
-
-
-@contextmanager
-def measuring(trainer: Trainer, *models: Any, seed: int = 0, as_trained: bool = False) -> Iterator[None]:
-    """Measure with the trainer's models and leave no trace in its training.
-
-    Inside: no gradients, no dropout, a forked random state seeded with `seed`, and the precision of the weights, which
-    a small drift needs: bf16 autocast moves an answer by half a nat. `as_trained` takes the trainer's own autocast, for
-    what its loss reads. After: the random state, each module's mode and each parameter's `requires_grad` (which
-    switching adapters changes) are as before.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
-        for model in (trainer.model, *models):
-            stack.enter_context(_evaluation_mode(model))
-            if not as_trained:
-                stack.enter_context(without_autocast(model))
-        if as_trained:
-            stack.enter_context(trainer.accelerator.autocast())
-        torch.manual_seed(seed)
-        yield
 
 
 def draw_samples(
@@ -114,38 +90,6 @@ def rows_at_once(model: Any, length: int) -> int:
     free, total = torch.cuda.mem_get_info(model.device)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, min(total // 8, (free + unused) // 2) // row)
-
-
-def cache_width(text: Any) -> int:
-    """Numbers that a layer keeps of a token as keys, and as many as values; the hidden size where it has no heads."""
-    heads = getattr(text, "num_attention_heads", None) or 1
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return width * (getattr(text, "num_key_value_heads", None) or heads)
-
-
-def mlp_width(text: Any) -> int:
-    """Of the widest MLP of a model with the config `text`."""
-    given = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    return max(given) if isinstance(given, list | tuple) else given
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the tokenizer's, else EOS, else 0 (padding is masked, so any id does)."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(each for each in ids if each is not None)
-
-
-def pad_batch(
-    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device, side: str
-) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of sequences padded on one `side` ("left" or "right"), both (rows,
-    longest).
-    """
-    rows = [torch.tensor(each, dtype=torch.long) for each in sequences]
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad(rows, batch_first=True, padding_value=pad_id, padding_side=side)
-    mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
-    return ids.to(device), mask.to(device)
 
 
 def _plain_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
@@ -269,33 +213,3 @@ def without_router_logits(model: Any) -> Iterator[None]:
     finally:
         if asked:
             text.output_router_logits = asked
-
-
-@contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, required in gradients:
-            parameter.requires_grad_(required)
-
-
-@contextmanager
-def without_autocast(model: Any) -> Iterator[None]:
-    """Inside, `model` computes in the precision of its weights."""
-    # A model that accelerate has prepared computes under autocast whatever surrounds the call: its `forward` was
-    # replaced (Accelerator.prepare_model), and the one before is kept beside
-    prepared = vars(model).get("forward")
-    if (original := vars(model).get("_original_forward")) is not None:
-        model.forward = original
-    try:
-        with torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        if original is not None:
-            model.forward = prepared

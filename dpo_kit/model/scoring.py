@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from dpo_kit.errors import ModelError
-from dpo_kit.model.head import Tokens, completion_targets, predict, read_head, token_logps
-from dpo_kit.model.sampling import mlp_width, pad_batch
+from dpo_kit.model.batches import mlp_width, pad_batch
+from dpo_kit.model.head import Tokens, read_head
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,8 @@ def score(
 
 def measured_terms(model: Any, batch: Sequence[Tokens], pad_id: int) -> tuple[Tensor, list[int]]:
     """Log-probability of each completion token, by the head in fp32; and how many belong to each row."""
+    from dpo_kit.model.predicted import completion_targets, predict, token_logps
+
     targets, lengths = completion_targets(batch)
     return token_logps(predict(model, batch, pad_id), targets), lengths
 

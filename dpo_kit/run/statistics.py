@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
-Z95 = NormalDist().inv_cdf(0.975)
+from dpo_kit.run.intervals import Z95
+
 Z_POWER = NormalDist().inv_cdf(0.8)  # 80 % of true effects of that size are found
 DRAWS = 10_000  # p-values down to 2e-4, so that Holm over a large sweep can still reject
 MANY = 10**7  # a number of pairs or prompts beyond this says nothing to anyone

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from dpo_kit.config.command_line import Values, parse, run_tool
 from dpo_kit.config.places import file_faults, refuse_unwritable
 from dpo_kit.config.settings import Choose
+from dpo_kit.config.tools import Values, parse, run_tool
 from dpo_kit.errors import ConfigError
 from dpo_kit.sweep.conclude import measure_recommended
 from dpo_kit.sweep.summary import show_summary

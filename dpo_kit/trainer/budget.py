@@ -10,11 +10,9 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
@@ -23,25 +21,17 @@ from hydra.types import RunMode
 from transformers import TrainerCallback
 
 from dpo_kit.config.settings import MOST, Settings
-from dpo_kit.data.fresh import with_answer_lengths
-from dpo_kit.model.chats import prompt_of
-from dpo_kit.model.head import Tokens
-from dpo_kit.model.sampling import draw_samples, measuring, pad_token_id
-from dpo_kit.model.scoring import score
-from dpo_kit.model.tokens import encode_prompts
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.processes import is_writer
 from dpo_kit.trainer.arguments import describe_arguments
-from dpo_kit.trainer.prefix import shares_prefixes
-from dpo_kit.trainer.reference_store import score_as_trained
+
+if TYPE_CHECKING:
+    from dpo_kit.trainer.costs import Costs
 
 log = logging.getLogger(__name__)
 ALWAYS = 10.0  # seconds that measuring may take in any run
 MARGIN = 0.8  # of what is allowed is planned with: times vary
-PASSES = {"full": 3, "lora": 2, "qlora": 2}  # forward passes that a training step is worth, at least
-TRIED_ROWS, TRIED_TOKENS = 4, 8
-LONG = 2.0  # seconds of a first try that is not repeated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,31 +47,6 @@ class Amount:
 
 
 LEAST = (Amount(2, 32, 16, 32), Amount(2, 4, 4, 16))  # half-way and end; what is worth having, and what is possible
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """Seconds: of a training step; to score a held-out row, and a token of an answer's; to read a prompt; and of a
-    token that is drawn for a batch of answers, whatever its size, and for each of them more.
-    """
-
-    step: float
-    row: float
-    token: float
-    prompt: float
-    draw: float
-    draw_more: float
-
-    def measuring(self, amount: Amount) -> float:
-        """Seconds that a run takes to measure `amount`."""
-        rows = (2 + amount.evaluations) * amount.pairs * self.row  # at the start policy and reference
-        if amount.prompts == 0:
-            return rows
-        read = amount.prompts * (self.prompt + self.token * amount.max_new_tokens)
-        drawn = amount.prompts * self.prompt + amount.max_new_tokens * (self.draw + self.draw_more * amount.prompts)
-        forward = (2 + amount.evaluations) * read
-        reverse = 3 * drawn + 4 * read  # at start, half-way and end; policy and reference read the later ones
-        return rows + forward + reverse
 
 
 def choose_amount(most: Amount, costs: Costs, allowed: float, typed: Collection[str] = ()) -> Amount:
@@ -120,7 +85,7 @@ class Budget(TrainerCallback):
         self.measuring_seconds = 0.0
 
     def carry(self) -> dict[str, Any]:
-        """What a resumed run must know (see trainer/resume/state.py)."""
+        """What a resumed run must know (see trainer/resume/carried_state.py)."""
         return {"measuring_seconds": self.measuring_seconds}
 
     def pick_up(self, carried: dict[str, Any]) -> None:
@@ -186,41 +151,9 @@ class Budget(TrainerCallback):
 
     def measure_costs(self) -> Costs:
         """Times of this model on this machine, from a few rows that are scored and a few answers that are drawn."""
-        trainer, trl, tokenizer = self.trainer, self.settings.trl, self.trainer.processing_class
-        prompts = encode_prompts(tokenizer, [prompt_of(row) for row in self.drift.rows]) if self.drift else []
-        rows = self.probe.by_row() if self.probe else [[(ids[:1], ids[1:])] for ids in prompts]
-        once = shares_prefixes(trainer.model)
-        with measuring(trainer):
-            token = seconds_per_token(rows, once, partial(score, trainer.model, pad_id=pad_token_id(tokenizer)))
-            prompt = token * mean(map(len, prompts)) if prompts else 0.0
-            draw, draw_more = self.time_drawing(prompt) if self.drift else (0.0, 0.0)
-        with measuring(trainer, as_trained=True):
-            trained = seconds_per_token(rows, once, partial(score_as_trained, trainer, trainer.model))
-        batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-        counts = [row["tokens"] for row in with_answer_lengths(self.rows, trl.get("max_new_tokens"))]
-        answers = [[count for name, count in row.items() if name not in ("prompt", "cut")] for row in counts]
-        a_row = mean(count_tokens(row["prompt"], others, once) for row, others in zip(counts, answers, strict=True))
-        step = PASSES[self.settings.model.tuning] * trained * batch * a_row
-        if self.settings.method.rows == "prompts":
-            step += trl["max_new_tokens"] * (draw + 2 * batch * draw_more)
-        processes = trainer.accelerator.num_processes
-        held_out = token * mean(count_sequences(row, once) for row in rows)
-        return Costs(step, *(each / processes for each in (held_out, token, prompt)), draw, draw_more / processes)
+        from dpo_kit.trainer.costs import measure_costs
 
-    def time_drawing(self, prompt: float) -> tuple[float, float]:
-        """Seconds of a drawn token for a batch of answers, and for each of them more; `prompt`: to read a prompt."""
-        rows, several = self.drift.rows, min(TRIED_ROWS, len(self.drift.rows))
-
-        def per_token(count: int, tokens: int) -> float:
-            started = time.monotonic()
-            drawn = draw_samples(self.trainer.model, self.trainer.processing_class, rows[:count], max_new_tokens=tokens)
-            seconds = time.monotonic() - started - count * prompt
-            return max(0.0, seconds) / max(len(sample.token_ids) for sample in drawn)
-
-        per_token(1, 2)  # the first time takes longer
-        one, more = per_token(1, TRIED_TOKENS), per_token(several, TRIED_TOKENS)
-        for_each = max(0.0, more - one) / max(1, several - 1)
-        return max(0.0, one - for_each), for_each
+        return measure_costs(self.trainer, self.settings, self.probe, self.drift, self.rows)
 
 
 @contextlib.contextmanager
@@ -232,31 +165,6 @@ def agreed_file() -> Iterator[Path | None]:
     folder = Path(HydraConfig.get().sweep.dir)
     with FileLock(folder / ".measuring.lock") if is_writer() else contextlib.nullcontext():
         yield folder / "measuring.json"
-
-
-def seconds_per_token(rows: Sequence[list[Tokens]], once: bool, work: Callable[[list[Tokens]], Any]) -> float:
-    """What a token costs `work`, tried on a few of `rows`, none of the shorter half."""
-    longer = sorted(rows, key=lambda row: count_sequences(row, once))[len(rows) // 2 :]
-
-    def try_on(some: Sequence[list[Tokens]]) -> tuple[float, int]:
-        started = time.monotonic()
-        work([tokens for row in some for tokens in row])
-        return time.monotonic() - started, sum(count_sequences(row, once) for row in some)
-
-    seconds, tokens = try_on(longer[:1])
-    if seconds < LONG:  # the first time takes longer than the others
-        seconds, tokens = try_on(longer[:TRIED_ROWS])
-    return seconds / tokens
-
-
-def count_sequences(row: Sequence[Tokens], once: bool) -> int:
-    """Tokens that are computed for the answers of a row; `once`: with their prompt only once."""
-    return count_tokens(len(row[0][0]), [len(answer) for _, answer in row], once)
-
-
-def count_tokens(prompt: int, answers: Sequence[int], once: bool) -> int:
-    """The same, of lengths."""
-    return sum(answers) + prompt * (1 if once else len(answers))
 
 
 def chosen_amount(run: RunDirectory) -> dict[str, int] | None:

@@ -11,15 +11,7 @@ from dpo_kit.config.best_metric import needs_trl_evaluation
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.gather import sources
 from dpo_kit.data.prepare import Prepared
-from dpo_kit.model.load import (
-    build_adapter,
-    is_plain,
-    keep_start,
-    load_policy,
-    load_reference,
-    read_config,
-    refuse_uncopied,
-)
+from dpo_kit.model.load import is_plain, load_policy, load_reference, read_config
 from dpo_kit.model.origin import read_adapter
 from dpo_kit.model.trl_classes import import_class
 from dpo_kit.run.directory import RunDirectory
@@ -27,17 +19,13 @@ from dpo_kit.run.files import cache_folder, write_json
 from dpo_kit.run.processes import is_writer
 from dpo_kit.run.quiet import phase
 from dpo_kit.toy import is_out_of_its_world
-from dpo_kit.trainer.arguments import build_arguments, count_steps, describe_arguments, effective_batch, uses_store
-from dpo_kit.trainer.given_tokens import GivenTokens
-from dpo_kit.trainer.measuring import ProbeAlone
-from dpo_kit.trainer.mixins import with_mixins
-from dpo_kit.trainer.prefix import LaidOut, shares_prefixes
-from dpo_kit.trainer.reference_store import StoredReference
+from dpo_kit.trainer.arguments import build_arguments, count_steps, describe_arguments, effective_batch
+from dpo_kit.trainer.mixins import choose_mixins, with_mixins
 from dpo_kit.trainer.refusals import refusing
-from dpo_kit.trainer.resume.safe_trainer import Kept, Safekeeping
+from dpo_kit.trainer.resume.safe_trainer import Kept
 from dpo_kit.trainer.room import surely_fits
 from dpo_kit.trainer.rows import build_dataset, held_out_rows
-from dpo_kit.trainer.speed import speed_up
+from dpo_kit.trainer.speed import shares_prefixes, speed_up
 
 log = logging.getLogger(__name__)
 
@@ -55,67 +43,62 @@ def build_trainer(
     `reward` (online.JudgedReward) compares the answers that TRL draws; `origin` is what a checkpoint must share with
     the run that goes on from it.
     """
-    adapter = build_adapter(settings.model)
+    model, method = settings.model, settings.method
+    adapter = None
+    if model.tuning != "full":
+        from dpo_kit.model.adapter import build_adapter, keep_start, refuse_uncopied
+
+        adapter = build_adapter(model)
     with refusing("TRL's arguments"):
         args = choose_arguments(settings, data, run.checkpoints)
     with phase("loading the weights"):
-        policy = load_policy(settings.model, tokenizer)
-    trl_trainer = import_class(settings.method.trainer)
-    if adapter:
-        from dpo_kit.trainer.targets import fit_targets
+        policy = load_policy(model, tokenizer)
+    trl_trainer, loads_reference = import_class(method.trainer), needs_reference(settings, args)
+    if model.tuning != "full":
+        if adapter:
+            from dpo_kit.trainer.targets import fit_targets
 
-        fit_targets(adapter, policy, trl_trainer)
+            fit_targets(adapter, policy, trl_trainer)
+        if not method.reference and model.reference is None:
+            keep_start(policy)  # for the probe; TRL's trainers with a reference have one
+        elif method.reference and not loads_reference:
+            refuse_uncopied(policy)
     if is_writer():
         write_json(run.trl_config, describe_arguments(args))
-    given: dict[str, Any] = {"ref_model": load_reference(settings.model)} if needs_reference(settings, args) else {}
-    if not settings.method.reference and settings.model.reference is None:
-        keep_start(policy)  # for the probe; TRL's trainers with a reference have one
-    elif settings.method.reference and not given:
-        refuse_uncopied(policy)
-    describe(settings, args, data)
-    grouped = speed_up([policy, *given.values()], settings.speed, settings.trl, lengths=reward is None)
-    if reward is not None:
-        given |= {"reward_funcs": reward, "callbacks": [reward]}
-
+    ref_model = load_reference(model) if loads_reference else None
+    log_plan(settings, args, data)
+    warn_of_mismatch(settings, args, data)
+    models = [policy] if ref_model is None else [policy, ref_model]
+    grouped = speed_up(models, settings.speed, settings.trl, lengths=reward is None)
     evaluates = needs_trl_evaluation(settings)
-    mixins: list[type] = []
-    if uses_store(settings, data.train):
-        mixins.append(StoredReference)
-    if not evaluates:
-        mixins.append(ProbeAlone)
-    if grouped:
-        from dpo_kit.trainer.grouping import GroupedByLength
-
-        mixins.append(GroupedByLength)
-    mixins.append(Safekeeping)
-    if reward is None:
-        mixins.append(GivenTokens)
-    else:
-        from dpo_kit.trainer.online import FreshAnswers
-
-        mixins.append(FreshAnswers)
     kept = Kept(
         origin=origin or {},
         record=run.record,
         pair_ids=[row["pair_id"] for row in data.train],
         spare_saves=settings.trl["save_steps"] is None,
     )
+    mixins = choose_mixins(settings, data.train, evaluates=evaluates, grouped=grouped, fresh=reward is not None)
     trainer = with_mixins(trl_trainer, *mixins, kept=kept, root=cache_folder("reference"), evaluates=evaluates)
+    options: dict[str, Any] = {} if ref_model is None else {"ref_model": ref_model}
+    if reward is not None:
+        options |= {"reward_funcs": reward, "callbacks": [reward]}
     with refusing("TRL's trainer"), phase("tokenising, and the reference pass"):
         built = trainer(
             model=policy,
             args=args,
-            train_dataset=build_dataset(data.train, settings.method.rows),
-            eval_dataset=build_dataset(held_out_rows(data, settings), settings.method.rows),
+            train_dataset=build_dataset(data.train, method.rows),
+            eval_dataset=build_dataset(held_out_rows(data, settings), method.rows),
             processing_class=tokenizer,
             peft_config=adapter,
-            **given,
+            **options,
         )
     if not is_plain(policy.config):
         from dpo_kit.trainer.families import fit_trainer
 
         fit_trainer(built)
     if shares_prefixes(policy):
+        from dpo_kit.trainer.prefix import LaidOut
+
         built.data_collator = LaidOut(built.data_collator)
     return built
 
@@ -143,32 +126,37 @@ def choose_arguments(settings: Settings, data: Prepared, checkpoints: Path) -> A
 
 
 def needs_reference(settings: Settings, args: Any) -> bool:
-    """Whether TRL needs a reference of its own. LoRA has the policy without adapter, or a copy of the adapter that
-    training goes on from; precomputing has the start. TRL's trainer that draws answers would copy such a policy whole.
+    """Whether a reference model is loaded beside the policy, for TRL's trainer.
+
+    Full tuning needs one, unless its log-probabilities are computed before the first step. A new adapter does not: the
+    policy without it is the reference; nor does one that training goes on from, of which TRL keeps a copy, except in
+    its trainer that draws answers, which would copy the whole policy.
     """
     if not settings.method.reference:
         return False
+    if settings.model.reference is not None:
+        return True
     if settings.model.tuning == "full":
-        has_none = not getattr(args, "precompute_ref_log_probs", False)
-    else:
-        has_none = settings.method.rows == "prompts" and read_adapter(settings.model) is not None
-    return has_none or settings.model.reference is not None
+        return not getattr(args, "precompute_ref_log_probs", False)
+    return settings.method.rows == "prompts" and read_adapter(settings.model) is not None
 
 
-def describe(settings: Settings, args: Any, data: Prepared) -> None:
-    """What was chosen, in three lines, before it runs; a warning where the start model does not fit the method."""
-    trl = args.to_dict()
+def log_plan(settings: Settings, args: Any, data: Prepared) -> None:
+    """What was chosen, in three lines, before it runs."""
+    trl, tuning = args.to_dict(), settings.model.tuning
     precision = next((name for name in ("bf16", "fp16") if trl[name]), "fp32")
     checkpointing = "on" if args.gradient_checkpointing else "off"
+    steps, batch, rows = count_steps(trl, len(data.train)), effective_batch(trl), len(data.train)
     log.info("%s, from %s", settings.method.title, settings.model.path)
     log.info(
-        "%s tuning in %s on %s, activation checkpointing %s, learning rate %g",
-        *(settings.model.tuning, precision, args.device.type, checkpointing, args.learning_rate),
+        f"{tuning} tuning in {precision} on {args.device.type}, activation checkpointing {checkpointing}, "
+        f"learning rate {args.learning_rate:g}"
     )
-    log.info(
-        "%d steps of %d rows out of %d; %d are held out",
-        *(count_steps(trl, len(data.train)), effective_batch(trl), len(data.train), len(data.select)),
-    )
+    log.info(f"{steps} steps of {batch} rows out of {rows}; {len(data.select)} are held out")
+
+
+def warn_of_mismatch(settings: Settings, args: Any, data: Prepared) -> None:
+    """Warn where model, data, method or batch are not made for each other."""
     if is_out_of_its_world(settings.model.path, (source.path for source in sources(settings.data.train))):
         log.warning(
             "this tunes the embedded model, which knows its own small world only, on %s: your own is model=local "
@@ -178,6 +166,7 @@ def describe(settings: Settings, args: Any, data: Prepared) -> None:
     if settings.experiment:
         from dpo_kit.trainer.published import batch_fault
 
+        trl = args.to_dict()
         if fault := batch_fault(settings.experiment, trl, effective_batch(trl)):
             log.warning("not the published run of experiment=%s: %s", settings.experiment.name, fault)
     if settings.method.start == "instruct" and isinstance(data.select[0]["prompt"], str):

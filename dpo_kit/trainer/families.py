@@ -23,8 +23,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from dpo_kit.config.settings import Model, Settings
 from dpo_kit.data.prepare import Prepared
 from dpo_kit.errors import ConfigError, ModelError
+from dpo_kit.model.batches import measuring
 from dpo_kit.model.head import AGREES
-from dpo_kit.model.sampling import measuring
 from dpo_kit.model.scoring import trained_terms
 from dpo_kit.model.trl_classes import uses_fused_head
 
@@ -122,7 +122,7 @@ def _refuse_past_the_last_position(settings: Settings, config: Any, data: Prepar
             f"model.path={settings.model.path} knows {last} positions, and rows to train on have up to {trained} "
             f"tokens: say trl.max_length={last}"
         )
-    drawn = settings.callbacks.max_new_tokens
+    drawn = settings.callbacks.at_most("max_new_tokens")
     prompt = max((row["tokens"]["prompt"] for row in data.select), default=0)
     if settings.callbacks.kl_drift and prompt + drawn > last:
         raise ConfigError(

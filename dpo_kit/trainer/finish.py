@@ -7,9 +7,9 @@ import dataclasses
 import logging
 import shutil
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
@@ -21,11 +21,12 @@ from dpo_kit.run.redact import redact_text
 from dpo_kit.run.report.card import write_card
 from dpo_kit.run.report.diagnosis import Finding, Rows, beta_unfelt, diagnose, loss_flat, lost_in_rounding
 from dpo_kit.run.report.page import refresh_page, write_page
-from dpo_kit.run.report.picture import draw_report
-from dpo_kit.run.tracking import Tracker
 from dpo_kit.run.words import again, longer
-from dpo_kit.trainer.resume.checkpoints import SAVING, put_in_place
 from dpo_kit.trainer.resume.nonfinite import refuse_non_finite
+from dpo_kit.trainer.resume.whole_or_absent import SAVING, put_in_place
+
+if TYPE_CHECKING:
+    from dpo_kit.run.tracking import Tracker
 
 log = logging.getLogger(__name__)
 MEASURED = ("probe/", "gold/", "custom/")
@@ -68,16 +69,14 @@ def finish_run(
     trainer: Trainer,
     settings: Settings,
     run: RunDirectory,
-    tracker: Tracker,
+    tracker: Tracker | None,
     *,
     seconds: dict[str, float],
     ceiling: float | None,
     judge: dict[str, Any] | None = None,
-    known: Sequence[tuple[Finding, dict[str, str]]] = (),
+    early_findings: Sequence[Finding] = (),
 ) -> Result:
-    """Save the model, draw the report, write the result; `known` are findings from before the first step, and the keys
-    to change.
-    """
+    """Save the model, draw the report, write the result; `early_findings` are those from before the first step."""
     refuse_non_finite(trainer.model, "after training")
     share = seconds["measuring"] / seconds["run"]
     log.info("measuring took %.0f s of %.0f: %.2f of the run", seconds["measuring"], seconds["run"], share)
@@ -86,7 +85,8 @@ def finish_run(
         trainer.accelerator.wait_for_everyone()  # until the first process has written the result
         return Result.read(run.root)
     history, manifest = read_metrics(run.metrics), read_json(run.manifest)
-    noticed = [] if known else diagnose(history, settings.method.model_dump())  # else what follows from it
+    # what would be noticed afterwards follows from an early finding
+    findings = early_findings or diagnose(history, settings.method.model_dump())
     published = None
     if settings.experiment:
         from dpo_kit.trainer.published import compare_with_published
@@ -100,16 +100,21 @@ def finish_run(
         final=measured(history),
         ceiling=ceiling,
         seconds={name: round(value, 2) for name, value in seconds.items()},
-        findings=[dataclasses.asdict(finding) for finding in (*(finding for finding, _ in known), *noticed)],
-        next=next_command(settings, manifest["command"], history, {k: v for _, keys in known for k, v in keys.items()}),
+        findings=[finding.saved() for finding in findings],
+        next=next_command(settings, manifest["command"], history, early_findings),
         judge=judge,
         published=published,
         **identity(settings),
     )
-    title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
-    draw_report(run.root, title=title, ceiling=ceiling)
+    if result.final:  # else there is nothing to draw
+        from dpo_kit.run.report.picture import draw_report
+
+        title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
+        draw_report(run.root, title=title, ceiling=ceiling)
     write_card(run.root, dataclasses.asdict(result), manifest)
-    report_to_tracker(tracker, run, result, refresh_page(run.root, dataclasses.asdict(result)))
+    page = refresh_page(run.root, dataclasses.asdict(result))
+    if tracker:
+        report_to_tracker(tracker, run, result, page)
     write_json(run.result, dataclasses.asdict(result))
     trainer.accelerator.wait_for_everyone()
     return result
@@ -149,7 +154,8 @@ def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result, page:
     if page:
         tracker.notes(page)
     tracker.summary({f"final/{key}": value for key, value in result.final.items()} | {"status": result.status})
-    tracker.image("report", run.picture)
+    if run.picture.exists():
+        tracker.image("report", run.picture)
     if run.samples.exists():
         samples = read_metrics(run.samples)
         shown = {row["prompt_id"] for row in samples[:SHOWN_PROMPTS]}
@@ -157,14 +163,12 @@ def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result, page:
         tracker.table("samples", list(samples[0]), rows)
 
 
-def next_command(
-    settings: Settings, command: str | None, history: Rows, changed: Mapping[str, str] | None = None
-) -> str:
+def next_command(settings: Settings, command: str | None, history: Rows, early_findings: Sequence[Finding] = ()) -> str:
     """A sweep that shows whether this beta was a good choice; where beta is not felt yet, or nothing learned, twice the
-    training; with the `changed` keys where these kept the run from moving.
+    training; with the keys to change where early findings name some.
     """
     method = settings.method
-    if changed:
+    if changed := {key: value for finding in early_findings for key, value in finding.change.items()}:
         return again(command, method.name, **changed)
     if any(check(history, method.model_dump()) for check in (beta_unfelt, loss_flat, lost_in_rounding)):
         return again(command, method.name, **longer(settings.trl))

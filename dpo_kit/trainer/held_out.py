@@ -12,14 +12,15 @@ from accelerate import Accelerator
 from dpo_kit.callbacks.gold import GoldFigures, load_gold
 from dpo_kit.callbacks.probe import PairProbe
 from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
-from dpo_kit.config.identity import recall_config
+from dpo_kit.config.recall import recall_config
 from dpo_kit.config.settings import Data, Method, Model
 from dpo_kit.data.prepare import Rows, prepare
 from dpo_kit.data.rows import Kind
 from dpo_kit.errors import DataError
+from dpo_kit.model.batches import measuring
 from dpo_kit.model.hardware import has_accelerator
 from dpo_kit.model.load import load_reference, load_tokenizer, load_tuned
-from dpo_kit.model.sampling import draw_samples, measuring
+from dpo_kit.model.sampling import draw_samples
 from dpo_kit.model.scoring import Reference
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import digest, read_json, write_json

@@ -27,17 +27,18 @@ from trl.trainer.utils import disable_dropout_in_model
 from dpo_kit.config.settings import Callbacks, Model, Settings
 from dpo_kit.data.fresh import with_answer_lengths
 from dpo_kit.errors import ConfigError
+from dpo_kit.model.adapter import read_lora, refuse_uncopied
+from dpo_kit.model.batches import cache_width, mlp_width
 from dpo_kit.model.hardware import has_accelerator, weight_dtype
-from dpo_kit.model.head import TILE_BYTES
-from dpo_kit.model.load import read_config, read_lora, refuse_uncopied
+from dpo_kit.model.load import read_config
 from dpo_kit.model.origin import read_adapter
-from dpo_kit.model.sampling import DRAWN_AT_ONCE, cache_width, mlp_width
+from dpo_kit.model.predicted import TILE_BYTES
+from dpo_kit.model.sampling import DRAWN_AT_ONCE
 from dpo_kit.model.scoring import TOKENS_PER_BATCH
 from dpo_kit.model.trl_classes import import_class, uses_fused_head
-from dpo_kit.trainer.prefix import NAME as SHARING
 from dpo_kit.trainer.prefix import WORTH, Layout, attend_row_by_row, in_autocast_dtype
 from dpo_kit.trainer.room import ROOM, free_memory
-from dpo_kit.trainer.speed import HEAD_TOKENS
+from dpo_kit.trainer.speed import HEAD_TOKENS, SHARING
 from dpo_kit.trainer.targets import fit_targets
 
 log = logging.getLogger(__name__)

@@ -24,8 +24,9 @@ from dpo_kit.config.settings import LLMJudge
 from dpo_kit.errors import TrainingError
 from dpo_kit.judge.open import open_judge
 from dpo_kit.judge.verdicts import Judge, Prompt, compare, toss_coin
+from dpo_kit.model.batches import pad_batch, pad_token_id
 from dpo_kit.model.chats import text_of
-from dpo_kit.model.sampling import pad_batch, pad_token_id, without_router_logits
+from dpo_kit.model.sampling import without_router_logits
 from dpo_kit.model.scoring import add_up
 from dpo_kit.model.tokens import decode_answer, encode_prompts, render_prompts
 from dpo_kit.run.directory import RunDirectory
@@ -42,7 +43,7 @@ COINS = ("tie", "order-dependent", "unjudged", "identical")
 class JudgedReward(TrainerCallback):
     """A reward function of TRL: of a prompt's two answers the better one gets 1, the other 0.
 
-    A callback as well, so that a resumed run goes on counting (see resume/state.py).
+    A callback as well, so that a resumed run goes on counting (see resume/carried_state.py).
     """
 
     def __init__(self, judge: Judge, seed: int) -> None:

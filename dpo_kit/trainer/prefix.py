@@ -28,8 +28,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo_kit.trainer.speed import SHARING
+
 log = logging.getLogger(__name__)
-NAME = "dpo_kit_shared_prefix"  # of our attention, among transformers' own
 WORTH = 0.95  # of the padded slots: above it, gathering costs what it saves
 STEP = 32  # tokens: products in bf16 come in sizes of a multiple, as a CPU's library (oneDNN) takes a millisecond and
 # 0.7 MB for its code for each new shape, and keeps a thousand of them
@@ -333,21 +334,16 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, wi
     return torch.cat(blocks, 1)[None, :, shared - first : whole - first]
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(SHARING, attend)
+AttentionMaskInterface.register(SHARING, sdpa_mask)
 
 
 def share_prefixes(model: PreTrainedModel) -> None:
     """Make the backbone of `model` compute each distinct token of a batch once. Ask `why_not` first."""
     bare = _bare(model)
-    bare.set_attn_implementation(NAME)
+    bare.set_attn_implementation(SHARING)
     backbone = bare.base_model
     backbone.forward = functools.wraps(backbone.forward)(functools.partial(_forward, backbone.forward))
-
-
-def shares_prefixes(model: PreTrainedModel) -> bool:
-    """Whether `share_prefixes` was applied to `model`."""
-    return _bare(model).config._attn_implementation == NAME
 
 
 def _bare(model: Any) -> Any:
@@ -407,7 +403,7 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "its attention has dropout"
     if is_peft_model(model) and isinstance(model.active_peft_config, PromptLearningConfig):
         return "its adapter puts virtual tokens before the prompt"
-    if config._attn_implementation not in ("sdpa", NAME):
+    if config._attn_implementation not in ("sdpa", SHARING):
         return f"its attention is {config._attn_implementation}, not sdpa"
     return _tried_out(model)
 
@@ -421,7 +417,7 @@ def _tried_out(model: PreTrainedModel) -> str | None:
     try:
         ids, mask = _random_pairs(bare)
         expected = bare.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        bare.set_attn_implementation(NAME)
+        bare.set_attn_implementation(SHARING)
         flat = _forward(bare.base_model.forward, ids, mask, windows=windows, use_cache=False).last_hidden_state
     except NotImplementedError as error:
         return str(error)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -15,20 +15,24 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dpo_kit.config.settings import Settings
-from dpo_kit.run import tracking
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import append_row, plain
 from dpo_kit.run.measures import MEASURES, in_rounding
 from dpo_kit.run.processes import is_writer
 
+if TYPE_CHECKING:
+    from dpo_kit.run.tracking import Tracker
+
 log = logging.getLogger(__name__)
 BETWEEN = 10.0  # seconds between two lines where there is no terminal
 
 
-def start_tracking(settings: Settings, config: dict[str, Any], run: RunDirectory) -> tracking.Tracker:
-    """A wandb run of `config`, or a tracker that does nothing where another reporter or none is chosen."""
+def start_tracking(settings: Settings, config: dict[str, Any], run: RunDirectory) -> Tracker | None:
+    """A wandb run of `config`; None where another reporter or none is chosen, and in processes beside the first."""
     if settings.tracking.reporter != "wandb" or not is_writer():
-        return tracking.Tracker()
+        return None
+    from dpo_kit.run import tracking
+
     options, wanted = settings.tracking.model_dump(exclude={"reporter"}), os.environ.get("WANDB_RUN_ID")
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:  # variables that all jobs share
         wanted = None
@@ -38,18 +42,19 @@ def start_tracking(settings: Settings, config: dict[str, Any], run: RunDirectory
 
 
 class Recorder(TrainerCallback):
-    """Write each log event to `path` as {"step", "epoch", "time", **metrics} and its numbers to `tracker`.
+    """Write each log event to `path` as {"step", "epoch", "time", **metrics} and its numbers to `tracker`, if any.
 
     Keys stay as the trainer names them; time is in seconds since 1970.
     """
 
-    def __init__(self, path: Path, tracker: tracking.Tracker) -> None:
+    def __init__(self, path: Path, tracker: Tracker | None) -> None:
         self.path, self.tracker = path, tracker
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
             append_row(self.path, {"step": state.global_step, "epoch": state.epoch, "time": time.time()} | logs)
-            self.tracker.log(logs, state.global_step)
+            if self.tracker is not None:
+                self.tracker.log(logs, state.global_step)
 
 
 class Progress(ProgressCallback):

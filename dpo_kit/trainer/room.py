@@ -8,9 +8,9 @@ import psutil
 import torch
 
 from dpo_kit.config.settings import Settings
+from dpo_kit.model.batches import mlp_width
 from dpo_kit.model.hardware import has_accelerator
 from dpo_kit.model.load import read_config
-from dpo_kit.model.sampling import mlp_width
 from dpo_kit.model.scoring import TOKENS_PER_BATCH
 
 ROOM = 0.8  # of the free memory: estimates are up to a fifth too low

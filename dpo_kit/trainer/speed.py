@@ -18,9 +18,9 @@ from trl.trainer import utils as trl_utils
 from dpo_kit.config.settings import Speed
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.hardware import has_accelerator
-from dpo_kit.trainer.prefix import share_prefixes, why_not
 
 log = logging.getLogger(__name__)
+SHARING = "dpo_kit_shared_prefix"  # the name of prefix.py's attention among transformers' own
 
 
 def speed_up(models: Sequence[PreTrainedModel], speed: Speed, trl: dict[str, Any], *, lengths: bool = True) -> bool:
@@ -50,6 +50,8 @@ def speed_up(models: Sequence[PreTrainedModel], speed: Speed, trl: dict[str, Any
 
 def _compute_each_token_once(models: Sequence[PreTrainedModel], speed: Speed) -> bool:
     """Whether every one of `models` can; if so, they do."""
+    from dpo_kit.trainer.prefix import share_prefixes, why_not
+
     reason = next((reason for model in models if (reason := why_not(model))), None)
     if reason and speed.share_prefix is True:
         raise ConfigError(f"speed.share_prefix=true cannot be had with this model: {reason}; auto leaves it off")
@@ -59,6 +61,12 @@ def _compute_each_token_once(models: Sequence[PreTrainedModel], speed: Speed) ->
     for model in models:
         share_prefixes(model)
     return True
+
+
+def shares_prefixes(model: Any) -> bool:
+    """Whether each token of a batch is computed once in `model`."""
+    bare = model.get_base_model() if is_peft_model(model) else model
+    return bare.config._attn_implementation == SHARING
 
 
 def score_labelled_positions_only() -> None:

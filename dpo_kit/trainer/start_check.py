@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from dpo_kit.model.batches import measuring
 from dpo_kit.model.head import Tokens
 from dpo_kit.model.load import rounded_share
-from dpo_kit.model.sampling import draw_samples, measuring
 from dpo_kit.model.scoring import Reference
-from dpo_kit.run.report.diagnosis import held_back
+from dpo_kit.run.report.diagnosis import Finding, held_back
 from dpo_kit.trainer.arguments import count_steps
-from dpo_kit.trainer.reference_store import COLUMNS, column_logps, score_as_trained
+from dpo_kit.trainer.as_trained import COLUMNS, column_logps, score_as_trained
 
 log = logging.getLogger(__name__)
 ROWS = 16
@@ -58,6 +58,8 @@ class StartCheck(TrainerCallback):
 
     def _compare_fresh(self, sample: Any) -> tuple[Tensor, Tensor]:
         """The same on answers of the policy, where it trains on those."""
+        from dpo_kit.model.sampling import draw_samples
+
         tokenizer, length = self.trainer.processing_class, self.trainer.args.max_new_tokens
         rows = [{"prompt": json.loads(row["prompt"])} for row in sample]
         drawn = draw_samples(self.trainer.model, tokenizer, rows, max_new_tokens=length)
@@ -78,13 +80,13 @@ class StartCheck(TrainerCallback):
         return scorer
 
 
-def look_for_brakes(trainer: Any, rows: int) -> list[Any]:
+def findings_before_training(trainer: Any, rows: int) -> list[Finding]:
     """What will keep a run on `rows` rows from moving, said before its first step (see diagnosis.held_back)."""
     steps = count_steps(trainer.args.to_dict(), rows)
-    brakes = held_back(trainer.args, steps, rounded_share(trainer.model, trainer.args.learning_rate))
-    for finding, _ in brakes:
+    findings = [*held_back(trainer.args, steps, rounded_share(trainer.model, trainer.args.learning_rate))]
+    for finding in findings:
         log.warning("%s %s", finding.symptom, finding.remedy)
-    return brakes
+    return findings
 
 
 def _lengths(sample: Any, column: str) -> Tensor:

@@ -29,7 +29,7 @@ def fit_targets(adapter: LoraConfig, policy: PreTrainedModel, trainer: type) -> 
         )
     past = bypassed(policy)
     if adapter.target_modules == "all-linear" and past and not isinstance(adapter.exclude_modules, str):
-        adapter.exclude_modules = short_names(past) | set(adapter.exclude_modules or ())
+        adapter.exclude_modules = sorted(short_names(past) | set(adapter.exclude_modules or ()))
     elif named := [name for name in past if _is_target(name, adapter.target_modules)]:
         raise ConfigError(
             f"model.lora.target_modules puts an adapter on {named[0]}, whose weights this model also reads past the "

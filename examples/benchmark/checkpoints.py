@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dpo_kit.trainer.resume import checkpoints
+from dpo_kit.trainer.resume import whole_or_absent
 
 PROMISED = 10.0  # per cent
 
@@ -84,7 +84,7 @@ def compare(path, tuning, runs, steps, every):
 
 def one_run(path, tuning, kind, steps, every):
     """Seconds of each save that holds training up, of each completing beside it, of the run; bytes of a checkpoint."""
-    with tempfile.TemporaryDirectory() as folder, timed(checkpoints, "complete") as completing:
+    with tempfile.TemporaryDirectory() as folder, timed(whole_or_absent, "complete") as completing:
         trainer = build(path, tuning, kind, Path(folder), steps, every)
         with timed(trainer, "_save_checkpoint") as held_up:
             started = time.perf_counter()

@@ -32,8 +32,9 @@ from trl import DPOConfig, DPOTrainer
 from dpo_kit import compose
 from dpo_kit.config.compose import check
 from dpo_kit.errors import DpoKitError
+from dpo_kit.model.batches import measuring
 from dpo_kit.model.load import load_tokenizer
-from dpo_kit.model.sampling import draw_samples, measuring
+from dpo_kit.model.sampling import draw_samples
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.quiet import quiet_libraries
 from dpo_kit.toy import MODEL, TRAIN

@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from dpo_kit.callbacks.drift import Drift, drift_metrics
 from dpo_kit.callbacks.gold import GoldFigures, load_gold
 from dpo_kit.callbacks.scores import preference_metrics
-from dpo_kit.config.identity import recall_settings
+from dpo_kit.config.recall import recall_settings
 from dpo_kit.data.fresh import distinct_prompts
+from dpo_kit.model.batches import measuring
 from dpo_kit.model.load import load_reference, load_tokenizer
-from dpo_kit.model.sampling import measuring
 from dpo_kit.model.scoring import Reference
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.quiet import quiet_libraries

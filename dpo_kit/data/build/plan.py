@@ -6,7 +6,8 @@ import pydantic
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_kit.config.compose import JUDGES, NEEDS_JUDGE, describe_fault, explain
+from dpo_kit.config.compose import NEEDS_JUDGE
+from dpo_kit.config.explain import JUDGES, describe_fault, explain
 from dpo_kit.config.places import data_faults, judge_faults, model_faults, rows_faults, weights_faults
 from dpo_kit.config.settings import Build, Data, Judge, LocalAnswers, Model, ServerAnswers, Strict
 from dpo_kit.errors import ConfigError

@@ -10,7 +10,8 @@ from itertools import combinations
 from typing import Any
 
 from dpo_kit.data.curate.options import Convert
-from dpo_kit.data.forms import Form, Values, prefer
+from dpo_kit.data.forms import Form, Values
+from dpo_kit.data.other_forms import prefer
 from dpo_kit.data.read import Fault, Row
 from dpo_kit.data.rows import Kind, normalise
 from dpo_kit.errors import ConfigError

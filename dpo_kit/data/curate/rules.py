@@ -17,9 +17,10 @@ import numpy as np
 
 from dpo_kit.data.curate.options import Curate
 from dpo_kit.data.read import Fault
-from dpo_kit.data.report.duplicates import content_keys, find_copies, find_near, rank, sketch
+from dpo_kit.data.report.duplicates import content_keys, find_copies, rank
 from dpo_kit.data.report.figures import agreement_of, scores_of
 from dpo_kit.data.report.leaks import find_leaks
+from dpo_kit.data.report.near import find_near, near_leaks, sketch
 from dpo_kit.data.rows import Kind, Rows
 from dpo_kit.errors import ConfigError, DataError
 
@@ -91,7 +92,7 @@ def _drawn(rows: Rows, indices: Sequence[int], seed: int) -> list[int]:
 
 
 def _leaks(rows: Rows, setting: Setting) -> LeftOut:
-    leaks = find_leaks(rows, setting.held, sketch(rows, setting.kind).prompts)
+    leaks = near_leaks(rows, setting.held, sketch(rows, setting.kind).prompts) | find_leaks(rows, setting.held)
     return {index: ("prompt is held out or in the benchmark", prompt[:80]) for index, prompt in leaks.items()}
 
 

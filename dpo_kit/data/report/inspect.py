@@ -6,20 +6,16 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import numpy as np
-
 from dpo_kit.data.gather import Gathered
 from dpo_kit.data.report import figures
 from dpo_kit.data.report.advice import advise
-from dpo_kit.data.report.duplicates import NEAR, content_keys, find_copies, find_near, jaccard, rank, sketch
+from dpo_kit.data.report.duplicates import content_keys, find_copies, rank
 from dpo_kit.data.report.figures import ENOUGH, USUAL
-from dpo_kit.data.report.leaks import cluster_prompts, find_leaks, group_by_prompt, held_prompts, read_benchmark
+from dpo_kit.data.report.leaks import find_leaks, held_prompts, read_benchmark
 from dpo_kit.data.report.shortcuts import edge_cases, measure_shortcuts
 from dpo_kit.data.rows import ANSWERS, Kind, Rows
-from dpo_kit.model.chats import text_of
 
 SHOWN = 20  # places listed of each finding
-SAMPLE = 2000  # pairs whose two answers are compared with each other
 
 
 def inspect(
@@ -87,56 +83,28 @@ def _repeats(
     order = rank(rows, keys)
     copies = find_copies(rows, kind, keys, order)
     contradicting = [index for group in copies.contradictions for index in group]
-    values = sketch(rows, kind) if thorough else None
-    prompts = None if values is None else values.prompts[: len(train)]
     report: dict[str, Any] = {
         "copies": _placed(rows, copies.first),
         "contradictions": _placed(rows, contradicting) | {"comparisons": len(copies.contradictions)},
     }
-    for name, held in shared.items():
-        report[name] = _placed(train, find_leaks(train, held, prompts)) | {"prompts": len(held)}
-    if values is not None:
-        near = find_near(rows, kind, values.rows, [index for index in order if index not in copies.first])
-        crossed = {index for pair in near.contradictions for index in pair} - {*copies.first, *contradicting}
-        report["near_duplicates"] = _placed(rows, near.leader) | {"comparisons_left_out": near.left_out}
+    leaks = {name: find_leaks(train, prompts) for name, prompts in shared.items()}
+    if thorough:
+        from dpo_kit.data.report import near
+
+        values = near.sketch(rows, kind)
+        for name, prompts in shared.items():
+            leaks[name] = near.near_leaks(train, prompts, values.prompts[: len(train)]) | leaks[name]
+        found = near.find_near(rows, kind, values.rows, [index for index in order if index not in copies.first])
+        crossed = {index for pair in found.contradictions for index in pair} - {*copies.first, *contradicting}
+        report["near_duplicates"] = _placed(rows, found.leader) | {"comparisons_left_out": found.left_out}
         report["near_contradictions"] = _placed(rows, crossed)
-        report["diversity"] = _diversity(rows, values.prompts)
-        report["difficulty"] = _difficulty(rows, kind)
+        report["diversity"] = near.measure_diversity(rows, values.prompts)
+        report["difficulty"] = near.measure_difficulty(rows, kind)
+    for name, prompts in shared.items():
+        report[name] = _placed(train, leaks[name]) | {"prompts": len(prompts)}
     return report
 
 
 def _placed(rows: Rows, indices: Collection[int]) -> dict[str, Any]:
     """How many rows are meant, and where the first of them stand."""
     return {"rows": len(indices), "places": [rows[index]["_place"] for index in sorted(indices)[:SHOWN]]}
-
-
-def _difficulty(rows: Rows, kind: Kind) -> dict[str, Any] | None:
-    """How alike the two answers are (Jaccard index of their shingles) on a fixed sample: the more, the harder to tell
-    apart. What the raters and the reference find hard stands under `agreement` and `reference`.
-    """
-    if kind != "pairs":
-        return None
-    sample = sorted(rows, key=lambda row: row["prompt_id"])[:SAMPLE]
-    overlaps = [jaccard(text_of(row["chosen"]), text_of(row["rejected"])) for row in sample]
-    return {
-        "sampled": len(sample),
-        "answers_overlap": figures.spread(overlaps),
-        "nearly_alike": sum(overlap >= NEAR for overlap in overlaps) / len(overlaps),
-    }
-
-
-def _diversity(rows: Rows, values: np.ndarray) -> dict[str, Any]:
-    """How different the prompts are: distinct ones, rows for each, clusters of alike ones with the largest."""
-    texts, owners = group_by_prompt(rows)
-    clusters: Counter[int] = Counter()
-    for first, indices in zip(cluster_prompts(texts, values[[same[0] for same in owners]]), owners, strict=True):
-        clusters[first] += len(indices)
-    largest = clusters.most_common(5)
-    return {
-        "prompts": len(texts),
-        "rows_of_the_most_used_prompt": max(map(len, owners)),
-        "clusters": len(clusters),
-        "largest_cluster": largest[0][1] / len(rows),
-        "largest": [[texts[first][:80], count] for first, count in largest if count > 1],
-        "opening_words": len({" ".join(text_of(text).lower().split()[:3]) for text in texts}),
-    }

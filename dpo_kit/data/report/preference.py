@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.rows import Rows
+from dpo_kit.run.intervals import wilson
 
 
 def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tuple[float, float]]:
@@ -41,8 +42,6 @@ def measure_preference(margins: list[tuple[float, float]]) -> dict[str, float]:
     """How often the reference ranks a pair as labelled, by summed and by per-token log-probability, with Wilson 95 %
     intervals; and the median summed margin in nats.
     """
-    from dpo_kit.callbacks.metrics import wilson
-
     measures: dict[str, float] = {"pairs": len(margins)}
     for place, name in enumerate(("accuracy", "accuracy_per_token")):
         share = statistics.fmean(0.5 * ((pair[place] > 0) + (pair[place] >= 0)) for pair in margins)

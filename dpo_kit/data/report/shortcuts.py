@@ -14,6 +14,7 @@ import numpy as np
 from dpo_kit.data.report.text_rules import code_blocks, is_refusal, list_items, markdown_signs, script_of
 from dpo_kit.data.rows import Rows
 from dpo_kit.model.chats import text_of
+from dpo_kit.run.intervals import wilson
 
 # what each rule holds for the better answer: the one with the larger value
 RULES: dict[str, Callable[[str, str], float]] = {
@@ -30,8 +31,6 @@ def measure_shortcuts(rows: Rows) -> dict[str, dict[str, float]]:
     """For each rule: `accuracy` on all pairs (½ where it cannot tell) with its Wilson 95 % interval `low` to `high`,
     and `decides`, the share of pairs in which it names one answer.
     """
-    from dpo_kit.callbacks.metrics import wilson
-
     gaps = np.zeros((len(RULES) + 1, len(rows)))  # tokens first
     for column, row in enumerate(rows):
         prompt, chosen, rejected = (text_of(row[name]) for name in ("prompt", "chosen", "rejected"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # scripts without spaces: every character is a word
 _ITEM = re.compile(r"(?:^|\n)[ \t]*(?:[-*•+]|\d{1,2}[.)])[ \t]+\S")
 _HEADING = re.compile(r"(?:^|\n)#{1,6} |\*\*\S|\n\|")
 _REFUSAL = re.compile(
@@ -50,3 +51,8 @@ def script_of(text: str) -> str:
     counts = {name: len(letters.findall(text)) for name, letters in _SCRIPTS.items()}
     name = max(counts, key=counts.__getitem__)
     return name if 3 * counts[name] > len(text.split()) else "Latin"
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words, without punctuation."""
+    return _WORD.findall(text.lower())

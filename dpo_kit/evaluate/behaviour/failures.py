@@ -18,8 +18,8 @@ from typing import Any
 from dpo_kit.data.report.text_rules import is_refusal
 from dpo_kit.model.chats import Prompt, conversation_text
 from dpo_kit.run.files import write_jsonl, write_text
+from dpo_kit.run.intervals import Z95
 from dpo_kit.run.report.markdown import fence
-from dpo_kit.run.statistics import Z95
 
 EXAMPLES = 5  # on the page of each group
 COLLECTED = 200  # prompts in collect.jsonl at most

@@ -19,7 +19,8 @@ from dpo_kit.evaluate.benchmarks.dialogue import Speaker
 from dpo_kit.evaluate.options import Alpaca
 from dpo_kit.evaluate.rows import read_rows
 from dpo_kit.run.files import write_json
-from dpo_kit.run.statistics import Z95, paired_bootstrap
+from dpo_kit.run.intervals import Z95
+from dpo_kit.run.statistics import paired_bootstrap
 
 PROMPTS = 805  # of AlpacaEval: its length control knows the difficulty of these only
 KEYS = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator", "preference")

@@ -64,7 +64,7 @@ def answer(
     with Journal(kept) as journal:
         if server is not None:
             drawing = {"temperatures": [wanted.temperature], "top_p": wanted.top_p, "draws": draws}
-            source = ServerAnswers(**server.model_dump(), **drawing)
+            source = ServerAnswers(**(server.model_dump() | drawing))
             return draw_answers(source, job.policy.model, prompts, asking, journal)
         assert isinstance(who, Candidate)
         return draw_locally(who.sampler(), [wanted.temperature], draws, prompts, asking, journal), {}

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from dpo_kit.run.redact import redact, redact_command
-from dpo_kit.run.report.markdown import table
-from dpo_kit.run.report.numbers import ceiling_line, interval_text, result_rows
+from dpo_kit.run.report.numbers import value_text
+from dpo_kit.run.report.page import measured
 
 DIRECTION = {
     "closer": "a higher beta keeps the policy closer to the reference",
@@ -78,13 +78,9 @@ def _headline(result: Mapping[str, Any], method: Mapping[str, Any]) -> str:
 
 
 def _measured(result: Mapping[str, Any], judged: Mapping[str, Any]) -> Iterator[str]:
-    yield "## Measured\n\nOn held-out prompts, against the model that training started from."
-    yield table(("", "start", "end", "95 % interval"), result_rows(result))
-    if note := ceiling_line(result.get("final") or {}, result.get("ceiling")):
-        yield f"{note[0].upper()}{note[1:]}."
-    if isinstance(rate := judged.get("win_rate"), int | float):
-        rate_text = f"{rate:.3f} {interval_text(judged, 'win_rate', '.3f')}".rstrip()
-        yield f"Win rate against the reference, ties counting half: {rate_text}."
+    yield from measured(result)
+    if judged.get("win_rate") is not None:
+        yield f"Win rate against the reference, ties counting half: {value_text(judged, 'win_rate')}."
     if findings := result.get("findings"):
         yield "## To know\n\n" + "\n".join(f"- {finding['symptom']} {finding['meaning']}" for finding in findings)
 

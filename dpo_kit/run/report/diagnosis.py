@@ -7,12 +7,12 @@ preference term).
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_kit.run.history import latest, series
-from dpo_kit.run.measures import FLOOR, KL_FLOOR, LOGRATIOS, in_rounding, kl_keys, learned, rounding_text
+from dpo_kit.run.measures import FLOOR, KL_FLOOR, LOGRATIOS, in_rounding, kl_key, learned, rounding_text
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -27,35 +27,40 @@ UNFELT = 0.1  # saturation below which the loss is still nearly linear in the ma
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is off: what is seen, what it means, what to do."""
+    """One thing that is off: what is seen, what it means, what to do; and the keys that the next command changes."""
 
     symptom: str
     meaning: str
     remedy: str
+    change: dict[str, str] = field(default_factory=dict)
+
+    def saved(self) -> dict[str, str]:
+        """As result.json has it."""
+        return {"symptom": self.symptom, "meaning": self.meaning, "remedy": self.remedy}
 
 
-def held_back(args: Any, steps: int, rounded: float) -> list[tuple[Finding, dict[str, str]]]:
-    """What keeps a run of `steps` with the TRL arguments `args` from moving, known before it starts, and the keys to
-    change. `rounded`: share of the trained weights for which a step of the learning rate is below their rounding.
+def held_back(args: Any, steps: int, rounded: float) -> Iterator[Finding]:
+    """What keeps a run of `steps` with the TRL arguments `args` from moving, known before it starts.
+
+    `rounded`: share of the trained weights for which a step of the learning rate is below their rounding.
     """
-    findings, rate, warmup = [], args.learning_rate, args.get_warmup_steps(steps)
+    rate, warmup = args.learning_rate, args.get_warmup_steps(steps)
     if rounded > ROUNDED:
-        finding = Finding(
+        yield Finding(
             f"A step of {rate:g} is below the rounding of {rounded:.1%} of the trained weights, which are kept in half "
             "precision.",
             "These weights do not change: what is measured is a policy that hardly moves, whatever data or beta.",
             "Take model.dtype=auto, which keeps trained weights in float32.",
+            {"model.dtype": "auto"},
         )
-        findings.append((finding, {"model.dtype": "auto"}))
     if warmup >= steps and args.lr_scheduler_type not in NO_WARMUP:
-        finding = Finding(
+        yield Finding(
             f"Warm-up takes {warmup} of {steps} steps: the learning rate never gets above {(steps - 1) / warmup:.0%} "
             f"of {rate:g}.",
             "The policy has hardly moved, whatever data or beta.",
             "Take trl.warmup_steps=0.1, a tenth of the run, or a longer run.",
+            {"trl.warmup_steps": "0.1"} if steps > 1 else {},
         )
-        findings.append((finding, {"trl.warmup_steps": "0.1"} if steps > 1 else {}))
-    return findings
 
 
 def diagnose(history: Rows, method: Mapping[str, Any]) -> list[Finding]:
@@ -142,7 +147,9 @@ def certain_at_once(history: Rows, method: Mapping[str, Any]) -> Finding | None:
 
 def drift_explodes(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     """The KL per answer is large, and so per token or grown threefold over the second half."""
-    for direction, key in [(way, key) for way in ("reverse", "forward") for key in kl_keys(way)]:
+    measured = {key for row in history for key in row}
+    for direction in ("reverse", "forward"):
+        key = kl_key(direction, measured)
         values = list(series(history, key).values())
         per_token = list(series(history, f"{key}_per_token").values()) or [0.0]
         if len(values) < 3 or values[-1] <= max(FAR_NATS, latest(history).get(KL_FLOOR, 0.0)):

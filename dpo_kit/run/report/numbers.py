@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from dpo_kit.run.intervals import Z95
 from dpo_kit.run.measures import MEASURES, in_rounding, kl_key, kl_keys
-from dpo_kit.run.statistics import Z95
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,19 +26,6 @@ def number_text(value: Any, form: str) -> str:
     return f"{0:{form}}" if float(text) == 0 else text.replace("-", "−")
 
 
-def range_text(low: float | None, high: float | None, form: str) -> str:
-    """`[low, high]`, or an empty text where one of them is not known."""
-    if low is None or high is None:
-        return ""
-    return f"[{number_text(low, form)}, {number_text(high, form)}]"
-
-
-def interval_text(values: Mapping[str, Any], key: str, form: str) -> str:
-    """`[low, high]` of a measured key, or an empty text where it has no interval."""
-    ends = bounds(values, key)
-    return range_text(*ends, form) if ends else ""
-
-
 def bounds(values: Mapping[str, Any], key: str) -> tuple[float, float] | None:
     """The ends of the 95 % interval of a measured key: its `_low` and `_high`, or 1.96 of its `_se`; None without."""
     low, high, error = (values.get(f"{key}_{end}") for end in ("low", "high", "se"))
@@ -47,14 +34,30 @@ def bounds(values: Mapping[str, Any], key: str) -> tuple[float, float] | None:
     return (values[key] - Z95 * error, values[key] + Z95 * error) if is_number(error) else None
 
 
-def measured_text(values: Mapping[str, Any], key: str, form: str) -> str:
+def range_text(ends: tuple[float, float] | None, form: str) -> str:
+    """`[low, high]`, or an empty text where they are not known."""
+    return f"[{number_text(ends[0], form)}, {number_text(ends[1], form)}]" if ends else ""
+
+
+def measured_text(values: Mapping[str, Any], key: str, form: str = ".3f") -> str:
     """A measured key, and whether that is rounding."""
     return number_text(values[key], form) + (" (rounding)" if in_rounding(key, values) else "")
 
 
-def value_text(values: Mapping[str, Any], key: str, form: str) -> str:
+def value_text(values: Mapping[str, Any], key: str, form: str = ".3f") -> str:
     """A measured key with its interval, where it has one, and whether that is rounding."""
-    return f"{measured_text(values, key, form)} {interval_text(values, key, form)}".rstrip()
+    return f"{measured_text(values, key, form)} {range_text(bounds(values, key), form)}".rstrip()
+
+
+def labelled_rows(
+    values: Mapping[str, Any], labels: Mapping[str, str], form: str = ".3f"
+) -> list[tuple[str, str, str]]:
+    """(label, value, 95 % interval) as texts for each key of `labels` that was measured."""
+    return [
+        (label, measured_text(values, key, form), range_text(bounds(values, key), form))
+        for key, label in labels.items()
+        if values.get(key) is not None
+    ]
 
 
 def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -66,7 +69,12 @@ def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     shown = [(measure.key, measure.label, measure.form) for measure in MEASURES if measure.key not in unread]
     shown += [(key, key.removeprefix("custom/"), ".3f") for key in final if key.startswith("custom/")]
     return [
-        (label, number_text(start.get(key), form), measured_text(final, key, form), interval_text(final, key, form))
+        (
+            label,
+            number_text(start.get(key), form),
+            measured_text(final, key, form),
+            range_text(bounds(final, key), form),
+        )
         for key, label, form in shown
         if is_number(final.get(key))
     ]

@@ -17,18 +17,17 @@ from dpo_kit.run.files import read_json, write_text
 from dpo_kit.run.measures import as_measured
 from dpo_kit.run.redact import redact, redact_command
 from dpo_kit.run.report.markdown import code, fence, inline, table
-from dpo_kit.run.report.numbers import ceiling_line, interval_text, measured_text, number_text, result_rows, value_text
-from dpo_kit.run.report.published import sentences
+from dpo_kit.run.report.numbers import ceiling_line, labelled_rows, result_rows, value_text
 
 log = logging.getLogger(__name__)
-JUDGED = (
-    ("accuracy", "held-out accuracy"),
-    ("auc", "held-out AUC"),
-    ("margin_nats", "preference margin, nats"),
-    ("win_rate", "win rate, ties counting half"),
-    ("win_rate_without_ties", "win rate without ties"),
-    ("win_rate_length_controlled_without_difficulty", "win rate at equal length"),
-)
+JUDGED = {
+    "accuracy": "held-out accuracy",
+    "auc": "held-out AUC",
+    "margin_nats": "preference margin, nats",
+    "win_rate": "win rate, ties counting half",
+    "win_rate_without_ties": "win rate without ties",
+    "win_rate_length_controlled_without_difficulty": "win rate at equal length",
+}
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,28 @@ class Facts:
 
     run: RunDirectory
     result: dict[str, Any]
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     judged: dict[str, Any] = field(default_factory=dict)
     test: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, run: RunDirectory, result: Mapping[str, Any] | None = None) -> Facts:
+        """Secrets redacted; `result` stands for a result.json that is yet to be written."""
+        files = {
+            "manifest": run.manifest,
+            "data": run.data_report,
+            "judged": run.evaluation / "result.json",
+            "test": run.test,
+        }
+        given = {name: redact(read_json(file)) for name, file in files.items() if file.exists()}
+        return cls(run=run, result=redact(dict(result or run.read_result() or {})), **given)
 
 
 def write_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -> str:
     """Write `run_dir`/report.md and return its text. `result` stands for a result.json that is yet to be written."""
     run = RunDirectory(Path(run_dir))
-    files = (run.manifest, run.data_report, run.evaluation / "result.json", run.test)
-    manifest, data, judged, test = (redact(read_json(file)) if file.exists() else {} for file in files)
-    text = page_text(Facts(run, redact(dict(result or run.read_result() or {})), manifest, data, judged, test))
+    text = page_text(Facts.read(run, result))
     write_text(run.page, text)
     return text
 
@@ -92,26 +101,32 @@ def _verdict(facts: Facts) -> str:
     if (status := str(result.get("status", "running or killed"))) != "done":
         return f"**{status.capitalize()}**: {inline(str(result.get('error', 'no reason recorded')))}"
     if judged.get("win_rate_verdict"):
-        rate = f"win rate {number_text(judged['win_rate'], '.3f')} {interval_text(judged, 'win_rate', '.3f')}"
+        rate = value_text(judged, "win_rate")
         against = f"{inline(str(judged['opponent']))}, on {judged['win_rate_prompts']} prompts"
-        return f"**{judged['win_rate_verdict'].capitalize()}**: {rate} against {against}."
+        return f"**{judged['win_rate_verdict'].capitalize()}**: win rate {rate} against {against}."
     start, final = result.get("start") or {}, result.get("final") or {}
     if final.get("gold/reward") is not None:  # the two intervals share their prompts: they do not say which is better
         before = f", {value_text(start, 'gold/reward', '.2f')} at the start" if "gold/reward" in start else ""
         return f"**Measured**: {value_text(final, 'gold/reward', '.2f')} gold reward of fresh samples{before}."
     key = next((key for key in ("probe/accuracy", "probe/auc") if key in final), None)
-    told = f"held-out {key.partition('/')[2]} {value_text(final, key, '.3f')}, " if key else ""
-    return f"**Not known to be better yet**: {told}but nobody has judged its answers (`python -m dpo_kit evaluate`)."
+    accuracy = f"held-out {key.partition('/')[2]} {value_text(final, key)}, " if key else ""
+    return (
+        f"**Not known to be better yet**: {accuracy}but nobody has judged its answers (`python -m dpo_kit evaluate`)."
+    )
+
+
+def measured(result: Mapping[str, Any]) -> Iterator[str]:
+    """What a run measured, as result.json holds it, with intervals, for a page or a card."""
+    yield "## Measured\n\nOn held-out prompts, against the model that training started from."
+    yield table(("measure", "start", "end", "95 % interval"), result_rows(result))
+    if note := ceiling_line(result.get("final") or {}, result.get("ceiling")):
+        yield f"{note[0].upper()}{note[1:]}."
 
 
 def _measured(facts: Facts) -> Iterator[str]:
-    rows = result_rows(facts.result)
-    if not rows:
+    if not result_rows(facts.result):
         return
-    yield "## Measured\n\nOn held-out prompts, against the model that training started from."
-    yield table(("measure", "start", "end", "95 % interval"), rows)
-    if note := ceiling_line(facts.result["final"], facts.result.get("ceiling")):
-        yield f"{note[0].upper()}{note[1:]}."
+    yield from measured(facts.result)
     if facts.test:
         rows = result_rows({"final": facts.test})
         values = "; ".join(f"{label} {value} {interval}".rstrip() for label, _, value, interval in rows)
@@ -122,6 +137,8 @@ def _measured(facts: Facts) -> Iterator[str]:
 
 def _published(facts: Facts) -> Iterator[str]:
     if published := facts.result.get("published"):
+        from dpo_kit.run.report.published import sentences
+
         yield "## Beside the published run"
         yield "\n".join(f"- {inline(line)}" for line in sentences(published))
         yield f"Source: {inline(published['source'])}. Values: {inline(published['expected_from'])}."
@@ -132,13 +149,7 @@ def _judged(facts: Facts) -> Iterator[str]:
     if not judged:
         return
     yield f"## Evaluated against {inline(str(judged['opponent']))}, {judged['split']} split"
-    measured = as_measured(judged)
-    rows = [
-        (label, measured_text(measured, f"probe/{key}", ".3f"), interval_text(judged, key, ".3f"))
-        for key, label in JUDGED
-        if judged.get(key) is not None
-    ]
-    yield table(("measure", "value", "95 % interval"), rows)
+    yield table(("measure", "value", "95 % interval"), labelled_rows(as_measured(judged), as_measured(JUDGED)))
     failed = (judged.get("judge") or {}).get("controls_failed") or []
     if failed:
         yield f"**The judge failed these controls: {inline(', '.join(map(str, failed)))}.**"

@@ -20,9 +20,9 @@ def sentences(published: Mapping[str, Any]) -> Iterator[str]:
         reports = f"{len(expected)} reports" if len(expected) > 1 else "one report"
         here = "not measured here"
         if value is not None:
-            interval = range_text(figure.get("low"), figure.get("high"), ".3f")
-            here = f"{' '.join(filter(None, (number_text(value, '.3f'), interval)))} here"
-            bottom, top = figure.get("low", value), figure.get("high", value)  # the value itself without an interval
+            ends = (figure["low"], figure["high"]) if "low" in figure else None
+            here = f"{number_text(value, '.3f')} {range_text(ends, '.3f')}".rstrip() + " here"
+            bottom, top = ends or (value, value)
             if not differs:
                 here += ": above" if bottom > high else ": below" if top < low else ": in agreement"
         yield f"{figure['key']}: {known} published ({reports}), {here}."

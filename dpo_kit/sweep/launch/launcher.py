@@ -23,11 +23,10 @@ from dpo_kit.errors import ConfigError, SweepError
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.lock import only_writer
 from dpo_kit.sweep.choice.runs import read_jobs
-from dpo_kit.sweep.launch.devices import device_slots, visible_devices
 from dpo_kit.sweep.launch.job import INTERRUPTED, TERMINATED, JobFile, answer_path
 from dpo_kit.sweep.launch.live_table import Board, near, open_board
 from dpo_kit.sweep.launch.record import LOG, JobRecord, State, write_jobs
-from dpo_kit.sweep.launch.starters import Process, choose_starter, send
+from dpo_kit.sweep.launch.starters import Process, choose_starter, device_slots, send, visible_devices
 from dpo_kit.sweep.summary import refresh
 
 POLL_SECONDS = 0.1

@@ -16,7 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_kit.config.compose import check, compose_unchecked, explain, without_hydra
+from dpo_kit.config.compose import check, compose_unchecked, without_hydra
+from dpo_kit.config.explain import explain
 from dpo_kit.config.identity import comparable, refuse_other_run, sweep_id
 from dpo_kit.config.limits import idle_faults, missing_package
 from dpo_kit.config.places import refuse_unwritable

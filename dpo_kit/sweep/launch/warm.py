@@ -1,7 +1,7 @@
 """Imported once by the server from which jobs are forked, so that no job pays for these imports again.
 
-`dpo_kit.training` brings most; the rest is what libraries import when a run first needs it: the trainers, the model
-classes, the writers of checkpoints and pictures. A test compares this list with what a run imports.
+`dpo_kit.training` brings most; the rest is what a run or a library imports when it first needs it: what measures, the
+trainers, the model classes, the writers of checkpoints and pictures. A test compares this list with what a run imports.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from dpo_kit.run.quiet import quiet_imports
 MODULES = (
     "dpo_kit.cli.main",
     "dpo_kit.training",
+    "dpo_kit.trainer.prefix",
+    "dpo_kit.trainer.probing",
+    "dpo_kit.trainer.reference_store",
+    "dpo_kit.run.report.picture",
     "dpo_kit.toy.domain",
     "trl.trainer.dpo_trainer",
     "trl.trainer.kto_trainer",

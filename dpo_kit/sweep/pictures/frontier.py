@@ -23,8 +23,8 @@ from matplotlib.lines import Line2D
 
 from dpo_kit.errors import DataError
 from dpo_kit.run.files import read_json
+from dpo_kit.run.intervals import Z95
 from dpo_kit.run.report.drawing import FEW, GREY, HATCHED, count_text, joined, new_figure, save
-from dpo_kit.run.statistics import Z95
 from dpo_kit.sweep.choice.quality import Interval, Quality
 from dpo_kit.sweep.choice.rule import Choice
 from dpo_kit.sweep.choice.runs import RunRecord, number

@@ -11,13 +11,13 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from dpo_kit.config.identity import origin, refuse_inexact_resume
+from dpo_kit.config.identity import origin
 from dpo_kit.config.settings import Settings
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.processes import is_writer
 from dpo_kit.run.words import override
-from dpo_kit.trainer.resume import checkpoints
+from dpo_kit.trainer.resume.whole_or_absent import RECORD
 
 log = logging.getLogger(__name__)
 
@@ -27,23 +27,26 @@ def find_checkpoint(settings: Settings, run: RunDirectory, manifest: dict[str, A
 
     Broken ones are set aside under another name. Raises ConfigError where going on would not be exact.
     """
-    found = None
-    if settings.resume == "auto":
-        found = checkpoints.newest_verified(run.checkpoints, writer=is_writer())
-    elif settings.resume != "never":
-        found = _named(Path(settings.resume))
+    if settings.resume == "never" or (settings.resume == "auto" and not run.checkpoints.exists()):
+        return None
+    from dpo_kit.trainer.resume.verified import newest_verified, read_facts, refuse_inexact_resume
+
+    named = settings.resume != "auto"
+    found = _named(Path(settings.resume)) if named else newest_verified(run.checkpoints, writer=is_writer())
     if found is not None:
-        refuse_inexact_resume(found, checkpoints.read_facts(found)["origin"], origin(manifest), settings)
+        refuse_inexact_resume(found, read_facts(found)["origin"], origin(manifest), settings)
         log.info("resuming from %s", found)
     return found
 
 
 def _named(checkpoint: Path) -> Path:
+    from dpo_kit.trainer.resume.verified import find_fault, refuse_foreign
+
     if not checkpoint.is_dir():
         raise ConfigError(f"resume must be auto, never or a checkpoint folder, got {checkpoint}, which does not exist")
-    fault = checkpoints.find_fault(checkpoint)
+    fault = find_fault(checkpoint)
     if fault is not None:
-        checkpoints.refuse_foreign(checkpoint)
+        refuse_foreign(checkpoint)
         raise ConfigError(f"resume={checkpoint} is broken ({fault}): take another one, or resume=auto")
     return checkpoint
 
@@ -55,13 +58,15 @@ def begin_from(run: RunDirectory, checkpoint: Path | None) -> None:
     """
     if not is_writer():
         return
-    step = checkpoints.read_facts(checkpoint)["step"] if checkpoint else 0
-    checkpoints.put_by_later(run.checkpoints, step)
+    if run.checkpoints.exists():
+        from dpo_kit.trainer.resume.verified import put_by_later, read_facts
+
+        put_by_later(run.checkpoints, read_facts(checkpoint)["step"] if checkpoint else 0)
     for path in run.record().values():
         if path != run.wandb_file:
             path.unlink(missing_ok=True)
     if checkpoint:
-        shutil.copytree(checkpoint / checkpoints.RECORD, run.root, dirs_exist_ok=True)
+        shutil.copytree(checkpoint / RECORD, run.root, dirs_exist_ok=True)
 
 
 def how_to_go_on(run: RunDirectory, command: str | None) -> str:

@@ -1,18 +1,14 @@
-"""Numbers that are not finite: found before they reach the weights, with the rows and the cause that they came from."""
+"""Numbers that are not finite: found before they reach the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_kit.errors import TrainingError
-
-ANSWER_IDS = ("chosen_ids", "rejected_ids", "completion_ids")
-WHOLE_IDS = ("chosen_input_ids", "rejected_input_ids")
-SHOWN_ROWS = 16
 
 
 def refuse_non_finite(model: Any, where: str) -> None:
@@ -34,78 +30,3 @@ def all_finite(losses: Sequence[Tensor], norm: Any) -> bool:
     if norm is not None:
         values.append(torch.as_tensor(norm, dtype=torch.float32, device=values[0].device if values else None))
     return not values or bool(torch.stack(values).isfinite().all())
-
-
-def describe_step(trainer: Any, batches: Sequence[tuple[Tensor, Any]], norm: Any, pair_ids: Sequence[str]) -> str:
-    """What was not finite, at which step, in which rows, and why that usually happens."""
-    bad = [inputs for loss, inputs in batches if not loss.isfinite()]
-    what = f"the loss is {_first_bad(batches):g}" if bad else f"the norm of the gradient is {float(norm):g}"
-    rows = sorted({row for inputs in bad or [each for _, each in batches] for row in find_rows(trainer, inputs)})
-    named = [pair_ids[row] if len(pair_ids) == len(trainer.train_dataset) else f"row {row}" for row in rows]
-    shown = ", ".join(named[:SHOWN_ROWS]) + (f" and {len(named) - SHOWN_ROWS} more" if len(named) > SHOWN_ROWS else "")
-    return (
-        f"{what} at step {trainer.state.global_step + 1}, found before the weights were changed; the rows of the "
-        f"batch (pair_id): {shown or 'unknown'}. {likely_cause(trainer, bad, rows)}"
-    )
-
-
-def likely_cause(trainer: Any, bad: Sequence[Any], rows: Sequence[int]) -> str:
-    """The first of the usual causes that holds, with its remedy."""
-    if not all(p.isfinite().all() for p in trainer.model.parameters() if p.is_floating_point()):
-        return "Likely cause: the weights that training started from are not finite; take another model.path."
-    if any(not any(answer) for inputs in bad for answer in _answers(inputs)):
-        return "Likely cause: an answer without a token left after truncation; raise trl.max_length or drop the row."
-    norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
-    if len(norms) > 1 and norms[-1] > 10 * min(norms):
-        return (
-            f"Likely cause: training diverges (the gradient's norm rose from {min(norms):.3g} to {norms[-1]:.3g}); "
-            f"lower trl.learning_rate ({trainer.args.learning_rate:g}) or raise beta."
-        )
-    return (
-        "Likely cause: these rows (look at them in the data; very long or degenerate answers overflow), or a precision "
-        f"too low for this model (try trl.bf16=false), or trl.learning_rate={trainer.args.learning_rate:g} too high."
-    )
-
-
-def find_rows(trainer: Any, inputs: Any) -> list[int]:
-    """The rows of the trainer's data set whose tokens are in a batch; compared only once something went wrong."""
-    wanted = {tuple(ids) for ids in _sequences(inputs)}
-    if not wanted and "prompt" in inputs:  # answers that the trainer has drawn itself
-        return [row for row, prompt in enumerate(trainer.train_dataset["prompt"]) if prompt in inputs["prompt"]]
-    return [
-        row for row, example in enumerate(trainer.train_dataset) if any(_is_in(ids, wanted) for ids in _whole(example))
-    ]
-
-
-def _is_in(ids: list[int], wanted: set[tuple[int, ...]]) -> bool:
-    lengths = {len(each) for each in wanted}  # shorter than the row where the trainer has cut it
-    return any(tuple(ids[:n]) in wanted or tuple(ids[-n:]) in wanted for n in lengths if 0 < n <= len(ids))
-
-
-def _whole(example: dict[str, Any]) -> Iterator[list[int]]:
-    for name in ANSWER_IDS:
-        if name in example:
-            yield [*example["prompt_ids"], *example[name]]
-    for name in WHOLE_IDS:
-        if name in example:
-            yield list(example[name])
-
-
-def _sequences(inputs: Any) -> Iterator[list[int]]:
-    for name, mask in _masks(inputs, "attention_mask"):
-        if not name.startswith(("prompt_", "KL_")):
-            ids = inputs[f"{name}input_ids"]
-            yield from (row[on.bool()].tolist() for row, on in zip(ids, mask, strict=True))
-
-
-def _answers(inputs: Any) -> Iterator[list[int]]:
-    for _, mask in _masks(inputs, "completion_mask"):
-        yield from mask.tolist()
-
-
-def _masks(inputs: Any, suffix: str) -> Iterator[tuple[str, Tensor]]:
-    return ((name.removesuffix(suffix), value) for name, value in inputs.items() if name.endswith(suffix))
-
-
-def _first_bad(batches: Sequence[tuple[Tensor, Any]]) -> float:
-    return next(float(loss) for loss, _ in batches if not loss.isfinite())

@@ -23,10 +23,10 @@ import torch
 from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.model.random_state import random_states, set_random_states
 from dpo_kit.run.files import read_json
-from dpo_kit.trainer.resume import checkpoints
-from dpo_kit.trainer.resume.nonfinite import all_finite, describe_step, refuse_non_finite
+from dpo_kit.trainer.resume import whole_or_absent
+from dpo_kit.trainer.resume.carried_state import carry, pick_up
+from dpo_kit.trainer.resume.nonfinite import all_finite, refuse_non_finite
 from dpo_kit.trainer.resume.signals import Interrupted, StopRequest, catch_signals
-from dpo_kit.trainer.resume.state import carry, pick_up
 
 log = logging.getLogger(__name__)
 Base: Any = object  # in use, a trainer follows in the method resolution order
@@ -141,6 +141,8 @@ class Safekeeping(Base):
         scaled = self.accelerator.scaler is not None  # a scaler skips steps of infinite gradient by itself
         if not all_finite([loss for loss, _ in batches], None if scaled else norm):
             self._finish_saving(quietly=True)
+            from dpo_kit.trainer.resume.which_rows import describe_step
+
             what = describe_step(self, batches, norm, self.kept.pair_ids)
             raise TrainingError(f"{what} Last good checkpoint: {self._newest() or 'none'}")
         return norm
@@ -204,13 +206,13 @@ class Safekeeping(Base):
         self._finish_saving()
         moment = self._moment or self._now()
         step, root = self.state.global_step, Path(self._get_output_dir(trial))
-        aside = root / f"{checkpoints.SAVING}-checkpoint-{step}"
-        written, final = aside / f"checkpoint-{step}", checkpoints.folder_of(root, step)
+        aside = root / f"{whole_or_absent.SAVING}-checkpoint-{step}"
+        written, final = aside / f"checkpoint-{step}", whole_or_absent.folder_of(root, step)
         if self.is_world_process_zero():
             shutil.rmtree(aside, ignore_errors=True)
             refuse_non_finite(self.model, f"at step {step}")
             root.mkdir(parents=True, exist_ok=True)
-            checkpoints.refuse_full_disk(root, self.checkpoint_bytes, f"the checkpoint of step {step}")
+            whole_or_absent.refuse_full_disk(root, self.checkpoint_bytes, f"the checkpoint of step {step}")
         self.accelerator.wait_for_everyone()
         with self._cleaned_up(aside, step):
             self._aside = aside
@@ -283,14 +285,14 @@ class Safekeeping(Base):
     def _state_file(self) -> str:
         """Each process has its own sums and averages."""
         rank = self.args.process_index
-        return f"{checkpoints.STATE}-{rank}.pt" if rank else f"{checkpoints.STATE}.pt"
+        return f"{whole_or_absent.STATE}-{rank}.pt" if rank else f"{whole_or_absent.STATE}.pt"
 
     def _save_own(self, written: Path, moment: Moment) -> None:
         own = {"carried": moment.carried, "due": moment.due, "step": self.state.global_step}
         torch.save(own | {"seconds": self.seconds_before + time.time() - self._since}, written / self._state_file)
         files = self.kept.record() if self.args.should_save else {}
         for name in files.keys() & moment.record.keys():
-            target = written / checkpoints.RECORD / name
+            target = written / whole_or_absent.RECORD / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with files[name].open("rb") as file:
                 target.write_bytes(file.read(moment.record[name]))
@@ -302,9 +304,9 @@ class Safekeeping(Base):
         def work() -> None:
             try:
                 self.checkpoint_bytes = sum(each.stat().st_size for each in written.rglob("*") if each.is_file())
-                checkpoints.complete(written, final, facts)
+                whole_or_absent.complete(written, final, facts)
                 written.parent.rmdir()
-                checkpoints.rotate(final.parent, keep, best)
+                whole_or_absent.rotate(final.parent, keep, best)
             except BaseException as error:
                 shutil.rmtree(written.parent, ignore_errors=True)
                 self._fault = self._not_saved(step, error)
@@ -322,12 +324,10 @@ class Safekeeping(Base):
             raise fault
 
     def _newest(self) -> Path | None:
-        whole = (
-            path
-            for path in checkpoints.list_checkpoints(Path(self.args.output_dir))
-            if not checkpoints.find_fault(path)
-        )
-        return next(whole, None)
+        from dpo_kit.trainer.resume.verified import find_fault
+
+        paths = whole_or_absent.list_checkpoints(Path(self.args.output_dir))
+        return next((path for path in paths if not find_fault(path)), None)
 
     def _refuse_small_disk(self) -> None:
         """ConfigError where model and checkpoints will not fit; an estimate from the weights, until one is written."""
@@ -336,12 +336,12 @@ class Safekeeping(Base):
         self.checkpoint_bytes = (1 + OPTIMIZER_VALUES) * model
         root = Path(self.args.output_dir)
         root.mkdir(parents=True, exist_ok=True)
-        there = len(checkpoints.list_checkpoints(root))
+        there = len(whole_or_absent.list_checkpoints(root))
         more = max(0, (self.args.save_total_limit or 1) - there) + 1  # one more while the oldest is still there
         more = more if self.args.save_strategy != "no" else 0
         needed = model + more * self.checkpoint_bytes
         what = f"this run ({more} checkpoints of {self.checkpoint_bytes / 1e9:.2f} GB and the model)"
-        checkpoints.refuse_full_disk(root, needed, what, ConfigError)
+        whole_or_absent.refuse_full_disk(root, needed, what, ConfigError)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._same_dtypes():

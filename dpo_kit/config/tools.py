@@ -1,0 +1,73 @@
+"""What the tools beside training share: `key=value` arguments, `--help`, and where they may write."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dpo_kit.config.command_line import DONE, guard
+from dpo_kit.config.places import refuse_unwritable
+from dpo_kit.errors import ConfigError, did_you_mean
+from dpo_kit.run.words import with_home
+
+Values = dict[str, str]
+
+
+def run_tool(name: str, usage: str, arguments: Sequence[str] | None, work: Callable[[Sequence[str]], None]) -> int:
+    """Exit code of `work`, called with `arguments` (None: those of the command line), as `guard` gives it.
+
+    `--help` prints `usage` instead.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if {"--help", "-h"} & set(given):
+        sys.stdout.write(usage)
+        return DONE
+    return guard(f"dpo_kit {name}", given, lambda: work(given))
+
+
+def parse(arguments: Sequence[str], keys: Sequence[str], *, needed: str | None = None, meaning: str = "") -> Values:
+    """{key: value} of `key=value` arguments. ConfigError names what is wrong and what was probably meant.
+
+    `needed` is the key that must be there, `meaning` what its value is.
+    """
+    values: Values = {}
+    for word in arguments:
+        key, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-"):
+            raise ConfigError(f"arguments are key=value without dashes: {key}={value or '…'}")
+        if not equals:
+            raise ConfigError(f"arguments are key=value, got {word}; did you mean {needed or keys[0]}={word}?")
+        if key not in keys:
+            meant = did_you_mean(key, keys, f"; the keys are {', '.join(keys)}", cutoff=0.5)
+            raise ConfigError(f"unknown key {key}{meant}")
+        values[key] = with_home(value)
+    if needed and not values.get(needed):
+        raise ConfigError(f"{needed} is missing: add {needed}={meaning}")
+    return values
+
+
+def refuse_no_file(key: str, file: str | Path) -> None:
+    """ConfigError where the file to be written, given as `key`, is a folder or stands where nothing can be written."""
+    if Path(file).expanduser().is_dir():
+        raise ConfigError(f"{key}={file} is a folder: name a file, {key}={Path(file) / 'out.json'}")
+    refuse_unwritable(key, Path(file).expanduser().absolute().parent)
+
+
+A_RUN_S = {"metrics.jsonl", "trl_config.json", "checkpoints", "sweep.json", "config.json", "adapter_config.json"}
+WRITTEN = {
+    "data_report.json", "manifest.json", "rejects.jsonl", "answers.jsonl", "opponent_answers.jsonl", "judgements.jsonl",
+    "comparisons.jsonl", "pairs.jsonl", "result.json", "review.csv",
+}  # fmt: skip
+
+
+def refuse_foreign(key: str, folder: str | Path) -> None:
+    """ConfigError where `folder`, in which a tool is to write, cannot be written, or has files in it and none of those
+    that our tools write; also for runs and models.
+    """
+    refuse_unwritable(key, folder)
+    path = Path(folder).expanduser()
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if names and (names & A_RUN_S or not names & WRITTEN):
+        some = ", ".join(sorted(names & A_RUN_S or names)[:3])
+        raise ConfigError(f"{key}={folder} is a folder with other files in it ({some}): name a new one")

@@ -1,0 +1,258 @@
+"""What stands in the data nearly twice: near-duplicates, pairs that nearly contradict each other, leaks, alike prompts.
+
+Two texts are near when their sets of three-word shingles (case, punctuation and spacing ignored) overlap by a Jaccard
+index of NEAR or more; two rows are when each of their fields is. MinHash (datasketch; arXiv:2107.06499 for its use on
+training text) proposes candidates, the exact index decides, so nothing is called a duplicate by chance.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dpo_kit.data.report.duplicates import beside
+from dpo_kit.data.report.figures import spread
+from dpo_kit.data.report.text_rules import words_of
+from dpo_kit.data.rows import ANSWERS, Kind, Rows
+from dpo_kit.model.chats import text_of
+
+NEAR = 0.8  # least Jaccard index of near texts
+ALIKE = 0.6  # least Jaccard index of prompts in one cluster
+ROW_BANDS, PROMPT_BANDS = (10, 4), (13, 3)  # bands x rows: 99.5 % of the rows at .8 are proposed, 96 % of prompts at .6
+PERMUTATIONS = 40
+CROWD = 50  # members of a bucket that each further one is compared with
+CHUNK = 2000
+SAMPLE = 2000  # pairs whose two answers are compared with each other
+_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xBF58476D1CE4E5B9], np.uint64)
+
+
+@dataclass
+class Near:
+    """Indices of rows: each near-duplicate with the row that it is near to, and pairs of rows that nearly contradict
+    each other; `left_out` counts comparisons that crowded buckets would have needed besides.
+    """
+
+    leader: dict[int, int]
+    contradictions: list[tuple[int, int]]
+    left_out: int
+
+
+@dataclass
+class Sketch:
+    """MinHash values of whole rows and of their prompts, (rows, PERMUTATIONS) each."""
+
+    rows: np.ndarray
+    prompts: np.ndarray
+
+
+def sketch(rows: Rows, kind: Kind) -> Sketch:
+    """The MinHash values of all rows, with a bar on a terminal."""
+    fields = ([words_of(text_of(row[name])) for name in ("prompt", *ANSWERS[kind])] for row in rows)
+    return _sketch(fields, len(rows))
+
+
+def sketch_prompts(texts: Sequence[str]) -> np.ndarray:
+    """The MinHash values of texts alone, (texts, PERMUTATIONS)."""
+    return _sketch(([words_of(text), []] for text in texts), len(texts)).prompts
+
+
+def find_near(rows: Rows, kind: Kind, values: np.ndarray, order: Sequence[int]) -> Near:
+    """Near-duplicates among `rows`; each is near to one that stands before it in `order` and is no duplicate itself."""
+    contradictions: list[tuple[int, int]] = []
+
+    def same(index: int, other: int) -> bool:
+        row, earlier = rows[index], rows[other]
+        if not _near(row["prompt"], earlier["prompt"]) or beside(row) != beside(earlier):
+            return False
+        if kind == "unary":
+            straight = _near(row["completion"], earlier["completion"])
+            crossed = straight and row["label"] != earlier["label"]
+        else:
+            straight = _near(row["chosen"], earlier["chosen"]) and _near(row["rejected"], earlier["rejected"])
+            crossed = not straight and _near(row["chosen"], earlier["rejected"])
+            crossed = crossed and _near(row["rejected"], earlier["chosen"])
+        if crossed:
+            contradictions.append((other, index))
+        return straight and not crossed
+
+    leader, left_out = cover(values, ROW_BANDS, order, same)
+    return Near(leader, contradictions, left_out)
+
+
+def cover(
+    values: np.ndarray, bands: tuple[int, int], order: Sequence[int], same: Callable[[int, int], bool]
+) -> tuple[dict[int, int], int]:
+    """({index: leader}, comparisons left out): each index that is `same` as one before it in `order` with no leader."""
+    place = {index: rank for rank, index in enumerate(order)}
+    before: dict[int, set[int]] = defaultdict(set)
+    left_out = 0
+    lsh, _ = build_index(values, bands, order)
+    for table in lsh.hashtables:
+        for key in table.keys():  # noqa: SIM118 - a storage of datasketch, not a dict
+            members = sorted(table.get(key), key=place.__getitem__)
+            for rank, index in enumerate(members[1:], start=1):
+                before[index].update(members[: min(rank, CROWD)])
+                left_out += max(0, rank - CROWD)
+    leader: dict[int, int] = {}
+    for index in sorted(before, key=place.__getitem__):
+        others = sorted((other for other in before[index] if other not in leader), key=place.__getitem__)
+        first = next((other for other in others if same(index, other)), None)
+        if first is not None:
+            leader[index] = first
+    return leader, left_out
+
+
+def build_index(
+    values: np.ndarray, bands: tuple[int, int], indices: Sequence[int]
+) -> tuple[Any, Callable[[np.ndarray], Any]]:
+    """datasketch's index of the rows `indices` of `values`, and what makes a MinHash to ask it with from such a row."""
+    from datasketch import MinHash, MinHashLSH
+
+    used = bands[0] * bands[1]
+    permutations = MinHash(num_perm=used).permutations
+
+    def minhash(row: np.ndarray) -> Any:
+        return MinHash(hashvalues=row[:used], permutations=permutations, scheme="affine32")
+
+    lsh = MinHashLSH(num_perm=used, params=bands)
+    for index in tqdm(indices, desc="looking for near-duplicates", unit="row", disable=None, leave=False, delay=2):
+        lsh.insert(int(index), minhash(values[index]), check_duplication=False)
+    return lsh, minhash
+
+
+def jaccard(one: str, other: str) -> float:
+    """Overlap of two texts' three-word shingles, 0 to 1."""
+    if one == other:
+        return 1.0
+    first, second = _shingles(one), _shingles(other)
+    both = len(first & second)
+    return both / (len(first) + len(second) - both)
+
+
+def _near(one: Any, other: Any) -> bool:
+    return jaccard(text_of(one), text_of(other)) >= NEAR
+
+
+@lru_cache(maxsize=20_000)
+def _shingles(text: str) -> frozenset[tuple[str, ...]]:
+    words = words_of(text)
+    return frozenset(zip(words, words[1:], words[2:], strict=False)) if len(words) > 2 else frozenset([tuple(words)])
+
+
+def _sketch(rows: Iterable[list[list[str]]], count: int) -> Sketch:
+    """`rows` are lists of fields, each a list of words; the first field is the prompt."""
+    from datasketch import MinHash
+
+    values = Sketch(*(np.empty((count, PERMUTATIONS), np.uint32) for _ in range(2)))
+    factors, shifts = MinHash(num_perm=PERMUTATIONS).permutations
+    rows = iter(rows)
+    with tqdm(total=count, desc="hashing", unit="row", disable=None, leave=False, delay=2) as bar:
+        for start in range(0, count, CHUNK):
+            part = slice(start, start + CHUNK)
+            shingles, starts = _hash_shingles(list(islice(rows, CHUNK)))
+            for number, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
+                least = np.minimum.reduceat(shingles * factor + shift, starts)
+                values.prompts[part, number] = least[::2]
+                values.rows[part, number] = np.minimum(least[::2], least[1::2])
+            bar.update(len(starts) // 2)
+    return values
+
+
+@lru_cache(maxsize=1_000_000)
+def _hash_word(word: str) -> int:
+    """The same number for a word on every machine."""
+    return zlib.crc32(word.encode())
+
+
+def _hash_shingles(rows: list[list[list[str]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of all three-word shingles, row by row, and where each row's prompt and its answers begin among them."""
+    words: list[int] = []
+    sizes = []  # shingles of each field; one of fewer than three words is filled up and has one
+    for row in rows:
+        for text in row:
+            words.extend(map(_hash_word, text))
+            words.extend([0] * (3 - len(text)))
+            sizes.append(max(1, len(text) - 2))
+    numbers = np.array(words, np.uint64)
+    mixed = numbers[:-2] * _MIX[0] + numbers[1:-1] * _MIX[1] + numbers[2:] * _MIX[2]
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX[3]
+    shingles = (mixed >> np.uint64(32)).astype(np.uint32)
+    per_row = np.array(sizes).reshape(len(rows), -1)
+    ends = np.cumsum(per_row.ravel() + 2)  # in words: the two windows before an end reach into the next field
+    within = np.ones(len(numbers), bool)
+    within[ends - 1] = within[ends - 2] = False
+    halves = np.stack([per_row[:, 0], per_row[:, 1:].sum(1)], axis=1).ravel()
+    return shingles[within[: len(shingles)]], np.concatenate([[0], np.cumsum(halves)[:-1]])
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+
+def near_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray) -> dict[int, str]:
+    """{index of a row of `train`: which of `prompts` its own is near to}; `values` are the prompts of its `Sketch`."""
+    if not prompts:
+        return {}
+    held, leaks = list(dict.fromkeys(prompts)), dict[int, str]()
+    lsh, minhash = build_index(sketch_prompts(held), PROMPT_BANDS, range(len(held)))
+    for text, rows in zip(*group_by_prompt(train), strict=True):
+        near = (held[index] for index in sorted(lsh.query(minhash(values[rows[0]]))))
+        shared = next((prompt for prompt in near if jaccard(text, prompt) >= NEAR), None)
+        leaks |= dict.fromkeys(rows, shared) if shared is not None else {}
+    return leaks
+
+
+def group_by_prompt(rows: Rows) -> tuple[list[str], list[list[int]]]:
+    """Each different prompt's text, and the indices of the rows that have it."""
+    owners: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        owners.setdefault(text_of(row["prompt"]), []).append(index)
+    return list(owners), list(owners.values())
+
+
+def cluster_prompts(texts: Sequence[str], values: np.ndarray) -> list[int]:
+    """For each text the index of its cluster's first one: texts that are alike (Jaccard index of ALIKE or more).
+
+    `values` are their MinHash values, (texts, PERMUTATIONS).
+    """
+    leader, _ = cover(values, PROMPT_BANDS, range(len(texts)), lambda i, j: jaccard(texts[i], texts[j]) >= ALIKE)
+    return [leader.get(index, index) for index in range(len(texts))]
+
+
+def measure_difficulty(rows: Rows, kind: Kind) -> dict[str, Any] | None:
+    """How alike the two answers are (Jaccard index of their shingles) on a fixed sample: the more, the harder to tell
+    apart. What the raters and the reference find hard stands under `agreement` and `reference`.
+    """
+    if kind != "pairs":
+        return None
+    sample = sorted(rows, key=lambda row: row["prompt_id"])[:SAMPLE]
+    overlaps = [jaccard(text_of(row["chosen"]), text_of(row["rejected"])) for row in sample]
+    return {
+        "sampled": len(sample),
+        "answers_overlap": spread(overlaps),
+        "nearly_alike": sum(overlap >= NEAR for overlap in overlaps) / len(overlaps),
+    }
+
+
+def measure_diversity(rows: Rows, values: np.ndarray) -> dict[str, Any]:
+    """How different the prompts are: distinct ones, rows for each, clusters of alike ones with the largest."""
+    texts, owners = group_by_prompt(rows)
+    clusters: Counter[int] = Counter()
+    for first, indices in zip(cluster_prompts(texts, values[[same[0] for same in owners]]), owners, strict=True):
+        clusters[first] += len(indices)
+    largest = clusters.most_common(5)
+    return {
+        "prompts": len(texts),
+        "rows_of_the_most_used_prompt": max(map(len, owners)),
+        "clusters": len(clusters),
+        "largest_cluster": largest[0][1] / len(rows),
+        "largest": [[texts[first][:80], count] for first, count in largest if count > 1],
+        "opening_words": len({" ".join(text_of(text).lower().split()[:3]) for text in texts}),
+    }

@@ -1,0 +1,65 @@
+"""Another model as the reference: what it must share with the policy, and what makes it needless."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from dpo_kit.config.settings import Model
+from dpo_kit.errors import ConfigError, ModelError
+from dpo_kit.model.load import load_named
+from dpo_kit.model.origin import base_of, read_adapter
+from dpo_kit.run.files import hash_weights
+
+SAMPLE = ("Hello, world!", "naïve café, 東京 🙂", "  two  spaces\n\tand a tab", "x = 3.14159 * 2**10  # code", "don't")
+"""Texts that tokenizers of one vocabulary but other merges or normalisation encode differently."""
+
+
+def refuse_other_vocabulary(model: Model, tokenizer: Any) -> None:
+    """ModelError where the reference reads token ids otherwise than the policy, so that its log-probabilities would be
+    those of other texts.
+    """
+    other = load_named(AutoTokenizer, str(model.reference), model)
+    base = base_of(model)
+    rows, rows_there = (
+        load_named(AutoConfig, path, base).get_text_config().vocab_size for path in (base.path, str(model.reference))
+    )
+    differing = [f"rows of the embedding: {rows} and {rows_there}"] if rows != rows_there else []
+    differing += token_differences(tokenizer, other)
+    if differing:
+        raise ModelError(
+            f"model.reference={model.reference} has another vocabulary than model.path={model.path} "
+            f"({'; '.join(differing)}): its log-probabilities would be those of other texts. Take a reference of the "
+            "same tokenizer, or resize and save both models alike"
+        )
+
+
+def token_differences(tokenizer: Any, other: Any) -> list[str]:
+    """Where two tokenizers give the same text other ids, or read the same ids as other text; empty where nowhere."""
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    moved = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+    ends = (tokenizer.eos_token_id, other.eos_token_id)
+    differing = [f"eos_token_id: {ends[0]} and {ends[1]}"] if ends[0] != ends[1] else []
+    differing += [f"token {moved[0]!r}: {mine.get(moved[0])} and {theirs.get(moved[0])}"] if moved else []
+    ids = [[each(text, add_special_tokens=False)["input_ids"] for text in SAMPLE] for each in (tokenizer, other)]
+    return (
+        differing + [f"{text!r} is encoded differently" for text, a, b in zip(SAMPLE, *ids, strict=True) if a != b][:1]
+    )
+
+
+def refuse_second_copy(model: Model) -> None:
+    """ConfigError where the reference beside a new adapter has the very weights of the base."""
+    if model.tuning == "full" or read_adapter(model) is not None or _sizes(model.path) != _sizes(str(model.reference)):
+        return
+    if (own := hash_weights(model.path)) and own == hash_weights(str(model.reference)):
+        raise ConfigError(
+            f"model.reference={model.reference} has the very weights of model.path={model.path}, which "
+            f"model.tuning={model.tuning} has already (the policy with its adapter off): leave it out, and save a "
+            "second model's memory"
+        )
+
+
+def _sizes(path: str) -> list[int]:
+    return sorted(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
