@@ -13,16 +13,8 @@ log = logging.getLogger(__name__)
 SILENCE = 2.0  # seconds after which a phase says that it is at work
 
 
-SPINS = "1000"  # turns that a thread waits for the others before it sleeps; OpenMP's own are 300 times as many
-
-
 def quiet_imports() -> None:
-    """Before the libraries are imported: silence what they say while they are, have no bot convert pickles, and let
-    waiting threads sleep: on cores that another program uses too, spinning ones keep those from running that they
-    wait for, and a step takes ten times as long.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    """Before the libraries are imported: silence what they say while they are, and have no bot convert pickles."""
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
