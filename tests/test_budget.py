@@ -126,3 +126,13 @@ def test_a_resumed_run_and_the_runs_of_a_sweep_measure_the_same(settings, tmp_pa
     train(compose([*settings, "beta=0.2"]), tmp_path / "two")
     assert measured(tmp_path / "one") == measured(tmp_path / "two") == ([0, 6, 12], 4, 4)
     assert read_json(tmp_path / "measuring.json") == read_json(tmp_path / "two" / "manifest.json")["measuring"]
+
+
+def test_a_cadence_stays_where_all_fits_or_the_best_of_typed_checkpoints_is_kept(settings, tmp_path, monkeypatch):
+    best = ["trl.load_best_model_at_end=true", "trl.metric_for_best_model=probe/accuracy"]
+    with costing(monkeypatch, SLOW):
+        train(compose([*settings, "trl.save_steps=4", *best]), tmp_path / "best")
+    assert 4 in (kept := measured(tmp_path / "best")[0]) and len(kept) > 3
+    with costing(monkeypatch, QUICK):
+        train(compose([*settings, "trl.max_steps=27"]), tmp_path / "all")
+    assert measured(tmp_path / "all")[0][:3] == [0, 2, 4]

@@ -70,6 +70,10 @@ def test_the_speed_that_the_readme_names_is_that_of_the_table():
     )
     shapes = [f"{shape}, full: {what}" for what in ("training", "sweep") for shape in ("prompt-heavy", "answer-heavy")]
     assert [float(value) for value in named.groups()] == [round(float(rows[shape]), 1) for shape in shapes]
+    xeon = dict(re.findall(r"^\| (\S+: \w+).*?\| ([\d.]+) \|$", PAGES["measured.md"], re.M))
+    named = re.search(r"it is ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+)\.", README)
+    ratios = [round(float(xeon[shape.replace(", full", "")]), 1) for shape in shapes]
+    assert [float(value) for value in named.groups()] == ratios
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c and c not in SWEEPS + NOT_RUN + TOOLS])

@@ -116,7 +116,7 @@ class Budget(TrainerCallback):
         )
         budget = callbacks.budget
         typed = {name for name in MOST if getattr(callbacks, name) is not None}
-        typed |= {"evaluations"} if self.settings.trl["eval_steps"] is not None or not by_steps else set()
+        typed |= {"evaluations"} if not by_steps or self._is_cadence_typed() else set()
         if budget is None or len(typed) == len(vars(most)) or not (self.probe or self.drift):
             return most
         started = time.time()
@@ -133,7 +133,8 @@ class Budget(TrainerCallback):
     def apply(self, amount: Amount, state: Any) -> None:
         """Set probe, drift and cadence to `amount`, and say so."""
         args, measured = self.trainer.args, []
-        if args.eval_strategy == "steps" and self.settings.trl["eval_steps"] is None:
+        by_steps = args.eval_strategy == "steps"
+        if by_steps and amount.evaluations < math.ceil(state.max_steps / args.eval_steps):
             args.eval_steps = state.eval_steps = math.ceil(state.max_steps / amount.evaluations)
             if args.load_best_model_at_end and self.settings.trl["save_steps"] is None:
                 args.save_steps = state.save_steps = args.eval_steps
@@ -146,8 +147,14 @@ class Budget(TrainerCallback):
             self.drift.take(amount.prompts, amount.max_new_tokens)
             measured.append(f"KL on {len(self.drift.rows)} prompts, answers of up to {amount.max_new_tokens} tokens")
         every = "step" if args.eval_steps == 1 else f"{args.eval_steps or 0:g} steps"
-        every = every if args.eval_strategy == "steps" else "epoch"
-        log.info("measured at the start, every %s and at the end: %s", every, "; ".join(measured))
+        cadence = {"steps": f", every {every}", "epoch": ", every epoch"}.get(args.eval_strategy, "")
+        if measured:
+            log.info("measured at the start%s and at the end: %s", cadence, "; ".join(measured))
+
+    def _is_cadence_typed(self) -> bool:
+        """Whether evaluations come when the user says, or when checkpoints do of which the best is kept."""
+        trl = self.settings.trl
+        return trl["eval_steps"] is not None or (trl["load_best_model_at_end"] and trl["save_steps"] is not None)
 
     def measure_costs(self) -> Costs:
         """Times of this model on this machine, from a few rows that are scored and a few answers that are drawn."""

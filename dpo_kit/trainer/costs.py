@@ -9,6 +9,8 @@ from functools import partial
 from statistics import mean
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.fresh import with_answer_lengths
 from dpo_kit.model.batches import measuring, pad_token_id
@@ -103,7 +105,7 @@ def seconds_per_token(rows: Sequence[list[Tokens]], once: bool, work: Callable[[
         return time.monotonic() - started, sum(count_sequences(row, once) for row in some)
 
     seconds, tokens = try_on(longer[:1])
-    if seconds < LONG:  # the first time takes longer than the others
+    if broadcast_object_list([seconds])[0] < LONG:  # the first time takes longer; all processes try again, or none
         seconds, tokens = try_on(longer[:TRIED_ROWS])
     return seconds / tokens
 
