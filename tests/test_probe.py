@@ -343,8 +343,19 @@ def test_logits_are_scaled_and_capped_as_the_model_does_and_in_fp32(config: Any,
     model.to(dtype)
     predicted = predict(model, SEQUENCES[:1], pad_id=0)
     logits = predicted.logits(slice(None))
-    assert logits.dtype == torch.float32 and (predicted.head is None) == (config.model_type == "recurrent_gemma")
+    assert logits.dtype == torch.float32 and predicted.head is not None
     assert float((logits - expected).abs().max() / expected.abs().max()) < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@torch.no_grad()
+def test_logits_that_are_not_the_head_alone_are_asked_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_config(RecurrentGemmaConfig(**HEAD, lru_width=16, attention_window_size=8)).eval()
+    monkeypatch.setattr(model.config, "logits_soft_cap", 0.4)
+    expected = model(torch.tensor([[2, 3, 4, 5, 1]])).logits[0, 2:4]
+    monkeypatch.setattr(head, "CAPS", head.CAPS[:1])  # a cap under a name that nobody knows
+    predicted = predict(model, SEQUENCES[:1], pad_id=0)
+    assert predicted.head is None
+    assert torch.allclose(predicted.logits(slice(None)), expected, atol=1e-5)
 
 
 def test_a_head_with_an_adapter_on_it_is_asked_through_the_model() -> None:

@@ -19,6 +19,8 @@ Tokens = tuple[list[int], list[int]]
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # largest difference of logits, relative
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 """Names under which configs keep what their models multiply logits by; `logits_scaling` divides them."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names under which they keep c where logits are c · tanh(logits / c); TRL reads the first."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def read_head(model: Any) -> Head | None:
     config = model.config.get_text_config()
     given = [getattr(config, name) for name in SCALES if getattr(config, name, None) is not None]
     given += [1 / config.logits_scaling] if getattr(config, "logits_scaling", None) else []
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = next((getattr(config, name) for name in CAPS if getattr(config, name, None) is not None), None)
     head = Head(module.weight, module.bias, given[0] if given else 1.0, cap)
     if model not in _HEADS:
         _HEADS[model] = _is_plain(model, head)

@@ -24,13 +24,13 @@ from dpo_kit.config.settings import Model, Settings
 from dpo_kit.data.prepare import Prepared
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.model.batches import measuring
-from dpo_kit.model.head import AGREES
+from dpo_kit.model.head import AGREES, CAPS
 from dpo_kit.model.scoring import trained_terms
 from dpo_kit.model.trl_classes import uses_fused_head
 
 ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # unless their config says that they are causal
 ALIASES = {
-    "final_logit_softcapping": ("logits_soft_cap", "output_logit_soft_cap"),
+    CAPS[0]: CAPS[1:],
     "num_experts": ("num_local_experts", "n_routed_experts"),
 }
 """What TRL reads in a config, and other names under which families keep it."""
