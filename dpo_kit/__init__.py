@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError, TrainingError
+from dpo_kit.run.cores import share_cores
 from dpo_kit.run.quiet import quiet_imports
 
 if TYPE_CHECKING:
@@ -50,4 +51,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dpo_kit' has no attribute {name!r}")
     quiet_imports()
+    if name != "compose":  # which imports no torch
+        share_cores()
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -145,7 +145,7 @@ def run(*words):
     return {"wall": wall, "memory": usage.ru_maxrss / 1024, "text": text}
 
 
-def stock(shape, beta=0.1, lora=False, equal=False):
+def stock_words(shape, beta=0.1, lora=False, equal=False):
     """`trl dpo` as it comes; `equal`: without activation checkpointing, as ours; bf16 is its default too."""
     words = ["--model_name_or_path", "model", "--dataset_name", shape, "--output_dir", tempfile.mkdtemp(dir=WORK)]
     words += ["--beta", beta, "--max_length", SHAPES[shape][2], "--per_device_train_batch_size", BATCH]
@@ -153,7 +153,11 @@ def stock(shape, beta=0.1, lora=False, equal=False):
     words += [] if torch.cuda.is_available() else ["--use_cpu"]
     words += ["--use_peft", "--lora_r", "16", "--lora_alpha", "32"] if lora else []
     words += ["--gradient_checkpointing", "false"] if equal else []
-    found = run(sys.executable, "-c", "from trl.cli import main; main()", "dpo", *map(str, words))
+    return [sys.executable, "-c", "from trl.cli import main; main()", "dpo", *map(str, words)]
+
+
+def stock(shape, beta=0.1, lora=False, equal=False):
+    found = run(*stock_words(shape, beta, lora, equal))
     found["train"] = float(re.search(r"'train_runtime': '?([\d.]+)", found["text"])[1])
     return found
 
@@ -168,18 +172,22 @@ def overrides(shape, *more, lora=False):
     return [*words.split(), *GIVEN, *more]
 
 
-def ours(shape, *more, lora=False, beta=0.1, changed=""):
-    """dpo_kit on the same rows, its reference pass (of which nothing is kept from before) counted as training.
-
-    `changed` is Python that changes a constant of dpo_kit first.
-    """
+def our_words(shape, *more, lora=False, beta=0.1, changed=""):
+    """dpo_kit on the same rows, with a cache of its own; `changed` is Python that changes a constant of it first."""
     os.environ["DPO_KIT_CACHE"] = tempfile.mkdtemp(dir=WORK)
     folder = tempfile.mkdtemp(dir=WORK)
-    words = [*overrides(shape, *more, lora=lora), f"beta={beta}", f"hydra.run.dir={folder}/run"]
     start = ("-c", f"{changed}\nfrom dpo_kit.cli.main import main\nmain()") if changed else ("-m", "dpo_kit")
-    found = run(sys.executable, *start, *words)
+    words = [*overrides(shape, *more, lora=lora), f"beta={beta}", f"hydra.run.dir={folder}/run"]
+    return [sys.executable, *start, *words]
+
+
+def ours(shape, *more, lora=False, beta=0.1, changed=""):
+    """A run whose reference pass (of which nothing is kept from before) is counted as training."""
+    words = our_words(shape, *more, lora=lora, beta=beta, changed=changed)
+    found = run(*words)
     passes = sum(map(float, re.findall(r"sequences computed in ([\d.]+) s", found["text"])))
-    found["train"] = json.loads(Path(folder, "run", "result.json").read_text())["seconds"]["train"] + passes
+    result = Path(words[-1].removeprefix("hydra.run.dir="), "result.json")
+    found["train"] = json.loads(result.read_text())["seconds"]["train"] + passes
     return found
 
 
