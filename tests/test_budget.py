@@ -1,6 +1,7 @@
 """How much is measured: chosen once from measured times, kept over a resume, the same in all runs of a sweep."""
 
 import contextlib
+import dataclasses
 import random
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.trainer import budget
-from dpo_kit.trainer.budget import LEAST, Amount, choose_amount
+from dpo_kit.trainer.budget import JUDGED, LEAST, Amount, choose_amount
 from dpo_kit.trainer.costs import Costs
 from tests.small import few_pairs
 
@@ -27,6 +28,8 @@ def test_the_seconds_of_measuring_are_those_of_its_passes():
     read, drawn = 2 * (2 + 0.5 * 4), 2 * 2 + 4 * (10 + 2)
     # forward: recorded once, compared at the start and at three evaluations; reverse: drawn thrice, read twice by two
     assert costs.measuring(Amount(3, 0, 2, 4)) == 5 * read + 3 * drawn + 4 * read
+    with_truth = dataclasses.replace(costs, capability=2.5)  # at start, half-way and end
+    assert with_truth.measuring(Amount(3, 0, 2, 4)) == costs.measuring(Amount(3, 0, 2, 4)) + 7.5
 
 
 def test_all_is_measured_where_it_is_cheap_and_the_least_where_nothing_fits():
@@ -51,6 +54,13 @@ def test_what_is_chosen_fits_and_uses_what_is_allowed():
             assert 3 * costs.measuring(amount) > allowed
 
 
+def test_answers_that_are_judged_stay_whole_and_are_enough_to_tell_something():
+    judged = choose_amount(MOST, SLOW, allowed=1.0, judged=True)
+    assert judged == Amount(LEAST[-1].evaluations, LEAST[-1].pairs, JUDGED, MOST.max_new_tokens)
+    few = Amount(evaluations=2, pairs=4, prompts=3, max_new_tokens=9)
+    assert choose_amount(few, SLOW, allowed=1.0, judged=True) == few
+
+
 def test_what_was_typed_stays():
     typed = choose_amount(MOST, SLOW, allowed=1.0, typed={"pairs", "evaluations"})
     assert (typed.pairs, typed.evaluations) == (256, 10) and typed.prompts == LEAST[-1].prompts
@@ -61,7 +71,14 @@ def settings(tmp_path):
     """A run of 12 steps in which nothing that can be chosen is typed."""
     typed = ("trl.eval_steps", "callbacks.pairs", "callbacks.prompts", "trl.max_steps")
     words = [word for word in few_pairs(tmp_path / "pairs.jsonl") if not word.startswith(typed)]
-    return [*words, "trl.max_steps=12", "callbacks.pairs=null", "callbacks.prompts=null", "callbacks.budget=0.1"]
+    return [
+        *words,
+        "trl.max_steps=12",
+        "callbacks.pairs=null",
+        "callbacks.prompts=null",
+        "callbacks.budget=0.1",
+        "data.gold=null",
+    ]
 
 
 @contextlib.contextmanager

@@ -47,15 +47,20 @@ class Amount:
 
 
 LEAST = (Amount(2, 32, 16, 32), Amount(2, 4, 4, 16))  # half-way and end; what is worth having, and what is possible
+JUDGED = 16  # prompts at least whose answers are judged: fewer say nothing of quality
 
 
-def choose_amount(most: Amount, costs: Costs, allowed: float, typed: Collection[str] = ()) -> Amount:
+def choose_amount(
+    most: Amount, costs: Costs, allowed: float, typed: Collection[str] = (), judged: bool = False
+) -> Amount:
     """`most`, halved field by field, where that saves the most time, until measuring takes `allowed` seconds; what is
-    `typed` stays. Never below the last of LEAST.
+    `typed` stays. Never below the last of LEAST; answers that are `judged` stay whole, and are JUDGED or more.
     """
     amount = most
     for least in LEAST:
         floor = {name: min(vars(most)[name], value) for name, value in vars(least).items()}
+        if judged:
+            floor |= {"prompts": min(most.prompts, JUDGED), "max_new_tokens": most.max_new_tokens}
         while costs.measuring(amount) > allowed:
             smaller = [
                 dataclasses.replace(amount, **{name: max(floor[name], math.ceil(value / 2))})
@@ -128,7 +133,8 @@ class Budget(TrainerCallback):
             "training takes about %.0f s, measuring all would take %.0f s, and may take %.0f s (callbacks.budget=%g)",
             *(training, costs.measuring(most), allowed, budget),
         )
-        return broadcast_object_list([choose_amount(most, costs, allowed, typed)])[0]
+        judged = bool(self.drift and self.drift.on_samples)
+        return broadcast_object_list([choose_amount(most, costs, allowed, typed, judged)])[0]
 
     def apply(self, amount: Amount, state: Any) -> None:
         """Set probe, drift and cadence to `amount`, and say so."""

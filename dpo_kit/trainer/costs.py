@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from dpo_kit.callbacks.gold import load_gold
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.fresh import with_answer_lengths
 from dpo_kit.model.batches import measuring, pad_token_id
@@ -31,7 +32,8 @@ LONG = 2.0  # seconds of a first try that is not repeated
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """Seconds: of a training step; to score a held-out row, and a token of an answer's; to read a prompt; and of a
-    token that is drawn for a batch of answers, whatever its size, and for each of them more.
+    token that is drawn for a batch of answers, whatever its size, and for each of them more; and of what is drawn for
+    the capability of a module that knows the truth.
     """
 
     step: float
@@ -40,6 +42,7 @@ class Costs:
     prompt: float
     draw: float
     draw_more: float
+    capability: float = 0.0
 
     def measuring(self, amount: Amount) -> float:
         """Seconds that a run takes to measure `amount`."""
@@ -50,7 +53,7 @@ class Costs:
         drawn = amount.prompts * self.prompt + amount.max_new_tokens * (self.draw + self.draw_more * amount.prompts)
         forward = (2 + amount.evaluations) * read
         reverse = 3 * drawn + 4 * read  # at start, half-way and end; policy and reference read the later ones
-        return rows + forward + reverse
+        return rows + forward + reverse + 3 * self.capability
 
 
 def measure_costs(
@@ -74,9 +77,13 @@ def measure_costs(
     step = PASSES[settings.model.tuning] * trained * batch * a_row
     if settings.method.rows == "prompts":
         step += trl["max_new_tokens"] * (draw + 2 * batch * draw_more)
+    capability = 0.0
+    if drift and settings.data.gold:
+        gold = load_gold(settings.data.gold)
+        capability = gold.MAX_NEW_TOKENS * (draw + draw_more * len(gold.capability_prompts()))
     share = 1 / trainer.accelerator.num_processes  # they take turns at what is measured
     held_out = token * mean(count_sequences(row, once) for row in rows)
-    return Costs(step, held_out * share, token * share, prompt * share, draw, draw_more * share)
+    return Costs(step, held_out * share, token * share, prompt * share, draw, draw_more * share, capability * share)
 
 
 def time_drawing(trainer: Any, drift: Any, prompt: float) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """A real pretrained model, from prompts to an export, on two CPU cores; beside it stock `trl dpo` on the same pairs.
 
-    python examples/real_model/tune.py [model=FOLDER] [prompts=240]
+    python examples/real_model/tune.py [model=FOLDER] [prompts=160]
 
 SmolLM2-135M-Instruct answers short requests, each with a rule (keeps_to_it.py: one sentence, fifteen words, three
 points, Spanish), four times; of its own answers the one that keeps to the rule best and the one that does worst become
@@ -46,7 +46,7 @@ SHOWN = (
 
 
 def main(arguments):
-    options = {"model": "", "prompts": "240"} | dict(argument.split("=", 1) for argument in arguments)
+    options = {"model": "", "prompts": "160"} | dict(argument.split("=", 1) for argument in arguments)
     model = Path(options["model"] or fetch_model(FOLDER / "model"))
     judge = "judge=gold judge.module=keeps_to_it"
     policy = f"model=local model.path={model}"
@@ -65,7 +65,7 @@ def main(arguments):
     data = f"{policy} data=jsonl data.train={FOLDER}/stock/train.jsonl data.eval={FOLDER}/eval.jsonl"
     training = (
         f"{data} data.gold=keeps_to_it model.tuning=lora trl.num_train_epochs={EPOCHS} trl.learning_rate={RATE} "
-        f"trl.per_device_train_batch_size={BATCH} tracking=none"
+        f"trl.per_device_train_batch_size={BATCH} callbacks.max_new_tokens={keeps_to_it.MAX_NEW_TOKENS} tracking=none"
     )
     seconds["data report"] = dpo_kit(f"data {data} out={FOLDER}/report")
     seconds["plan"] = dpo_kit(f"plan {training}")
@@ -73,7 +73,7 @@ def main(arguments):
         f"-m beta={','.join(map(str, BETAS))} {training} hydra.sweep.dir={FOLDER}/sweep"
     )
     best = json.loads((FOLDER / "sweep" / "best.json").read_text())
-    run = FOLDER / "sweep" / (best["recommended"] or best["runs"][0])
+    run = FOLDER / "sweep" / (best["recommended"] or best["evidence"][0]["run"])
     seconds["win rate"] = dpo_kit(f"evaluate run={run} {judge} win_rate.max_new_tokens={keeps_to_it.MAX_NEW_TOKENS}")
     seconds["export"] = dpo_kit(f"export run={run} out={FOLDER}/export")
     for prompt in SHOWN:
