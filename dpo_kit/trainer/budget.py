@@ -133,7 +133,7 @@ class Budget(TrainerCallback):
             "training takes about %.0f s, measuring all would take %.0f s, and may take %.0f s (callbacks.budget=%g)",
             *(training, costs.measuring(most), allowed, budget),
         )
-        judged = bool(self.drift and self.drift.on_samples)
+        judged = bool(self.settings.data.gold or callbacks.sample_metrics)
         return broadcast_object_list([choose_amount(most, costs, allowed, typed, judged)])[0]
 
     def apply(self, amount: Amount, state: Any) -> None:
