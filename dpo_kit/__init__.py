@@ -12,7 +12,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError, TrainingError
-from dpo_kit.run.cores import share_cores
 from dpo_kit.run.quiet import quiet_imports
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dpo_kit' has no attribute {name!r}")
-    quiet_imports()
     if name != "compose":  # which imports no torch
-        share_cores()
+        quiet_imports()
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 import dpo_kit
-from dpo_kit.run import cores
+from dpo_kit.run import cores, quiet
 from dpo_kit.run.cores import CROWDED_SPINS, SPINS, share_cores, used_cores
 
 
@@ -57,7 +57,7 @@ def test_only_allowed_cores_count_and_programs_of_any_priority_on_them(monkeypat
 
 def test_whoever_imports_torch_looks_first_and_composing_does_not(monkeypatch):
     order = []
-    monkeypatch.setattr(dpo_kit, "share_cores", lambda: order.append("look"))
+    monkeypatch.setattr(quiet, "share_cores", lambda: order.append("look"))
     monkeypatch.setattr(
         dpo_kit.importlib, "import_module", lambda name: order.append(name) or SimpleNamespace(train=1, compose=2)
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,3 +192,18 @@ def test_a_phase_speaks_up_only_where_it_takes_its_time(
         with quiet.phase("loading the weights"):
             time.sleep(0.6)
     assert [record.getMessage() for record in caplog.records] == ["loading the weights …", "loading the weights: 1 s"]
+
+
+def test_a_bar_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(quiet, "SILENCE", 0.0)
+    monkeypatch.setattr(quiet, "BETWEEN", 0.0)
+    with quiet.bar(6, "answers of base", "answer") as progress:
+        for _ in range(3):
+            progress.update(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" in ")[0] for line in lines] == [f"answers of base: {n} of 6" for n in (0, 2, 4, 6)]
+    assert all(re.search(r" in [\d:]+, [\d:?]+ left$", line) for line in lines)
+    monkeypatch.setattr(quiet, "BETWEEN", 60.0)
+    with quiet.bar(6, "answers of base", "answer") as progress:
+        progress.update(6)
+    assert len(capsys.readouterr().err.splitlines()) <= 1  # short work needs no lines

@@ -5,11 +5,10 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from tqdm import tqdm
-
 from dpo_kit.data.read import Fault
 from dpo_kit.data.rows import ANSWERS, Kind, Rows
 from dpo_kit.run.files import digest
+from dpo_kit.run.quiet import bar
 
 CHUNK = 1000  # rows that are rendered at once
 FOLD = "data.fold_system=true puts the system turn at the beginning of the first user turn"
@@ -24,11 +23,11 @@ def add_ids(rows: Rows, formed: Rows, kind: Kind, tokenizer: Any, faults: list[F
     neither and is added to `faults`.
     """
     both = list(zip(rows, formed, strict=True))
-    with tqdm(total=len(rows), desc="tokenizing", unit="row", disable=None, leave=False, delay=2) as bar:
+    with bar(len(rows), "tokenizing", "row") as progress:
         for start in range(0, len(rows), CHUNK):
             part = both[start : start + CHUNK]
             _add([each for each in part if not _is_cut_short(*each, kind, tokenizer, faults)], kind, tokenizer, faults)
-            bar.update(len(part))
+            progress.update(len(part))
 
 
 def _is_cut_short(row: dict[str, Any], shape: dict[str, Any], kind: Kind, tokenizer: Any, faults: list[Fault]) -> bool:

@@ -16,7 +16,6 @@ from dpo_kit.config.tools import run_tool
 from dpo_kit.errors import ConfigError, DpoKitError, EvaluationError
 from dpo_kit.evaluate.evaluation import asked_parts, evaluate, show, show_line
 from dpo_kit.evaluate.job import Job, plan, refuse_silent_servers
-from dpo_kit.run.cores import share_cores
 from dpo_kit.run.quiet import quiet_imports
 
 USAGE = """\
@@ -52,7 +51,6 @@ def work(arguments: Sequence[str]) -> None:
         refuse_unwritable("sweep" if job.options.sweep else "out", job.folder)
     asked_parts(jobs[0])
     refuse_silent_servers(jobs[0])
-    share_cores()
     with contextlib.redirect_stdout(io.StringIO()):  # transformers prints while it is imported
         import dpo_kit.trainer.held_out  # noqa: F401
     if jobs[0].options.sweep:

@@ -11,7 +11,6 @@ from pathlib import Path
 from dpo_kit.config.places import refuse_unwritable
 from dpo_kit.config.tools import Values, parse, run_tool
 from dpo_kit.errors import ConfigError
-from dpo_kit.run.cores import share_cores
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.quiet import quiet_imports
 
@@ -56,7 +55,6 @@ def export(arguments: Sequence[str]) -> None:
     ours.addHandler(terminal)
     ours.setLevel(logging.INFO)
     quiet_imports()
-    share_cores()
     try:
         if values["mode"] == "script":
             from dpo_kit.export.script import write_reproduction

@@ -11,15 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tqdm import tqdm
-
 from dpo_kit.config.settings import Answers, LocalAnswers, Model
 from dpo_kit.errors import DataError
 from dpo_kit.judge.server import Request, Server
 from dpo_kit.model.chats import Prompt, as_messages, split_context
 from dpo_kit.run.files import hash_weights
 from dpo_kit.run.journal import Journal, key_of
-from dpo_kit.run.quiet import quiet_imports, quiet_libraries
+from dpo_kit.run.quiet import bar, quiet_imports, quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -119,14 +117,14 @@ def draw_locally(
         quiet_libraries()
         model, tokenizer = local.open()
         total = sum(len(keys[place]) for place in missing)
-        with tqdm(total=total, desc=f"answers of {local.name}", unit="answer", disable=None) as bar:
+        with bar(total, f"answers of {local.name}", "answer") as progress:
             for turn, number in missing:
                 seed = int(key_of(asking.seed, *turn, contents[number])[:15], 16)
                 rows = _rows(tokenizer, chunks[number], local.wrap)
                 samples = _sample(model, tokenizer, rows, turn[0], asking, seed)
                 answers = [{"text": sample.text, "cut": sample.cut} for sample in samples]
                 journal.add_all(dict(zip(keys[turn, number], answers, strict=True)))
-                bar.update(len(answers))
+                progress.update(len(answers))
     of_turns = [[key for number in range(len(chunks)) for key in keys[turn, number]] for turn in turns]
     return _read(journal, local.name, turns, of_turns)
 

@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 from dpo_kit.config.limits import missing_package
 from dpo_kit.config.settings import Endpoint
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.model.chats import conversation_text, message_text, with_context
 from dpo_kit.run.journal import Journal
+from dpo_kit.run.quiet import bar
 from dpo_kit.run.redact import redact_text
 
 log = logging.getLogger(__name__)
@@ -96,11 +95,11 @@ class Server:
         pool = ThreadPoolExecutor(self.endpoint.workers)
         try:
             asked = [pool.submit(self._try, request) for request in missing.values()]
-            with tqdm(total=len(asked), desc=description, unit="request", disable=None, delay=2) as bar:
+            with bar(len(asked), description, "request") as progress:
                 for done in as_completed(asked):
                     done.result()
-                    bar.set_postfix_str(f"cost {self._cost:.4g}" if self._cost else "", refresh=False)
-                    bar.update()
+                    progress.set_postfix_str(f"cost {self._cost:.4g}" if self._cost else "", refresh=False)
+                    progress.update()
         finally:
             pool.shutdown(cancel_futures=True)
         rows = [self.journal.rows.get(request.key) for request in requests]

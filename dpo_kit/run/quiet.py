@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from dpo_kit.run.cores import share_cores
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 SILENCE = 2.0  # seconds after which a phase says that it is at work
+BETWEEN = 20.0  # seconds between two lines of a bar where there is no terminal
 
 
 def quiet_imports() -> None:
-    """Before the libraries are imported: silence what they say while they are, and have no bot convert pickles."""
+    """Before the libraries are imported: silence what they say while they are, have no bot convert pickles, and let
+    threads that wait leave their cores to other programs.
+    """
+    share_cores()
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,3 +60,26 @@ def phase(what: str) -> Iterator[None]:
         timer.cancel()
     if (seconds := time.monotonic() - started) > SILENCE:
         log.info("%s: %.0f s", what, seconds)
+
+
+def bar(total: int, what: str, unit: str) -> tqdm[Any]:
+    """A bar in a terminal; elsewhere, as in a log file, a line now and then of how far it is."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=what, unit=unit, leave=False, delay=SILENCE)
+    shown = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left"
+    return tqdm(
+        total=total, desc=what, file=_Lines(), mininterval=BETWEEN, bar_format=shown, leave=False, delay=SILENCE
+    )
+
+
+class _Lines:
+    """What a bar draws over itself, line by line."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()

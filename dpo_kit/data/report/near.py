@@ -16,13 +16,13 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dpo_kit.data.report.duplicates import beside
 from dpo_kit.data.report.figures import spread
 from dpo_kit.data.report.text_rules import words_of
 from dpo_kit.data.rows import ANSWERS, Kind, Rows
 from dpo_kit.model.chats import text_of
+from dpo_kit.run.quiet import bar
 
 NEAR = 0.8  # least Jaccard index of near texts
 ALIKE = 0.6  # least Jaccard index of prompts in one cluster
@@ -123,8 +123,10 @@ def build_index(
         return MinHash(hashvalues=row[:used], permutations=permutations, scheme="affine32")
 
     lsh = MinHashLSH(num_perm=used, params=bands)
-    for index in tqdm(indices, desc="looking for near-duplicates", unit="row", disable=None, leave=False, delay=2):
-        lsh.insert(int(index), minhash(values[index]), check_duplication=False)
+    with bar(len(indices), "looking for near-duplicates", "row") as progress:
+        for index in indices:
+            lsh.insert(int(index), minhash(values[index]), check_duplication=False)
+            progress.update()
     return lsh, minhash
 
 
@@ -154,7 +156,7 @@ def _sketch(rows: Iterable[list[list[str]]], count: int) -> Sketch:
     values = Sketch(*(np.empty((count, PERMUTATIONS), np.uint32) for _ in range(2)))
     factors, shifts = MinHash(num_perm=PERMUTATIONS).permutations
     rows = iter(rows)
-    with tqdm(total=count, desc="hashing", unit="row", disable=None, leave=False, delay=2) as bar:
+    with bar(count, "hashing", "row") as progress:
         for start in range(0, count, CHUNK):
             part = slice(start, start + CHUNK)
             shingles, starts = _hash_shingles(list(islice(rows, CHUNK)))
@@ -162,7 +164,7 @@ def _sketch(rows: Iterable[list[list[str]]], count: int) -> Sketch:
                 least = np.minimum.reduceat(shingles * factor + shift, starts)
                 values.prompts[part, number] = least[::2]
                 values.rows[part, number] = np.minimum(least[::2], least[1::2])
-            bar.update(len(starts) // 2)
+            progress.update(len(starts) // 2)
     return values
 
 

@@ -11,7 +11,6 @@ import gc
 import importlib
 import io
 
-from dpo_kit.run.cores import share_cores
 from dpo_kit.run.quiet import quiet_imports
 
 MODULES = (
@@ -49,7 +48,6 @@ MODULES = (
 def warm_up() -> None:
     """Import `MODULES`; one that a version lacks costs its job the import and nothing else."""
     quiet_imports()
-    share_cores()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         for name in MODULES:
             with contextlib.suppress(ImportError):
