@@ -13,7 +13,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.trainer import budget
-from dpo_kit.trainer.budget import JUDGED, LEAST, Amount, choose_amount
+from dpo_kit.trainer.budget import LEAST, Amount, choose_amount
 from dpo_kit.trainer.costs import Costs
 from tests.small import few_pairs
 
@@ -56,7 +56,7 @@ def test_what_is_chosen_fits_and_uses_what_is_allowed():
 
 def test_answers_that_are_judged_stay_whole_and_are_enough_to_tell_something():
     judged = choose_amount(MOST, SLOW, allowed=1.0, judged=True)
-    assert judged == Amount(LEAST[-1].evaluations, LEAST[-1].pairs, JUDGED, MOST.max_new_tokens)
+    assert judged == dataclasses.replace(LEAST[0], max_new_tokens=MOST.max_new_tokens)
     few = Amount(evaluations=2, pairs=4, prompts=3, max_new_tokens=9)
     assert choose_amount(few, SLOW, allowed=1.0, judged=True) == few
 

@@ -159,6 +159,8 @@ def test_the_bar_shows_held_out_figures_by_name() -> None:
         progress, {"loss": 0.5, "probe/margin_nats": 1.25, "probe/kl_forward_rb_nats": 0.1, "rewards/margins": 9.0}
     )
     assert progress.figures() == {"loss": "0.5", "margin": "1.25", "KL": "0.1"}
+    call_log(progress, {"probe/kl_forward_k1_nats": -0.3})  # a check beside the other, which may be negative
+    assert progress.figures()["KL"] == "0.1"
     call_log(progress, {"probe/kl_forward_rb_nats": 0.05, "probe/kl_floor_nats": 0.06})
     assert progress.figures() == {"loss": "0.5", "margin": "1.25", "KL": "rounding"}
 

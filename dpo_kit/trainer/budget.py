@@ -47,20 +47,18 @@ class Amount:
 
 
 LEAST = (Amount(2, 32, 16, 32), Amount(2, 4, 4, 16))  # half-way and end; what is worth having, and what is possible
-JUDGED = 16  # prompts at least whose answers are judged: fewer say nothing of quality
 
 
 def choose_amount(
     most: Amount, costs: Costs, allowed: float, typed: Collection[str] = (), judged: bool = False
 ) -> Amount:
     """`most`, halved field by field, where that saves the most time, until measuring takes `allowed` seconds; what is
-    `typed` stays. Never below the last of LEAST; answers that are `judged` stay whole, and are JUDGED or more.
+    `typed` stays. Never below the last of LEAST, or where answers are `judged`, which then stay whole, its first.
     """
     amount = most
-    for least in LEAST:
+    typed = {*typed, "max_new_tokens"} if judged else typed
+    for least in LEAST[:1] if judged else LEAST:
         floor = {name: min(vars(most)[name], value) for name, value in vars(least).items()}
-        if judged:
-            floor |= {"prompts": min(most.prompts, JUDGED), "max_new_tokens": most.max_new_tokens}
         while costs.measuring(amount) > allowed:
             smaller = [
                 dataclasses.replace(amount, **{name: max(floor[name], math.ceil(value / 2))})

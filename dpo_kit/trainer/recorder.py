@@ -71,11 +71,11 @@ class Progress(ProgressCallback):
 
     def figures(self) -> dict[str, str]:
         """{short name: latest value, or "rounding" where it is no more}."""
-        shown = {key: name for key, name in self.SHOWN.items() if key in self.latest}
-        return {
-            name: "rounding" if in_rounding(key, self.latest) else f"{self.latest[key]:.3g}"
-            for key, name in shown.items()
-        }
+        shown: dict[str, str] = {}
+        for key, name in self.SHOWN.items():
+            if key in self.latest:  # the first of a name: k1 stands beside rb as a check
+                shown.setdefault(name, "rounding" if in_rounding(key, self.latest) else f"{self.latest[key]:.3g}")
+        return shown
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.last_line = (state.global_step, time.monotonic()), time.monotonic()
