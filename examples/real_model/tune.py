@@ -55,7 +55,7 @@ def main(arguments):
     seconds = {
         "answers, judged into pairs": dpo_kit(
             f"data mode=build {policy} build.prompts={FOLDER}/prompts.jsonl "
-            f"'build.answers=[{{path: {model}, draws: 4}}]' "
+            f"'build.answers=[{{path: {model}, draws: 4, temperatures: [0.7]}}]' "
             f"build.max_new_tokens={keeps_to_it.MAX_NEW_TOKENS} {judge} out={FOLDER}/pairs"
         )
     }
