@@ -263,7 +263,7 @@ def show(result: Result) -> None:
         compared = f"{judge['comparisons']:,} times two fresh answers, compared by {judge['name']}"
         console.print(f"{compared}; decided by coin: {coins or 'none'}", highlight=False, markup=False, soft_wrap=True)
     if result.published:
-        from dpo_kit.run.report.published import sentences
+        from dpo_kit.run.report.page import sentences
 
         console.print("\n".join(sentences(result.published)), highlight=False, markup=False)
     for finding in result.findings:

@@ -19,9 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder(name: str) -> Path:
-    """Where things are kept that several runs share: under `DPO_KIT_CACHE`, else under the user's cache folder; where
-    neither can be written, in a folder that ends with this process.
-    """
+    """What runs share: under `DPO_KIT_CACHE`, else the user's cache; else (not writable) a temporary folder."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~").expanduser() / ".cache")
     shared = Path(os.environ.get("DPO_KIT_CACHE") or user / "dpo_kit").absolute()
     nearest = next(folder for folder in (shared, *shared.parents) if folder.exists())

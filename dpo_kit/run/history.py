@@ -42,13 +42,7 @@ def decode_row(line: str) -> dict[str, Any]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, in the order written; [] where there is no file.
-
-    A last line cut short (the run was killed while writing) is left out with a note in the log.
-
-    Raises:
-        DataError: a line before the last one is not JSON.
-    """
+    """The rows of a metrics.jsonl; [] without it. A last line that a kill cut is left out. DataError: not JSON."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     rows: list[dict[str, Any]] = []

@@ -36,7 +36,22 @@ class Journal:
         except Timeout:
             raise ConfigError(f"{path} is being written by another process: wait for it, or end it") from None
         self._threads = threading.Lock()
-        self.rows = self._recover()
+        self.rows: dict[str, dict[str, Any]] = {}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            log.warning("%s: its last line was cut off and is made again", path)
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            place, remedy = f"{path}:{number}", "delete that line, and its row is made again"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{place} is damaged ({error}): {remedy}") from error
+            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+                raise DataError(f"{place} has no key: {remedy}")
+            self.rows.setdefault(row.pop("key"), row)
         self._file = path.open("ab", buffering=0)
 
     def add(self, key: str, row: dict[str, Any]) -> None:
@@ -47,7 +62,16 @@ class Journal:
         """Keep several rows, by their keys, with one wait for the disk."""
         with self._threads:
             new = {key: row for key, row in rows.items() if key not in self.rows}
-            self._append(b"".join(json.dumps({"key": key, **row}).encode() + b"\n" for key, row in new.items()))
+            lines = b"".join(json.dumps({"key": key, **row}).encode() + b"\n" for key, row in new.items())
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                written = 0
+                while written < len(lines):  # a disk that fills up takes a part, then refuses the rest
+                    written += self._file.write(lines[written:])
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(end)
+                raise
             self.rows |= new
 
     def close(self) -> None:
@@ -59,36 +83,6 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _append(self, lines: bytes) -> None:
-        end = self._file.seek(0, os.SEEK_END)
-        try:
-            written = 0
-            while written < len(lines):  # a disk that fills up takes a part, then refuses the rest
-                written += self._file.write(lines[written:])
-            os.fsync(self._file.fileno())
-        except OSError:
-            self._file.truncate(end)
-            raise
-
-    def _recover(self) -> dict[str, dict[str, Any]]:
-        content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            log.warning("%s: its last line was cut off and is made again", self.path)
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        rows: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
-            place, remedy = f"{self.path}:{number}", "delete that line, and its row is made again"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{place} is damaged ({error}): {remedy}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-                raise DataError(f"{place} has no key: {remedy}")
-            rows.setdefault(row.pop("key"), row)
-        return rows
 
 
 def key_of(*parts: Any) -> str:

@@ -1,6 +1,4 @@
-"""The measures of a run in one table: key, label with its unit, format; and which of them only measure rounding.
-Standard library only.
-"""
+"""The measures of a run in one table, and which of them only measure rounding. Standard library only."""
 
 from __future__ import annotations
 
@@ -75,9 +73,7 @@ def learned(values: Mapping[str, Any]) -> bool | None:
 
 
 def moved_nats(values: Mapping[str, Any]) -> float | None:
-    """How far held-out answers have moved in the mean, the side that has moved further (their margin, where sides are
-    not measured); None where it is not known.
-    """
+    """How far held-out answers have moved in the mean, the side that moved further (else their margin)."""
     sides = [value for key in LOGRATIOS.values() if (value := values.get(key)) is not None]
     margin = values.get("probe/margin_nats")
     return max(map(abs, sides or ([] if margin is None else [margin])), default=None)

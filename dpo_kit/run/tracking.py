@@ -125,10 +125,7 @@ def start(
     """Open one wandb run for one job; see the promises above. `WANDB_MODE` (online, offline, disabled),
     `WANDB_DISABLED` and `WANDB_JOB_TYPE` are obeyed.
 
-    Args:
-        config: plain nested containers; redacted before it is sent.
-        run_dir: wandb's files go to `run_dir`/wandb.
-        run_id: resume this run, or begin it where it does not exist; a new id when None.
+    `config` is redacted; wandb's files go to `run_dir`/wandb; the run `run_id` is resumed or begun (None: a new one).
     """
     run_id = run_id or uuid.uuid4().hex[:8]
     try:
@@ -144,7 +141,18 @@ def start(
             "tags": [redact_text(tag) for tag in tags],
             "config": redact(dict(config)),
         }
-        mode, reason = _wanted_mode()
+        if os.environ.get("WANDB_DISABLED", "").upper() in TRUE:
+            return Tracker(run_id=run_id)
+        wandb, settings = _wandb(), _setup().settings
+        asked = os.environ.get("WANDB_MODE") or settings.mode
+        mode = _MODES.get(asked, asked)
+        reason = f"mode {mode} asked for"
+        if mode == "online":  # where there is a key
+            try:
+                known = wandb.run is not None or wandb.login(prompt=False, verify=False)
+                mode, reason = ("online", "") if known else ("offline", "no API key")
+            except wandb.errors.Error as error:
+                mode, reason = "offline", _short(error)
         if mode == "disabled":
             return Tracker(run_id=run_id)
         if mode == "online":
@@ -163,22 +171,6 @@ def start(
     except Exception as error:
         log.warning("wandb cannot be used (%s); this run is recorded in metrics.jsonl alone", _short(error))
         return Tracker(run_id=run_id)
-
-
-def _wanted_mode() -> tuple[str, str]:
-    """(mode, why): the user's own choice, else online where there is a key."""
-    if os.environ.get("WANDB_DISABLED", "").upper() in TRUE:
-        return "disabled", "WANDB_DISABLED"
-    wandb, settings = _wandb(), _setup().settings
-    asked = os.environ.get("WANDB_MODE") or settings.mode
-    mode = _MODES.get(asked, asked)
-    if mode != "online":
-        return mode, f"mode {mode} asked for"
-    try:
-        known = wandb.run is not None or wandb.login(prompt=False, verify=False)
-    except wandb.errors.Error as error:
-        return "offline", _short(error)
-    return ("online", "") if known else ("offline", "no API key")
 
 
 def _setup() -> Any:

@@ -1,6 +1,4 @@
-"""Words of a command line: how people type overrides, how Hydra reads them, how ours are printed so that they can be
-pasted.
-"""
+"""Words of a command line: as people type them, as Hydra reads them, as ours are printed to be pasted."""
 
 from __future__ import annotations
 
@@ -21,10 +19,7 @@ HOME = re.compile(r"(?<![^=\[{,:\s'\"])~(?=/)")  # a home folder at the start of
 
 
 def readable(words: Sequence[str]) -> list[str]:
-    """Overrides as Hydra can read them: a value that its grammar does not take is quoted, ~/ is the home folder.
-
-    ConfigError for a word that is no override.
-    """
+    """Overrides as Hydra can read them: quoted where they must be, ~/ the home folder. ConfigError for other words."""
     read = []
     for word in words:
         key, equals, value = word.partition("=")
@@ -83,9 +78,7 @@ TRAINS = ("model", "method", "trl", "beta", "seed", "speed", "allow_beta", "allo
 
 
 def training(words: Sequence[str], file: str | Path | None = None) -> str:
-    """The command that trains with what of `words`, those of a tool, concerns training; on the rows of `file` where one
-    is named.
-    """
+    """The command that trains with what of `words`, of a tool, concerns training; on the rows of `file`, if any."""
     by_word = {word: word.lstrip("+~").partition("=")[0] for word in words}
     kept = [word for word, key in by_word.items() if key.split(".")[0] in TRAINS]
     if file is None:

@@ -1,6 +1,6 @@
 """The model card: what a finished model is, in words and numbers, for whoever finds it later. No secrets."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ SHOWN_ARGUMENTS = ("learning_rate", "num_train_epochs", "max_steps", "max_length
 
 
 def write_card(run_dir: str | Path, result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Write `run_dir`/model/README.md and return its text.
-
-    `result` and `manifest` are what result.json and manifest.json hold; both are redacted first.
-    """
+    """Write `run_dir`/model/README.md from what result.json and manifest.json hold, redacted; return its text."""
     text = card_text(result, manifest)
     path = Path(run_dir) / "model" / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,65 +37,43 @@ def card_text(
     """
     result, manifest = redact(dict(result)), redact(dict(manifest))
     judged, export = redact(dict(judged or {})), redact(dict(export or {}))
-    parts = [
-        _front_matter(result, adapter=result["tuning"] != "full" and not export),
-        _headline(result, manifest["config"]["method"]),
-        *_measured(result, judged),
-        _data(manifest),
-        _training(result, manifest),
-    ]
-    if export:
-        checked = f"Checked on fixed prompts: {export['checked']}."
-        parts.append(f"## Export\n\n{export['how']} Weights in {export['dtype']}. {checked}")
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
-    parts.append(f"## Versions\n\n{versions}.")
-    weights = manifest.get("model", {})
-    if start := weights.get("sha256") or weights.get("revision"):
-        parts.append(f"Started from weights `{start}`.")
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _front_matter(result: Mapping[str, Any], *, adapter: bool) -> str:
+    config, weights = manifest["config"], manifest.get("model", {})
+    method, data, arguments = config["method"], config.get("data", {}), config.get("trl", {})
     facts: dict[str, Any] = {
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": "peft" if result["tuning"] != "full" and not export else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dpo_kit", "trl", "preference-tuning", result["method"]],
     }
     if result["model"].count("/") == 1 and not Path(result["model"]).exists():  # a hub id, no local folder
         facts["base_model"] = result["model"]
-    return f"---\n{yaml.safe_dump(facts, sort_keys=False).strip()}\n---"
-
-
-def _headline(result: Mapping[str, Any], method: Mapping[str, Any]) -> str:
-    return (
-        f"# {method['name']} of {result['model']}, beta {result['beta']:g}\n\n"
-        f"{method['title']} ({method['paper']}): `{method['equation']}`\n\n"
-        f"beta = {result['beta']:g}: {method['beta']['meaning']}; {DIRECTION[method['beta']['higher']]}."
-    )
-
-
-def _measured(result: Mapping[str, Any], judged: Mapping[str, Any]) -> Iterator[str]:
-    yield from measured(result)
+    parts = [
+        f"---\n{yaml.safe_dump(facts, sort_keys=False).strip()}\n---",
+        f"# {method['name']} of {result['model']}, beta {result['beta']:g}",
+        f"{method['title']} ({method['paper']}): `{method['equation']}`",
+        f"beta = {result['beta']:g}: {method['beta']['meaning']}; {DIRECTION[method['beta']['higher']]}.",
+        *measured(result),
+    ]
     if judged.get("win_rate") is not None:
-        yield f"Win rate against the reference, ties counting half: {value_text(judged, 'win_rate')}."
+        parts.append(f"Win rate against the reference, ties counting half: {value_text(judged, 'win_rate')}.")
     if findings := result.get("findings"):
-        yield "## To know\n\n" + "\n".join(f"- {finding['symptom']} {finding['meaning']}" for finding in findings)
-
-
-def _data(manifest: Mapping[str, Any]) -> str:
-    data = manifest["config"].get("data", {})
+        noticed = "\n".join(f"- {finding['symptom']} {finding['meaning']}" for finding in findings)
+        parts.append(f"## To know\n\n{noticed}")
     lines = [f"- {name}: `{data[name]}`" for name in ("train", "eval") if data.get(name)]
     for name, split in manifest.get("data", {}).items():
         lines.append(f"- {name}: {split['rows']} rows, sha256 `{str(split['sha256'])[:16]}`")
-    return "## Data\n\n" + "\n".join(lines)
-
-
-def _training(result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    arguments = manifest["config"].get("trl", {})
+    parts.append("## Data\n\n" + "\n".join(lines))
     shown = ", ".join(f"{name} {arguments[name]}" for name in SHOWN_ARGUMENTS if arguments.get(name) is not None)
-    facts = f"{result['tuning']} tuning, {result['steps']} steps, seed {result['seed']}; {shown}."
-    if adapter := manifest.get("model", {}).get("adapter"):
-        options = f"r {adapter['r']}, alpha {adapter['lora_alpha']}"
-        facts += f" Goes on from the LoRA ({options}) on `{adapter['base']}`; reference: {adapter['reference']}."
+    trained = f"{result['tuning']} tuning, {result['steps']} steps, seed {result['seed']}; {shown}."
+    if lora := weights.get("adapter"):
+        options = f"r {lora['r']}, alpha {lora['lora_alpha']}"
+        trained += f" Goes on from the LoRA ({options}) on `{lora['base']}`; reference: {lora['reference']}."
     command = redact_command(manifest.get("command") or "")
-    return "\n\n".join(filter(None, ("## Training", facts, command and f"```\n{command}\n```")))
+    parts += ["## Training", trained, f"```\n{command}\n```" if command else ""]
+    if export:
+        checked = f"Checked on fixed prompts: {export['checked']}."
+        parts.append(f"## Export\n\n{export['how']} Weights in {export['dtype']}. {checked}")
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
+    parts.append(f"## Versions\n\n{versions}.")
+    if start := weights.get("sha256") or weights.get("revision"):
+        parts.append(f"Started from weights `{start}`.")
+    return "\n\n".join(filter(None, parts)) + "\n"

@@ -1,4 +1,4 @@
-"""What a run's record says in plain words: few findings, each with a remedy that holds for the method at hand.
+"""What a run's record says in plain words (diagnosis.yaml): few findings, with a remedy that holds for the method.
 
 Pure functions of the rows of metrics.jsonl and the method file; no branch on a method's name. Which way beta helps is
 read from `beta.higher` ("closer": a higher beta keeps the policy near the reference; "stronger": it strengthens the
@@ -7,9 +7,13 @@ preference term).
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dpo_kit.run.history import latest, series
 from dpo_kit.run.measures import FLOOR, KL_FLOOR, LOGRATIOS, in_rounding, kl_key, learned, rounding_text
@@ -39,6 +43,16 @@ class Finding:
         return {"symptom": self.symptom, "meaning": self.meaning, "remedy": self.remedy}
 
 
+@cache
+def _texts() -> dict[str, dict[str, str]]:
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+def find(name: str, /, change: dict[str, str] | None = None, **values: Any) -> Finding:
+    """The finding `name` of diagnosis.yaml."""
+    return Finding(**{part: text.format(**values) for part, text in _texts()[name].items()}, change=change or {})
+
+
 def held_back(args: Any, steps: int, rounded: float) -> Iterator[Finding]:
     """What keeps a run of `steps` with the TRL arguments `args` from moving, known before it starts.
 
@@ -46,28 +60,15 @@ def held_back(args: Any, steps: int, rounded: float) -> Iterator[Finding]:
     """
     rate, warmup = args.learning_rate, args.get_warmup_steps(steps)
     if rounded > ROUNDED:
-        yield Finding(
-            f"A step of {rate:g} is below the rounding of {rounded:.1%} of the trained weights, which are kept in half "
-            "precision.",
-            "These weights do not change: what is measured is a policy that hardly moves, whatever data or beta.",
-            "Take model.dtype=auto, which keeps trained weights in float32.",
-            {"model.dtype": "auto"},
-        )
+        yield find("rounded weights", rate=rate, rounded=rounded, change={"model.dtype": "auto"})
     if warmup >= steps and args.lr_scheduler_type not in NO_WARMUP:
-        yield Finding(
-            f"Warm-up takes {warmup} of {steps} steps: the learning rate never gets above {(steps - 1) / warmup:.0%} "
-            f"of {rate:g}.",
-            "The policy has hardly moved, whatever data or beta.",
-            "Take trl.warmup_steps=0.1, a tenth of the run, or a longer run.",
-            {"trl.warmup_steps": "0.1"} if steps > 1 else {},
-        )
+        change = {"trl.warmup_steps": "0.1"} if steps > 1 else {}
+        reached = (steps - 1) / warmup
+        yield find("only warm-up", warmup=warmup, steps=steps, reached=reached, rate=rate, change=change)
 
 
 def diagnose(history: Rows, method: Mapping[str, Any]) -> list[Finding]:
-    """The findings for a run, most telling first; an empty list when nothing is off.
-
-    `history` is what `read_metrics` returns, `method` the method block of the config.
-    """
+    """The findings for a run, most telling first; `history`: rows of metrics.jsonl, `method`: its config block."""
     for stands_still in (lost_in_rounding, loss_flat):  # such a run has no more to say
         if finding := stands_still(history, method):
             return [finding]
@@ -79,11 +80,7 @@ def lost_in_rounding(history: Rows, method: Mapping[str, Any]) -> Finding | None
     values = latest(history)
     if not in_rounding("probe/accuracy", values):
         return None
-    return Finding(
-        f"{rounding_text(values).capitalize()}.",
-        "What is measured of this policy is rounding: its accuracy, margin and KL say nothing yet.",
-        "Train longer (trl.num_train_epochs, trl.max_steps), or measure more finely with model.dtype=float32.",
-    )
+    return find("lost in rounding", rounding=rounding_text(values).capitalize())
 
 
 def loss_flat(history: Rows, method: Mapping[str, Any]) -> Finding | None:
@@ -96,14 +93,7 @@ def loss_flat(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     noise = math.sqrt(statistics.variance(first) / part + statistics.variance(last) / part)
     if statistics.fmean(first) - statistics.fmean(last) > FLAT_NOISE * noise + 1e-9:
         return None
-    rates = method["learning_rate"]
-    return Finding(
-        "The loss is flat, and on held-out rows the policy tells good from bad no better than its reference.",
-        "The policy has not moved, or the pairs carry no preference that generalises.",
-        "Train longer first (trl.num_train_epochs, trl.max_steps); then compare trl.learning_rate with what this "
-        f"method takes on a pretrained model, {rates['full']:g} for full tuning and {rates['lora']:g} for LoRA. If "
-        "that changes nothing, read a few rows: chosen and rejected may be alike, or labelled at random.",
-    )
+    return find("flat loss", **method["learning_rate"])
 
 
 def both_fall(history: Rows, method: Mapping[str, Any]) -> Finding | None:
@@ -116,13 +106,7 @@ def both_fall(history: Rows, method: Mapping[str, Any]) -> Finding | None:
         return None
     if half - end < 0.25 * abs(end) or end > chosen[-2]:
         return None
-    return Finding(
-        f"The margin rises while both answers lose likelihood (chosen {end:.1f} nats, and still falling).",
-        "Common in good runs too: the margin only compares the two. It matters when it goes on, because the lost "
-        "likelihood goes to answers that nobody has rated.",
-        f"Read fresh samples before changing anything. If they are worse: stop earlier, lower trl.learning_rate, or "
-        f"{_hold_back(method)}. Methods with a term on the chosen answer (dpo_sft, cpo, orpo) work against it.",
-    )
+    return find("both fall", end=end, hold_back=_hold_back(method))
 
 
 def certain_at_once(history: Rows, method: Mapping[str, Any]) -> Finding | None:
@@ -136,13 +120,7 @@ def certain_at_once(history: Rows, method: Mapping[str, Any]) -> Finding | None:
         return None
     rule = list(series(history, "probe/length_rule_accuracy").values())
     clue = f" (and taking the longer answer is right in {rule[-1]:.0%})" if rule and rule[-1] > 0.75 else ""
-    return Finding(
-        f"Held-out accuracy is {max(early):.3f} at step {first} already{clue}.",
-        "Something on the surface tells chosen from rejected (length, format, a template, another model's style); the "
-        "policy learns that, and the accuracy says nothing about quality.",
-        "Compare the two sides for length and format, remove what only one of them has, and take pairs that are closer "
-        "to each other, best both sampled from the model to be tuned.",
-    )
+    return find("certain at once", accuracy=max(early), step=first, clue=clue)
 
 
 def drift_explodes(history: Rows, method: Mapping[str, Any]) -> Finding | None:
@@ -155,12 +133,7 @@ def drift_explodes(history: Rows, method: Mapping[str, Any]) -> Finding | None:
         if len(values) < 3 or values[-1] <= max(FAR_NATS, latest(history).get(KL_FLOOR, 0.0)):
             continue
         if values[-1] >= 3 * values[len(values) // 2] or per_token[-1] > FAR_PER_TOKEN:
-            return Finding(
-                f"KL drift explodes: {values[-1]:.0f} nats per answer ({direction}).",
-                "The policy has left the region where the pairs say anything about it; accuracy may still look well "
-                "while samples degrade.",
-                f"Lower trl.learning_rate three- to tenfold or stop earlier, and {_hold_back(method)}.",
-            )
+            return find("drift explodes", nats=values[-1], direction=direction, hold_back=_hold_back(method))
     return None
 
 
@@ -172,13 +145,8 @@ def over_optimised(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     best, last = max(reward, key=reward.__getitem__), max(reward)
     if high.get(last, math.inf) >= low.get(best, -math.inf):
         return None
-    return Finding(
-        f"The gold reward of fresh samples fell from {reward[best]:.2f} at step {best} to {reward[last]:.2f}, "
-        "while the margin rose.",
-        "Over-optimisation: the policy exploits what the labels reward and the gold reward does not.",
-        f"Take the checkpoint near step {best}, or train again with fewer steps or a lower trl.learning_rate, and "
-        f"{_hold_back(method)}.",
-    )
+    hold_back = _hold_back(method)
+    return find("over-optimised", best=reward[best], best_step=best, last=reward[last], hold_back=hold_back)
 
 
 def beta_unfelt(history: Rows, method: Mapping[str, Any]) -> Finding | None:
@@ -186,21 +154,10 @@ def beta_unfelt(history: Rows, method: Mapping[str, Any]) -> Finding | None:
     saturation = list(series(history, "probe/saturation").values())
     if len(saturation) < 2 or saturation[-1] >= UNFELT or in_rounding("probe/saturation", latest(history)):
         return None
-    return Finding(
-        f"Nothing saturates (saturation {saturation[-1]:.2f} of 1): beta is not felt yet.",
-        "On so small a margin beta merely scales the gradient, which the optimizer largely cancels. Runs of different "
-        "beta would look alike.",
-        "Fine for a short run. Train longer before comparing betas: a sweep now would rank noise.",
-    )
+    return find("beta unfelt", saturation=saturation[-1])
 
 
-CHECKS: tuple[Callable[[Rows, Mapping[str, Any]], Finding | None], ...] = (
-    drift_explodes,
-    over_optimised,
-    certain_at_once,
-    both_fall,
-    beta_unfelt,
-)
+CHECKS = (drift_explodes, over_optimised, certain_at_once, both_fall, beta_unfelt)
 
 
 def _hold_back(method: Mapping[str, Any]) -> str:

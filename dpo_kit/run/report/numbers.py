@@ -99,9 +99,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
 
 
 def ceiling_line(final: Mapping[str, Any], ceiling: float | None) -> str | None:
-    """How much of the accuracy that label noise leaves was reached; None where the ceiling is not known, or where the
-    accuracy is rounding.
-    """
+    """How much of the accuracy that label noise leaves was reached; None where that is not known, or rounding."""
     accuracy = final.get("probe/accuracy")
     if not is_number(accuracy) or ceiling is None or ceiling <= 0.5 or in_rounding("probe/accuracy", final):
         return None

@@ -17,9 +17,17 @@ from dpo_kit.run.files import read_json, write_text
 from dpo_kit.run.measures import as_measured
 from dpo_kit.run.redact import redact, redact_command
 from dpo_kit.run.report.markdown import code, fence, inline, table
-from dpo_kit.run.report.numbers import ceiling_line, labelled_rows, result_rows, value_text
+from dpo_kit.run.report.numbers import (
+    ceiling_line,
+    labelled_rows,
+    number_text,
+    range_text,
+    result_rows,
+    value_text,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
+SHOWN = 5  # differences from a published run in a sentence
 JUDGED = {
     "accuracy": "held-out accuracy",
     "auc": "held-out AUC",
@@ -73,8 +81,7 @@ def refresh_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -
 
 def page_text(facts: Facts) -> str:
     """The page as Markdown."""
-    sections = (_headline, _measured, _published, _judged, _findings, _data, _repeat)
-    return "\n\n".join(text for section in sections if (text := "\n\n".join(section(facts)))) + "\n"
+    return "\n\n".join([*_headline(facts), *_results(facts), *_data(facts), *_repeat(facts)]) + "\n"
 
 
 def _headline(facts: Facts) -> Iterator[str]:
@@ -90,29 +97,25 @@ def _headline(facts: Facts) -> Iterator[str]:
     title = inline(str((config.get("method") or {}).get("title", name)))
     steps = f", {result['steps']} steps" if "steps" in result else ""
     tuned = f"{result.get('tuning', 'some')} tuning of {code(str(result.get('model', 'an unnamed model')))}"
-    yield f"{title}, {tuned}{on}{steps}. {_verdict(facts)}"
-    if following := result.get("next"):
-        yield f"Next:\n\n{fence(following, 'bash')}"
-
-
-def _verdict(facts: Facts) -> str:
-    """What is known of the policy against what it started from, in a sentence; better only where that was tested."""
-    result, judged = facts.result, facts.judged
+    # what is known of the policy against what it started from; better only where that was tested
+    start, final, judged = result.get("start") or {}, result.get("final") or {}, facts.judged
     if (status := str(result.get("status", "running or killed"))) != "done":
-        return f"**{status.capitalize()}**: {inline(str(result.get('error', 'no reason recorded')))}"
-    if judged.get("win_rate_verdict"):
+        verdict = f"**{status.capitalize()}**: {inline(str(result.get('error', 'no reason recorded')))}"
+    elif judged.get("win_rate_verdict"):
         rate = value_text(judged, "win_rate")
         against = f"{inline(str(judged['opponent']))}, on {judged['win_rate_prompts']} prompts"
-        return f"**{judged['win_rate_verdict'].capitalize()}**: win rate {rate} against {against}."
-    start, final = result.get("start") or {}, result.get("final") or {}
-    if final.get("gold/reward") is not None:  # the two intervals share their prompts: they do not say which is better
+        verdict = f"**{judged['win_rate_verdict'].capitalize()}**: win rate {rate} against {against}."
+    elif final.get("gold/reward") is not None:  # both intervals share their prompts: they do not say which is better
         before = f", {value_text(start, 'gold/reward', '.2f')} at the start" if "gold/reward" in start else ""
-        return f"**Measured**: {value_text(final, 'gold/reward', '.2f')} gold reward of fresh samples{before}."
-    key = next((key for key in ("probe/accuracy", "probe/auc") if key in final), None)
-    accuracy = f"held-out {key.partition('/')[2]} {value_text(final, key)}, " if key else ""
-    return (
-        f"**Not known to be better yet**: {accuracy}but nobody has judged its answers (`python -m dpo_kit evaluate`)."
-    )
+        verdict = f"**Measured**: {value_text(final, 'gold/reward', '.2f')} gold reward of fresh samples{before}."
+    else:
+        key = next((key for key in ("probe/accuracy", "probe/auc") if key in final), None)
+        accuracy = f"held-out {key.partition('/')[2]} {value_text(final, key)}, " if key else ""
+        unknown = "but nobody has judged its answers (`python -m dpo_kit evaluate`)."
+        verdict = f"**Not known to be better yet**: {accuracy}{unknown}"
+    yield f"{title}, {tuned}{on}{steps}. {verdict}"
+    if following := result.get("next"):
+        yield f"Next:\n\n{fence(following, 'bash')}"
 
 
 def measured(result: Mapping[str, Any]) -> Iterator[str]:
@@ -123,44 +126,54 @@ def measured(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"{note[0].upper()}{note[1:]}."
 
 
-def _measured(facts: Facts) -> Iterator[str]:
-    if not result_rows(facts.result):
-        return
-    yield from measured(facts.result)
-    if facts.test:
-        rows = result_rows({"final": facts.test})
-        values = "; ".join(f"{label} {value} {interval}".rstrip() for label, _, value, interval in rows)
-        yield f"On the test split, which played no part in any choice: {values}."
-    if facts.run.picture.exists():
-        yield "![the measures over steps](report.png)"
+def sentences(published: Mapping[str, Any]) -> Iterator[str]:
+    """A run beside the published one that it repeats; a verdict only where it is that one as far as can be seen."""
+    differs = published["differs"]
+    for figure in published["figures"]:
+        expected, value = figure["expected"], figure["measured"]
+        low, high = min(expected), max(expected)
+        known = number_text(low, ".3f") + (f" to {number_text(high, '.3f')}" if high > low else "")
+        reports = f"{len(expected)} reports" if len(expected) > 1 else "one report"
+        here = "not measured here"
+        if value is not None:
+            ends = (figure["low"], figure["high"]) if "low" in figure else None
+            here = f"{number_text(value, '.3f')} {range_text(ends, '.3f')}".rstrip() + " here"
+            bottom, top = ends or (value, value)
+            if not differs:
+                here += ": above" if bottom > high else ": below" if top < low else ": in agreement"
+        yield f"{figure['key']}: {known} published ({reports}), {here}."
+    if not published["figures"]:
+        yield f"{published['name']}: {published['expected_from']}."
+    if differs:
+        more = f" and {len(differs) - SHOWN} more" if len(differs) > SHOWN else ""
+        yield f"Not the published run, so no verdict: {', '.join(differs[:SHOWN])}{more}."
 
 
-def _published(facts: Facts) -> Iterator[str]:
+def _results(facts: Facts) -> Iterator[str]:
+    """What was measured, here and beside a published run, what an evaluation found, and what is off."""
+    if result_rows(facts.result):
+        yield from measured(facts.result)
+        if facts.test:
+            rows = result_rows({"final": facts.test})
+            values = "; ".join(f"{label} {value} {interval}".rstrip() for label, _, value, interval in rows)
+            yield f"On the test split, which played no part in any choice: {values}."
+        if facts.run.picture.exists():
+            yield "![the measures over steps](report.png)"
     if published := facts.result.get("published"):
-        from dpo_kit.run.report.published import sentences
-
         yield "## Beside the published run"
         yield "\n".join(f"- {inline(line)}" for line in sentences(published))
         yield f"Source: {inline(published['source'])}. Values: {inline(published['expected_from'])}."
-
-
-def _judged(facts: Facts) -> Iterator[str]:
-    judged, folder = facts.judged, facts.run.evaluation
-    if not judged:
-        return
-    yield f"## Evaluated against {inline(str(judged['opponent']))}, {judged['split']} split"
-    yield table(("measure", "value", "95 % interval"), labelled_rows(as_measured(judged), as_measured(JUDGED)))
-    failed = (judged.get("judge") or {}).get("controls_failed") or []
-    if failed:
-        yield f"**The judge failed these controls: {inline(', '.join(map(str, failed)))}.**"
-    parts = [f"{inline(name)} {inline(str(state))}" for name, state in judged["parts"].items()]
-    links = [f"[{name}](evaluation/{name})" for name in ("result.json", "samples.md") if (folder / name).exists()]
-    yield f"Parts: {', '.join(parts)}. All of it: {', '.join(links)}."
-    if (folder / "evaluation.png").exists():
-        yield "![the evaluation](evaluation/evaluation.png)"
-
-
-def _findings(facts: Facts) -> Iterator[str]:
+    if judged := facts.judged:
+        folder = facts.run.evaluation
+        yield f"## Evaluated against {inline(str(judged['opponent']))}, {judged['split']} split"
+        yield table(("measure", "value", "95 % interval"), labelled_rows(as_measured(judged), as_measured(JUDGED)))
+        if failed := (judged.get("judge") or {}).get("controls_failed"):
+            yield f"**The judge failed these controls: {inline(', '.join(map(str, failed)))}.**"
+        parts = [f"{inline(name)} {inline(str(state))}" for name, state in judged["parts"].items()]
+        links = [f"[{name}](evaluation/{name})" for name in ("result.json", "samples.md") if (folder / name).exists()]
+        yield f"Parts: {', '.join(parts)}. All of it: {', '.join(links)}."
+        if (folder / "evaluation.png").exists():
+            yield "![the evaluation](evaluation/evaluation.png)"
     if findings := facts.result.get("findings"):
         yield "## Noticed"
         yield "\n".join(f"- **{inline(f['symptom'])}** {inline(f['meaning'])} {inline(f['remedy'])}" for f in findings)

@@ -11,23 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import last_step, latest, read_metrics, series
 from dpo_kit.run.measures import in_rounding, kl_keys
-from dpo_kit.run.report.drawing import (
-    BLUE,
-    DASHES,
-    FEW,
-    GREEN,
-    GREY,
-    ORANGE,
-    count_text,
-    draw_course,
-    draw_floor,
-    head,
-    intervals,
-    new_figure,
-    over_steps,
-    save,
-    spread,
-)
+from dpo_kit.run.report import drawing
+from dpo_kit.run.report.drawing import BLUE, GREEN, GREY, ORANGE
 from dpo_kit.run.report.numbers import number_text
 
 if TYPE_CHECKING:
@@ -98,7 +83,7 @@ def draw_report(run_dir: str | Path, *, title: str = "", ceiling: float | None =
     rows = read_metrics(run.metrics)
     counts, panels = _counts(run, rows), shown_panels(rows)
     lines = max(1, math.ceil(len(panels) / 2))
-    figure = new_figure(4.1 * lines + 0.9)
+    figure = drawing.new_figure(4.1 * lines + 0.9)
     height = figure.get_figheight()
     figure.suptitle(title or run.root.resolve().name, x=0.03, y=1 - 0.16 / height, ha="left", va="top", fontsize=22,
                     fontweight="bold")  # fmt: skip
@@ -110,7 +95,7 @@ def draw_report(run_dir: str | Path, *, title: str = "", ceiling: float | None =
         _draw_panel(figure.add_subplot(grid[number]), panel, rows, counts[panel.counted], ceiling)
     if not panels:
         figure.text(0.5, 0.45, "nothing was measured in this run", ha="center", fontsize=20)
-    return save(figure, run.picture)
+    return drawing.save(figure, run.picture)
 
 
 def shown_panels(rows: Rows) -> list[Panel]:
@@ -134,21 +119,27 @@ def _counts(run: RunDirectory, rows: Rows) -> dict[str, tuple[int, str]]:
 
 
 def _draw_panel(axes: Axes, panel: Panel, rows: Rows, counted: tuple[int, str], ceiling: float | None) -> None:
-    over_steps(axes)
+    drawing.over_steps(axes)
     (count, unit), values, notes = counted, latest(rows), []
     last = max((row.get("step", 0) for row in rows), default=0) or 1
     axes.set_xlim(-0.03 * last, 1.03 * last)  # the same for every panel, with a little air, so that panels compare
     if panel.level is not None:
-        axes.axhline(panel.level, color=GREY, linewidth=1, linestyle=DASHES, zorder=0.5)
+        axes.axhline(panel.level, color=GREY, linewidth=1, linestyle=drawing.DASHES, zorder=0.5)
         notes += [f"dashed: {panel.level_name}"] if panel.level_name else []
     if ceiling is not None and panel.curves[0].key == "probe/accuracy":
         axes.axhline(ceiling, color=GREY, linewidth=1.5, linestyle=":", zorder=0.5)
         notes.append(f"dotted: label ceiling {ceiling:.2f}")
-    notes.append(draw_floor(axes, panel.curves[0].key, values))
+    notes.append(drawing.draw_floor(axes, panel.curves[0].key, values))
     curves = _measured(panel.curves, rows)
     for curve in curves:
-        draw_course(axes, series(rows, curve.key), intervals(rows, curve.key), curve.color, hollow=0 < count < FEW)
-    head(axes, panel.title, count_text([count], unit), *notes)
+        drawing.draw_course(
+            axes,
+            series(rows, curve.key),
+            drawing.intervals(rows, curve.key),
+            curve.color,
+            hollow=0 < count < drawing.FEW,
+        )
+    drawing.head(axes, panel.title, drawing.count_text([count], unit), *notes)
     axes.margins(y=0.12)
     if panel.limits:
         axes.set_ylim(panel.limits)
@@ -170,7 +161,9 @@ def _label_ends(axes: Axes, curves: Sequence[Curve], values: Mapping[str, float]
     bottom, top = axes.get_ylim()
     gap = 0.21 * (top - bottom)
     for curve, height in zip(
-        curves, spread([values[curve.key] for curve in curves], gap, bottom + gap / 3, top - gap / 3), strict=True
+        curves,
+        drawing.spread([values[curve.key] for curve in curves], gap, bottom + gap / 3, top - gap / 3),
+        strict=True,
     ):
         value = values[curve.key]
         size = abs(value)
