@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_kit.data.report import figures
-from dpo_kit.data.report.leaks import find_leaks, held_prompts, read_benchmark
+from dpo_kit.data.report.duplicates import find_leaks, held_prompts, read_benchmark
 from dpo_kit.data.report.near import PERMUTATIONS, ROW_BANDS, cover, find_near, jaccard, sketch
 from dpo_kit.data.report.text_rules import is_refusal, list_items, script_of
 from dpo_kit.errors import DataError
@@ -72,8 +72,8 @@ def test_near_duplicates_are_those_of_the_exact_index(seed):
         twin = any(all(jaccard(row[k], rows[other][k]) >= 0.8 for k in row) for other in kept)
         expected |= {index} if twin else set()
         kept += [] if twin else [index]
-    found = find_near(rows, "pairs", sketch(rows, "pairs").rows, range(len(rows)))
-    assert set(found.leader) == expected and 0 < len(expected) <= 20
+    leader, _, _ = find_near(rows, "pairs", sketch(rows, "pairs")[0], range(len(rows)))
+    assert set(leader) == expected and 0 < len(expected) <= 20
 
 
 def test_in_a_crowd_each_row_is_compared_with_the_first_fifty_and_the_rest_is_counted():
@@ -94,10 +94,10 @@ def test_the_overlap_of_shingles_by_hand():
 def test_the_share_of_equal_minhash_values_estimates_the_overlap():
     rows = pairs(60, seed=5, prompt=30)
     changed = [row | {"prompt": " ".join(row["prompt"].split()[:20] + ["new"] * 10)} for row in rows]
-    one, other = sketch(rows, "pairs").prompts, sketch(changed, "pairs").prompts
+    one, other = sketch(rows, "pairs")[1], sketch(changed, "pairs")[1]
     exact = np.mean([jaccard(a["prompt"], b["prompt"]) for a, b in zip(rows, changed, strict=True)])
     assert 0.4 < exact < 0.6 and np.mean(one == other) == pytest.approx(exact, abs=0.04)  # standard error .01
-    assert (one == sketch(rows[:1] + rows, "pairs").prompts[1:]).all()
+    assert (one == sketch(rows[:1] + rows, "pairs")[1][1:]).all()
 
 
 def test_copies_and_contradictions_are_counted(tmp_path):

@@ -12,9 +12,8 @@ from dpo_kit.data.build.pairs import build_pairs
 from dpo_kit.data.build.rated import read_votes
 from dpo_kit.errors import DataError
 from dpo_kit.judge.open import open_judge
-from dpo_kit.judge.review import ReviewSheet
+from dpo_kit.judge.review import ReviewSheet, majority, rater_agreement
 from dpo_kit.judge.verdicts import Shown, compare
-from dpo_kit.judge.votes import majority, rater_agreement
 
 
 @pytest.mark.parametrize(

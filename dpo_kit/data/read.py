@@ -91,6 +91,19 @@ def read_source(path: str, split: str, config: str | None = None) -> Iterator[Ro
         yield from _read_file(file, split)
 
 
+def read_whole(key: str, path: str, split: str = "test") -> list[Row]:
+    """All rows of what `key` names, of which none may be at fault. DataError for the first one that is."""
+    rows = []
+    try:
+        for row in read_source(path, split):
+            if isinstance(row, Fault):
+                raise DataError(str(row))
+            rows.append(row)
+    except DataError as error:
+        raise DataError(f"{key}={path}: {error}") from error
+    return rows
+
+
 def _read_file(path: Path, split: str) -> Iterator[Row | Fault]:
     known = ending(path)
     if known is None:

@@ -57,10 +57,7 @@ class Asking:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model that is sampled here, opened (model, tokenizer) only once something is to be drawn.
-
-    Its answers are kept under `identity`, so that equal identities are sampled once.
-    """
+    """A model that is sampled here, opened once something is drawn; its answers are kept under `identity`."""
 
     name: str
     identity: list[Any]
@@ -116,11 +113,18 @@ def draw_locally(
         quiet_imports()
         quiet_libraries()
         model, tokenizer = local.open()
+        templated = tokenizer.chat_template is not None
+        if not templated and any(not isinstance(prompt, str) for prompt in prompts):
+            raise DataError(
+                f"the prompts are chat messages, but the tokenizer of {tokenizer.name_or_path} has no chat template: "
+                "use an instruct model, or prompts that are text"
+            )
         total = sum(len(keys[place]) for place in missing)
         with bar(total, f"answers of {local.name}", "answer") as progress:
             for turn, number in missing:
                 seed = int(key_of(asking.seed, *turn, contents[number])[:15], 16)
-                rows = _rows(tokenizer, chunks[number], local.wrap)
+                wrap = templated and local.wrap
+                rows = [{"prompt": as_messages(prompt) if wrap else prompt} for prompt in chunks[number]]
                 samples = _sample(model, tokenizer, rows, turn[0], asking, seed)
                 answers = [{"text": sample.text, "cut": sample.cut} for sample in samples]
                 journal.add_all(dict(zip(keys[turn, number], answers, strict=True)))
@@ -165,9 +169,7 @@ def _local_model(source: LocalAnswers, model: Model) -> LocalModel:
 def _sample(
     model: Any, tokenizer: Any, rows: list[dict[str, Any]], temperature: float | None, asking: Asking, seed: int
 ) -> list[Any]:
-    """One sample per row, all in one batch, from the random state `seed`; temperature 0 is greedy, None as the model's
-    own generation config has it.
-    """
+    """One sample per row, in one batch, from `seed`; temperature 0: greedy, None: the model's own config."""
     import torch
     from transformers import GenerationConfig
 
@@ -183,14 +185,3 @@ def _sample(
     with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return draw_samples(model, tokenizer, rows, processor=lambda _: shape, **options)
-
-
-def _rows(tokenizer: Any, prompts: Sequence[Prompt], wrap: bool) -> list[dict[str, Any]]:
-    if tokenizer.chat_template is not None:
-        return [{"prompt": as_messages(prompt) if wrap else prompt} for prompt in prompts]
-    if any(not isinstance(prompt, str) for prompt in prompts):
-        raise DataError(
-            f"the prompts are chat messages, but the tokenizer of {tokenizer.name_or_path} has no chat template: use "
-            "an instruct model, or prompts that are text"
-        )
-    return [{"prompt": prompt} for prompt in prompts]

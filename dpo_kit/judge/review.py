@@ -1,4 +1,4 @@
-"""People as judges: a blinded, shuffled sheet that they fill in, and what they wrote.
+"""People as judges: a blinded, shuffled sheet that they fill in, what they wrote, and how far they agree.
 
 The sheet is a CSV file; who gave which answer, and in which order, is in the key file beside it. Copies of the sheet,
 filled in by different people, are the votes of several raters.
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpo_kit.errors import DataError
-from dpo_kit.judge.verdicts import Judge, Raw, Shown, toss_coin
-from dpo_kit.judge.votes import Vote, majority, rater_agreement
+from dpo_kit.judge.verdicts import Judge, Raw, Shown, Verdict, toss_coin
 from dpo_kit.model.chats import conversation_text
 from dpo_kit.run.files import read_json, write_json, write_text
 from dpo_kit.run.journal import key_of
 
+Vote = Literal["a", "b", "tie"]
+CODES: dict[Vote, int] = {"a": 0, "b": 1, "tie": 2}
 COLUMNS = ("id", "message", "answer_1", "answer_2", "better")
 VOTES: dict[str, Vote] = {"1": "a", "2": "b", "tie": "tie", "0": "tie", "=": "tie"}
 AS_VOTE: dict[Raw, Vote] = {"first": "a", "second": "b", "tie": "tie", "unparsable": "tie"}
@@ -39,11 +41,7 @@ class ReviewSheet:
         return self._copies or sorted(self.path.parent.glob(f"{self.path.stem}*.csv"))
 
     def write(self, shown: Iterable[Shown]) -> None:
-        """Make the sheet and its key, in random order.
-
-        A sheet that is there may hold votes and is left alone: what is in none yet goes into a further one
-        (`review_2.csv`, …).
-        """
+        """Make sheet and key in random order; what no sheet has yet goes into a further one: they may hold votes."""
         key = self._read_key()
         new = {item: each for each in shown if (item := _item(each)) not in key}
         if not new:
@@ -86,6 +84,17 @@ class ReviewSheet:
                 if word:
                     votes.setdefault(row["id"], {})[str(copy)] = VOTES[word]
         return votes
+
+    def check(self, judged: Sequence[tuple[Shown, Verdict]], wanted: int) -> dict[str, Any] | None:
+        """A judge checked by people: `wanted` of what it `judged`, by lot, in a sheet that is read later."""
+        if not (wanted or self.copies):
+            return None
+        known = [(shown, verdict) for shown, verdict in judged if verdict.points is not None]
+        if not self.copies:
+            self.write(sorted((shown for shown, _ in known), key=lambda shown: key_of(self.seed, *shown))[:wanted])
+        raw: dict[str, Raw] = {"win": "first", "loss": "second"}
+        verdicts = [raw.get(verdict.outcome, "tie") for _, verdict in known]
+        return {"sheet": str(self.path), **self.agreement([shown for shown, _ in known], verdicts)}
 
     def agreement(self, shown: Sequence[Shown], verdicts: Sequence[Raw]) -> dict[str, Any]:
         """How far the raters agree with each other, and their majority with the `verdicts` on `shown`."""
@@ -138,3 +147,44 @@ def _read_sheet(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         )
     for row in reader:
         yield f"{path}:{reader.line_num}", row
+
+
+# --- votes of several raters on the same things --------------------------------------------------------------------
+
+
+def majority(votes: Sequence[Vote]) -> tuple[Vote, float]:
+    """What most raters say and its share; “tie” where neither a nor b has most. ValueError where nobody voted."""
+    if not votes:
+        raise ValueError("a majority needs at least one vote")
+    (first, most), *others = Counter(votes).most_common()
+    shared = bool(others) and others[0][1] == most
+    return "tie" if shared else first, most / len(votes)
+
+
+def rater_agreement(items: Sequence[Mapping[str, Vote]]) -> dict[str, Any]:
+    """How far the raters of `items` ({rater: vote} each; raters may be missing) agree.
+
+    `krippendorff_alpha` (nominal): 1 full agreement, 0 what chance would give; None where fewer than two votes can be
+    compared or all votes are the same, so that chance explains everything. Which answer is a must not depend on who
+    wins. `majority_share`: the mean share of votes for what most say; `unanimous`: share of items with one voice.
+    """
+    voted = [votes for votes in items if votes]
+    raters = sorted({rater for votes in voted for rater in votes})
+    comparable = [votes for votes in voted if len(votes) > 1]
+    shares = [majority(list(votes.values()))[1] for votes in comparable]
+    same = [len(set(votes.values())) == 1 for votes in comparable]
+    alpha = None
+    if len({vote for votes in comparable for vote in votes.values()}) > 1:
+        import krippendorff
+        import numpy
+
+        table = [[CODES[votes[r]] if r in votes else numpy.nan for votes in comparable] for r in raters]
+        alpha = float(krippendorff.alpha(reliability_data=table, level_of_measurement="nominal"))
+    return {
+        "items": len(voted),
+        "raters": len(raters),
+        "votes": sum(map(len, voted)),
+        "krippendorff_alpha": alpha,
+        "majority_share": sum(shares) / len(shares) if shares else None,
+        "unanimous": sum(same) / len(same) if same else None,
+    }

@@ -30,7 +30,6 @@ from dpo_kit.run.redact import redact_text
 
 log = logging.getLogger(__name__)
 
-MILLION = 1e6
 CHARACTERS_PER_TOKEN = 3  # at least, in most languages: what a request may cost is known before its reply
 CONNECT_SECONDS = 0.5
 FAILURES_IN_A_ROW = 5  # requests that fail until the rest is left for the next start
@@ -63,10 +62,7 @@ class GarbageError(Exception):
 
 
 class Server:
-    """One model of one server, with its replies in `journal`.
-
-    ConfigError where the client or the key's environment variable is missing.
-    """
+    """One model of one server, its replies in `journal`. ConfigError where the client or the key is missing."""
 
     def __init__(self, endpoint: Endpoint, journal: Journal) -> None:
         if fault := missing_package("a model behind a server", "openai"):
@@ -122,7 +118,7 @@ class Server:
 
     def _price(self, prompt_tokens: float, completion_tokens: float) -> float:
         """In the prices' currency."""
-        return (prompt_tokens * self.endpoint.price_in + completion_tokens * self.endpoint.price_out) / MILLION
+        return (prompt_tokens * self.endpoint.price_in + completion_tokens * self.endpoint.price_out) / 1e6
 
     def _try(self, request: Request) -> None:
         """Ask once the budget allows it; a failure is counted, and after too many in a row nothing more is asked."""
@@ -203,9 +199,7 @@ class Server:
 
 
 def refuse_silent(key: str, endpoint: Endpoint) -> None:
-    """ConfigError where what the group `key` names cannot be asked: no client, no key, nobody at the address. Behind a
-    proxy the last cannot be known.
-    """
+    """ConfigError where `key` cannot be asked: no client, no key, nobody at the address (unknown behind a proxy)."""
     if fault := missing_package(f"a model behind a server ({key}.base_url)", "openai"):
         raise ConfigError(fault)
     _read_key(endpoint)

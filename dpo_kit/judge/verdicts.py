@@ -50,10 +50,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of answer a against answer b: `outcome` for a, and both raw verdicts.
-
-    `a_first` was given where a was shown first, `b_first` where b was.
-    """
+    """A judge on answer a against b: `outcome` for a; the raw verdicts where a, and where b, was shown first."""
 
     outcome: Outcome
     a_first: Raw

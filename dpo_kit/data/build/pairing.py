@@ -70,7 +70,20 @@ def pair_answers(
         if any(compared.verdict.outcome == "unjudged" for compared in comparisons):
             paired.outcomes["failed"] += 1
             continue
-        chosen = comparisons if build.pairs == "all" else [_best_and_worst(paired, comparisons, seed)]
+        chosen = comparisons
+        if build.pairs != "all":  # the answer with most points against the one with fewest; equal points by coin
+            points: defaultdict[str, float] = defaultdict(float)
+            for compared in comparisons:
+                of_a = compared.verdict.points or 0.0  # win 1, undecided ½
+                points[compared.a.text] += of_a
+                points[compared.b.text] += 1 - of_a
+            asked_with = comparisons[0].prompt
+            ranked = sorted(points, key=lambda text: (-points[text], key_of(seed, asked_with, text)))
+            best, worst = ranked[0], ranked[-1]
+            if len(ranked) > 2 and (points[best] == points[ranked[1]] or points[worst] == points[ranked[-2]]):
+                paired.coins["equally many wins"] += 1
+            between = next(compared for compared in comparisons if {compared.a.text, compared.b.text} == {best, worst})
+            chosen = [between if between.a.text == best else between.turned()]
         pairs = [pair for compared in chosen for pair in _pairs(paired, compared, build, seed)]
         paired.pairs += pairs
         undecided = [compared.verdict.outcome for compared in chosen if compared.verdict.outcome in UNDECIDED]
@@ -86,22 +99,6 @@ def pair_answers(
 def different(answers: Sequence[Answer | None]) -> list[Answer]:
     """The answers that have text, each text once."""
     return list({a.text: a for a in reversed(answers) if a is not None and a.text.strip()}.values())[::-1]
-
-
-def _best_and_worst(paired: Paired, comparisons: list[Comparison], seed: int) -> Comparison:
-    """The answer with most points (win 1, undecided ½) as `a`, against the one with fewest; equal points by coin."""
-    points: defaultdict[str, float] = defaultdict(float)
-    for compared in comparisons:
-        of_a = compared.verdict.points
-        assert of_a is not None  # a prompt with an unjudged comparison has failed before
-        points[compared.a.text] += of_a
-        points[compared.b.text] += 1 - of_a
-    prompt = comparisons[0].prompt
-    best, *_, worst = ranked = sorted(points, key=lambda text: (-points[text], key_of(seed, prompt, text)))
-    if len(ranked) > 2 and (points[best] == points[ranked[1]] or points[worst] == points[ranked[-2]]):
-        paired.coins["equally many wins"] += 1
-    between = next(compared for compared in comparisons if {compared.a.text, compared.b.text} == {best, worst})
-    return between if between.a.text == best else between.turned()
 
 
 def _pairs(paired: Paired, compared: Comparison, build: Build, seed: int) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from dpo_kit.config.identity import list_differences
 from dpo_kit.config.settings import COST_ONLY, Endpoint, LLMJudge, LocalAnswers
-from dpo_kit.data.build.pairing import OUTCOMES, Comparison, Paired, different, pair_answers
+from dpo_kit.data.build.pairing import OUTCOMES, Paired, different, pair_answers
 from dpo_kit.data.build.plan import Plan, check_plan
 from dpo_kit.data.build.prompts import Prompts, read_prompts
 from dpo_kit.data.build.rated import pair_by_votes
@@ -48,25 +48,17 @@ def build_pairs(cfg: DictConfig) -> dict[str, Any]:
     """
     since = time.perf_counter()
     plan = check_plan(cfg)
-    report = _build_from_votes(plan) if plan.build.votes else _build_from_prompts(plan)
+    if votes := plan.build.votes:
+        pairs, found = pair_by_votes(votes, plan.data)
+        folder = Path(plan.out or f"outputs/build-{key_of(votes, pairs)[:8]}")
+        claim(folder, {"votes": key_of(pairs)})
+        write_jsonl(folder / "pairs.jsonl", pairs)
+        report = {"status": "done", "folder": str(folder), "pairs": len(pairs), **found}
+    else:
+        report = _build_from_prompts(plan)
     report["seconds"] = round(time.perf_counter() - since, 1)
     write_json(Path(report["folder"]) / "build_report.json", redact(report))
     return report
-
-
-# --- from votes --------------------------------------------------------------------------------------------------
-
-
-def _build_from_votes(plan: Plan) -> dict[str, Any]:
-    votes = str(plan.build.votes)
-    pairs, report = pair_by_votes(votes, plan.data)
-    folder = Path(plan.out or f"outputs/build-{key_of(votes, pairs)[:8]}")
-    claim(folder, {"votes": key_of(pairs)})
-    write_jsonl(folder / "pairs.jsonl", pairs)
-    return {"status": "done", "folder": str(folder), "pairs": len(pairs), **report}
-
-
-# --- from prompts ------------------------------------------------------------------------------------------------
 
 
 def _build_from_prompts(plan: Plan) -> dict[str, Any]:
@@ -77,7 +69,15 @@ def _build_from_prompts(plan: Plan) -> dict[str, Any]:
         log.warning(
             "the embedded model answers, which knows its own small world only: your own is model=local model.path=…"
         )
-    identity = _identity(plan, read.prompts)
+    identity: dict[str, Any] = {"seed": plan.seed}  # all that the pairs depend on, not what changes speed or cost only
+    identity["build"] = plan.build.model_dump(exclude={"review", "answers"})
+    identity["build"]["answers"] = [source.model_dump(exclude=set(COST_ONLY)) for source in plan.build.answers]
+    for source in identity["build"]["answers"]:
+        if "path" in source:  # weights are known by their content, wherever they lie
+            source["path"] = hash_weights(source["path"]) or source["path"]
+    identity["judge"] = judge_identity(plan.judge)
+    identity["prompts"] = {"count": len(read.prompts), "content": key_of(read.prompts)}
+    identity = redact(identity)
     folder = Path(plan.out or f"outputs/build-{key_of(identity)[:8]}")
     if not (folder / "answers.jsonl").exists():  # else all may have been answered
         for key, asked in (("judge", plan.judge), *(("build.answers", source) for source in plan.build.answers)):
@@ -100,7 +100,9 @@ def _build_from_prompts(plan: Plan) -> dict[str, Any]:
             report = _report(plan, read, answers, paired) | {"folder": str(folder), "controls": controls}
             report["judge"] = {"name": judge.name, **summarize_verdicts([c.verdict for c in paired.comparisons])}
             report["spend"] = {"answers": [cost for _, cost in drawn if cost], "judge": judge.spend()}
-        report["review"] = _review(folder, plan, paired.comparisons)
+        judged = [(Shown(c.prompt, c.a.text, c.b.text), c.verdict) for c in paired.comparisons]
+        sheet = ReviewSheet(folder / "review.csv", seed=plan.seed)
+        report["review"] = None if plan.judge.kind == "human" else sheet.check(judged, plan.build.review)
         comparisons = (
             {
                 "prompt": compared.prompt,
@@ -117,24 +119,6 @@ def _build_from_prompts(plan: Plan) -> dict[str, Any]:
     return report
 
 
-def _identity(plan: Plan, prompts: Sequence[Any]) -> dict[str, Any]:
-    """All that the pairs depend on; what only changes speed or cost is left out."""
-    sources = []
-    for source in plan.build.answers:
-        values = source.model_dump(exclude=set(COST_ONLY))
-        if isinstance(source, LocalAnswers):  # weights are known by their content, wherever they lie
-            values["path"] = hash_weights(source.path) or source.path
-        sources.append(values)
-    return redact(
-        {
-            "seed": plan.seed,
-            "build": plan.build.model_dump(exclude={"review", "answers"}) | {"answers": sources},
-            "judge": judge_identity(plan.judge),
-            "prompts": {"count": len(prompts), "content": key_of(prompts)},
-        }
-    )
-
-
 def claim(folder: Path, identity: dict[str, Any]) -> None:
     """Note in `folder` what is built there. ConfigError, with the differing keys, where it is something else."""
     manifest = folder / "manifest.json"
@@ -143,21 +127,6 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     elif differing := list_differences(read_json(manifest), identity):
         lines = "\n".join(f"  {difference}" for difference in differing)
         raise ConfigError(f"out={folder} holds another build:\n{lines}\ntake another out=, or that config")
-
-
-def _review(folder: Path, plan: Plan, comparisons: Sequence[Comparison]) -> dict[str, Any] | None:
-    """The judge checked by people: a sheet is written when `build.review` asks for one, and read once there is one."""
-    sheet = ReviewSheet(folder / "review.csv", seed=plan.seed)
-    if plan.judge.kind == "human" or not (plan.build.review or sheet.copies):
-        return None
-    judged = [compared for compared in comparisons if compared.verdict.outcome != "unjudged"]
-    shown = [Shown(compared.prompt, compared.a.text, compared.b.text) for compared in judged]
-    if not sheet.copies:
-        drawn = sorted(shown, key=lambda pair: key_of(plan.seed, pair.prompt, pair.first, pair.second))
-        sheet.write(drawn[: plan.build.review])
-    raw = {"win": "first", "loss": "second"}
-    verdicts = [raw.get(compared.verdict.outcome, "tie") for compared in judged]
-    return {"sheet": str(sheet.path), **sheet.agreement(shown, verdicts)}  # type: ignore[arg-type]
 
 
 def _report(plan: Plan, read: Prompts, answers: Given, paired: Paired) -> dict[str, Any]:
@@ -200,31 +169,6 @@ def show_build(report: dict[str, Any], words: Sequence[str] = ()) -> None:
         if not control["passed"]:
             points = "no verdict" if control["points"] is None else f"{control['points']:.2f}"
             console.print(f"judge control failed: {control['name']}: {points}, expected {control['expected']}")
-    spend = report.get("spend") or {"answers": [], "judge": {}}
-    spent = [cost for cost in (*spend["answers"], spend["judge"]) if "cost" in cost]
-    table = Table(box=None, show_header=False)
-    for name, value in _lines(report, spent):
-        table.add_row(name, escape(value))
-    console.print(table)
-    folder = Path(report["folder"])
-    if report["status"] == "waiting":
-        sheet = folder / "review*.csv"
-        remedy = f"next: fill in the column better of {sheet} (1, 2 or tie), then the same command"
-        console.print(remedy, soft_wrap=True, markup=False)
-    elif report["pairs"]:
-        console.print(f"next: {training(words, folder / 'pairs.jsonl')}", soft_wrap=True, markup=False)
-    if report["status"] == "partial":
-        reasons: Counter[str] = Counter()
-        for cost in spent:
-            reasons.update(cost["failed"])
-        why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-        raise BuildError(
-            f"{report['prompts']['failed']} of {report['prompts']['in']} prompts lack an answer or a verdict ({why}); "
-            f"what is there is in {report['folder']}/pairs.jsonl, and the same command asks for the rest"
-        )
-
-
-def _lines(report: dict[str, Any], spent: list[dict[str, Any]]) -> list[tuple[str, str]]:
     counted = report.get("prompts") or report["items"]
     outcomes = ", ".join(f"{count} {name}" for name, count in counted.items() if count and name != "in")
     lines = [("prompts" if "prompts" in report else "items", f"{counted['in']} = {outcomes}")]
@@ -243,4 +187,26 @@ def _lines(report: dict[str, Any], spent: list[dict[str, Any]]) -> list[tuple[st
     if review := report.get("review"):
         same = "" if review["same_verdict"] is None else f", {review['same_verdict']:.0%} as the judge"
         lines.append(("checked by people", f"{review['checked']}{same} ({review['sheet']})"))
-    return lines + [("cost", f"{it['cost']:.4g} ({it['replies']} replies of {it['model']})") for it in spent]
+    spend = report.get("spend") or {"answers": [], "judge": {}}
+    spent = [cost for cost in (*spend["answers"], spend["judge"]) if "cost" in cost]
+    lines += [("cost", f"{it['cost']:.4g} ({it['replies']} replies of {it['model']})") for it in spent]
+    table = Table(box=None, show_header=False)
+    for name, value in lines:
+        table.add_row(name, escape(value))
+    console.print(table)
+    folder = Path(report["folder"])
+    if report["status"] == "waiting":
+        sheet = folder / "review*.csv"
+        remedy = f"next: fill in the column better of {sheet} (1, 2 or tie), then the same command"
+        console.print(remedy, soft_wrap=True, markup=False)
+    elif report["pairs"]:
+        console.print(f"next: {training(words, folder / 'pairs.jsonl')}", soft_wrap=True, markup=False)
+    if report["status"] == "partial":
+        reasons: Counter[str] = Counter()
+        for cost in spent:
+            reasons.update(cost["failed"])
+        why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+        raise BuildError(
+            f"{report['prompts']['failed']} of {report['prompts']['in']} prompts lack an answer or a verdict ({why}); "
+            f"what is there is in {report['folder']}/pairs.jsonl, and the same command asks for the rest"
+        )

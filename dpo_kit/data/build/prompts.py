@@ -26,10 +26,7 @@ class Prompts:
 
 
 def read_prompts(path: str | None, data: Data, limit: int | None) -> Prompts:
-    """The prompts of `path`, or of `data.train` where it is None; at most `limit` of them.
-
-    Malformed rows obey `data.on_bad_row`. Raises DataError.
-    """
+    """The prompts of `path` or `data.train`, at most `limit`; malformed rows obey `data.on_bad_row`. DataError."""
     column = data.columns.get("prompt", "prompt")
     shape = Shape(wrap=False, fold_system=data.fold_system, template_kwargs=data.chat_template_kwargs)
     faults: list[Fault] = []

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_kit.config.settings import Data
-from dpo_kit.data.read import Fault, Row, read_source
+from dpo_kit.data.read import Row, read_whole
 from dpo_kit.errors import DataError, did_you_mean
-from dpo_kit.judge.votes import CODES, Vote, majority, rater_agreement
+from dpo_kit.judge.review import CODES, Vote, majority, rater_agreement
 from dpo_kit.model.chats import answer_text
 from dpo_kit.run.journal import key_of
 
@@ -58,9 +58,7 @@ def pair_by_votes(path: str, data: Data) -> tuple[list[dict[str, Any]], dict[str
 def read_votes(path: str, data: Data) -> list[Rated]:
     """Every two answers in the file at `path` with all votes on them, in the order of the file."""
     items: dict[str, Rated] = {}
-    for row in read_source(path, data.train_split):
-        if isinstance(row, Fault):
-            raise DataError(str(row))
+    for row in read_whole("build.votes", path, data.train_split):
         values = row.values | {ours: row.values.get(theirs) for ours, theirs in data.columns.items()}
         read = _item(row, values)
         known = items.setdefault(key_of(read.prompt, read.answer_a, read.answer_b), read)

@@ -23,9 +23,7 @@ Asked = tuple[list[str], Values, bool]  # places of the rows, what they say toge
 
 @dataclass
 class Converted:
-    """What came out: rows, the places of the rows that they were made of, what could not be made and why, and how many
-    rows came out twice and are there once.
-    """
+    """The rows made, the places of those that they were made of, what could not be made, how many came out twice."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)

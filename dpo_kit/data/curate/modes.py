@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from dpo_kit.data.curate.rules import Setting, curate
 from dpo_kit.data.gather import Gathered, eval_sources, gather, read_rows, refuse_malformed, sources
 from dpo_kit.data.prepare import keep_signal, split
 from dpo_kit.data.read import Fault
-from dpo_kit.data.report.advice import OTHER_TOKENS
+from dpo_kit.data.report.advice import warn
+from dpo_kit.data.report.duplicates import held_prompts, read_benchmark
 from dpo_kit.data.report.inspect import inspect
-from dpo_kit.data.report.leaks import held_prompts, read_benchmark
-from dpo_kit.data.report.picture import draw_data_report
+from dpo_kit.data.report.picture import draw_data_report, show_report
 from dpo_kit.data.report.preference import measure_preference, reference_margins
-from dpo_kit.data.report.table import show_report
 from dpo_kit.data.rows import Rows
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.run.files import write_json, write_text
@@ -172,7 +171,7 @@ def _inspect(
         thorough=gathered.kind != "prompts",  # near-duplicates are told by answers
     )
     if is_out_of_its_world(settings.model.path, (source.path for source in sources(settings.data.train))):
-        report["warnings"].insert(0, asdict(OTHER_TOKENS))
+        report["warnings"].insert(0, warn("other tokens"))
     return report
 
 
@@ -188,7 +187,10 @@ def _write_manifest(
     out: Path, settings: Settings, tool: Tool, files: dict[str, dict[str, Any]], counts: dict[str, Any]
 ) -> None:
     """What went in, what was asked for and what came out, with hashes of the content; the same for the same input."""
-    data = settings.data
+    data, inputs = settings.data, dict[str, str | None]()
+    for source in (*sources(data.train), *eval_sources(data)):  # None for folders and hub data sets
+        path = Path(source.path)
+        inputs[source.path] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     write_json(
         out / "manifest.json",
         {
@@ -198,9 +200,7 @@ def _write_manifest(
             "seed": settings.seed,
             "model": settings.model.path,
             "max_length": settings.trl["max_length"],
-            "inputs": {
-                source.path: _file_hash(Path(source.path)) for source in (*sources(data.train), *eval_sources(data))
-            },
+            "inputs": inputs,
             "counts": counts,
             "outputs": files,
             "versions": {name: version(name) for name in ("dpo-kit", "datasketch", "numpy")},
@@ -214,14 +214,6 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     text = "".join(lines)
     write_text(path, text)
     return {"rows": len(lines), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _file_hash(path: Path) -> str | None:
-    """sha256 of a file; None for folders and hub data sets."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _by_reason(faults: Iterable[Fault]) -> dict[str, int]:

@@ -17,9 +17,8 @@ import numpy as np
 
 from dpo_kit.data.curate.options import Curate
 from dpo_kit.data.read import Fault
-from dpo_kit.data.report.duplicates import content_keys, find_copies, rank
+from dpo_kit.data.report.duplicates import content_keys, find_copies, find_leaks, rank
 from dpo_kit.data.report.figures import agreement_of, scores_of
-from dpo_kit.data.report.leaks import find_leaks
 from dpo_kit.data.report.near import find_near, near_leaks, sketch
 from dpo_kit.data.rows import Kind, Rows
 from dpo_kit.errors import ConfigError, DataError
@@ -92,7 +91,7 @@ def _drawn(rows: Rows, indices: Sequence[int], seed: int) -> list[int]:
 
 
 def _leaks(rows: Rows, setting: Setting) -> LeftOut:
-    leaks = near_leaks(rows, setting.held, sketch(rows, setting.kind).prompts) | find_leaks(rows, setting.held)
+    leaks = near_leaks(rows, setting.held, sketch(rows, setting.kind)[1]) | find_leaks(rows, setting.held)
     return {index: ("prompt is held out or in the benchmark", prompt[:80]) for index, prompt in leaks.items()}
 
 
@@ -100,8 +99,8 @@ def _contradictions(rows: Rows, setting: Setting) -> LeftOut:
     """Rows whose two answers stand with the other label too: both sides, since nothing says which is right."""
     keys = content_keys(rows, setting.kind)
     order = rank(rows, keys)
-    groups = find_copies(rows, setting.kind, keys, order).contradictions
-    near = find_near(rows, setting.kind, sketch(rows, setting.kind).rows, order).contradictions
+    _, groups = find_copies(rows, setting.kind, keys, order)
+    _, near, _ = find_near(rows, setting.kind, sketch(rows, setting.kind)[0], order)
     left_out: LeftOut = {}
     for group in (*groups, *near):
         for index in group:
@@ -148,9 +147,9 @@ def _duplicates(rows: Rows, setting: Setting) -> LeftOut:
     """Copies and near-duplicates of a row that stays: the one with the surest label, then by content."""
     keys = content_keys(rows, setting.kind)
     order = rank(rows, keys)
-    copies = find_copies(rows, setting.kind, keys, order).first
+    copies, _ = find_copies(rows, setting.kind, keys, order)
     rest = [index for index in order if index not in copies]
-    near = find_near(rows, setting.kind, sketch(rows, setting.kind).rows, rest).leader
+    near, _, _ = find_near(rows, setting.kind, sketch(rows, setting.kind)[0], rest)
     left_out = {index: ("copy of another row", rows[first]["_place"]) for index, first in copies.items()}
     return left_out | {index: ("near-duplicate of another row", rows[first]["_place"]) for index, first in near.items()}
 
@@ -167,9 +166,7 @@ def _sources(rows: Rows, setting: Setting) -> LeftOut:
 
 
 def _lengths(rows: Rows, setting: Setting) -> LeftOut:
-    """Where more pairs of some difference in length have the longer answer chosen than rejected, the surplus goes (and
-    the other way round), so that length says nothing about the label.
-    """
+    """The surplus of pairs whose longer (or shorter) answer is chosen, at each difference in length."""
     gaps = np.array([row["tokens"]["chosen"] - row["tokens"]["rejected"] for row in rows])
     unequal = np.flatnonzero(gaps)
     edges = np.quantile(np.abs(gaps[unequal]), np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]) if len(unequal) else []

@@ -9,10 +9,9 @@ from typing import Any
 from dpo_kit.data.gather import Gathered
 from dpo_kit.data.report import figures
 from dpo_kit.data.report.advice import advise
-from dpo_kit.data.report.duplicates import content_keys, find_copies, rank
+from dpo_kit.data.report.duplicates import content_keys, find_copies, find_leaks, held_prompts, rank, read_benchmark
 from dpo_kit.data.report.figures import ENOUGH, USUAL
-from dpo_kit.data.report.leaks import find_leaks, held_prompts, read_benchmark
-from dpo_kit.data.report.shortcuts import edge_cases, measure_shortcuts
+from dpo_kit.data.report.text_rules import edge_cases, measure_shortcuts
 from dpo_kit.data.rows import ANSWERS, Kind, Rows
 
 SHOWN = 20  # places listed of each finding
@@ -81,24 +80,25 @@ def _repeats(
     rows = [*train, *held_out]
     keys = content_keys(rows, kind)
     order = rank(rows, keys)
-    copies = find_copies(rows, kind, keys, order)
-    contradicting = [index for group in copies.contradictions for index in group]
+    copies, contradictions = find_copies(rows, kind, keys, order)
+    contradicting = [index for group in contradictions for index in group]
     report: dict[str, Any] = {
-        "copies": _placed(rows, copies.first),
-        "contradictions": _placed(rows, contradicting) | {"comparisons": len(copies.contradictions)},
+        "copies": _placed(rows, copies),
+        "contradictions": _placed(rows, contradicting) | {"comparisons": len(contradictions)},
     }
     leaks = {name: find_leaks(train, prompts) for name, prompts in shared.items()}
     if thorough:
         from dpo_kit.data.report import near
 
-        values = near.sketch(rows, kind)
+        of_rows, of_prompts = near.sketch(rows, kind)
         for name, prompts in shared.items():
-            leaks[name] = near.near_leaks(train, prompts, values.prompts[: len(train)]) | leaks[name]
-        found = near.find_near(rows, kind, values.rows, [index for index in order if index not in copies.first])
-        crossed = {index for pair in found.contradictions for index in pair} - {*copies.first, *contradicting}
-        report["near_duplicates"] = _placed(rows, found.leader) | {"comparisons_left_out": found.left_out}
+            leaks[name] = near.near_leaks(train, prompts, of_prompts[: len(train)]) | leaks[name]
+        rest = [index for index in order if index not in copies]
+        leader, pairs, left_out = near.find_near(rows, kind, of_rows, rest)
+        crossed = {index for pair in pairs for index in pair} - {*copies, *contradicting}
+        report["near_duplicates"] = _placed(rows, leader) | {"comparisons_left_out": left_out}
         report["near_contradictions"] = _placed(rows, crossed)
-        report["diversity"] = near.measure_diversity(rows, values.prompts)
+        report["diversity"] = near.measure_diversity(rows, of_prompts)
         report["difficulty"] = near.measure_difficulty(rows, kind)
     for name, prompts in shared.items():
         report[name] = _placed(train, leaks[name]) | {"prompts": len(prompts)}

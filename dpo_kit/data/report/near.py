@@ -10,7 +10,6 @@ from __future__ import annotations
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -34,38 +33,22 @@ SAMPLE = 2000  # pairs whose two answers are compared with each other
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xBF58476D1CE4E5B9], np.uint64)
 
 
-@dataclass
-class Near:
-    """Indices of rows: each near-duplicate with the row that it is near to, and pairs of rows that nearly contradict
-    each other; `left_out` counts comparisons that crowded buckets would have needed besides.
-    """
-
-    leader: dict[int, int]
-    contradictions: list[tuple[int, int]]
-    left_out: int
+Hashes = tuple[np.ndarray, np.ndarray]  # MinHash values of whole rows and of their prompts, (rows, PERMUTATIONS) each
 
 
-@dataclass
-class Sketch:
-    """MinHash values of whole rows and of their prompts, (rows, PERMUTATIONS) each."""
-
-    rows: np.ndarray
-    prompts: np.ndarray
-
-
-def sketch(rows: Rows, kind: Kind) -> Sketch:
+def sketch(rows: Rows, kind: Kind) -> Hashes:
     """The MinHash values of all rows, with a bar on a terminal."""
     fields = ([words_of(text_of(row[name])) for name in ("prompt", *ANSWERS[kind])] for row in rows)
     return _sketch(fields, len(rows))
 
 
-def sketch_prompts(texts: Sequence[str]) -> np.ndarray:
-    """The MinHash values of texts alone, (texts, PERMUTATIONS)."""
-    return _sketch(([words_of(text), []] for text in texts), len(texts)).prompts
-
-
-def find_near(rows: Rows, kind: Kind, values: np.ndarray, order: Sequence[int]) -> Near:
-    """Near-duplicates among `rows`; each is near to one that stands before it in `order` and is no duplicate itself."""
+def find_near(
+    rows: Rows, kind: Kind, values: np.ndarray, order: Sequence[int]
+) -> tuple[dict[int, int], list[tuple[int, int]], int]:
+    """Near-duplicates among `rows`, each with the one that it is near to, which stands before it in `order` and is no
+    duplicate itself; pairs of rows that nearly contradict each other; and how many comparisons crowded buckets would
+    have needed besides.
+    """
     contradictions: list[tuple[int, int]] = []
 
     def same(index: int, other: int) -> bool:
@@ -84,7 +67,7 @@ def find_near(rows: Rows, kind: Kind, values: np.ndarray, order: Sequence[int]) 
         return straight and not crossed
 
     leader, left_out = cover(values, ROW_BANDS, order, same)
-    return Near(leader, contradictions, left_out)
+    return leader, contradictions, left_out
 
 
 def cover(
@@ -149,11 +132,11 @@ def _shingles(text: str) -> frozenset[tuple[str, ...]]:
     return frozenset(zip(words, words[1:], words[2:], strict=False)) if len(words) > 2 else frozenset([tuple(words)])
 
 
-def _sketch(rows: Iterable[list[list[str]]], count: int) -> Sketch:
+def _sketch(rows: Iterable[list[list[str]]], count: int) -> Hashes:
     """`rows` are lists of fields, each a list of words; the first field is the prompt."""
     from datasketch import MinHash
 
-    values = Sketch(*(np.empty((count, PERMUTATIONS), np.uint32) for _ in range(2)))
+    of_rows, of_prompts = np.empty((count, PERMUTATIONS), np.uint32), np.empty((count, PERMUTATIONS), np.uint32)
     factors, shifts = MinHash(num_perm=PERMUTATIONS).permutations
     rows = iter(rows)
     with bar(count, "hashing", "row") as progress:
@@ -162,10 +145,10 @@ def _sketch(rows: Iterable[list[list[str]]], count: int) -> Sketch:
             shingles, starts = _hash_shingles(list(islice(rows, CHUNK)))
             for number, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
                 least = np.minimum.reduceat(shingles * factor + shift, starts)
-                values.prompts[part, number] = least[::2]
-                values.rows[part, number] = np.minimum(least[::2], least[1::2])
+                of_prompts[part, number] = least[::2]
+                of_rows[part, number] = np.minimum(least[::2], least[1::2])
             progress.update(len(starts) // 2)
-    return values
+    return of_rows, of_prompts
 
 
 @lru_cache(maxsize=1_000_000)
@@ -199,11 +182,12 @@ def _hash_shingles(rows: list[list[list[str]]]) -> tuple[np.ndarray, np.ndarray]
 
 
 def near_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray) -> dict[int, str]:
-    """{index of a row of `train`: which of `prompts` its own is near to}; `values` are the prompts of its `Sketch`."""
+    """{index of a row of `train`: which of `prompts` its own is near to}; `values` are those of its prompts."""
     if not prompts:
         return {}
     held, leaks = list(dict.fromkeys(prompts)), dict[int, str]()
-    lsh, minhash = build_index(sketch_prompts(held), PROMPT_BANDS, range(len(held)))
+    _, values_held = _sketch(([words_of(text), []] for text in held), len(held))
+    lsh, minhash = build_index(values_held, PROMPT_BANDS, range(len(held)))
     for text, rows in zip(*group_by_prompt(train), strict=True):
         near = (held[index] for index in sorted(lsh.query(minhash(values[rows[0]]))))
         shared = next((prompt for prompt in near if jaccard(text, prompt) >= NEAR), None)
@@ -217,15 +201,6 @@ def group_by_prompt(rows: Rows) -> tuple[list[str], list[list[int]]]:
     for index, row in enumerate(rows):
         owners.setdefault(text_of(row["prompt"]), []).append(index)
     return list(owners), list(owners.values())
-
-
-def cluster_prompts(texts: Sequence[str], values: np.ndarray) -> list[int]:
-    """For each text the index of its cluster's first one: texts that are alike (Jaccard index of ALIKE or more).
-
-    `values` are their MinHash values, (texts, PERMUTATIONS).
-    """
-    leader, _ = cover(values, PROMPT_BANDS, range(len(texts)), lambda i, j: jaccard(texts[i], texts[j]) >= ALIKE)
-    return [leader.get(index, index) for index in range(len(texts))]
 
 
 def measure_difficulty(rows: Rows, kind: Kind) -> dict[str, Any] | None:
@@ -244,11 +219,13 @@ def measure_difficulty(rows: Rows, kind: Kind) -> dict[str, Any] | None:
 
 
 def measure_diversity(rows: Rows, values: np.ndarray) -> dict[str, Any]:
-    """How different the prompts are: distinct ones, rows for each, clusters of alike ones with the largest."""
+    """Distinct prompts, rows for each, clusters of alike ones; `values` are MinHash values of the rows' prompts."""
     texts, owners = group_by_prompt(rows)
     clusters: Counter[int] = Counter()
-    for first, indices in zip(cluster_prompts(texts, values[[same[0] for same in owners]]), owners, strict=True):
-        clusters[first] += len(indices)
+    of_texts = values[[same[0] for same in owners]]
+    leader, _ = cover(of_texts, PROMPT_BANDS, range(len(texts)), lambda i, j: jaccard(texts[i], texts[j]) >= ALIKE)
+    for index, indices in enumerate(owners):
+        clusters[leader.get(index, index)] += len(indices)
     largest = clusters.most_common(5)
     return {
         "prompts": len(texts),

@@ -1,9 +1,9 @@
-"""data_report.png: what a data set holds and what is wrong with it, at a glance. Needs no torch."""
+"""data_report.png and the table on the terminal: what a data set holds and what is wrong with it. Needs no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,16 @@ def draw_data_report(path: Path, report: Report, *, title: str, before: Report |
         axes.set_yticks([])
         if callable(content):
             content(axes, report, before)
-        else:
-            _draw_bars(axes, content)
+            continue
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        widest = max((value for _, value, _, _ in content), default=0) or 1
+        for line, (label, value, text, color) in enumerate(content):  # the label above each bar, the value at its end
+            axes.barh(-line, value / widest, height=0.42, color=color)
+            axes.text(0, -line + 0.3, label, fontsize=TEXT, va="bottom", ha="left")
+            axes.text(value / widest + 0.015, -line, text, fontsize=TEXT, va="center", ha="left", fontweight="bold")
+        axes.set_xlim(0, 1.2)
+        axes.set_ylim(-max(4, len(content)) + 0.6, 0.85)
     return save(figure, path)
 
 
@@ -101,23 +109,8 @@ def _bar(label: str, count: int, color: str = BLUE) -> Bar:
     return label, count, f"{count:,}", color
 
 
-def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
-    """Horizontal bars, each with its label above it and its value at its end."""
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    widest = max((value for _, value, _, _ in bars), default=0) or 1
-    for line, (label, value, text, color) in enumerate(bars):
-        axes.barh(-line, value / widest, height=0.42, color=color)
-        axes.text(0, -line + 0.3, label, fontsize=TEXT, va="bottom", ha="left")
-        axes.text(value / widest + 0.015, -line, text, fontsize=TEXT, va="center", ha="left", fontweight="bold")
-    axes.set_xlim(0, 1.2)
-    axes.set_ylim(-max(4, len(bars)) + 0.6, 0.85)
-
-
 def _draw_shortcuts(axes: Axes, report: Report, before: Report | None) -> None:
-    """Accuracy of each rule with its interval against chance; orange where it is a shortcut, and the number of pairs in
-    which it names an answer.
-    """
+    """Accuracy of each rule with its interval against chance; orange: a shortcut. And in how many pairs it decides."""
     rules = deciding(report["shortcuts"])
     axes.axvspan(1 - SHORTCUT, SHORTCUT, color=GREY, alpha=0.1, linewidth=0)
     draw_level(axes, 0.5, len(rules), color=GREY, linewidth=1.5, linestyle=(0, (4, 3)))
@@ -181,3 +174,61 @@ def _pairs(report: Report) -> int:
 def deciding(shortcuts: dict[str, Any]) -> dict[str, Any]:
     """The rules that name an answer in one pair of a hundred or more; length once."""
     return {name: rule for name, rule in shortcuts.items() if rule["decides"] >= 0.01 and "characters" not in name}
+
+
+# --- the same on the terminal --------------------------------------------------------------------------------------
+
+
+def show_report(report: dict[str, Any], *, title: str, before: dict[str, Any] | None = None) -> None:
+    """Print what one looks at first, beside what was before, and each warning; what there is not has no row."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("data")
+    columns = [dict(_rows(figures)) for figures in (before, report) if figures is not None]
+    for name in ("before", "after") if before else ("",):
+        table.add_column(name, justify="right")
+    for label in dict.fromkeys(label for column in columns for label in column):
+        table.add_row(label, *(column.get(label, "–") for column in columns))
+    console = Console()
+    console.print(table)
+    for warning in report["warnings"]:
+        console.print(f"[bold]{escape(warning['what'])}[/bold]", highlight=False)
+        console.print(f"{warning['why']}\n→ {warning['do']}\n", highlight=False, markup=False)
+
+
+def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Label and text of each row."""
+    yield from ((f"{path}, read as", form) for path, form in report["forms"].items())
+    yield "rows read", f"{report['rows_read']:,}"
+    for name, count in report["rows"].items():
+        if name != "dropped" and count:
+            yield f"rows, {name.replace('_', ' ')}", f"{count:,}"
+    for reason, count in report["dropped_by_reason"].items():
+        yield f"  dropped: {reason}", f"{count:,}"
+    for name, tokens in report["tokens"].items():
+        yield f"tokens of {name}, median (95 %)", f"{tokens['median']:,.0f} ({tokens['p95']:,.0f})"
+    yield f"rows cut at max_length {report['max_length']}", f"{report['cut_at_max_length']:,}"
+    for name in REPEATS:
+        if name in report and (name != "benchmark" or report[name]["prompts"]):
+            yield f"rows: {name.replace('_', '-')}", f"{report[name]['rows']:,}"
+    for name, rule in deciding(report.get("shortcuts", {})).items():
+        yield f"accuracy of: {name}", f"{rule['accuracy']:.3f} [{rule['low']:.3f}, {rule['high']:.3f}]"
+    if raters := report["agreement"]:
+        yield "rater agreement, mean (below .7)", f"{raters['mean']:.3f} ({raters['below_0.7']:.1%})"
+    if scores := report["scores"]:
+        shares = f"({scores['ties']:.1%}, {scores['reversed']:.1%})"
+        yield "rating gap, median (ties, reversed)", f"{scores['gap']['median']:g} {shares}"
+    if classes := report.get("classes"):
+        yield "thumbs up, down", f"{classes['desirable']:,}, {classes['undesirable']:,}"
+    if reference := report.get("reference"):
+        interval = f"[{reference['accuracy_low']:.3f}, {reference['accuracy_high']:.3f}]"
+        yield "the reference prefers chosen", f"{reference['accuracy']:.3f} {interval}"
+        yield "the same by token", f"{reference['accuracy_per_token']:.3f}"
+    if diversity := report.get("diversity"):
+        yield "prompts (clusters of alike ones)", f"{diversity['prompts']:,} ({diversity['clusters']:,})"
+        difficulty = report["difficulty"]
+        yield "pairs with nearly the same answers", f"{difficulty['nearly_alike']:.1%}" if difficulty else "–"
+    yield "edge cases", f"{report['edge_cases']['share']:.1%}"

@@ -11,10 +11,7 @@ from dpo_kit.run.intervals import wilson
 
 
 def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tuple[float, float]]:
-    """For each pair log-probability of chosen less that of rejected under the reference: summed, and by token (nats).
-
-    Answers are cut as in training. One pass, with a bar on a terminal.
-    """
+    """Log-probability of chosen less that of rejected (nats; cut as in training) by the reference: summed, by token."""
     import torch
 
     from dpo_kit.model.hardware import has_accelerator
@@ -39,9 +36,7 @@ def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tu
 
 
 def measure_preference(margins: list[tuple[float, float]]) -> dict[str, float]:
-    """How often the reference ranks a pair as labelled, by summed and by per-token log-probability, with Wilson 95 %
-    intervals; and the median summed margin in nats.
-    """
+    """How often the reference ranks a pair as labelled (Wilson 95 % intervals); median summed margin in nats."""
     measures: dict[str, float] = {"pairs": len(margins)}
     for place, name in enumerate(("accuracy", "accuracy_per_token")):
         share = statistics.fmean(0.5 * ((pair[place] > 0) + (pair[place] >= 0)) for pair in margins)
