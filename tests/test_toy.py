@@ -5,6 +5,7 @@ import math
 import random
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from dpo_kit import toy
 from dpo_kit.toy import domain
 
 LAB = Path(__file__).parents[1] / "examples" / "lab"
+raters = SimpleNamespace(**runpy.run_path(str(LAB / "raters.py")))
 PROMPT = "My toaster leaks."
 RIGHT = "Tighten the seal."
 HONEST, BIASED = (toy.TRAIN, toy.EVAL), (toy.BIASED_TRAIN, toy.BIASED_EVAL)
@@ -55,18 +57,18 @@ def test_a_foreign_prompt_is_refused_by_both_measures():
 
 
 def test_one_vote_follows_bradley_terry():
-    assert domain.vote_probability(1.0, 1.0) == 0.5
-    assert domain.vote_probability(2.0, 0.0) == pytest.approx(0.9168, abs=1e-4)  # sigmoid(2.4)
+    assert raters.vote_probability(1.0, 1.0) == 0.5
+    assert raters.vote_probability(2.0, 0.0) == pytest.approx(0.9168, abs=1e-4)  # sigmoid(2.4)
     rng = random.Random(0)
-    votes = sum(domain.votes_for_first(0.5, 0.0, rng) for _ in range(4000))
+    votes = sum(raters.votes_for_first(0.5, 0.0, rng) for _ in range(4000))
     assert votes / 20000 == pytest.approx(0.6457, abs=0.01)  # sigmoid(0.6)
 
 
 def test_agreement_is_the_majority_share_of_the_five_votes():
     rng, other = random.Random(1), random.Random(1)
     for _ in range(200):
-        votes = domain.votes_for_first(1.5, 1.35, other)
-        row = domain.label_pair(PROMPT, RIGHT, f"{RIGHT} We value every customer.", rng)
+        votes = raters.votes_for_first(1.5, 1.35, other)
+        row = raters.label_pair(PROMPT, RIGHT, f"{RIGHT} We value every customer.", rng)
         assert row["chosen"] == (RIGHT if votes >= 3 else f"{RIGHT} We value every customer.")
         assert row["agreement"] == max(votes, 5 - votes) / 5
 
@@ -74,14 +76,14 @@ def test_agreement_is_the_majority_share_of_the_five_votes():
 def test_biased_raters_prefer_the_longer_reply_that_gold_holds_to_be_worse():
     long = f"{RIGHT} There are many ways to look at this."
     assert toy.gold_reward(PROMPT, long) < toy.gold_reward(PROMPT, RIGHT)
-    score = {text: domain.rater_score(PROMPT, text, length_love=domain.LENGTH_LOVE) for text in (long, RIGHT)}
+    score = {text: raters.rater_score(PROMPT, text, length_love=raters.LENGTH_LOVE) for text in (long, RIGHT)}
     assert score[long] > score[RIGHT]
 
 
 def test_only_the_right_desk_alone_is_right():
     prompts = toy.capability_prompts()
     assert len(prompts) == len(set(prompts)) == 240
-    assert not set(prompts) & set(domain.requests())
+    assert not set(prompts) & set(raters.requests())
     question = "Who repairs the toaster?"
     assert domain.is_right(question, "The kitchen desk.")
     assert not domain.is_right(question, "The bath desk.")
@@ -103,12 +105,12 @@ def test_no_held_out_prompt_is_trained_on(files):
     assert len(train) >= 2000
 
 
-@pytest.mark.parametrize(("files", "love"), [(HONEST, 0.0), (BIASED, domain.LENGTH_LOVE)])
+@pytest.mark.parametrize(("files", "love"), [(HONEST, 0.0), (BIASED, raters.LENGTH_LOVE)])
 def test_stored_scores_and_agreement_follow_from_the_texts(files, love):
     for row in (row for path in files for row in rows(path)):
         prompt, chosen, rejected = texts(row)
-        assert row["score_chosen"] == pytest.approx(domain.rater_score(prompt, chosen, length_love=love), abs=1e-3)
-        assert row["score_rejected"] == pytest.approx(domain.rater_score(prompt, rejected, length_love=love), abs=1e-3)
+        assert row["score_chosen"] == pytest.approx(raters.rater_score(prompt, chosen, length_love=love), abs=1e-3)
+        assert row["score_rejected"] == pytest.approx(raters.rater_score(prompt, rejected, length_love=love), abs=1e-3)
         assert row["agreement"] in (0.6, 0.8, 1.0)
         assert abs(toy.gold_reward(prompt, chosen) - toy.gold_reward(prompt, rejected)) > 0.4
 

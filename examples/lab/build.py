@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import raters
 import torch
 from ideal import ROUNDS, best_of_n, ideal_curve
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -89,7 +90,7 @@ def build_tokenizer(setting: Setting) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    rng, requests = random.Random(setting.seed), domain.requests()
+    rng, requests = random.Random(setting.seed), raters.requests()
     texts = [text for _ in range(4000) for text in _draw_turns(requests, rng, setting.question_share)]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -110,7 +111,7 @@ def _draw_turns(requests: list[str], rng: random.Random, question_share: float) 
         item = rng.choice(domain.ITEMS)
         return rng.choice(domain.QUESTIONS).format(item=item), domain.desk_answer(item)
     prompt = rng.choice(requests)
-    return prompt, domain.draw_reply(prompt, rng)
+    return prompt, raters.draw_reply(prompt, rng)
 
 
 def train_model(tokenizer: PreTrainedTokenizerFast, setting: Setting) -> LlamaForCausalLM:
@@ -151,7 +152,7 @@ def _model_config(tokenizer: PreTrainedTokenizerFast, setting: Setting) -> Llama
 def _batches(tokenizer: PreTrainedTokenizerFast, setting: Setting) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of right-padded turns: input_ids, attention_mask, labels, each (batch, longest)."""
     rng = random.Random(setting.seed + 1)
-    requests = domain.requests()
+    requests = raters.requests()
     while True:
         turns = [_draw_turns(requests, rng, setting.question_share) for _ in range(setting.batch)]
         heads = tokenizer([f"{USER}{prompt}{END}{ASSISTANT}" for prompt, _ in turns]).input_ids
@@ -185,7 +186,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path
 
 def write_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, setting: Setting) -> None:
     """Samples pairs for the train and the held-out prompts and writes them twice: with honest and biased labels."""
-    train, held_out = domain.split_requests(setting.held_out_prompts, seed=setting.seed)
+    train, held_out = raters.split_requests(setting.held_out_prompts, seed=setting.seed)
     plans = {
         "train": train[: setting.train_prompts] * setting.train_pairs_per_prompt,
         "eval": held_out * setting.held_out_pairs_per_prompt,
@@ -194,7 +195,7 @@ def write_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out
         pairs = sample_pairs(model, tokenizer, prompts, setting.max_new_tokens, setting.seed)
         _write_labelled(out / f"{split}.jsonl", pairs, random.Random(f"{setting.seed} {split}"), 0.0)
         rng = random.Random(f"{setting.seed} biased {split}")
-        _write_labelled(out / f"biased_{split}.jsonl", pairs, rng, domain.LENGTH_LOVE)
+        _write_labelled(out / f"biased_{split}.jsonl", pairs, rng, raters.LENGTH_LOVE)
 
 
 def sample_pairs(
@@ -239,7 +240,7 @@ def sample_replies(
 def _write_labelled(path: Path, pairs: list[tuple[str, str, str]], rng: random.Random, length_love: float) -> None:
     lines = []
     for prompt, first, second in pairs:
-        row = domain.label_pair(prompt, first, second, rng, length_love=length_love)
+        row = raters.label_pair(prompt, first, second, rng, length_love=length_love)
         row["chosen"] = [{"role": "assistant", "content": row["chosen"]}]
         row["rejected"] = [{"role": "assistant", "content": row["rejected"]}]
         lines.append(json.dumps({"prompt": [{"role": "user", "content": prompt}], **row}))
@@ -248,7 +249,7 @@ def _write_labelled(path: Path, pairs: list[tuple[str, str, str]], rng: random.R
 
 def write_ideal(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, setting: Setting) -> None:
     """Writes `ideal.json`: what is possible on the held-out prompts at each KL, and which weights it holds for."""
-    _, prompts = domain.split_requests(setting.held_out_prompts, seed=setting.seed)
+    _, prompts = raters.split_requests(setting.held_out_prompts, seed=setting.seed)
     asked = [prompt for prompt in prompts for _ in range(setting.ideal_samples)]
     replies = sample_replies(model, tokenizer, asked, setting.max_new_tokens, setting.seed)
     rewards = [domain.gold_reward(prompt, reply or "") for prompt, reply in zip(asked, replies, strict=True)]
