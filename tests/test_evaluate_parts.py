@@ -16,7 +16,8 @@ from dpo_kit.config.compose import CONF, check
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate import parts
 from dpo_kit.evaluate.__main__ import work
-from dpo_kit.evaluate.benchmarks import parts as benchmarks
+from dpo_kit.evaluate.benchmarks import harness
+from dpo_kit.evaluate.benchmarks.dialogue import models_of
 from dpo_kit.evaluate.benchmarks.gate import compare_task, decide_gate
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import GROUPS, plan
@@ -154,9 +155,9 @@ def test_models_have_names_that_files_can_have_and_not_the_same(policy, other, n
     model = check(compose([])).model
     policy, other = Candidate(policy, model), Candidate(other, model)
     job = SimpleNamespace(policy=policy, opponent=other, reference=Candidate("its reference", model))
-    assert tuple(each.name for each in benchmarks.models_of(job)) == names
+    assert tuple(each.name for each in models_of(job)) == names
     job.opponent = job.reference
-    assert benchmarks.models_of(job)[1].name == "reference"
+    assert models_of(job)[1].name == "reference"
 
 
 def test_alpaca_eval_waits_for_its_annotations_and_reads_them(run, tmp_path, capsys):  # noqa: F811
@@ -247,7 +248,7 @@ def test_a_run_whose_gate_failed_is_rejected_even_where_its_win_rate_is_the_high
         )
         return {"harness": "0", "tasks": [vars(task)], "gate": decide_gate([task], options.max_regression)}
 
-    monkeypatch.setattr(benchmarks, "run_harness", run_harness)
+    monkeypatch.setattr(harness, "run_harness", run_harness)
     capsys.readouterr()
     work([f"sweep={sweep}", "parts=[win_rate,gate]"])
     best, shown = read_json(sweep / "best.json"), capsys.readouterr().out

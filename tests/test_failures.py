@@ -46,7 +46,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [rule.name for rule in RULES])
+@pytest.mark.parametrize("name", RULES)
 def test_each_rule_finds_what_it_is_for_and_leaves_its_neighbour(name):
     guilty, innocent = CASES[name]
     assert name in groups_of(guilty)

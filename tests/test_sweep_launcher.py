@@ -24,8 +24,7 @@ from dpo_kit.run.files import write_json
 from dpo_kit.sweep.launch.launcher import Job, threads_per_job
 from dpo_kit.sweep.launch.live_table import Board, format_seconds, label_jobs
 from dpo_kit.sweep.launch.plan import plan_sweep, split_jobs
-from dpo_kit.sweep.launch.progress import Progress
-from dpo_kit.sweep.launch.record import JobRecord
+from dpo_kit.sweep.launch.record import JobRecord, Progress
 from dpo_kit.sweep.launch.starters import device_slots, visible_devices
 from tests.conftest import ROOT
 from tests.small import few_pairs

@@ -153,7 +153,7 @@ def _sweep(plan: Plan) -> None:
 
 
 def _conclude(plan: Plan) -> None:
-    from dpo_kit.sweep.conclude import conclude
+    from dpo_kit.sweep.summary import conclude
 
     conclude(plan.directory, plan.tracking, measure=plan.local)
 

@@ -41,10 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def work(arguments: Sequence[str]) -> None:
-    """Do what `arguments` (Hydra overrides) ask for.
-
-    Raises ConfigError, DataError, ModelError; EvaluationError where an evaluation is not complete.
-    """
+    """Do what Hydra overrides ask for. EvaluationError where an evaluation is not complete."""
     quiet_imports()
     jobs = plan(arguments)
     for job in jobs:
@@ -66,8 +63,7 @@ def evaluate_sweep(jobs: Sequence[Job]) -> None:
     """Each run; one that cannot be evaluated stops no other. Then the sweep's summary and choice anew."""
     from rich.console import Console
 
-    from dpo_kit.sweep.conclude import report
-    from dpo_kit.sweep.summary import show_summary
+    from dpo_kit.sweep.summary import report, show_summary
 
     console, missing = Console(), []
     for job in jobs:

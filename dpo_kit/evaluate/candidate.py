@@ -89,11 +89,7 @@ def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
 
 
 def of_path(key: str, path: str, model: Model) -> Candidate:
-    """A model made by any tool, given as `key`: a folder or hub id, or a folder with an adapter; loaded as `model`
-    says.
-
-    ConfigError for a run directory, and for what is no model.
-    """
+    """A model made by any tool (folder, hub id, adapter), loaded as `model` says. ConfigError for what is none."""
     folder = Path(path).expanduser()
     if faults := [*weights_faults(key, path)]:
         raise ConfigError(faults[0])

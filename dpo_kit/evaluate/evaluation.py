@@ -64,9 +64,7 @@ def evaluate(job: Job) -> dict[str, Any]:
 
 
 def asked_parts(job: Job) -> dict[str, Part]:
-    """The parts that `job` asks for, in the order in which they are measured. Raises ConfigError, DataError for what
-    can be seen to be wrong with them; loads nothing heavy.
-    """
+    """The parts asked for, in the order of measuring. ConfigError or DataError for what can be seen to be wrong."""
     for name in job.options.parts:
         if name not in PARTS:
             raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {name}{did_you_mean(name, PARTS)}")

@@ -92,10 +92,7 @@ _HELD_OUT: dict[str, tuple[str, list[dict[str, Any]]]] = {}  # the rows that wer
 
 
 def plan(arguments: Sequence[str]) -> list[Job]:
-    """The evaluations that `arguments` (Hydra overrides) ask for: one, or one for each finished run of a sweep.
-
-    Raises ConfigError, DataError, ModelError; loads no weights.
-    """
+    """One evaluation, or one for each finished run of a sweep. ConfigError, DataError, ModelError; loads no weights."""
     known = [*OWN, *(f"{group}.{name}" for group, model in GROUPS.items() for name in model.model_fields)]
     roots = {key.split(".")[0] for key in (*known, *known_keys(), "hydra")}
     refuse_dashes(arguments, arguments)
@@ -163,20 +160,13 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
         name = opponent.name if isinstance(opponent, Candidate) else opponent.stem
         place /= f"against-{''.join(c if c.isalnum() or c in '.-_' else '_' for c in name).strip('._')}"
     place = Path(options.out) if options.out else place
+    beta = config["beta"] if Method(**config["method"]).implicit_reward else None
+    shared, tracking = sweep / "evaluation" if sweep else place, Tracking(**_plain(cfg.tracking))
+    words = tuple(redact_argv(arguments))
     return Job(
-        policy=policy,
-        reference=policy.start,
-        opponent=opponent,
-        config=config,
-        beta=config["beta"] if Method(**config["method"]).implicit_reward else None,
-        options=options,
-        split=split,
-        folder=place,
-        shared=sweep / "evaluation" if sweep else place,
-        run=run,
-        tracking=Tracking(**_plain(cfg.tracking)),
-        words=tuple(redact_argv(arguments)),
-    )
+        policy=policy, reference=policy.start, opponent=opponent, config=config, beta=beta, options=options,
+        split=split, folder=place, shared=shared, run=run, tracking=tracking, words=words,
+    )  # fmt: skip
 
 
 def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
@@ -196,20 +186,14 @@ def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
     config = settings.model_dump(mode="json")
     identity = [policy.name, reference.name, str(options.against), config["data"], options.win_rate.model_dump()]
     folder = Path(options.out or f"outputs/evaluation-{key_of(identity)[:8]}")
+    opponent = _opponent(options.against, reference, settings.model)
+    beta = settings.beta if told and settings.method.implicit_reward else None
+    split: Split = options.split or ("all" if alone else "test")
+    words = tuple(redact_argv(arguments))
     return Job(
-        policy=policy,
-        reference=reference,
-        opponent=_opponent(options.against, reference, settings.model),
-        config=config,
-        beta=settings.beta if told and settings.method.implicit_reward else None,
-        options=options,
-        split=options.split or ("all" if alone else "test"),
-        folder=folder,
-        shared=folder,
-        run=None,
-        tracking=settings.tracking,
-        words=tuple(redact_argv(arguments)),
-    )
+        policy=policy, reference=reference, opponent=opponent, config=config, beta=beta, options=options, split=split,
+        folder=folder, shared=folder, run=None, tracking=settings.tracking, words=words,
+    )  # fmt: skip
 
 
 def share_template(job: Job) -> Job:
@@ -228,15 +212,11 @@ def share_template(job: Job) -> Job:
 
 def refuse_silent_servers(job: Job) -> None:
     """ConfigError for servers that do not answer, unless all may have been asked by an earlier start."""
-    options = job.options
-    if "win_rate" not in options.parts or (job.shared / "judgements.jsonl").exists():
+    if "win_rate" not in job.options.parts or (job.shared / "judgements.jsonl").exists():
         return
-    asked = {
-        "judge": options.judge,
-        "win_rate.policy_server": options.win_rate.policy_server,
-        "win_rate.opponent_server": options.win_rate.opponent_server,
-    }
-    for key, server in asked.items():
+    wanted = job.options.win_rate
+    servers = (job.options.judge, wanted.policy_server, wanted.opponent_server)
+    for key, server in zip(("judge", "win_rate.policy_server", "win_rate.opponent_server"), servers, strict=True):
         if isinstance(server, Endpoint):
             refuse_silent(key, server)
 

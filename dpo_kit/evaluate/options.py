@@ -21,7 +21,6 @@ class WinRate(Strict):
     temperature: NonNegativeFloat | None
     top_p: TopP | None
     max_new_tokens: PositiveInt
-    chunk: PositiveInt
     seed: NonNegativeInt
     opponent_seed: NonNegativeInt
     policy_server: Endpoint | None
@@ -86,10 +85,7 @@ Listed = Annotated[list[str], BeforeValidator(lambda given: [given] if isinstanc
 
 
 class Evaluate(Strict):
-    """What is evaluated, against what, and where the findings go; `judge` None: no win rate.
-
-    The options of a part that is not asked for are None.
-    """
+    """What is evaluated, against what, where to; None: no judge, or a part that is not asked for."""
 
     run: str | None
     sweep: str | None

@@ -12,8 +12,12 @@ from typing import Any
 
 from dpo_kit.config.places import file_faults, judge_faults, rows_faults
 from dpo_kit.errors import ConfigError, ModelError
-from dpo_kit.evaluate.behaviour.parts import Failures, Hacking
-from dpo_kit.evaluate.benchmarks.parts import AlpacaEval, Domain, Gate, MTBench
+from dpo_kit.evaluate.behaviour.failures import Failures
+from dpo_kit.evaluate.behaviour.hacking import Hacking
+from dpo_kit.evaluate.benchmarks.alpaca import AlpacaEval
+from dpo_kit.evaluate.benchmarks.domain import DomainPart
+from dpo_kit.evaluate.benchmarks.harness import Gate
+from dpo_kit.evaluate.benchmarks.mt_bench import MTBenchPart
 from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.part import Found, Line, Part, line
@@ -176,8 +180,8 @@ PARTS: dict[str, Part] = {  # in the order in which they are measured: the last 
     "win_rate": WinRate(),
     "gate": Gate(),
     "alpaca_eval": AlpacaEval(),
-    "mt_bench": MTBench(),
-    "domain": Domain(),
+    "mt_bench": MTBenchPart(),
+    "domain": DomainPart(),
     "failures": Failures(),
     "hacking": Hacking(),
 }

@@ -75,9 +75,7 @@ def _set_lines(axes: Axes, count: int) -> None:
 
 
 def _draw_rates(axes: Axes, title: str, rates: Mapping[str, Rate], level_name: str, *, rounding: bool = False) -> None:
-    """A dot with its interval for each rate, against ½; blue where the interval lies above, orange below, else grey,
-    and grey where it rests on few or all are no more than rounding.
-    """
+    """A dot with its interval for each rate against ½: blue above, orange below, else (or of few, or rounding) grey."""
     axes.set_title(title, **TITLE)
     draw_level(axes, 0.5, len(rates), color=GREY, **DASHED)
     for line, (label, rate) in enumerate(rates.items()):
@@ -197,9 +195,7 @@ def _draw_gate(axes: Axes, found: Found) -> None:
 
 
 def _draw_failures(axes: Axes, found: Found) -> None:
-    """How frequent each group of losses is among the losses and among the wins, and how many times the one the other
-    with its interval; bold where that is beyond chance.
-    """
+    """How frequent each group is among losses and among wins, and the ratio with its interval; bold: beyond chance."""
     losses, wins = (found["outcomes"].get(name, 0) for name in ("loss", "win"))
     shown = [group for group in found["groups"] if group["losses"]][:5]
     axes.set_title(f"Where it loses: {losses:,} lost, {wins:,} won", **TITLE)

@@ -36,6 +36,17 @@ def describe_preferences(scores: Scores, rows: Rows, beta: float | None, saturat
         return {"kind": "unary", "rows": len(rows), **found}
     margins, prompts = measures.margin(scores.logratio_chosen, scores.logratio_rejected), scores.prompts_chosen
     tokens = scores.tokens_chosen - scores.tokens_rejected
+    ratings = [scores_of(row) for row in rows]
+    gaps = [math.nan if rating is None else abs(rating[0] - rating[1]) for rating in ratings]
+    values = torch.tensor(gaps, dtype=torch.float64)
+    known = values[~values.isnan()]
+    by_gap = []  # accuracy in groups of about as many pairs, from the closest calls to the clearest
+    if len(known):
+        edges = torch.quantile(known, torch.linspace(0, 1, GROUPS + 1, dtype=torch.float64)).unique().tolist()
+        for low, high in pairwise(edges if len(edges) > 1 else edges * 2):
+            inside = (values >= low) & ((values <= high) if high == edges[-1] else (values < high))  # never for nan
+            if inside.any():
+                by_gap.append({"from": low, "to": high, **_group(margins, inside, prompts)})
     lengths = {"chosen longer": tokens > 0, "chosen shorter": tokens < 0, "equally long": tokens == 0}
     found["accuracy_length_corrected_logistic"] = found.pop("accuracy_length_corrected", None)
     return {
@@ -43,7 +54,7 @@ def describe_preferences(scores: Scores, rows: Rows, beta: float | None, saturat
         "pairs": len(rows),
         **found,
         "calibration": None if beta is None else describe_calibration(beta * margins, prompts),
-        "by_score_gap": _by_score_gap(margins, rows, prompts),
+        "by_score_gap": by_gap,
         "by_length": {name: _group(margins, inside, prompts) for name, inside in lengths.items()},
     }
 
@@ -96,23 +107,6 @@ def margins_by_pair(scores: Scores, rows: Rows) -> dict[str, tuple[str, float]]:
         return {}
     margins = measures.margin(scores.logratio_chosen, scores.logratio_rejected).tolist()
     return {row["pair_id"]: (row["prompt_id"], value) for row, value in zip(rows, margins, strict=True)}
-
-
-def _by_score_gap(margins: Tensor, rows: Rows, prompts: Sequence[str]) -> list[Found]:
-    """Accuracy in groups of about as many pairs, from the closest calls to the clearest; [] without scores."""
-    ratings = [scores_of(row) for row in rows]
-    gaps = [math.nan if rating is None else abs(rating[0] - rating[1]) for rating in ratings]
-    values = torch.tensor(gaps, dtype=torch.float64)
-    known = values[~values.isnan()]
-    if not len(known):
-        return []
-    edges = torch.quantile(known, torch.linspace(0, 1, GROUPS + 1, dtype=torch.float64)).unique().tolist()
-    groups = []
-    for low, high in pairwise(edges if len(edges) > 1 else edges * 2):
-        inside = (values >= low) & ((values <= high) if high == edges[-1] else (values < high))  # never for nan
-        if inside.any():
-            groups.append({"from": low, "to": high, **_group(margins, inside, prompts)})
-    return groups
 
 
 def _group(margins: Tensor, inside: Tensor, prompts: Sequence[str]) -> Found:

@@ -11,8 +11,7 @@ from dpo_kit.config.places import file_faults, refuse_unwritable
 from dpo_kit.config.settings import Choose
 from dpo_kit.config.tools import Values, parse, run_tool
 from dpo_kit.errors import ConfigError
-from dpo_kit.sweep.conclude import measure_recommended
-from dpo_kit.sweep.summary import show_summary
+from dpo_kit.sweep.summary import measure_recommended, show_summary
 
 USAGE = """\
 usage: python -m dpo_kit sweep sweep=DIR [key=value] …

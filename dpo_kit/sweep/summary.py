@@ -1,4 +1,8 @@
-"""A sweep in a table, two pictures and a choice: a pure function of run directories, whichever launcher made them."""
+"""A sweep in a table, two pictures and a choice: a function of run directories, whichever launcher made them.
+
+`conclude` is the end of a sweep that has run here: the recommended run is measured on the test split first, and the
+tracker is told too.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dpo_kit.config.settings import Tracking
+from dpo_kit.run import tracking
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import write_json, write_text
 from dpo_kit.run.measures import MEASURES
+from dpo_kit.run.quiet import quiet_imports
 from dpo_kit.run.report.markdown import code, fence, inline, table
 from dpo_kit.run.report.numbers import value_text
 from dpo_kit.run.words import again, longer
@@ -21,7 +28,7 @@ from dpo_kit.sweep.choice.runs import RunRecord, number, read_runs, sweep_comman
 if TYPE_CHECKING:
     from rich.console import Console
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dpo_kit.sweep")
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,9 @@ class Summary:
 def summarize(
     sweep_dir: str | Path, *, kl_budget_nats: float | None = None, max_regression: float | None = None
 ) -> Summary:
-    """Read the runs under `sweep_dir` and apply the rule of choice; writes nothing.
+    """Read the runs under `sweep_dir` and apply the rule of choice; writes nothing. DataError where there is no run.
 
-    The limits (nats per answer; a share) are those of the runs' own config unless given. Raises DataError where there
-    is no run.
+    The limits (nats per answer; a share) are those of the runs' own config unless given.
     """
     runs = read_runs(sweep_dir)
     limits = read_limits(runs, kl_budget_nats=kl_budget_nats, max_regression=max_regression)
@@ -154,7 +160,10 @@ def _page(summary: Summary) -> str:
         "\n".join(f"- {inline(note)}" for note in choice.notes),
     ]
     if choice.means:
-        cells = [[_cell(value) for value in mean.values()] for mean in choice.means]
+        cells = [
+            [inline(f"{cell:.4g}" if isinstance(cell, float) else str(cell or "")) for cell in mean.values()]
+            for mean in choice.means
+        ]
         parts.append(table(list(choice.means[0]), cells, left=len(choice.means[0])))
     parts += _tested(choice)
     parts += [f"Rule: {inline(choice.rule)}", "![quality against KL](frontier.png)", "![curves over steps](curves.png)"]
@@ -189,5 +198,48 @@ def _tested(choice: Choice) -> list[str]:
     return [f"On the test split, which played no part in the choice: {values}."]
 
 
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else inline(str(value))
+def conclude(sweep_dir: Path, wanted: Tracking, *, measure: bool) -> None:
+    """Sum up the sweep in `sweep_dir`; `measure`: this machine may run the recommended model."""
+    if not any(sweep_dir.glob("*/manifest.json")):
+        return
+    if measure:
+        measure_recommended(sweep_dir)
+    summary = show_summary(sweep_dir)
+    if wanted.reporter == "wandb":
+        report(summary, wanted)
+
+
+def measure_recommended(sweep_dir: str | Path) -> None:
+    """Measure the recommended run once on data that played no part in choosing it."""
+    chosen = summarize(sweep_dir).choice.recommended
+    if chosen is None or chosen.test:
+        return
+    log.info("measuring %s on the test split", chosen.path)
+    quiet_imports()
+    try:
+        from dpo_kit.trainer.held_out import measure_test_split
+
+        measure_test_split(chosen.root)
+    except Exception as error:  # the sweep's own results stand without it
+        log.warning("%s could not be measured on the test split (%s: %s)", chosen.path, type(error).__name__, error)
+
+
+def report(summary: Summary, wanted: Tracking) -> None:
+    """One wandb run for the sweep, in the group of its jobs: the table, the pictures, the choice."""
+    folder = summary.sweep_dir
+    tracker = tracking.start(
+        {"rule": summary.choice.rule},
+        run_dir=folder,
+        run_id=RunDirectory(folder).wandb_id(),
+        project=wanted.project,
+        entity=wanted.entity,
+        group=wanted.group or folder.name,
+        tags=wanted.tags,
+        name=f"{folder.name} summary",
+        job_type="summary",
+    )
+    tracker.table("sweep", list(summary.rows[0]), [list(row.values()) for row in summary.rows])
+    for name in ("frontier", "curves"):
+        tracker.image(name, folder / f"{name}.png")
+    tracker.summary({"recommended": summary.recommended, "reason": summary.choice.reason})
+    tracker.finish()

@@ -9,15 +9,20 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import yaml
+
 from dpo_kit.data.report.text_rules import is_refusal
+from dpo_kit.evaluate.job import Job
+from dpo_kit.evaluate.part import Found, Line, Part, line
 from dpo_kit.model.chats import Prompt, conversation_text
 from dpo_kit.run.files import write_jsonl, write_text
+from dpo_kit.run.history import read_metrics
 from dpo_kit.run.intervals import Z95
 from dpo_kit.run.report.markdown import fence
 
@@ -43,16 +48,6 @@ class Contest:
     def question(self) -> str:
         """The prompt as one text."""
         return conversation_text(self.prompt)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A group of failures: what it means, which rows are in it, what to change next."""
-
-    name: str
-    meaning: str
-    test: Callable[[Contest], bool]
-    advice: str
 
 
 # --- rules: pure functions of the texts --------------------------------------------------------------------------
@@ -117,62 +112,18 @@ def is_longer(longer: str, shorter: str) -> bool:
     return more >= LENGTH_RATIO * less and more - less >= LEAST_WORDS
 
 
-RULES = (
-    Rule(
-        "shorter",
-        f"at least {LENGTH_RATIO:g} times shorter than the other answer",
-        lambda row: is_longer(row.other, row.answer),
-        "add pairs whose chosen answer is the complete one; where the data prefer short answers, balance their "
-        "lengths: python -m dpo_kit data mode=curate curate.balance_length=true",
+RULES: dict[str, Callable[[Contest], bool]] = {  # what is in a group; its meaning and advice are in failures.yaml
+    "shorter": lambda row: is_longer(row.other, row.answer),
+    "longer": lambda row: is_longer(row.answer, row.other),
+    "refusal": lambda row: is_refusal(row.answer) and not is_refusal(row.other),
+    "repetition": lambda row: repeated_share(row.answer) >= max(REPEATED, 2 * repeated_share(row.other)),
+    "format lost": lambda row: bool(forms(row.other) - {"bold"}) and not forms(row.answer) & forms(row.other),
+    "reasoning dropped": lambda row: steps(row.other) >= max(3, 3 * steps(row.answer)),
+    "off-topic": lambda row: (
+        mentioned_share(row.question, row.answer) < MENTIONED * mentioned_share(row.question, row.other)
     ),
-    Rule(
-        "longer",
-        f"at least {LENGTH_RATIO:g} times longer than the other answer",
-        lambda row: is_longer(row.answer, row.other),
-        "balance the lengths of chosen and rejected (python -m dpo_kit data mode=curate curate.balance_length=true), "
-        "or take a loss that normalises by length (method=simpo, method=dpo_norm); a higher beta keeps it closer",
-    ),
-    Rule(
-        "refusal",
-        "declines where the other answers",
-        lambda row: is_refusal(row.answer) and not is_refusal(row.other),
-        "look for harmless prompts whose chosen answer declines, and add pairs in which the helpful answer is chosen",
-    ),
-    Rule(
-        "repetition",
-        f"at least {REPEATED:.0%} of its runs of {N_GRAM} words are repeated, twice as many as in the other",
-        lambda row: repeated_share(row.answer) >= max(REPEATED, 2 * repeated_share(row.other)),
-        "a sign of over-optimisation: a lower learning rate, fewer epochs or a higher beta, or an earlier checkpoint; "
-        "see whether chosen answers repeat themselves",
-    ),
-    Rule(
-        "format lost",
-        "has none of the lists, code, headings, tables or JSON that the other has",
-        lambda row: bool(forms(row.other) - {"bold"}) and not forms(row.answer) & forms(row.other),
-        "add pairs in which only the format differs and the asked-for one is chosen",
-    ),
-    Rule(
-        "reasoning dropped",
-        "at most a third of the other's steps of reasoning",
-        lambda row: steps(row.other) >= max(3, 3 * steps(row.answer)),
-        "add chain-of-thought pairs: worked answers chosen over bare results, rated for the result and the way to it",
-    ),
-    Rule(
-        "off-topic",
-        f"takes up less than {MENTIONED:.0%} of what the other takes up of the question's words",
-        lambda row: mentioned_share(row.question, row.answer) < MENTIONED * mentioned_share(row.question, row.other),
-        "add pairs for these kinds of prompts with a fluent answer to another question as the rejected one; a higher "
-        "beta keeps what the reference knew",
-    ),
-)
-
-
-REST = Rule(
-    "other",
-    "in none of the other groups",
-    lambda row: False,
-    "read the examples: what they share is not among the rules",
-)
+}
+REST = "other"  # the losses that no rule tells
 
 
 # --- counts ------------------------------------------------------------------------------------------------------
@@ -180,7 +131,7 @@ REST = Rule(
 
 def groups_of(row: Contest) -> list[str]:
     """The names of the rules that a row meets; `other` where it meets none."""
-    return [rule.name for rule in RULES if rule.test(row)] or [REST.name]
+    return [name for name, test in RULES.items() if test(row)] or [REST]
 
 
 def rate_ratio(losses: int, all_losses: int, wins: int, all_wins: int, z: float = Z95) -> tuple[float, float, float]:
@@ -203,23 +154,38 @@ def analyze_failures(rows: Iterable[Contest], folder: Path) -> dict[str, Any]:
     losses, wins = ([(row, groups_of(row)) for row in known if row.outcome == kind] for kind in ("loss", "win"))
     strict = NormalDist().inv_cdf(1 - 0.025 / len(RULES))
     groups: list[dict[str, Any]] = []
-    for rule in (*RULES, REST):
-        lost, won = (sum(rule.name in names for _, names in of_kind) for of_kind in (losses, wins))
+    texts = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    limits = {"length_ratio": LENGTH_RATIO, "repeated": REPEATED, "n_gram": N_GRAM, "mentioned": MENTIONED}
+    for name in (*RULES, REST):
+        lost, won = (sum(name in names for _, names in of_kind) for of_kind in (losses, wins))
         counts = (lost, len(losses), won, len(wins))
         ratio, low, high = rate_ratio(*counts)
-        telling = rule is not REST and rate_ratio(*counts, z=strict)[1] > 1
+        meaning = texts[name]["meaning"].format(**limits)
+        telling = name != REST and rate_ratio(*counts, z=strict)[1] > 1
         groups.append(
-            {"name": rule.name, "meaning": rule.meaning, "losses": lost, "wins": won, "ratio": ratio, "low": low,
-             "high": high, "telling": telling, "advice": rule.advice}
+            {"name": name, "meaning": meaning, "losses": lost, "wins": won, "ratio": ratio, "low": low,
+             "high": high, "telling": telling, "advice": texts[name]["advice"]}
         )  # fmt: skip
-    groups.sort(key=lambda group: (not group["telling"], group["name"] == REST.name, -group["losses"]))
+    groups.sort(key=lambda group: (not group["telling"], group["name"] == REST, -group["losses"]))
     for group in groups:
         file = folder / f"{group['name'].replace(' ', '_')}.md"
         if members := [row for row, names in losses if group["name"] in names]:
             write_text(file, page(group, members[:EXAMPLES]))
         else:  # the page of an earlier analysis goes
             file.unlink(missing_ok=True)
-    collected = _collect(losses, {group["name"] for group in groups if group["telling"]})
+    tells = {group["name"] for group in groups if group["telling"]}
+
+    def urgency(loss: tuple[Contest, list[str]]) -> tuple[int, float]:
+        """In the most telling groups first, then by how much gold reward was lost."""
+        row, names = loss
+        known = row.gold_answer is not None and row.gold_other is not None
+        return len(tells & set(names)), (row.gold_other or 0.0) - (row.gold_answer or 0.0) if known else 0.0
+
+    once: dict[str, dict[str, Any]] = {}  # lost prompts
+    for row, names in sorted(losses, key=urgency, reverse=True):
+        lost_prompt = {"prompt": row.prompt, "groups": names, "lost_with": row.answer, "lost_to": row.other}
+        once.setdefault(row.question, lost_prompt)
+    collected = list(once.values())[:COLLECTED]
     write_jsonl(folder / "collect.jsonl", collected)
     return {
         "outcomes": dict(outcomes),
@@ -230,21 +196,6 @@ def analyze_failures(rows: Iterable[Contest], folder: Path) -> dict[str, Any]:
             "model trained on these very prompts could not be measured with them any more"
         ),
     }
-
-
-def _collect(losses: Sequence[tuple[Contest, list[str]]], telling: set[str]) -> list[dict[str, Any]]:
-    """Lost prompts, once each: those in the most telling groups first, then by how much gold reward was lost."""
-
-    def urgency(loss: tuple[Contest, list[str]]) -> tuple[int, float]:
-        row, names = loss
-        known = row.gold_answer is not None and row.gold_other is not None
-        return len(telling & set(names)), (row.gold_other or 0.0) - (row.gold_answer or 0.0) if known else 0.0
-
-    once: dict[str, dict[str, Any]] = {}
-    for row, names in sorted(losses, key=urgency, reverse=True):
-        lost = {"prompt": row.prompt, "groups": names, "lost_with": row.answer, "lost_to": row.other}
-        once.setdefault(row.question, lost)
-    return list(once.values())[:COLLECTED]
 
 
 def page(group: Mapping[str, Any], members: Sequence[Contest]) -> str:
@@ -262,3 +213,54 @@ def page(group: Mapping[str, Any], members: Sequence[Contest]) -> str:
         texts = {"Prompt": row.question, f"Lost with{with_gold}": row.answer, f"Lost to{to_gold}": row.other}
         parts += [f"\n{name}:\n\n{fence(text)}\n" for name, text in texts.items()]
     return "".join(parts)
+
+
+# --- the part of an evaluation ---------------------------------------------------------------------------------
+
+
+def read_verdicts(job: Job) -> list[Contest]:
+    """The comparisons of verdicts.jsonl in which both sides answered, with gold rewards where those are known."""
+    rows = read_metrics(job.folder / "verdicts.jsonl")
+    whole = [row for row in rows if row["policy"] is not None and row["opponent"] is not None]
+    scores: list[list[float | None]] = [[None] * len(whole)] * 2
+    if (path := job.config["data"]["gold"]) and whole:
+        from dpo_kit.callbacks.gold import load_gold
+
+        gold, prompts = load_gold(path), [row["prompt"] for row in whole]
+        scores = [gold.gold_rewards(prompts, [row[side] for row in whole]) for side in ("policy", "opponent")]
+    return [
+        Contest(row["prompt"], row["policy"], row["opponent"], row["outcome"], *pair)
+        for row, *pair in zip(whole, *scores, strict=True)
+    ]
+
+
+class Failures(Part):
+    """Where the policy loses, and what to do about it."""
+
+    def measure(self, job: Job) -> Found:
+        rows = read_verdicts(job)
+        if not rows:
+            return {"status": "skipped", "reason": "no verdicts to read: they are those of the part win_rate"}
+        folder = job.folder / "failures"
+        return {"status": "done", **analyze_failures(rows, folder), "folder": str(folder)}
+
+    def headline(self, found: Found) -> Found:
+        losses = {group["name"]: group["losses"] for group in found["groups"] if group["losses"]}
+        return {
+            "failures": losses,
+            "failures_telling": [group["name"] for group in found["groups"] if group["telling"]],
+        }
+
+    def lines(self, found: Found) -> Iterator[Line]:
+        yield "losses; a group's rate over that among wins", f"{found['outcomes'].get('loss', 0):,}", ""
+        for group in found["groups"]:
+            if group["losses"]:
+                label = f"… {group['name']}: {group['losses']:,} of the losses, {group['wins']:,} of the wins"
+                yield line(label, group["ratio"], group["low"], group["high"], ".2f")
+
+    def notes(self, found: Found) -> Iterator[str]:
+        for group in found["groups"]:
+            if group["telling"]:
+                yield f"It loses with answers of the group “{group['name']}” ({group['meaning']}): {group['advice']}."
+        if found["collected"]:
+            yield f"Pages of examples, and prompts whose kind is worth collecting pairs for: {found['folder']}"

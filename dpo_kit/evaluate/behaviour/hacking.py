@@ -6,35 +6,23 @@ falls; length, repetition and markup are where that shows first when no gold rew
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.evaluate.behaviour.failures import Contest, forms, repeated_share, words
-from dpo_kit.run.history import latest, series
+from dpo_kit.evaluate.behaviour.failures import Contest, forms, read_verdicts, repeated_share, words
+from dpo_kit.evaluate.job import Job
+from dpo_kit.evaluate.part import Found, Line, Part, line
+from dpo_kit.run.history import latest, read_metrics, series
 from dpo_kit.run.measures import in_rounding
-from dpo_kit.run.report.drawing import (
-    BLUE,
-    DASHES,
-    FEW,
-    GREEN,
-    GREY,
-    ORANGE,
-    count_text,
-    draw_course,
-    draw_floor,
-    draw_level,
-    intervals,
-    new_figure,
-    over_steps,
-    save,
-)
+from dpo_kit.run.report import drawing
+from dpo_kit.run.report.drawing import BLUE, DASHES, GREEN, GREY, ORANGE
 from dpo_kit.run.statistics import from_intervals, paired_bootstrap
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 PROXIES = ("probe/reward_margin", "probe/margin_nats", "probe/class_gap_nats")  # the first that a run measured
 CERTAIN = 0.05
@@ -134,18 +122,10 @@ def watch_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     else:
         reason = f"no sign of reward hacking beyond chance: {between}"
     return {
-        "verdict": "hacked" if hacked else "tracking",
-        "proxy": key,
-        "peak_step": peak,
-        "last_step": last,
-        "gold_first": gold[steps[0]],
-        "gold_peak": gold[peak],
-        "gold_last": gold[last],
-        "proxy_peak": proxy[peak],
-        "proxy_last": proxy[last],
-        "p": p,
-        "reason": reason,
-    }
+        "verdict": "hacked" if hacked else "tracking", "proxy": key, "peak_step": peak, "last_step": last,
+        "gold_first": gold[steps[0]], "gold_peak": gold[peak], "gold_last": gold[last],
+        "proxy_peak": proxy[peak], "proxy_last": proxy[last], "p": p, "reason": reason,
+    }  # fmt: skip
 
 
 def watch_hacking(rows: Sequence[Contest], history: Sequence[Mapping[str, Any]], picture: Path) -> dict[str, Any]:
@@ -165,19 +145,15 @@ def watch_hacking(rows: Sequence[Contest], history: Sequence[Mapping[str, Any]],
     if verdict == "unknown":
         verdict = "style changed" if len(reasons) > 1 else "nothing seen"
     draw_hacking(history, styles, rewards, picture)
-    return {
-        "verdict": verdict,
-        "reason": ". ".join(reasons),
-        "styles": [asdict(style) for style in styles],
-        "rewards": rewards,
-    }
+    shown = [asdict(style) for style in styles]
+    return {"verdict": verdict, "reason": ". ".join(reasons), "styles": shown, "rewards": rewards}
 
 
 def draw_hacking(
     history: Sequence[Mapping[str, Any]], styles: Sequence[Style], rewards: Mapping[str, Any], path: Path
 ) -> None:
     """Gold reward and reward margin over steps, one above the other, beside the shifts of style; 1200 pixels wide."""
-    figure = new_figure(6.4)
+    figure = drawing.new_figure(6.4)
     known = rewards["verdict"] != "unknown"
     title = {"hacked": "Reward hacking", "tracking": "The gold reward keeps up", "unknown": "Style of the answers"}
     figure.suptitle(title[rewards["verdict"]], x=0.04, y=0.97, ha="left", fontsize=22, fontweight="bold")
@@ -190,32 +166,25 @@ def draw_hacking(
         )
         for number, (key, name, color) in enumerate(curves):
             axes = figure.add_subplot(grid[number, 0])
-            over_steps(axes)
+            drawing.over_steps(axes)
             axes.set_xlabel("")
-            draw_course(axes, series(history, key), intervals(history, key), color)
-            draw_floor(axes, key, latest(history))
+            drawing.draw_course(axes, series(history, key), drawing.intervals(history, key), color)
+            drawing.draw_floor(axes, key, latest(history))
             axes.axvline(rewards["peak_step"], color=GREY, linewidth=1, linestyle=DASHES, zorder=0)
             axes.set_title(name, loc="left", fontsize=16, color=color)
         axes.set_xlabel("step (dashed: gold reward highest)", fontsize=14, color=GREY)
-    _draw_styles(figure.add_subplot(grid[:, 1] if known else grid[:, :]), styles)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, path)
-
-
-def _draw_styles(axes: Axes, styles: Sequence[Style]) -> None:
-    """One row per measure: its shift with interval, in standard deviations of the reference (as it is where that has
-    none), the figures above it; at least from −1 to 1, so that a small shift looks small.
-    """
-    counts = count_text([style.n for style in styles], "prompts")
+    axes = figure.add_subplot(grid[:, 1] if known else grid[:, :])
+    # a row per measure: its shift in standard deviations of the reference; −1 to 1 at least
+    counts = drawing.count_text([style.n for style in styles], "prompts")
     counted = f" ({counts})" if counts else ""
     axes.set_title(f"Style of the answers{counted}", loc="left", fontsize=16)
-    draw_level(axes, 0.0, len(styles), color=GREY, linewidth=1, linestyle=DASHES, zorder=0)
+    drawing.draw_level(axes, 0.0, len(styles), color=GREY, linewidth=1, linestyle=DASHES, zorder=0)
     for number, style in enumerate(styles):
         color = ORANGE if style.changed else GREY
         scale = style.shift / style.difference if style.shift and style.difference else 1.0
         value, low, high = (end * scale for end in (style.difference, style.low, style.high))
         bar: dict[str, Any] = {"marker": "o", "markersize": 9, "linewidth": 2.5, "capsize": 5}
-        face = "white" if style.n < FEW else color
+        face = "white" if style.n < drawing.FEW else color
         axes.errorbar([value], [-number], xerr=[[value - low], [high - value]], color=color, mfc=face, **bar)
         place = axes.get_yaxis_transform()
         axes.text(0.0, -number + 0.22, style.label, fontsize=14, color=color, transform=place)
@@ -227,3 +196,34 @@ def _draw_styles(axes: Axes, styles: Sequence[Style]) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(labelsize=15, colors=GREY)
     axes.set_xlabel("shift in standard deviations of the reference", fontsize=14, color=GREY)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.save(figure, path)
+
+
+class Hacking(Part):
+    """The reward-hacking watch."""
+
+    def measure(self, job: Job) -> Found:
+        if job.opponent != job.reference:
+            return {"status": "skipped", "reason": "against= is not the reference, from which a policy drifts"}
+        rows, history = read_verdicts(job), read_metrics(job.run.metrics) if job.run else []
+        found = watch_hacking(rows, history, job.folder / "hacking.png")
+        if not found["styles"] and found["rewards"]["verdict"] == "unknown":
+            return {"status": "skipped", "reason": "no verdicts to read, and no gold reward along the way"}
+        return {"status": "done", **found}
+
+    def headline(self, found: Found) -> Found:
+        return {"hacking": found["verdict"]}
+
+    def lines(self, found: Found) -> Iterator[Line]:
+        yield "reward-hacking watch", found["verdict"], ""
+        for style in found["styles"]:
+            if style["changed"]:
+                form = "+.1f" if style["name"] == "words" else "+.3f"
+                yield line(
+                    f"… {style['name']}, less the reference's", style["difference"], style["low"], style["high"], form
+                )
+
+    def warnings(self, found: Found) -> Iterator[str]:
+        if found["verdict"] == "hacked":
+            yield f"REWARD HACKING: {found['reason'].removeprefix('reward hacking: ')}"

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from dpo_kit.data.read import read_whole
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker
+from dpo_kit.evaluate.benchmarks.dialogue import Speaker, asked, difference_lines, speakers_of
+from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.options import Alpaca
-from dpo_kit.evaluate.rows import read_rows
+from dpo_kit.evaluate.part import Found, Line, Part, line
 from dpo_kit.run.files import write_json
 from dpo_kit.run.intervals import Z95
 from dpo_kit.run.statistics import paired_bootstrap
@@ -72,7 +74,7 @@ def read_instructions(options: Alpaca) -> list[dict[str, Any]]:
                 "data set tatsu-lab/alpaca_eval where there is a network, and name it: alpaca_eval.instructions=FILE "
                 f"({str(error).splitlines()[0]})"
             ) from error
-    rows = read_rows("alpaca_eval.instructions", path)
+    rows = read_whole("alpaca_eval.instructions", path)
     if not rows:
         raise DataError(f"alpaca_eval.instructions={path} has no rows, with the key instruction each")
     for row in rows:
@@ -109,7 +111,7 @@ def read_annotations(path: Path, outputs: Sequence[Mapping[str, Any]]) -> dict[s
     each output by its place: 1 for the model, 0 for the baseline, ½ for a draw. DataError where the annotations are of
     other outputs or not in the package's form.
     """
-    rows = read_rows("annotations", str(path))
+    rows = read_whole("annotations", str(path))
     places = {(row["instruction"], row["output"]): str(number) for number, row in enumerate(outputs)}
     points: dict[str, float] = {}
     for row in rows:
@@ -154,7 +156,7 @@ def _length_controlled(leaderboard: Path, name: str, points: Mapping[str, float]
     Its lc_standard_error is the spread of its model's predictions over instructions, no sampling error. The interval
     takes the raw rate's standard error over to the logit of this rate; what the fit of the length adds is left out.
     """
-    rows = read_rows("leaderboard", str(leaderboard)) if leaderboard.exists() else []
+    rows = read_whole("leaderboard", str(leaderboard)) if leaderboard.exists() else []
     row = next((row.values for row in rows if row.values.get("") == name), None)
     text = (row or {}).get("length_controlled_winrate")
     if not text:
@@ -167,3 +169,41 @@ def _length_controlled(leaderboard: Path, name: str, points: Mapping[str, float]
     logit, half = math.log(rate / (1 - rate)), Z95 * standard_error / (raw * (1 - raw))
     low, high = (1 / (1 + math.exp(-(logit + sign * half))) for sign in (-1, 1))
     return {"win_rate": rate, "n": count, "low": low, "high": high, "interval": "raw standard error, logit scale"}
+
+
+class AlpacaEval(Part):
+    """AlpacaEval 2; waiting until the policy's outputs are annotated."""
+
+    def check(self, job: Job) -> None:
+        read_instructions(asked(job.options.alpaca_eval))
+
+    def measure(self, job: Job) -> Found:
+        options = asked(job.options.alpaca_eval)
+        with speakers_of(job, options.max_new_tokens) as speakers:
+            found = run_alpaca(*speakers, options, job.folder, job.shared)
+            result = found["models"][speakers[0].name]["result"]
+        return {"status": "done" if result else "waiting", "policy": result, **found}
+
+    def headline(self, found: Found) -> Found:
+        if not (result := found["policy"]):
+            return {}
+        rates = {"alpaca_eval_win_rate": result, "alpaca_eval_win_rate_length_controlled": result["length_controlled"]}
+        return {
+            f"{name}{end and '_'}{end}": rate.get(end or "win_rate")
+            for name, rate in rates.items()
+            for end in ("", "low", "high")
+        }
+
+    def lines(self, found: Found) -> Iterator[Line]:
+        if result := found["policy"]:
+            label = f"AlpacaEval against {result['baseline']}, {result['n']:,} prompts"
+            yield line(label, result["win_rate"], result["low"], result["high"])
+            controlled = result["length_controlled"]
+            if controlled["win_rate"] is not None:
+                yield line("… length-controlled", controlled["win_rate"], controlled["low"], controlled["high"])
+            yield from difference_lines(found, "+.3f")
+
+    def notes(self, found: Found) -> Iterator[str]:
+        for name, model in found["models"].items():
+            if not model["result"]:
+                yield f"AlpacaEval: the answers of {name} wait for their annotation: {model['command']}"

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo_kit.config.limits import missing_package
+from dpo_kit.data.read import read_whole
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker
+from dpo_kit.evaluate.benchmarks.dialogue import Speaker, asked, speakers_of
+from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.options import Domain
-from dpo_kit.evaluate.rows import read_rows
+from dpo_kit.evaluate.part import Found, Line, Part, line
 from dpo_kit.model.chats import Prompt
 from dpo_kit.run.files import write_jsonl
 
@@ -25,55 +28,41 @@ MOST_LABELS = 1000  # the table of what was said for what is as large as its squ
 NO_LABEL = "(none)"  # what stands for an answer in which no label was found
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Prompts and what their answers should be: labels, one of which an answer names, or texts to compare it with."""
-
-    kind: str  # labels | texts
-    prompts: list[Prompt]
-    targets: list[str]
-
-
 def run_domain(policy: Speaker, reference: Speaker, options: Domain, folder: Path) -> dict[str, Any]:
     """{kind, n, figures: [as of `bootstrap_figures`], unrecognised: {model: answers without a label}}.
 
     The answers are written to `folder`/domain.jsonl. DataError names a row that is not {prompt, label | reference}.
     """
     speakers = (policy, reference)
-    rows = read_labelled(options)
-    answers = [speaker.answer(rows.prompts, options.temperature) for speaker in speakers]
+    kind, prompts, expected = read_labelled(options)
+    answers = [speaker.answer(prompts, options.temperature) for speaker in speakers]
     unrecognised = {}
     metrics: list[LabelMetrics | TextMetrics]
-    if rows.kind == "labels":
-        targets = [normalise(target) for target in rows.targets]
+    if kind == "labels":
+        targets = [normalise(target) for target in expected]
         labels = sorted(set(targets))
         read = [[find_label(answer, labels, options.pattern) for answer in side] for side in answers]
         unrecognised = {speaker.name: side.count(NO_LABEL) for speaker, side in zip(speakers, read, strict=True)}
         metrics = [LabelMetrics(side, targets, labels) for side in read]
     else:
         read = [[extract(answer, options.pattern) for answer in side] for side in answers]
-        metrics = [TextMetrics(side, rows.targets) for side in read]
-    columns = zip(rows.prompts, rows.targets, *answers, *read, strict=True)
-    write_jsonl(
-        folder / "domain.jsonl",
-        (
-            {
-                "prompt": prompt,
-                "target": target,
-                policy.name: {"answer": ours, "read_as": our_reading},
-                reference.name: {"answer": theirs, "read_as": their_reading},
-            }
-            for prompt, target, ours, theirs, our_reading, their_reading in columns
-        ),
-    )
-    figures = bootstrap_figures(metrics[0], metrics[1], len(rows.prompts))
-    return {"kind": rows.kind, "n": len(rows.prompts), "figures": figures, "unrecognised": unrecognised}
+        metrics = [TextMetrics(side, expected) for side in read]
+    rows = []
+    for prompt, target, *both in zip(prompts, expected, *answers, *read, strict=True):
+        sides = zip(speakers, both[:2], both[2:], strict=True)
+        said = {speaker.name: {"answer": answer, "read_as": reading} for speaker, answer, reading in sides}
+        rows.append({"prompt": prompt, "target": target, **said})
+    write_jsonl(folder / "domain.jsonl", rows)
+    figures = bootstrap_figures(metrics[0], metrics[1], len(prompts))
+    return {"kind": kind, "n": len(prompts), "figures": figures, "unrecognised": unrecognised}
 
 
-def read_labelled(options: Domain) -> Labelled:
-    """Rows with `prompt` (text or messages), and all with `label` or all with `reference`. DataError names the line."""
+def read_labelled(options: Domain) -> tuple[str, list[Prompt], list[str]]:
+    """Prompts (text or messages) and what their answers should be: `labels`, one of which an answer names, or `texts`
+    to compare it with (the column `reference`). DataError names the line.
+    """
     prompts, targets, columns = [], [], set()
-    for row in read_rows("domain.file", options.file):
+    for row in read_whole("domain.file", options.file):
         column = "label" if "label" in row.values else "reference"
         prompt, target = row.values.get("prompt"), row.values.get(column)
         if not isinstance(target, str | int | bool) or not isinstance(prompt, str | list) or not prompt:
@@ -91,7 +80,7 @@ def read_labelled(options: Domain) -> Labelled:
             f"domain.file={options.file} has {different:,} different labels, which is more than "
             f"{MOST_LABELS:,}: call the column reference, and answers are compared with it as texts"
         )
-    return Labelled(kind, prompts[: options.limit], targets[: options.limit])
+    return kind, prompts[: options.limit], targets[: options.limit]
 
 
 # --- reading answers ---------------------------------------------------------------------------------------------
@@ -104,10 +93,7 @@ def normalise(text: str) -> str:
 
 
 def find_label(answer: str, labels: Sequence[str], pattern: str | None = None) -> str:
-    """The one normalised label that an answer names; `(none)` where it names none or several.
-
-    Where `pattern` is given, only what it finds counts.
-    """
+    """The one normalised label that an answer, or what `pattern` finds in it, names; `(none)` for none or several."""
     text = normalise(extract(answer, pattern))
     if text in labels or pattern:
         return text if text in labels else NO_LABEL
@@ -134,19 +120,13 @@ class LabelMetrics:
     names = ("accuracy", "precision (macro)", "recall (macro)", "F1 (macro)")
 
     def __init__(self, read: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> None:
-        import numpy as np
-
         codes = {label: number for number, label in enumerate([*labels, NO_LABEL])}
         self.size = len(codes)
         pairs = zip(targets, read, strict=True)
         self.cells = np.array([codes[target] * self.size + codes[label] for target, label in pairs])
 
     def __call__(self, rows: Any) -> list[float]:
-        """The averages are over labels that occur among targets or answers; 0 for a label whose denominator is 0, as
-        scikit-learn has it.
-        """
-        import numpy as np
-
+        """Averages are over labels that occur; 0 for one whose denominator is 0, as scikit-learn has it."""
         table = np.bincount(self.cells[rows], minlength=self.size**2).reshape(self.size, self.size)  # target, answer
         right = np.diag(table)[:-1]
         answered, expected = table.sum(0)[:-1], table.sum(1)[:-1]
@@ -162,8 +142,6 @@ class TextMetrics:
     names = ("exact match", "BLEU", "ROUGE-1", "ROUGE-2", "ROUGE-L")
 
     def __init__(self, read: Sequence[str], targets: Sequence[str]) -> None:
-        import numpy as np
-
         for package in ("sacrebleu", "rouge_score"):
             if fault := missing_package("the domain metric", package):
                 raise ConfigError(fault)
@@ -202,8 +180,6 @@ def bootstrap_figures(
 
     95 % intervals are bootstraps over rows (2,000 percentile draws), in which the metric is computed anew each time.
     """
-    import numpy as np
-
     generator, everything = np.random.default_rng(0), np.arange(count)
     drawn = (generator.integers(count, size=count) for _ in range(DRAWS))
     draws = np.array([[policy(rows), reference(rows)] for rows in drawn])  # the same rows for both: paired
@@ -215,3 +191,40 @@ def bootstrap_figures(
          "difference": ours - theirs, "low": low, "high": high, "n": count}
         for name, ours, theirs, ours_low, ours_high, low, high in zip(policy.names, *columns, strict=True)
     ]  # fmt: skip
+
+
+class DomainPart(Part):
+    """A labelled file of one's own."""
+
+    def check(self, job: Job) -> None:
+        read_labelled(asked(job.options.domain))
+
+    def measure(self, job: Job) -> Found:
+        options = asked(job.options.domain)
+        with speakers_of(job, options.max_new_tokens) as speakers:
+            found = run_domain(*speakers, options, job.folder)
+            return {"status": "done", "unrecognised_of_policy": found["unrecognised"].get(speakers[0].name, 0), **found}
+
+    def headline(self, found: Found) -> Found:
+        """domain_accuracy, _low, _high (of the policy), _difference, _difference_low, _difference_high; so for each."""
+        keys = {"": "policy", "_low": "policy_low", "_high": "policy_high", "_difference": "difference",
+                "_difference_low": "low", "_difference_high": "high"}  # fmt: skip
+        return {
+            f"domain_{re.sub('[^a-z0-9]+', '_', figure['metric'].lower()).strip('_')}{end}": figure[key]
+            for figure in found["figures"]
+            for end, key in keys.items()
+        }
+
+    def lines(self, found: Found) -> Iterator[Line]:
+        for figure in found["figures"]:
+            form = ".1f" if figure["metric"] == "BLEU" else ".3f"
+            label = f"{figure['metric']}, {figure['n']:,} rows of one's own"
+            yield line(label, figure["policy"], figure["policy_low"], figure["policy_high"], form)
+            yield line("… less the reference's", figure["difference"], figure["low"], figure["high"], f"+{form}")
+
+    def notes(self, found: Found) -> Iterator[str]:
+        if count := found["unrecognised_of_policy"]:
+            yield (
+                f"{count} of {found['n']} answers name no label, or several, and count as wrong: read domain.jsonl, or "
+                "set domain.pattern."
+            )

@@ -87,13 +87,8 @@ def decide_gate(tasks: Sequence[TaskComparison], limit: float) -> dict[str, Any]
     }
     seen = f"{worst.difference:+.3f} [{worst.low:+.3f}, {worst.high:+.3f}] on {worst.n} samples of {worst.task}"
     return {
-        "passed": worst.verdict != "failed",
-        "verdict": worst.verdict,
-        "worst_task": worst.task,
-        "difference": worst.difference,
-        "low": worst.low,
-        "high": worst.high,
-        "limit": limit,
+        "passed": worst.verdict != "failed", "verdict": worst.verdict, "worst_task": worst.task,
+        "difference": worst.difference, "low": worst.low, "high": worst.high, "limit": limit,
         "inconclusive": [task.task for task in tasks if task.verdict == "inconclusive"],
         "reason": seen + reasons[worst.verdict],
-    }
+    }  # fmt: skip

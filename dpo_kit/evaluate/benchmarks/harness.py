@@ -22,9 +22,12 @@ from typing import Any
 
 from dpo_kit.config.limits import missing_package
 from dpo_kit.errors import ConfigError, DataError, did_you_mean
+from dpo_kit.evaluate.benchmarks.dialogue import asked, models_of
 from dpo_kit.evaluate.benchmarks.gate import TaskComparison, compare_task, decide_gate
 from dpo_kit.evaluate.candidate import Candidate
+from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.options import Harness
+from dpo_kit.evaluate.part import Found, Line, Part, line
 from dpo_kit.run.files import cache_folder, read_json, write_json, write_jsonl
 from dpo_kit.run.history import plain
 from dpo_kit.run.journal import key_of
@@ -245,3 +248,30 @@ def _harness_settings(options: Harness) -> Iterator[None]:
         logger.setLevel(level)
         if options.allow_code:
             os.environ.pop(variable) if before is None else os.environ.update({variable: before})
+
+
+class Gate(Part):
+    """The regression gate."""
+
+    def check(self, job: Job) -> None:
+        check_harness(asked(job.options.gate))
+
+    def measure(self, job: Job) -> Found:
+        return {"status": "done", **run_harness(*models_of(job), asked(job.options.gate), job.folder)}
+
+    def headline(self, found: Found) -> Found:
+        return {"gate": found["gate"]}
+
+    def lines(self, found: Found) -> Iterator[Line]:
+        yield f"regression gate (loss up to {found['gate']['limit']:g})", found["gate"]["verdict"], ""
+        for task in found["tasks"]:
+            label = f"{task['task']}, {task['metric']}, {task['n']:,} samples: {task['verdict']}"
+            yield line(label, task["difference"], task["low"], task["high"], "+.3f")
+
+    def warnings(self, found: Found) -> Iterator[str]:
+        if not found["gate"]["passed"]:
+            yield f"REGRESSION GATE FAILED: {found['gate']['reason']}"
+
+    def notes(self, found: Found) -> Iterator[str]:
+        if found["gate"]["passed"]:
+            yield f"Gate {found['gate']['verdict']}: {found['gate']['reason']}."

@@ -1,22 +1,26 @@
-"""Both sides' answers before a judge: verdicts in both orders, the judge's own controls, a sheet for people."""
+"""The answers of both sides to the same held-out prompts (drawn here, asked of a server, or read from a file) before a
+judge: verdicts in both orders, the judge's own controls, a sheet for people.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dpo_kit.config.settings import LLMJudge
+from dpo_kit.config.settings import Data, LLMJudge, ServerAnswers
+from dpo_kit.data.read import read_whole
+from dpo_kit.errors import DataError
+from dpo_kit.evaluate.candidate import Candidate
 from dpo_kit.evaluate.job import Job
-from dpo_kit.evaluate.win_rate.answers import Question, answer, read_questions
 from dpo_kit.evaluate.win_rate.rates import Compared, win_rates
-from dpo_kit.judge.answers import Answer
+from dpo_kit.judge.answers import Answer, Asking, draw_answers, draw_locally
 from dpo_kit.judge.open import judge_identity, open_judge
 from dpo_kit.judge.review import ReviewSheet
-from dpo_kit.judge.verdicts import Judge, Raw, Shown, Verdict, compare, run_controls
-from dpo_kit.model.chats import conversation_text
-from dpo_kit.run.files import write_jsonl, write_text
-from dpo_kit.run.journal import key_of
+from dpo_kit.judge.verdicts import Shown, Verdict, compare, run_controls
+from dpo_kit.model.chats import Prompt, as_messages, conversation_text
+from dpo_kit.run.files import digest, write_jsonl, write_text
+from dpo_kit.run.journal import Journal, key_of
 from dpo_kit.run.redact import redact, redact_text
 from dpo_kit.run.report.markdown import fence, inline
 
@@ -24,6 +28,9 @@ Answers = Sequence[Sequence[Answer | None]]
 EACH = 4  # of the losses, of the wins, of the rest in samples.md
 UNJUDGED = Verdict("unjudged", "unjudged", "unjudged")
 NO_JUDGE = "no judge: say judge=llm judge.base_url=… judge.model=…, judge=reward_model judge.path=…, or judge=human"
+
+
+Question = tuple[str, Prompt]  # prompt_id, and the prompt in the form in which the policy was trained on prompts
 
 
 def measure_win_rate(job: Job) -> dict[str, Any]:
@@ -36,13 +43,28 @@ def measure_win_rate(job: Job) -> dict[str, Any]:
     if settings is None:
         return {"status": "skipped", "reason": NO_JUDGE}
     questions = read_questions(job)
-    ours, our_cost = answer(job, "policy", questions)
-    theirs, their_cost = answer(job, "opponent", questions)
+    asked = [prompt for _, prompt in questions]
+    ours, our_cost = answer(job, "policy", asked)
+    theirs, their_cost = answer(job, "opponent", asked)
     with open_judge(settings, job.shared, wanted.seed) as judge:
         controls = []
         if isinstance(settings, LLMJudge):
-            controls = _controls(job, judge, settings.controls, questions, theirs)
-        compared = judge_answers(judge, questions, ours, theirs)
+            firsts = [(prompt, given[0]) for (_, prompt), given in zip(questions, theirs, strict=True)]
+            some = [(prompt, first.text) for prompt, first in firsts if first and first.text.strip()]
+            some = some[: settings.controls]
+            prompts, texts = [prompt for prompt, _ in some], [text for _, text in some]
+            others = answer(job, "opponent", prompts, again=True)[0] if prompts else []
+            again = [given[0].text for given in others if given[0]]  # of all or of none
+            if prompts:
+                controls = run_controls(judge, prompts, texts, again if len(again) == len(prompts) else None)
+        drawn = [
+            (name, prompt, draw, *pair)
+            for (name, prompt), *answers in zip(questions, ours, theirs, strict=True)
+            for draw, pair in enumerate(zip(*answers, strict=True))
+        ]
+        whole = [(prompt, a.text, b.text) for _, prompt, _, a, b in drawn if a and b]
+        verdicts = iter(compare(judge, *map(list, zip(*whole, strict=True))) if whole else [])
+        compared = [Compared(*row, next(verdicts) if row[3] and row[4] else UNJUDGED) for row in drawn]
         spend = {"policy": our_cost, "opponent": their_cost, "judge": judge.spend()}
     status = "done"
     if any(row.verdict.points is None for row in compared):
@@ -64,6 +86,8 @@ def measure_win_rate(job: Job) -> dict[str, Any]:
         }
         for row in compared
     ]
+    judged = [(Shown(r.prompt, r.policy.text, r.opponent.text), r.verdict) for r in compared if r.policy and r.opponent]
+    sheet = ReviewSheet(job.folder / "review.csv", seed=wanted.seed)
     found = {
         "status": status,
         "policy": job.policy.name,
@@ -74,7 +98,7 @@ def measure_win_rate(job: Job) -> dict[str, Any]:
         "questions": len(questions),
         **win_rates(compared),
         "controls": controls,
-        "review": None if settings.kind == "human" else _review(job, compared),
+        "review": None if settings.kind == "human" else sheet.check(judged, job.options.review),
         "spend": redact(spend),
     }
     write_jsonl(job.folder / "verdicts.jsonl", rows)
@@ -82,50 +106,69 @@ def measure_win_rate(job: Job) -> dict[str, Any]:
     return found
 
 
-def judge_answers(judge: Judge, questions: Sequence[Question], ours: Answers, theirs: Answers) -> list[Compared]:
-    """Each draw of the policy against the same draw of the opponent, in the order of the questions."""
-    rows = [
-        (question, draw, *pair)
-        for question, *answers in zip(questions, ours, theirs, strict=True)
-        for draw, pair in enumerate(zip(*answers, strict=True))
-    ]
-    whole = [(question.prompt, a.text, b.text) for question, _, a, b in rows if a and b]
-    verdicts = iter(compare(judge, *map(list, zip(*whole, strict=True))) if whole else [])
-    return [
-        Compared(question.prompt_id, question.prompt, draw, a, b, next(verdicts) if a and b else UNJUDGED)
-        for question, draw, a, b in rows
-    ]
+def read_questions(job: Job) -> list[Question]:
+    """The prompts of `win_rate.prompts`, else one for each held-out prompt, at most `win_rate.limit`. DataError."""
+    wanted = job.options.win_rate
+    if wanted.prompts is None:
+        _, rows = job.held_out()
+        distinct = {row["prompt_id"]: row["prompt"] for row in reversed(rows)}
+        return list(reversed(distinct.items()))[: wanted.limit]
+    from dpo_kit.data.build.prompts import read_prompts
+
+    data = Data(**job.config["data"])
+    prompts = read_prompts(wanted.prompts, data, wanted.limit).prompts
+    reader = job.reference if job.run else job.policy
+    chat = reader.tokenizer().chat_template is not None if data.wrap_as_chat == "auto" else data.wrap_as_chat
+    return [(digest(prompt), as_messages(prompt) if chat else prompt) for prompt in prompts]
 
 
-def _controls(
-    job: Job, judge: Judge, most: int, questions: Sequence[Question], answers: Answers
-) -> list[dict[str, Any]]:
-    """How a language model as judge does on the controls, with the opponent's answers to `most` questions."""
-    usable = [
-        (q, drawn[0].text) for q, drawn in zip(questions, answers, strict=True) if drawn[0] and drawn[0].text.strip()
-    ]
-    if not (some := usable[:most]):
-        return []
-    asked, texts = [question for question, _ in some], [text for _, text in some]
-    others = [drawn[0] for drawn in answer(job, "opponent", asked, again=True)[0]]
-    again = [other.text for other in others if other]  # of all or of none
-    return run_controls(judge, [q.prompt for q in asked], texts, again if len(again) == len(asked) else None)
+def answer(
+    job: Job, side: Literal["policy", "opponent"], prompts: Sequence[Prompt], *, again: bool = False
+) -> tuple[list[list[Answer | None]], dict[str, Any]]:
+    """For each prompt `win_rate.draws` answers (None where one failed), and what they cost; with `again` one answer
+    each, under another seed ([] where answers are given in a file).
+
+    Whatever was drawn before is read from the journal, and what the opponent answers serves every job of a sweep.
+    Raises DataError, ModelError.
+    """
+    wanted = job.options.win_rate
+    who: Candidate | Path = job.policy
+    server, seed, kept = wanted.policy_server, wanted.seed, job.folder / "answers.jsonl"
+    if side == "opponent":
+        who, server, seed = job.opponent, wanted.opponent_server, wanted.opponent_seed
+        kept = job.shared / "opponent_answers.jsonl"
+    if isinstance(who, Path) and server is None:
+        return [] if again else read_answers(who, prompts, wanted.draws), {}
+    draws, seed = (1, int(digest(["again", seed])[:7], 16)) if again else (wanted.draws, seed)
+    asking = Asking(wanted.max_new_tokens, seed=seed, top_p=wanted.top_p)
+    with Journal(kept) as journal:
+        if server is not None:
+            drawing = {"temperatures": [wanted.temperature], "top_p": wanted.top_p, "draws": draws}
+            source = ServerAnswers(**(server.model_dump() | drawing))
+            return draw_answers(source, job.policy.model, prompts, asking, journal)
+        assert isinstance(who, Candidate)
+        return draw_locally(who.sampler(), [wanted.temperature], draws, prompts, asking, journal), {}
 
 
-def _review(job: Job, compared: Sequence[Compared]) -> dict[str, Any] | None:
-    """The judge checked by people: a sheet is written when `review` asks for one, and read once there is one."""
-    seed = job.options.win_rate.seed
-    sheet = ReviewSheet(job.folder / "review.csv", seed=seed)
-    if not (job.options.review or sheet.copies):
-        return None
-    judged = [row for row in compared if row.policy and row.opponent and row.verdict.points is not None]
-    shown = [Shown(row.prompt, row.policy.text, row.opponent.text) for row in judged if row.policy and row.opponent]
-    if not sheet.copies:
-        lots = {key_of(seed, row.prompt, row.draw): each for row, each in zip(judged, shown, strict=True)}
-        sheet.write([lots[lot] for lot in sorted(lots)][: job.options.review])
-    raw: dict[str, Raw] = {"win": "first", "loss": "second"}
-    verdicts: list[Raw] = [raw.get(row.verdict.outcome, "tie") for row in judged]
-    return {"sheet": str(sheet.path), **sheet.agreement(shown, verdicts)}
+def read_answers(path: Path, prompts: Sequence[Prompt], draws: int) -> list[list[Answer | None]]:
+    """Answers of a file of {prompt, answer}; further rows are further draws. DataError: malformed, or missing."""
+    given: dict[str, list[Answer | None]] = {}
+    for row in read_whole("against", str(path)):
+        prompt, text = row.values.get("prompt"), row.values.get("answer")
+        if not isinstance(text, str) or not isinstance(prompt, str | list):
+            raise DataError(f"{row.place}: a row needs prompt and answer, got the columns {', '.join(row.values)}")
+        given.setdefault(_key(prompt), []).append(Answer(text, False, path.name))
+    answers = [given.get(_key(prompt), [])[:draws] for prompt in prompts]
+    if lacking := [prompt for prompt, drawn in zip(prompts, answers, strict=True) if len(drawn) < draws]:
+        raise DataError(
+            f"against={path} has fewer than win_rate.draws={draws} answers to {len(lacking)} of {len(prompts)} "
+            f"prompts, the first: {str(lacking[0])[:80]!r}; win_rate.prompts={path} asks just those that it answers"
+        )
+    return answers
+
+
+def _key(prompt: Any) -> str:
+    return digest([[message.get("role"), message.get("content")] for message in as_messages(prompt)])
 
 
 def write_samples(path: Path, compared: Sequence[Compared], *, policy: str, opponent: str) -> None:

@@ -18,9 +18,7 @@ HALF: Interval = (0.5, 0.5, 0.5)
 
 
 class Quality:
-    """One measure and its tests, None where a run lacks what they need. By default a share that the untrained policy
-    has by one half.
-    """
+    """One measure and its tests, None where a run lacks what they need; a share, ½ for the untrained policy."""
 
     name: str
     key: str  # the metric along the way
@@ -75,7 +73,7 @@ class GoldReward(Quality):
         return _interval(run.start(f"{self.key}{end}") for end in ENDS)
 
     def gain(self, run: RunRecord) -> Difference | None:
-        """Paired by prompt; by the two intervals where answers are not recorded by prompt."""
+        """Final minus start, paired by prompt; by the two intervals where answers are not recorded by prompt."""
         paired = paired_bootstrap(run.gold_by_prompt(), run.gold_by_prompt(at_start=True))
         final, start = self.read(run), self.start(run)
         return paired or (from_intervals(final, start) if final and start else None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.run.measures import FLOOR, KL_FLOOR
 from dpo_kit.run.report.markdown import inline, table
-from dpo_kit.run.report.numbers import number_text
+from dpo_kit.run.report.numbers import number_text, range_text
 from dpo_kit.sweep.choice.runs import RunRecord, number, swept_keys
 
 if TYPE_CHECKING:
@@ -27,42 +27,26 @@ def summary_rows(runs: Sequence[RunRecord]) -> list[Row]:
     KL, margin: nats per answer and pair; `floor_nats`, `kl_floor_nats`: what rounding alone makes of them, and
     `rounding` names the columns that are no more; `sample_tokens`: mean length of fresh answers; `seconds`: wall-clock.
     """
-    swept = swept_keys(runs)
-    return [_row(run, {key: values.get(run.path) for key, values in swept.items()}) for run in runs]
-
-
-def _row(run: RunRecord, swept: Row) -> Row:
-    keys = {
-        "accuracy": "probe/accuracy",
-        "auc": "probe/auc",
-        "margin_nats": "probe/margin_nats",
-        "kl_forward_nats": run.kl_key("forward"),
-        "kl_reverse_nats": run.kl_key("reverse"),
-        "displacement": "probe/displacement",
-        "saturation": "probe/saturation",
-    }
-    rounding = [name for name, key in keys.items() if run.final(key) is not None and run.in_rounding(key)]
-    ways = ("kl_forward_nats", "kl_reverse_nats")
-    return {
-        **dict(zip(FIRST, (run.method, run.beta, run.seed, run.tuning), strict=True)),
-        **swept,
-        "status": run.status,
-        **{f"{name}{end}": run.final(f"{keys[name]}{end}") for name in BOUNDED for end in ENDS},
-        **{f"{name}{end}": run.final(f"{keys[name]}{end}") for name in ways for end in ("", "_se")},
-        "displacement": run.final(keys["displacement"]),
-        "held_out_rows": run.held_out_rows if run.finished and run.held_out_rows else None,
-        "floor_nats": run.final(FLOOR),
-        "kl_floor_nats": run.final(KL_FLOOR),
-        "rounding": ", ".join(rounding) or None,
-        "sample_tokens": run.tokens_per_answer,
-        **{f"gold_reward{end}": run.final(f"gold/reward{end}") for end in ENDS},
-        **{f"win_rate{end}": number(run.judged.get(f"win_rate{end}")) for end in ENDS},
-        "capability": run.final("gold/capability"),
-        "saturation": run.final(keys["saturation"]),
-        "seconds": run.seconds,
-        "path": run.path,
-        "error": run.error,
-    }
+    swept, rows = swept_keys(runs), []
+    for run in runs:
+        keys = {name: f"probe/{name}" for name in BOUNDED}
+        keys |= {f"kl_{way}_nats": run.kl_key(way) for way in ("forward", "reverse")}
+        keys |= {name: f"probe/{name}" for name in ("displacement", "saturation")}
+        rounding = [name for name in keys if run.final(keys[name]) is not None and run.in_rounding(keys[name])]
+        row: Row = dict(zip(FIRST, (run.method, run.beta, run.seed, run.tuning), strict=True))
+        row |= {key: values.get(run.path) for key, values in swept.items()} | {"status": run.status}
+        row |= {f"{name}{end}": run.final(f"{keys[name]}{end}") for name in BOUNDED for end in ENDS}
+        ways = ("kl_forward_nats", "kl_reverse_nats")
+        row |= {f"{name}{end}": run.final(f"{keys[name]}{end}") for name in ways for end in ("", "_se")}
+        row["displacement"] = run.final(keys["displacement"])
+        row["held_out_rows"] = run.held_out_rows if run.finished and run.held_out_rows else None
+        row |= {"floor_nats": run.final(FLOOR), "kl_floor_nats": run.final(KL_FLOOR)}
+        row |= {"rounding": ", ".join(rounding) or None, "sample_tokens": run.tokens_per_answer}
+        row |= {f"gold_reward{end}": run.final(f"gold/reward{end}") for end in ENDS}
+        row |= {f"win_rate{end}": number(run.judged.get(f"win_rate{end}")) for end in ENDS}
+        row |= {"capability": run.final("gold/capability"), "saturation": run.final(keys["saturation"])}
+        rows.append(row | {"seconds": run.seconds, "path": run.path, "error": run.error})
+    return rows
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -94,9 +78,7 @@ COLUMNS = (  # heading, what the cell holds, format; `_low`, `_high` or `_se` of
 
 
 def to_markdown(rows: Sequence[Row], recommended: str | None, pages: Collection[str] = ()) -> str:
-    """The same rows as a Markdown table, values with their intervals; the recommended run in bold, runs that have a
-    page of their own (`pages`, by path) as links to it.
-    """
+    """The rows as a Markdown table with intervals; the recommended run in bold, linked to its page where in `pages`."""
     shown = [column for column in COLUMNS if any(row[column[1]] is not None for row in rows)]
     leading = _leading(rows)
     headings = [*leading, *(heading for heading, _, _ in shown), "path", "error"]
@@ -116,13 +98,12 @@ def _leading(rows: Sequence[Row]) -> list[str]:
 
 def _measured(row: Row, key: str, form: str) -> str:
     """A measured value with its 95 % interval or standard error; empty where it was not measured."""
-    value = row[key]
-    if value is None:
+    if row[key] is None:
         return ""
     low, high, error = (row.get(f"{key}{end}") for end in ("_low", "_high", "_se"))
-    text = number_text(value, form) + (" (rounding)" if _in_rounding(row, key) else "")
+    text = number_text(row[key], form) + (" (rounding)" if _in_rounding(row, key) else "")
     if low is not None and high is not None:
-        return f"{text} [{number_text(low, form)}, {number_text(high, form)}]"
+        return f"{text} {range_text((low, high), form)}"
     return f"{text} ± {number_text(error, form)}" if error is not None else text
 
 

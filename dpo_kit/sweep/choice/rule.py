@@ -6,7 +6,7 @@ separate from the best tie with it, and of these the one nearest to the referenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -71,10 +71,27 @@ class Choice:
 
     def to_json(self) -> dict[str, Any]:
         """The content of best.json: nats per answer for KL, the measure's own unit for quality."""
+        evidence = []
+        for verdict in self.verdicts:
+            run, (value, low, high) = verdict.run, verdict.quality or (None, None, None)
+            rounding = [key for key, known in run.measured.items() if known is not None and run.in_rounding(key)]
+            row: dict[str, Any] = {
+                "run": run.path, "method": run.method, "beta": run.beta, "seed": run.seed,
+                "quality": value, "quality_low": low, "quality_high": high, "gain": _difference(verdict.gain),
+                "kl_reverse_nats": run.kl_reverse, "rounding": rounding, "capability_loss": verdict.capability_loss,
+                "eligible": not verdict.why_not, "why_not": list(verdict.why_not),
+                "below_best": _difference(verdict.against_best), "tied_with_best": verdict.tied,
+            }  # fmt: skip
+            if cited := {key: run.judged[key] for key in CITED if key in run.judged}:
+                file = run.evaluation.relative_to(run.root) / "result.json"
+                row["evaluation"] = {"file": f"{run.path}/{file.as_posix()}", **cited}
+            if run is self.recommended and run.test:
+                row["test"] = {key: number(item) for key, item in run.test.items()}
+            evidence.append(row)
         content = {
             "recommended": self.recommended.path if self.recommended else None,
             "rule": self.rule,
-            "evidence": [_evidence(verdict, with_test=verdict.run is self.recommended) for verdict in self.verdicts],
+            "evidence": evidence,
             "reason": self.reason,
             "provisional": self.quality.provisional,
             "needed": self.needed,
@@ -93,33 +110,6 @@ CITED = (
 )  # fmt: skip
 
 
-def _evidence(verdict: Verdict, *, with_test: bool) -> dict[str, Any]:
-    run, (value, low, high) = verdict.run, verdict.quality or (None, None, None)
-    row: dict[str, Any] = {
-        "run": run.path,
-        "method": run.method,
-        "beta": run.beta,
-        "seed": run.seed,
-        "quality": value,
-        "quality_low": low,
-        "quality_high": high,
-        "gain": _difference(verdict.gain),
-        "kl_reverse_nats": run.kl_reverse,
-        "rounding": rounding_of(run),
-        "capability_loss": verdict.capability_loss,
-        "eligible": not verdict.why_not,
-        "why_not": list(verdict.why_not),
-        "below_best": _difference(verdict.against_best),
-        "tied_with_best": verdict.tied,
-    }
-    if cited := {key: run.judged[key] for key in CITED if key in run.judged}:
-        file = run.evaluation.relative_to(run.root) / "result.json"
-        row["evaluation"] = {"file": f"{run.path}/{file.as_posix()}", **cited}
-    if with_test and run.test:
-        row["test"] = {key: number(item) for key, item in run.test.items()}
-    return row
-
-
 def _difference(test: Difference | None) -> dict[str, Any] | None:
     if test is None:
         return None
@@ -129,7 +119,9 @@ def _difference(test: Difference | None) -> dict[str, Any] | None:
 
 def read_limits(runs: Sequence[RunRecord], **given: float | None) -> Choose:
     """KL budget and largest loss of capability: as given, else as the run started last says, else the defaults."""
-    latest = max((run.manifest for run in runs), key=lambda manifest: str(manifest.get("started") or ""), default={})
+    latest: Mapping[str, Any] = max(
+        (run.manifest for run in runs), key=lambda manifest: str(manifest.get("started") or ""), default={}
+    )
     return Choose(**{**(latest.get("choose") or {}), **{key: v for key, v in given.items() if v is not None}})
 
 
@@ -157,15 +149,48 @@ def choose(runs: Sequence[RunRecord], limits: Choose) -> Choice:
 
 
 def _choose_within(runs: Sequence[RunRecord], limits: Choose) -> Choice:
-    """The choice among finished runs of one step-0 model."""
+    """The choice among finished runs of one step-0 model: why, and the number that would settle what is not settled."""
     quality = quality_of(runs)
     verdicts = _compare_with_best([judge(run, quality, limits) for run in runs], quality)
     tied = [verdict for verdict in verdicts if verdict.tied]
-    if not tied:
-        return Choice(None, quality, limits, *_say_why_none(verdicts, quality), tuple(verdicts))
-    winner = min(tied, key=lambda verdict: (verdict.kl, -verdict.value, verdict.run.path))
-    reason, needed = _say_why(winner, tied, sum(not verdict.why_not for verdict in verdicts), quality)
-    return Choice(winner.run, quality, limits, reason, needed, tuple(verdicts))
+    chosen, needed, unit = None, None, quality.unit
+    if tied:
+        winner = min(tied, key=lambda verdict: (verdict.kl, -verdict.value, verdict.run.path))
+        best = max(tied, key=lambda verdict: verdict.value)
+        chosen = winner.run
+        drift = f"a reverse KL of {winner.kl:.2f} nats"
+        if chosen.in_rounding(chosen.kl_reverse_key):
+            drift = f"a reverse KL below the {winner.kl:.2g} nats that rounding alone makes"
+        at = f"{quality.name} {_shown(winner.quality)} at {drift}"
+        others = sum(not verdict.why_not for verdict in verdicts) - 1
+        if len(tied) == 1:
+            how = f"beats the other {others} eligible beyond chance" if others else "is the only eligible run"
+            reason = f"{chosen.path} {how}: {at}."
+        else:
+            reason = (
+                f"{len(tied)} eligible runs cannot be told apart by {quality.name}; of these {chosen.path} stays "
+                f"nearest to the reference: {at}."
+            )
+            needed = winner.against_best.needed if winner.against_best and winner is not best else None
+            if needed:
+                reason += (
+                    f" To tell it from the highest, {best.run.path} ({_shown(best.quality)}), would take about "
+                    f"{needed:,} {unit} if the difference is what it seems."
+                )
+    elif verdicts:
+        faults = "; ".join(f"{verdict.run.path}: {', '.join(verdict.why_not)}" for verdict in verdicts)
+        reason = f"No run is eligible. {faults}."
+        close = [v for v in verdicts if len(v.why_not) == 1 and not quality.in_rounding(v.run)]
+        ahead = [(v.gain, v.run) for v in close if v.gain and v.gain.low <= 0 < v.gain.value]
+        gain, run = min(ahead, key=lambda pair: pair[0].needed or float("inf"), default=(None, None))
+        if gain and run and (needed := gain.needed):
+            reason += (
+                f" The data are too few to tell: a gain such as that of {run.path} ({gain.value:+.3f}) "
+                f"would take about {needed:,} {unit}."
+            )
+    else:
+        reason = "No run has ended well so far."
+    return Choice(chosen, quality, limits, reason, needed, tuple(verdicts))
 
 
 def judge(run: RunRecord, quality: Quality, limits: Choose) -> Verdict:
@@ -216,47 +241,6 @@ def _compare_with_best(verdicts: list[Verdict], quality: Quality) -> list[Verdic
     return compared
 
 
-def _say_why(winner: Verdict, tied: Sequence[Verdict], eligible: int, quality: Quality) -> tuple[str, int | None]:
-    """Why `winner` of `tied` is taken, and the number that would tell it from the best of them."""
-    best = max(tied, key=lambda verdict: verdict.value)
-    drift = f"a reverse KL of {winner.kl:.2f} nats"
-    if winner.run.in_rounding(winner.run.kl_reverse_key):
-        drift = f"a reverse KL below the {winner.kl:.2g} nats that rounding alone makes"
-    at = f"{quality.name} {_shown(winner.quality)} at {drift}"
-    if len(tied) == 1:
-        how = "is the only eligible run" if eligible == 1 else f"beats the other {eligible - 1} eligible beyond chance"
-        return f"{winner.run.path} {how}: {at}.", None
-    text = (
-        f"{len(tied)} eligible runs cannot be told apart by {quality.name}; of these {winner.run.path} stays nearest "
-        f"to the reference: {at}."
-    )
-    needed = winner.against_best.needed if winner.against_best and winner is not best else None
-    if needed:
-        text += (
-            f" To tell it from the highest, {best.run.path} ({_shown(best.quality)}), would take about {needed:,} "
-            f"{quality.unit} if the difference is what it seems."
-        )
-    return text, needed
-
-
-def _say_why_none(verdicts: Sequence[Verdict], quality: Quality) -> tuple[str, int | None]:
-    """Why no run is taken, and the number that would show the gain of the one which is nearest to it."""
-    if not verdicts:
-        return "No run has ended well so far.", None
-    faults = "; ".join(f"{verdict.run.path}: {', '.join(verdict.why_not)}" for verdict in verdicts)
-    text = f"No run is eligible. {faults}."
-    close = [v for v in verdicts if len(v.why_not) == 1 and not quality.in_rounding(v.run)]
-    ahead = [(v.gain, v.run) for v in close if v.gain and v.gain.low <= 0 < v.gain.value]
-    gain, run = min(ahead, key=lambda pair: pair[0].needed or float("inf"), default=(None, None))
-    if not (gain and run and gain.needed):
-        return text, None
-    text += (
-        f" The data are too few to tell: a gain such as that of {run.path} ({gain.value:+.3f}) "
-        f"would take about {gain.needed:,} {quality.unit}."
-    )
-    return text, gain.needed
-
-
 def _shown(interval: Interval | None) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(*interval) if interval else "not measured"
 
@@ -274,7 +258,20 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
         notes.append("One seed: this ranks runs, not betas; another seed may order them differently.")
     elif len(finished) > 1:
         notes.append("Means over seeds stand beside the choice: they rank betas, the rule chooses a run.")
-    notes += _rounding_notes(finished)
+    if lost := [run.path for run in finished if run.in_rounding("probe/accuracy")]:
+        notes.append(
+            f"Held-out answers of {', '.join(lost)} moved less than rounding alone moves one: their accuracy and "
+            "margin say nothing of beta. Train longer, or measure more finely with model.dtype=float32."
+        )
+    if near := ", ".join(run.path for run in finished if run.in_rounding(run.kl_reverse_key)):
+        notes.append(f"The reverse KL of {near} lies below that of rounding alone: no drift is told, none is ranked.")
+    if evaluated := [run for run in finished if run.is_evaluated]:
+        rows = sorted({run.held_out_rows for run in evaluated})
+        took = f"{rows[0]:,}" + (f" to {rows[-1]:,}" if len(rows) > 1 else "")
+        notes.append(
+            f"Held-out measures of {len(evaluated)} of {len(finished)} runs are what evaluate found on {took} rows, "
+            "not what the probe did."
+        )
     if (saturation := unfelt_saturation(finished)) is not None:
         notes.append(
             f"Under-trained: beta not identified. Nothing saturates (at most {saturation:.2f} of 1), so that runs of "
@@ -305,30 +302,6 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
     return notes
 
 
-def _rounding_notes(finished: Sequence[RunRecord]) -> Iterator[str]:
-    """What of the runs is no more than what rounding alone makes, and where the held-out measures come from."""
-    if lost := [run.path for run in finished if run.in_rounding("probe/accuracy")]:
-        yield (
-            f"Held-out answers of {', '.join(lost)} moved less than rounding alone moves one: their accuracy and "
-            "margin say nothing of beta. Train longer, or measure more finely with model.dtype=float32."
-        )
-    if near := [run.path for run in finished if run.in_rounding(run.kl_reverse_key)]:
-        names = ", ".join(near)
-        yield f"The reverse KL of {names} lies below that of rounding alone: no drift is told, none is ranked."
-    if evaluated := [run for run in finished if run.is_evaluated]:
-        rows = sorted({run.held_out_rows for run in evaluated})
-        took = f"{rows[0]:,}" + (f" to {rows[-1]:,}" if len(rows) > 1 else "")
-        yield (
-            f"Held-out measures of {len(evaluated)} of {len(finished)} runs are what evaluate found on {took} rows, "
-            "not what the probe did."
-        )
-
-
-def rounding_of(run: RunRecord) -> list[str]:
-    """The keys of what a run measured at its end that is no more than what rounding alone makes."""
-    return [key for key, value in run.measured.items() if value is not None and run.in_rounding(key)]
-
-
 def unfelt_saturation(runs: Sequence[RunRecord]) -> float | None:
     """The highest saturation (of 1) where even that is too low for beta to be felt; None where felt or not known."""
     telling = [run for run in runs if not run.in_rounding("probe/saturation")]
@@ -350,16 +323,9 @@ def _means(finished: Sequence[RunRecord], quality: Quality) -> tuple[dict[str, A
     for (method, beta, *others), group in groups.items():
         values = [interval[0] for run in group if (interval := quality.read(run))]
         kls = [run.kl_reverse for run in group if run.kl_reverse is not None]
-        means.append(
-            {
-                "method": method,
-                "beta": beta,
-                **dict(zip(extra, others, strict=True)),
-                "seeds": len(group),
-                "quality": fmean(values) if values else None,
-                "quality_sd_over_seeds": stdev(values) if len(values) > 1 else None,
-                "kl_reverse_nats": fmean(kls) if kls else None,
-                **({"kl_floor_nats": max(run.kl_floor for run in group)} if rounded else {}),
-            }
-        )
+        mean = {"method": method, "beta": beta, **dict(zip(extra, others, strict=True)), "seeds": len(group)}
+        mean["quality"] = fmean(values) if values else None
+        mean["quality_sd_over_seeds"] = stdev(values) if len(values) > 1 else None
+        mean["kl_reverse_nats"] = fmean(kls) if kls else None
+        means.append(mean | ({"kl_floor_nats": max(run.kl_floor for run in group)} if rounded else {}))
     return tuple(means)

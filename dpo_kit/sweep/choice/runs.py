@@ -10,7 +10,6 @@ import logging
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,30 +29,37 @@ log = logging.getLogger(__name__)
 SELDOM_SWEPT = ("beta", "seed", "method", "trl.beta", "trl.seed", "trl.data_seed")  # shown anyway, or follow from these
 
 
-@dataclass(frozen=True)
 class RunRecord:
-    """One run of a sweep: what its files say, and what follows from them; {} or None where they do not say it."""
+    """One run of a sweep: what its files say, and what follows from them; {} or None where they do not say it.
 
-    root: Path
-    path: str  # relative to the sweep directory
-    manifest: Mapping[str, Any]
-    config: Mapping[str, Any]
-    result: Mapping[str, Any]  # empty where the run has not ended
-    evaluation: Path  # the evaluation that a choice reads: on the split `select` where there is one
-    judged: Mapping[str, Any]  # its result.json
-    test: Mapping[str, Any]
-    job: Mapping[str, Any]  # the launcher's entry in sweep.json
-    fault: str | None  # which of its files cannot be read
-    method: str | None
-    beta: float | None
-    seed: float | None
-    tuning: str | None
-    status: str
-    finished: bool  # and well
-    error: str | None
-    seconds: float | None  # wall-clock of the whole job where the launcher measured it, else of training
-    start_model: tuple[str, ...]  # what tells step-0 models apart: weights and an explicit reference
-    start_name: str  # the step-0 model in words that fit a picture
+    `path` is relative to the sweep directory, `job` the launcher's entry in sweep.json. A file that cannot be read is
+    named in `fault` and does not stop the others.
+    """
+
+    def __init__(self, sweep_dir: Path, path: str, job: Mapping[str, Any]) -> None:
+        self.path, self.job, self.root = path, job, sweep_dir / path
+        run = RunDirectory(self.root)
+        beside = run.evaluation / "select"  # where evaluation/ holds the other split; a choice reads this one
+        self.evaluation = beside if (beside / "result.json").exists() else run.evaluation
+        files = (run.manifest, run.result, self.evaluation / "result.json", run.test)
+        (self.manifest, self.result, self.judged, self.test), faults = zip(*map(_read, files), strict=True)
+        self.fault = next(filter(None, faults), None)
+        self.config: dict[str, Any] = self.manifest.get("config") or {}
+        weights, model = self.manifest.get("model") or {}, self.config.get("model") or {}
+        result, config, ended, reference = self.result, self.config, self.result.get("status"), model.get("reference")
+        self.method = result.get("method") or (config.get("method") or {}).get("name") or job.get("method")
+        self.beta = _first_number(result.get("beta"), config.get("beta"), job.get("beta"))
+        self.seed = _first_number(result.get("seed"), config.get("seed"), job.get("seed"))
+        self.tuning = result.get("tuning") or model.get("tuning")
+        self.finished = ended == "done"  # and well: final, as the launcher may have died before it could note the end
+        self.status = "done" if self.finished else str(job.get("state") or ended or "running or killed")
+        self.error = None if self.finished else self.fault or result.get("error") or job.get("error")
+        # wall-clock of the whole job where the launcher measured it, else of training
+        self.seconds = _first_number(job.get("seconds"), (result.get("seconds") or {}).get("train"))
+        start = str(weights.get("sha256") or f"{weights.get('path')}@{weights.get('revision')}")
+        self.start_model = (start, str(reference or ""))  # what tells step-0 models apart
+        self.start_name = Path(str(weights.get("path") or "unknown model")).name
+        self.start_name += f" (reference {Path(reference).name})" if reference else ""
 
     def final(self, key: str) -> float | None:
         """A measured value at the end, None where it was not measured or the run has not ended well."""
@@ -61,9 +67,7 @@ class RunRecord:
 
     @cached_property
     def measured(self) -> dict[str, Any]:
-        """{key: value} at the end of a run that has ended well; of held-out rows what `evaluate` found before what the
-        probe did.
-        """
+        """{key: value} at the end of a run that has ended well; what `evaluate` found of held-out rows goes first."""
         values = dict(self.result.get("final") or {}) if self.finished else {}
         return values | ({f"probe/{key}": self.judged.get(key) for key in HELD_OUT} if self.is_evaluated else {})
 
@@ -199,11 +203,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_runs(sweep_dir: str | Path) -> list[RunRecord]:
-    """The runs of a sweep, sorted by method, beta and seed.
-
-    Raises:
-        DataError: the folder is not there or holds no run.
-    """
+    """The runs of a sweep, sorted by method, beta and seed. DataError where the folder is not there or holds none."""
     root = Path(sweep_dir)
     if not root.is_dir():
         beside = [entry.name for entry in root.parent.iterdir() if entry.is_dir()] if root.parent.is_dir() else []
@@ -217,58 +217,16 @@ def read_runs(sweep_dir: str | Path) -> list[RunRecord]:
             path = path.relative_to(above) if above else Path(path.name) if path.is_absolute() else path
             jobs[path.as_posix()] = job
     folders = {path.parent.relative_to(root).as_posix() for path in root.glob("*/manifest.json")}
-    runs = [_read_run(root, path, jobs.get(path, {})) for path in sorted(folders | jobs.keys())]
+    runs = [RunRecord(root, path, jobs.get(path, {})) for path in sorted(folders | jobs.keys())]
     runs = [run for run in runs if run.config or run.job or run.fault]  # the data tool leaves a manifest.json too
     if not runs:
         inside = " (it is itself a run: give the folder above)" if RunDirectory(root).manifest.exists() else ""
         raise DataError(f"sweep={root} holds no run{inside}: a run is a subfolder with manifest.json")
-    return sorted(
-        runs,
-        key=lambda run: (
-            run.method or "~", run.beta is None, run.beta or 0.0, run.seed is None, run.seed or 0.0, run.path
-        ),
-    )  # fmt: skip
 
+    def order(run: RunRecord) -> tuple[Any, ...]:
+        return run.method or "~", run.beta is None, run.beta or 0.0, run.seed is None, run.seed or 0.0, run.path
 
-def _read_run(root: Path, path: str, job: Mapping[str, Any]) -> RunRecord:
-    """One run; a file that cannot be read is named in its `fault` and does not stop the others."""
-    run = RunDirectory(root / path)
-    beside = run.evaluation / "select"  # where evaluation/ holds the other split
-    evaluation = beside if (beside / "result.json").exists() else run.evaluation
-    files = (run.manifest, run.result, evaluation / "result.json", run.test)
-    contents, faults = zip(*map(_read, files), strict=True)
-    manifest, result, judged, test = contents
-    fault = next(filter(None, faults), None)
-    config, weights = manifest.get("config") or {}, manifest.get("model") or {}
-    model, ended = config.get("model") or {}, result.get("status")
-    finished, reference = ended == "done", model.get("reference")
-    start_name = Path(str(weights.get("path") or "unknown model")).name
-    return RunRecord(
-        root=root / path,
-        path=path,
-        manifest=manifest,
-        config=config,
-        result=result,
-        evaluation=evaluation,
-        judged=judged,
-        test=test,
-        job=job,
-        fault=fault,
-        method=result.get("method") or (config.get("method") or {}).get("name") or job.get("method"),
-        beta=_first_number(result.get("beta"), config.get("beta"), job.get("beta")),
-        seed=_first_number(result.get("seed"), config.get("seed"), job.get("seed")),
-        tuning=result.get("tuning") or model.get("tuning"),
-        # a result that says done is final: the launcher may have died before it could note the end
-        status="done" if finished else str(job.get("state") or ended or "running or killed"),
-        finished=finished,
-        error=None if finished else fault or result.get("error") or job.get("error"),
-        seconds=_first_number(job.get("seconds"), (result.get("seconds") or {}).get("train")),
-        start_model=(
-            str(weights.get("sha256") or f"{weights.get('path')}@{weights.get('revision')}"),
-            str(reference or ""),
-        ),
-        start_name=f"{start_name} (reference {Path(reference).name})" if reference else start_name,
-    )
+    return sorted(runs, key=order)
 
 
 def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
@@ -307,12 +265,9 @@ def swept_keys(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
     values = {run.path: run.overrides for run in runs if run.overrides is not None}
     groups = [list(values)]
     if len(values) < len(runs):
-        values = {run.path: flatten(run.config) for run in runs if run.config}
-        by_method: dict[str | None, list[str]] = {}
-        for run in runs:
-            if run.config:
-                by_method.setdefault(run.method, []).append(run.path)
-        groups = list(by_method.values())
+        configured = [run for run in runs if run.config]
+        values = {run.path: flatten(run.config) for run in configured}
+        groups = [[run.path for run in configured if run.method == method] for method in {r.method for r in configured}]
     keys = dict.fromkeys(key for given in values.values() for key in given)
     return {
         key: {path: given.get(key) for path, given in values.items()}
@@ -321,3 +276,12 @@ def swept_keys(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
         and not key.startswith("method.")
         and any(len({str(values[path].get(key)) for path in group}) > 1 for group in groups)
     }
+
+
+def name_lines(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """{run path: the line it belongs to}: its method, and its values of what is swept beside beta and seed."""
+    names, swept = {}, swept_keys(runs)
+    for run in runs:
+        extra = (f"{key.removeprefix('trl.')} {values.get(run.path)}" for key, values in swept.items())
+        names[run.path] = ", ".join([run.method or "?", *extra])
+    return names

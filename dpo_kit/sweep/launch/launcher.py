@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
 
 from dpo_kit.config.compose import check, without_hydra
 from dpo_kit.config.identity import refuse_other_run
@@ -24,7 +25,7 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.lock import only_writer
 from dpo_kit.sweep.choice.runs import read_jobs
 from dpo_kit.sweep.launch.job import INTERRUPTED, TERMINATED, JobFile, answer_path
-from dpo_kit.sweep.launch.live_table import Board, near, open_board
+from dpo_kit.sweep.launch.live_table import Board, near
 from dpo_kit.sweep.launch.record import LOG, JobRecord, State, write_jobs
 from dpo_kit.sweep.launch.starters import Process, choose_starter, device_slots, send, visible_devices
 from dpo_kit.sweep.summary import refresh
@@ -155,24 +156,33 @@ class Sweep:
         self.earlier, seconds = recorded[:first], {job["dir"]: job.get("seconds") for job in recorded}
         for job in self.jobs:
             if job.is_done():
-                record = job.record
-                record.state, record.before, record.exit_code = "done", True, 0
-                record.seconds = seconds.get(record.dir)
+                job.record.state, job.record.before, job.record.exit_code = "done", True, 0
+                job.record.seconds = seconds.get(job.record.dir)
                 self.summary_is_old = True
             else:
                 self.waiting.append(job)
         self._write()
-        self.board = open_board(self.sweep_dir, [job.record for job in self.jobs])
+        self.board = Board(self.sweep_dir, [job.record for job in self.jobs], Console())
         try:
             while self.waiting or self.running or self.summary_is_old:
-                self._start_ready()
+                while self.waiting and self.free:
+                    self._start(self.waiting.pop(0))
                 if self.summary_is_old:  # after the next job has started: drawing takes a second or two
                     self.summary_is_old = False
                     # an interrupt that lands in a finaliser or callback of a library would be lost: both wait
                     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
                     refresh(self.sweep_dir)  # raises nothing
                     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                self._look()
+                now, minutes = time.monotonic(), self.options["timeout_minutes"]
+                for job in list(self.running):  # settle what has ended, end what is over its time
+                    code = job.process.poll()
+                    if code is not None:
+                        self._settle(job, code)
+                    elif job.kill_at is not None and now > job.kill_at:
+                        send(job.process, signal.SIGKILL)
+                    elif job.kill_at is None and minutes and now > job.started + 60 * minutes:
+                        send(job.process, signal.SIGINT)
+                        job.kill_at = now + self.options["grace_seconds"]
                 self.board.tick()
                 time.sleep(POLL_SECONDS)
         except BaseException:
@@ -189,35 +199,18 @@ class Sweep:
         self._write()
         self.board.changed(job.record)
 
-    def _start_ready(self) -> None:
-        while self.waiting and self.free:
-            job = self.waiting.pop(0)
-            job.slot, job.started = self.free.pop(0), time.monotonic()
-            name = str(JobRuntime.instance().get("name"))
-            grace = self.options["grace_seconds"]
-            file = JobFile(self.task_function, job.cfg, self.context, name, os.getpid(), grace, self.threads)
-            job.directory.mkdir(parents=True, exist_ok=True)
-            answer_path(job.file).unlink(missing_ok=True)  # of an earlier start
-            job.file.write_bytes(pickle.dumps(file))
-            environment = {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", self.sweep_dir.name)}
-            environment |= {"CUDA_VISIBLE_DEVICES": job.slot} if job.slot else {}
-            job.process = self.start(job.file, self.sweep_dir / job.record.log, environment)
-            self.running.append(job)
-            self._change(job, "running")
-
-    def _look(self) -> None:
-        """Settle what has ended, end what is over its time."""
-        now, minutes = time.monotonic(), self.options["timeout_minutes"]
-        for job in list(self.running):
-            code = job.process.poll()
-            if code is not None:
-                self._settle(job, code)
-            elif job.kill_at is not None:
-                if now > job.kill_at:
-                    send(job.process, signal.SIGKILL)
-            elif minutes and now > job.started + 60 * minutes:
-                send(job.process, signal.SIGINT)
-                job.kill_at = now + self.options["grace_seconds"]
+    def _start(self, job: Job) -> None:
+        job.slot, job.started = self.free.pop(0), time.monotonic()
+        name, grace = str(JobRuntime.instance().get("name")), self.options["grace_seconds"]
+        file = JobFile(self.task_function, job.cfg, self.context, name, os.getpid(), grace, self.threads)
+        job.directory.mkdir(parents=True, exist_ok=True)
+        answer_path(job.file).unlink(missing_ok=True)  # of an earlier start
+        job.file.write_bytes(pickle.dumps(file))
+        environment = {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", self.sweep_dir.name)}
+        environment |= {"CUDA_VISIBLE_DEVICES": job.slot} if job.slot else {}
+        job.process = self.start(job.file, self.sweep_dir / job.record.log, environment)
+        self.running.append(job)
+        self._change(job, "running")
 
     def _settle(self, job: Job, code: int, *, stopped: bool = False) -> None:
         """Take in how `job` ended, with exit code `code`; `stopped`: it was told to end with the sweep."""

@@ -13,41 +13,63 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dpo_kit.sweep.launch.progress import ACCURACY, DRIFT, Progress
-from dpo_kit.sweep.launch.record import JobRecord
+from dpo_kit.sweep.launch.record import ACCURACY, DRIFT, JobRecord, Progress
 
 REFRESH_SECONDS = 0.5
-STYLES = {
-    "waiting": "dim",
-    "running": "bold cyan",
-    "done": "green",
-    "failed": "bold red",
-    "killed": "bold red",
-    "timed out": "bold red",
-    "interrupted": "yellow",
-}
+STYLES = {"waiting": "dim", "running": "bold cyan", "done": "green", "interrupted": "yellow"}  # of the others: red
 log = logging.getLogger("dpo_kit.sweep")
 
 
 class Board:
-    """The jobs with their figures, as a table; what is shown of it and when, its subclasses say."""
+    """The jobs: on a terminal a table redrawn in place, elsewhere a line at each start and end and the table last."""
 
-    def __init__(self, sweep_dir: Path, jobs: Sequence[JobRecord]) -> None:
-        self.jobs, self.labels = jobs, label_jobs(jobs)
+    def __init__(self, sweep_dir: Path, jobs: Sequence[JobRecord], console: Console | None = None) -> None:
+        self.jobs, self.labels, self.place = jobs, label_jobs(jobs), near(sweep_dir)
         self.progress = {job.number: Progress(sweep_dir / job.dir) for job in jobs}
         self.started: dict[int, float] = {}
-        self.place = near(sweep_dir)
+        self.live = Live(self.table(), console=console, auto_refresh=False) if console and console.is_terminal else None
+        if self.live:
+            self.live.start()
+        elif before := sum(job.before for job in jobs):
+            log.info("%d of %d jobs were done by an earlier start", before, len(jobs))
+        self.drawn = time.monotonic()
 
     def changed(self, job: JobRecord) -> None:
         """`job` has started or ended. Figures of an earlier start stay until this one writes its own."""
         if job.state == "running":
             self.started[job.number] = time.time()
+        if self.live:
+            self._draw()
+            return
+        outcome = ""
+        if job.error:
+            outcome = f" after {format_seconds(job.seconds or 0)}: {job.error}"
+        elif job.state != "running":
+            progress = self.read(job)
+            accuracy, drift = progress.figure(ACCURACY, ".3f"), progress.figure(DRIFT, ".2f")
+            outcome = f" in {format_seconds(job.seconds or 0)}"
+            outcome += f", held-out accuracy {accuracy}" if accuracy else ""
+            outcome += f", forward KL (nats) {drift}" if drift else ""
+        label = self.labels[[other.number for other in self.jobs].index(job.number)]
+        log.info("job %d, %s: %s%s", job.number, label, "started" if job.state == "running" else job.state, outcome)
 
     def tick(self) -> None:
         """Some time has passed: called several times a second."""
+        if self.live and time.monotonic() - self.drawn >= REFRESH_SECONDS:
+            self._draw()
 
     def close(self) -> None:
         """The sweep has ended, well or not: leave the table as it stands."""
+        if self.live:
+            self._draw()
+            self.live.stop()
+        else:
+            Console(width=100).print(self.table())
+
+    def _draw(self) -> None:
+        self.drawn = time.monotonic()
+        if self.live:
+            self.live.update(self.table(), refresh=True)
 
     def read(self, job: JobRecord) -> Progress:
         """What `job` has measured so far."""
@@ -77,72 +99,13 @@ class Board:
             table.add_row(
                 str(job.number),
                 Text(label),
-                Text(job.state, STYLES[job.state]),
+                Text(job.state, STYLES.get(job.state, "bold red")),
                 f"{progress.step}/{steps}" if steps and progress.latest else "",
                 progress.figure(ACCURACY, ".3f"),
                 progress.figure(DRIFT, ".2f"),
                 shown_time,
             )
         return table
-
-
-class LiveTable(Board):
-    """The board, redrawn in place."""
-
-    def __init__(self, sweep_dir: Path, jobs: Sequence[JobRecord], console: Console) -> None:
-        super().__init__(sweep_dir, jobs)
-        self.live = Live(self.table(), console=console, auto_refresh=False)
-        self.live.start()
-        self.drawn = time.monotonic()
-
-    def changed(self, job: JobRecord) -> None:
-        super().changed(job)
-        self._draw()
-
-    def tick(self) -> None:
-        if time.monotonic() - self.drawn >= REFRESH_SECONDS:
-            self._draw()
-
-    def close(self) -> None:
-        self._draw()
-        self.live.stop()
-
-    def _draw(self) -> None:
-        self.drawn = time.monotonic()
-        self.live.update(self.table(), refresh=True)
-
-
-class Lines(Board):
-    """A line at the start and the end of each job, the table at the end."""
-
-    def __init__(self, sweep_dir: Path, jobs: Sequence[JobRecord]) -> None:
-        super().__init__(sweep_dir, jobs)
-        if before := sum(job.before for job in jobs):
-            log.info("%d of %d jobs were done by an earlier start", before, len(jobs))
-
-    def changed(self, job: JobRecord) -> None:
-        super().changed(job)
-        label = self.labels[[other.number for other in self.jobs].index(job.number)]
-        if job.state == "running":
-            log.info("job %d, %s: started", job.number, label)
-            return
-        took = format_seconds(job.seconds or 0)
-        outcome = f" after {took}: {job.error}"
-        if not job.error:
-            progress = self.read(job)
-            accuracy, drift = progress.figure(ACCURACY, ".3f"), progress.figure(DRIFT, ".2f")
-            outcome = f" in {took}" + (f", held-out accuracy {accuracy}" if accuracy else "")
-            outcome += f", forward KL (nats) {drift}" if drift else ""
-        log.info("job %d, %s: %s%s", job.number, label, job.state, outcome)
-
-    def close(self) -> None:
-        Console(width=100).print(self.table())
-
-
-def open_board(sweep_dir: Path, jobs: Sequence[JobRecord]) -> Board:
-    """A live table where there is a terminal, lines elsewhere."""
-    console = Console()
-    return LiveTable(sweep_dir, jobs, console) if console.is_terminal else Lines(sweep_dir, jobs)
 
 
 def label_jobs(jobs: Sequence[JobRecord]) -> list[str]:

@@ -58,11 +58,7 @@ class Plan:
 
 
 def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str) -> Plan:
-    """Check every job that `overrides` ask for.
-
-    Under a sweeper that draws its values while it runs (Optuna) only what is not swept can be checked.
-    Raises ConfigError.
-    """
+    """Check every job asked for (of a sweeper that draws its values, such as Optuna, what is fixed). ConfigError."""
     parsed = parse_overrides(overrides)
     swept, fixed = ([str(o.input_line) for o in parsed if o.is_sweep_override() is wanted] for wanted in (True, False))
     base = compose_unchecked([*search, *fixed], config_name, with_hydra=True)
@@ -90,7 +86,14 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
             "the other: put into its name what is swept, 'trl.hub_model_id=org/name-beta${beta}-seed${seed}', or "
             "export the run that is chosen"
         )
-    plan = _plan(base, configs, _tell_apart(base, jobs, swept))
+    names, axes = [job.subdir for job in jobs], []
+    if None not in names and len({*names}) < len(names):  # two jobs would share a directory: name further axes in it
+        values: dict[str, set[str]] = {}
+        for key, _, value in (word.partition("=") for job in jobs for word in job.overrides):
+            values.setdefault(key.lstrip("+"), set()).add(value)
+        last_parts = {key: {v.strip("'\"").rstrip("/").rpartition("/")[2] for v in values[key]} for key in values}
+        axes = _add_axes(base, swept, whole=[key for key in values if len(last_parts[key]) < len(values[key])])
+    plan = _plan(base, configs, axes)
     if plan.named and (plan.directory.is_dir() or jobs[0].settings.dry_run):
         jobs = [compose_job([*job.overrides, *plan.named], search, config_name) for job in jobs]
     if plan.directory.is_dir():
@@ -147,9 +150,7 @@ def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -
 
 
 def refuse_other_runs(directory: Path, jobs: Sequence[PlannedJob]) -> None:
-    """ConfigError where the sweep's directory holds a run of another config, or one that has not ended and is none of
-    `jobs`, so that nobody would finish it.
-    """
+    """ConfigError where the directory holds a run of another config, or an unfinished one that is none of `jobs`."""
     for job in jobs:
         if job.subdir is not None:
             refuse_other_run(RunDirectory(directory / job.subdir), job.settings, "hydra.sweep.dir")
@@ -161,18 +162,6 @@ def refuse_other_runs(directory: Path, jobs: Sequence[PlannedJob]) -> None:
             f"hydra.sweep.dir={directory} holds {', '.join(left)}, not ended and no job of this command: "
             "give the command that it came from again, or choose another hydra.sweep.dir"
         )
-
-
-def _tell_apart(base: DictConfig, jobs: Sequence[PlannedJob], swept: Sequence[str]) -> list[str]:
-    """Where two jobs would share a directory, the override that names further axes in it."""
-    names = [job.subdir for job in jobs]
-    if None in names or len({*names}) == len(names):
-        return []
-    values: dict[str, set[str]] = {}
-    for key, _, value in (word.partition("=") for job in jobs for word in job.overrides):
-        values.setdefault(key.lstrip("+"), set()).add(value)
-    last_parts = {key: {v.strip("'\"").rstrip("/").rpartition("/")[2] for v in values[key]} for key in values}
-    return _add_axes(base, swept, whole=[key for key in values if len(last_parts[key]) < len(values[key])])
 
 
 def _add_axes(base: DictConfig, swept: Sequence[str], prefix: str = "", whole: Sequence[str] = ()) -> list[str]:

@@ -1,6 +1,4 @@
-"""Which devices a job may use, and how its process is started and ended: forked from a warm server without GPU, a fresh
-interpreter with one.
-"""
+"""Which devices a job may use, and how its process is started (forked without GPU, fresh with one) and ended."""
 
 from __future__ import annotations
 

@@ -16,24 +16,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from dpo_kit.run.history import last_step, latest
-from dpo_kit.run.measures import floor_of, kl_keys
-from dpo_kit.run.report.drawing import (
-    DASHES,
-    FEW,
-    GREY,
-    SCATTERED,
-    count_text,
-    draw_course,
-    draw_floor,
-    head,
-    intervals,
-    new_figure,
-    over_steps,
-    save,
-    spread,
-)
-from dpo_kit.sweep.choice.runs import RunRecord
-from dpo_kit.sweep.pictures.labels import name_lines
+from dpo_kit.run.measures import LOGRATIOS, floor_of, kl_keys
+from dpo_kit.run.report import drawing
+from dpo_kit.run.report.drawing import DASHES, FEW, GREY
+from dpo_kit.sweep.choice.runs import RunRecord, name_lines
 
 LIGHTEST = 0.75  # of viridis: its yellow end is too pale on white
 APART = 0.02  # of the steps: between the bars of neighbouring runs, at most
@@ -53,17 +39,9 @@ class Panel:
 
 PANELS = (
     Panel("Preference margin (nats)", (("probe/margin_nats", None), ("probe/class_gap_nats", None))),
-    Panel(
-        "Log-ratio to the reference (nats)",
-        (("probe/logratio_chosen_nats", "probe/logratio_rejected_nats"),),
-        "rejected",
-    ),
+    Panel("Log-ratio to the reference (nats)", ((LOGRATIOS["chosen"], LOGRATIOS["rejected"]),), "rejected"),
     Panel("Accuracy on held-out pairs", (("probe/accuracy", None), ("probe/auc", None)), "", 0.5, "dashed: chance"),
-    Panel(
-        "KL drift (nats per answer)",
-        tuple(zip(kl_keys("forward"), kl_keys("reverse"), strict=True)),
-        "reverse",
-    ),
+    Panel("KL drift (nats per answer)", tuple(zip(kl_keys("forward"), kl_keys("reverse"), strict=True)), "reverse"),
 )
 OF_UNARY = {"probe/class_gap_nats": "Class gap of log-ratios (nats)", "probe/auc": "AUC on held-out answers"}
 
@@ -79,7 +57,7 @@ def draw_curves(sweep_dir: str | Path, runs: Sequence[RunRecord]) -> Path:
     betas = sorted({run.beta for run in runs if run.beta is not None})
     colors: dict[float | None, Any] = {None: GREY}
     colors |= {beta: colormaps["viridis"](LIGHTEST * i / max(1, len(betas) - 1)) for i, beta in enumerate(betas)}
-    figure = new_figure(0.3 + 8.6 * max(1, len(blocks)))
+    figure = drawing.new_figure(0.3 + 8.6 * max(1, len(blocks)))
     height = figure.get_figheight()
     for block, name in enumerate(blocks):
         members = [run for run in measured if names[run.path] == name]
@@ -94,15 +72,15 @@ def draw_curves(sweep_dir: str | Path, runs: Sequence[RunRecord]) -> Path:
     else:
         note = "bands and bars: 95 % intervals"
         figure.text(0.985, 1 - 0.15 / height, note, ha="right", va="top", fontsize=15, color=GREY)
-    return save(figure, Path(sweep_dir) / "curves.png")
+    return drawing.save(figure, Path(sweep_dir) / "curves.png")
 
 
 def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunRecord], colors: Mapping[float | None, Any]) -> None:
     """Each run's curves; each beta once beside the end of its solid one (the mean over its seeds)."""
-    over_steps(axes)
+    drawing.over_steps(axes)
     axes.axhline(panel.level, color=GREY, linewidth=1, linestyle=DASHES, zorder=0.5)
     first = next((solid for solid, _ in panel.options if any(run.series(solid) for run in runs)), panel.options[0][0])
-    rounding = draw_floor(axes, first, max((latest(run.history) for run in runs), key=partial(floor_of, first)))
+    rounding = drawing.draw_floor(axes, first, max((latest(run.history) for run in runs), key=partial(floor_of, first)))
     of_answers = "/kl_" in first
     counts = [len(last_step(run.answers) if of_answers else run.probed) for run in runs]
     last = max((row.get("step", 0) for run in runs for row in run.history), default=0)
@@ -114,20 +92,20 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunRecord], colors: Map
         for key in filter(None, keys):
             if points := run.series(key):
                 is_dashed = key != keys[0]
-                draw_course(
-                    axes, points, intervals(run.history, key), colors[run.beta], dashed=is_dashed,
+                drawing.draw_course(
+                    axes, points, drawing.intervals(run.history, key), colors[run.beta], dashed=is_dashed,
                     hollow=0 < count < FEW, shift=apart * (place - (len(runs) - 1) / 2), alpha=0.12,
                 )  # fmt: skip
                 if is_dashed:
                     dashed.append(len(points))
                 else:
                     ends.setdefault(run.beta, []).append(points[max(points)])
-    note = f"{'squares' if max(dashed) <= SCATTERED else '- -'}: {panel.dashed}" if dashed else panel.level_name
+    note = f"{'squares' if max(dashed) <= drawing.SCATTERED else '- -'}: {panel.dashed}" if dashed else panel.level_name
     unit = "pairs" if any(run.pairs for run in runs) and not of_answers else "answers"
-    head(axes, OF_UNARY.get(first, panel.title), count_text(counts, unit), note, rounding)
+    drawing.head(axes, OF_UNARY.get(first, panel.title), drawing.count_text(counts, unit), note, rounding)
     axes.margins(y=0.08)
     bottom, top = axes.get_ylim()
-    heights = spread([fmean(values) for values in ends.values()], 0.1 * (top - bottom), bottom, top)
+    heights = drawing.spread([fmean(values) for values in ends.values()], 0.1 * (top - bottom), bottom, top)
     for beta, height in zip(ends, heights, strict=True):
         axes.text(
             1.03, height, f"β {beta:g}" if beta is not None else "?", transform=axes.get_yaxis_transform(),

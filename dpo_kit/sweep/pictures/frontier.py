@@ -27,8 +27,8 @@ from dpo_kit.run.intervals import Z95
 from dpo_kit.run.report.drawing import FEW, GREY, HATCHED, count_text, joined, new_figure, save
 from dpo_kit.sweep.choice.quality import Interval, Quality
 from dpo_kit.sweep.choice.rule import Choice
-from dpo_kit.sweep.choice.runs import RunRecord, number
-from dpo_kit.sweep.pictures.labels import MARKERS, PALETTE, Label, name_lines, place_labels
+from dpo_kit.sweep.choice.runs import RunRecord, name_lines, number
+from dpo_kit.sweep.pictures.labels import MARKERS, PALETTE, Label, place_labels
 
 log = logging.getLogger(__name__)
 ROW = 0.33  # inches that a further row of the legend takes
@@ -47,17 +47,17 @@ class Point:
     quality: Interval
 
 
-@dataclass(frozen=True)
 class Line:
-    """The runs of one method (and one value of whatever else is swept) in the order of beta, and the points of those
-    that have KL and quality.
-    """
+    """The runs of one method (and one value of what else is swept), by beta; points: those with KL and quality."""
 
-    name: str
-    color: str
-    marker: str
-    runs: tuple[RunRecord, ...]
-    points: tuple[Point, ...]
+    def __init__(self, name: str, style: tuple[str, str], runs: Sequence[RunRecord], quality: Quality) -> None:
+        self.name, (self.color, self.marker), self.runs = name, style, runs
+        self.points: list[Point] = []
+        for run in runs:
+            value, kl = quality.read(run), run.kl_reverse
+            if value is not None and kl is not None:
+                reach = Z95 * (run.final(f"{run.kl_reverse_key}_se") or 0.0)
+                self.points.append(Point(run, (kl, max(0.0, kl - reach), kl + reach), value))
 
     def means(self) -> dict[float | None, tuple[float, float]]:
         """{beta: (KL, quality)}, the mean over its seeds: the line's way."""
@@ -90,7 +90,7 @@ def draw_frontier(
     best = find_ideal(Path(sweep_dir), runs, ideal) if choice.quality.key == "gold/reward" else {}
     for place, group in enumerate(panels):
         members = {name: tuple(run for run in group if names[run.path] == name) for name in styles}
-        lines = [_build_line(name, styles[name], runs, choice.quality) for name, runs in members.items() if runs]
+        lines = [Line(name, styles[name], runs, choice.quality) for name, runs in members.items() if runs]
         paths = {run.path for run in group}
         within = (inner for _, inner in choice.within if inner.verdicts[0].run.path in paths)
         axes = figure.add_subplot(len(panels), 1, place + 1)
@@ -98,31 +98,16 @@ def draw_frontier(
         _draw_panel(axes, lines, inner, best)
         title = "Quality against drift" + (f", from {group[0].start_name}" if len(panels) > 1 else "")
         axes.set_title(title, loc="left", fontsize=23, fontweight="bold", pad=76 + 24 * extra)
-        notes = _notes(group, lines, inner)
+        drawn = sum(len(line.points) for line in lines)
+        notes = ["nothing recommended"] if inner.verdicts and not inner.recommended and not inner.within else []
+        notes += [f"{drawn} of {len(group)} runs so far"] if drawn < len(group) else []
+        notes += ["bars: 95 % intervals", "faint: on the way"] if drawn else []
+        notes += ["hatched: rounding"] if any(run.kl_floor for run in group) else []
         axes.annotate(
             " · ".join(notes), (0, 1), (0, 49 + 24 * extra), xycoords="axes fraction", textcoords="offset points",
             fontsize=15, color=GREY, va="bottom",
         )  # fmt: skip
     return save(figure, Path(sweep_dir) / "frontier.png")
-
-
-def _build_line(name: str, style: tuple[str, str], runs: tuple[RunRecord, ...], quality: Quality) -> Line:
-    points = []
-    for run in runs:
-        value, kl = quality.read(run), run.kl_reverse
-        if value is not None and kl is not None:
-            reach = Z95 * (run.final(f"{run.kl_reverse_key}_se") or 0.0)
-            points.append(Point(run, (kl, max(0.0, kl - reach), kl + reach), value))
-    return Line(name, *style, runs, tuple(points))
-
-
-def _notes(group: Sequence[RunRecord], lines: Sequence[Line], choice: Choice) -> list[str]:
-    """What stands below the title of a panel."""
-    drawn = sum(len(line.points) for line in lines)
-    notes = ["nothing recommended"] if choice.verdicts and not choice.recommended and not choice.within else []
-    notes += [f"{drawn} of {len(group)} runs so far"] if drawn < len(group) else []
-    notes += ["bars: 95 % intervals", "faint: on the way"] if drawn else []
-    return notes + (["hatched: rounding"] if any(run.kl_floor for run in group) else [])
 
 
 def _legend_columns(names: Sequence[str] | Mapping[str, Any]) -> int:
@@ -133,10 +118,8 @@ def _legend_columns(names: Sequence[str] | Mapping[str, Any]) -> int:
 def find_ideal(sweep_dir: Path, runs: Sequence[RunRecord], given: str | Path | None) -> dict[str, Any]:
     """The best possible frontier: from the file named, else ideal.json in the sweep or beside the gold module; or {}.
 
-    One that names its weights (`model_sha256`) holds for runs that start from these.
-
-    Raises:
-        DataError: the file named is not there or not of that form.
+    One that names its weights (`model_sha256`) holds for runs that start from these. DataError where the file named is
+    not there or not of that form.
     """
     if given:
         return _read_ideal(Path(given))
@@ -308,7 +291,7 @@ def _point_labels(lines: Sequence[Line], recommended: Point | None, quality: Qua
     """Beta beside each point (once per beta, at the mean over its seeds); the recommended run says so."""
     labels, ring = [], None
     if recommended:
-        ring = (recommended.kl[0], recommended.quality[0])
+        ring = recommended.kl[0], recommended.quality[0]
         text = "recommended" + ("\n(provisional)" if quality.provisional else "")
         labels.append(Label(*ring, text, "black", 16, bold=True, clear=RING))
     for line in lines:

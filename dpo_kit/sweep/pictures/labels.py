@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
-
-from dpo_kit.sweep.choice.runs import RunRecord, swept_keys
 
 # Okabe-Ito, the well visible ones first; each with a marker of its own, so that colour is never alone
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -36,15 +34,6 @@ class Label:
     clear: float = 0.0
 
 
-def name_lines(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """{run path: the line it belongs to}: its method, and its values of what is swept beside beta and seed."""
-    names, swept = {}, swept_keys(runs)
-    for run in runs:
-        extra = (f"{key.removeprefix('trl.')} {values.get(run.path)}" for key, values in swept.items())
-        names[run.path] = ", ".join([run.method or "?", *extra])
-    return names
-
-
 def place_labels(axes: Axes, labels: Iterable[Label]) -> None:
     """Write each label beside its point where it covers least: of other labels, and of all that is drawn."""
     taken = _boxes(axes)
@@ -66,13 +55,8 @@ def place_labels(axes: Axes, labels: Iterable[Label]) -> None:
         taken = np.vstack([taken, boxes[best]])
         gap = np.abs(offsets[best]) - half  # between the point and the label's nearest side
         if gap.max() > FAR:
-            leader = {
-                "arrowstyle": "-",
-                "color": label.color,
-                "linewidth": 0.9,
-                "shrinkA": 1,
-                "shrinkB": 5 + label.clear,
-            }
+            leader = {"arrowstyle": "-", "color": label.color, "linewidth": 0.9, "shrinkA": 1}
+            leader["shrinkB"] = 5 + label.clear
             edge = np.copysign(gap.clip(0), offsets[best])
             axes.annotate("", (label.x, label.y), edge, textcoords="offset pixels", arrowprops=leader)
 
