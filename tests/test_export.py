@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_kit import ConfigError, ModelError, compose, train
 from dpo_kit.export.__main__ import main, parse_words
-from dpo_kit.export.folder import export_run, find_faults, push
-from dpo_kit.export.merge import encode
+from dpo_kit.export.folder import encode, export_run, find_faults, push
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.report.card import card_text

@@ -5,40 +5,44 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dpo_kit.config.recall import recall_config
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
-from dpo_kit.export.merge import (
-    DTYPES,
-    Distance,
-    choose_dtype,
-    compare,
-    merge,
-    read_texts,
-    refuse_other,
-    refuse_other_base,
-    round_weights,
-    text_logits,
-)
 from dpo_kit.model.load import end_as_trained, load_weights
 from dpo_kit.model.origin import base_of
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.run.files import read_json, write_json, write_text
+from dpo_kit.run.files import hash_weights, read_json, write_json, write_text
+from dpo_kit.run.history import read_metrics
 from dpo_kit.run.quiet import quiet_libraries
 from dpo_kit.run.report.card import card_text
 from dpo_kit.trainer.resume.whole_or_absent import SAVING, put_in_place
 
 log = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16")
+NOISE = 1e-4  # of the largest logit: what rounding in float32 makes of sums in another order
+SAMPLES = 16
+PROMPTS = (
+    "Hello, how are you?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number.\n\nExplain it.",
+    "Schreibe einen kurzen Brief an eine Freundin, die umgezogen ist.",
+    "1, 1, 2, 3, 5, 8,",
+    "What is the capital of 日本? 🙂",
+)
+"""Texts of several kinds, for runs that have drawn no answers."""
+Text = tuple[list[int], int]
+"""Token ids, and the place of the first one that counts."""
 FACTS = "export.json"
 FAR = 0.02  # nats a token: more than rounding costs a model of some billion parameters, to 4 bits even
 HOW = {
@@ -61,7 +65,11 @@ def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "o
     manifest, result = run.read_finished()
     model = Model(**recall_config(manifest)["model"])
     quiet_libraries()
-    dtype = choose_dtype(model, run, dtype)
+    start = base_of(model)  # of an adapter; what training left decides what auto is
+    if dtype == "auto":
+        left, revision = (run.model, None) if model.tuning == "full" else (start.path, start.revision)
+        dtype = str(AutoConfig.from_pretrained(left, revision=revision or "main").dtype or torch.float32)
+        dtype = dtype.removeprefix("torch.")
     is_qlora = model.tuning == "qlora"
     asked = {"config_hash": manifest["config_hash"], "dtype": dtype, "base": base if is_qlora else None}
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -70,7 +78,12 @@ def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "o
             raise ConfigError(f"out={out} holds something else: choose another folder, or delete that one")
         log.info("%s is there already", out)
         return earlier
-    refuse_other_base(model, manifest)
+    recorded = manifest["model"].get("adapter", {}).get("base_sha256") or manifest["model"]["sha256"]
+    if model.tuning != "full" and recorded and hash_weights(start.path) != recorded:
+        raise ModelError(
+            f"{start.path} does not hold the weights that the adapter was trained on (sha256 {recorded[:12]}… then): "
+            "bring them back, or train again on what is there now"
+        )
     with complete_or_absent(out) as aside:
         distance, from_quantised = _write(run, model, dtype, base, aside)
         checked = distance.describe()
@@ -114,9 +127,7 @@ def push(out: Path, repository: str, *, private: bool) -> str:
 
 
 def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) -> tuple[Distance, float | None]:
-    """The files of the export in `aside`; how far they are from the policy, and with QLoRA the KL (nats a token) of the
-    export from the policy as it was trained in 4 bit.
-    """
+    """Write the export into `aside`; how far it is from the policy, and the KL from that in 4 bit (QLoRA)."""
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     for how_loaded in ("is_local", "local_files_only"):  # transformers would save these, true on this machine only
         tokenizer.init_kwargs.pop(how_loaded, None)
@@ -126,7 +137,10 @@ def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) 
     end_as_trained(policy, tokenizer)
     if policy.generation_config.pad_token_id is None:
         policy.generation_config.pad_token_id = tokenizer.pad_token_id
-    round_weights(policy, getattr(torch, dtype))
+    with torch.no_grad():
+        for tensor in policy.state_dict().values():  # it goes on computing in float32, with what `dtype` can hold
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(getattr(torch, dtype)))
     rounded = text_logits(policy, texts)
     try:
         policy.to(getattr(torch, dtype)).save_pretrained(aside)
@@ -161,9 +175,7 @@ def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) 
 
 
 def find_faults(folder: Path) -> list[str]:
-    """Why a server (vLLM, TGI, transformers) would refuse the model in `folder` or would not end its answers; [] where
-    it is right. What the weights say is compared apart from this.
-    """
+    """Why a server (vLLM, TGI, transformers) would refuse `folder` or would not end its answers; [] if right."""
     names = ("config.json", "generation_config.json", "tokenizer_config.json")
     if missing := [name for name in names if not (folder / name).exists()]:
         return [f"{name} is missing" for name in missing]
@@ -186,3 +198,109 @@ def find_faults(folder: Path) -> list[str]:
     run_on = f"generation_config.json does not end at the tokenizer's EOS (id {eos}): answers would run on"
     checks[run_on] = eos is not None and eos not in ends
     return [fault for fault, holds in checks.items() if holds]
+
+
+# --- the policy as one plain model: merged in float32, which changes nothing but the order of sums, then rounded ----
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two models are apart on texts: logits, relative to the largest; KL in nats per token; greedy tokens."""
+
+    logits: float
+    kl: float
+    greedy: float  # share of positions with the same most probable token
+
+    def describe(self) -> str:
+        same = f"the same most probable token at {self.greedy:.1%} of positions"
+        return f"KL {self.kl:.1e} nats a token, {same}, logits within {self.logits:.1e} of the largest"
+
+
+def read_texts(run: RunDirectory, tokenizer: Any) -> list[Text]:
+    """What the policy answered at the end of `run`; else PROMPTS behind what the template gives all of them."""
+    samples = read_metrics(run.samples) if run.samples.exists() else []
+    texts = []
+    for row in [row for row in samples if row["step"] == samples[-1]["step"]][:SAMPLES]:
+        prompt = encode(tokenizer, row["prompt"])
+        if answer := tokenizer(row["answer"], add_special_tokens=False)["input_ids"]:
+            texts.append(([*prompt, *answer], len(prompt)))
+    if texts:
+        return texts
+    prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
+    same = next(place for place, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+    return [(ids, max(1, same)) for ids in prompts]
+
+
+def merge(model: Model, run: RunDirectory, texts: Sequence[Text], base: str) -> tuple[PreTrainedModel, Tensor]:
+    """The policy of `run` in float32 without adapters, and its logits on `texts` before: (positions, vocabulary).
+
+    ModelError where the base is not the one that training started from, or where merging changed the logits.
+    """
+    if model.tuning == "full":
+        policy = load_weights(model.model_copy(update={"dtype": "float32"}), str(run.model))
+        return policy, text_logits(policy, texts)
+    start = base_of(model)
+    if base == "dequantised":  # with the rounding that its 4-bit form had in training
+        weights = load_weights(start).dequantize(dtype=torch.float32)
+    else:
+        weights = load_weights(start.model_copy(update={"dtype": "float32", "tuning": "lora"}))
+        if getattr(weights, "is_quantized", False):
+            raise ModelError(
+                f"model.path={start.path} is published in a quantised form, into which no adapter can be merged "
+                "without rounding it away: name the original repository as model.path, or say base=dequantised"
+            )
+    head: Any = weights.get_output_embeddings()
+    tied = head is not None and head.weight is weights.get_input_embeddings().weight
+    if tied:  # merged into a shared matrix, an adapter on either would change both
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    adapted = PeftModel.from_pretrained(weights, run.model).eval()  # type: ignore[arg-type]
+    before = text_logits(adapted, texts)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    if tied:
+        head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+        alike = torch.equal(head.weight, embedding.weight)
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = alike
+        if alike:
+            head.weight = embedding.weight
+        else:
+            merged._tied_weights_keys = merged.all_tied_weights_keys = {}
+            log.warning("the adapter changed one of the tied embeddings: the export holds both, untied")
+    refuse_other("merging the adapter", compare(before, text_logits(merged, texts)))
+    return merged, before
+
+
+@torch.no_grad()
+def text_logits(model: Any, texts: Sequence[Text]) -> Tensor:
+    """What `model` predicts for each token of `texts` that counts: logits, (tokens, vocabulary)."""
+    parts = []
+    for ids, start in texts:
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+        parts.append(logits[start - 1 : -1].float().cpu())
+    return torch.cat(parts)
+
+
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of `prompt` as a user's message, or as plain text where there is no chat template."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt)["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def compare(one: Tensor, other: Tensor) -> Distance:
+    """How far `other` is from `one`: KL(one‖other), logits; shapes (positions, vocabulary) twice."""
+    logp, logq = one.double().log_softmax(-1), other.double().log_softmax(-1)
+    return Distance(
+        logits=float((one - other).abs().max() / one.abs().max()),
+        kl=max(0.0, float((logp.exp() * (logp - logq)).sum(-1).mean())),
+        greedy=float((one.argmax(-1) == other.argmax(-1)).float().mean()),
+    )
+
+
+def refuse_other(what: str, distance: Distance) -> None:
+    """ModelError where `distance`, measured in float32, is more than rounding; not a number counts as more."""
+    if not distance.logits <= NOISE:
+        raise ModelError(
+            f"{what} changed the policy: its logits differ by {distance.logits:.2g} of the largest one, where the "
+            f"order of sums explains {NOISE:g}; nothing is exported"
+        )

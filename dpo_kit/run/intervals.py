@@ -9,10 +9,7 @@ Z95 = NormalDist().inv_cdf(0.975)
 
 
 def wilson(share: float, count: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval (95 % by default) of a share, 0 to 1, seen in `count` trials.
-
-    `count` may be an effective number; without trials the interval is (0, 1).
-    """
+    """Wilson's score interval of a share seen in `count` trials (may be an effective number); (0, 1) without any."""
     if count <= 0:
         return 0.0, 1.0
     shrink = 1 / (1 + z * z / count)
@@ -22,10 +19,7 @@ def wilson(share: float, count: float, z: float = Z95) -> tuple[float, float]:
 
 
 def clopper_pearson(successes: int, count: int) -> tuple[float, float]:
-    """Clopper and Pearson's exact 95 % interval of a share seen as `successes` of `count`; (0, 1) without any.
-
-    It leaves ½ out just where the two-sided exact sign test rejects it at .05.
-    """
+    """Clopper and Pearson's exact 95 % interval: it leaves ½ out just where the exact sign test rejects it at .05."""
     if not count:
         return 0.0, 1.0
     from scipy.stats import binomtest

@@ -105,10 +105,7 @@ def _is_count(value: Any, key: str) -> bool:
 
 
 def redact_text(text: str, *, commits: bool = False) -> str:
-    """`text` without known token shapes, credentials of URLs and secrets of the environment: `<redacted>` instead.
-
-    With `commits`, 40 hex digits stay: the text is known to be a revision.
-    """
+    """`text` without token shapes, URL credentials, secrets of the environment; `commits`: 40 hex digits stay."""
     for value in environment_secrets():
         text = text.replace(value, REDACTED)
     text = _SHAPES.sub(REDACTED, text)

@@ -104,10 +104,7 @@ def sign_test(won: int, lost: int) -> float:
 
 
 def from_intervals(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Difference of two (value, low, high) by their 95 % intervals alone, as if measured independently.
-
-    On the same prompts that is the cautious side: pairing would usually narrow it.
-    """
+    """Difference of two (value, low, high) by their 95 % intervals alone: the cautious side on the same prompts."""
     spread = math.hypot(*((high - low) / (2 * Z95) for _, low, high in (first, second)))
     value = first[0] - second[0]
     p = math.erfc(abs(value) / spread / math.sqrt(2)) if spread else float(value == 0)

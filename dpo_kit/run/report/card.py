@@ -32,9 +32,7 @@ def card_text(
     judged: Mapping[str, Any] | None = None,
     export: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card as Markdown. `judged` is what evaluation/result.json holds, `export` what export.json holds: with it the
-    card is that of a model without adapters. All are redacted first.
-    """
+    """The card as Markdown, redacted. `judged`: evaluation/result.json; `export`: export.json, of merged weights."""
     result, manifest = redact(dict(result)), redact(dict(manifest))
     judged, export = redact(dict(judged or {})), redact(dict(export or {}))
     config, weights = manifest["config"], manifest.get("model", {})
