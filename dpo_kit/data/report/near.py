@@ -136,7 +136,8 @@ def _sketch(rows: Iterable[list[list[str]]], count: int) -> Hashes:
     """`rows` are lists of fields, each a list of words; the first field is the prompt."""
     from datasketch import MinHash
 
-    of_rows, of_prompts = np.empty((count, PERMUTATIONS), np.uint32), np.empty((count, PERMUTATIONS), np.uint32)
+    of_rows: np.ndarray = np.empty((count, PERMUTATIONS), np.uint32)
+    of_prompts: np.ndarray = np.empty_like(of_rows)
     factors, shifts = MinHash(num_perm=PERMUTATIONS).permutations
     rows = iter(rows)
     with bar(count, "hashing", "row") as progress:
