@@ -17,6 +17,7 @@ from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
 from dpo_kit.errors import ModelError
 from dpo_kit.model.sampling import Sample
 from dpo_kit.model.scoring import Reference
+from dpo_kit.run import quiet
 from dpo_kit.trainer.measuring import ProbeAlone
 from tests import tiny
 
@@ -185,6 +186,19 @@ def test_without_evaluations_there_are_still_start_and_end(folder: str, tmp_path
     trainer.train()
     for key in ("probe/margin_nats", "probe/kl_forward_rb_nats", "probe/kl_reverse_rb_nats"):
         assert logged(trainer, key).keys() == {0, 2}
+
+
+def test_the_first_and_the_last_measurement_are_announced(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(quiet, "SILENCE", -1.0)
+    trainer = tiny.trainer("dpo", folder, tmp_path, eval_strategy="no", max_steps=1)
+    watch(trainer)
+    with caplog.at_level("INFO", "dpo_kit"):
+        trainer.train()
+    said = [record.getMessage().rsplit(": ", 1)[0] for record in caplog.records if record.message.endswith(" s")]
+    measured = ["held-out rows", "held-out rows", "answers for the KL"]  # margin and reward, of one pass
+    assert said == [f"{moment} measurement: {what}" for moment in ("first", "last") for what in measured]
 
 
 def test_kl_is_zero_at_the_start_and_finite_with_error_and_shares_after(folder: str, tmp_path: Path) -> None:

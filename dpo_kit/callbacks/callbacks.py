@@ -38,7 +38,7 @@ Metrics = dict[str, float]
 class _Measuring(TrainerCallback):
     """When to measure: at the start, at each evaluation, at the end unless the last evaluation just did."""
 
-    at_start = "first measurement: held-out rows"
+    measured = "held-out rows"
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -65,7 +65,7 @@ class _Measuring(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            with phase(self.at_start):
+            with phase(f"first measurement: {self.measured}"):
                 self._report("start", 0)
         else:
             with self._timed():
@@ -78,7 +78,8 @@ class _Measuring(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        self._report("end", state.global_step, kept=bool(best) and state.best_global_step != state.global_step)
+        with phase(f"last measurement: {self.measured}"):
+            self._report("end", state.global_step, kept=bool(best) and state.best_global_step != state.global_step)
 
     def _report(self, moment: str, step: int, kept: bool = False) -> Metrics:
         if self._logged != (step, kept) or moment == "start":
@@ -174,7 +175,7 @@ class KLDrift(_Measuring):
     logged.
     """
 
-    at_start = "first measurement: answers for the KL"
+    measured = "answers for the KL"
 
     def __init__(
         self,
