@@ -11,6 +11,8 @@ from dpo_kit.config.settings import FormName
 from dpo_kit.data.forms import recognise
 from dpo_kit.data.other_forms import FORMS, TABLE
 from dpo_kit.data.read import Fault, Row, Tie
+from dpo_kit.data.rows import ANSWERS
+from dpo_kit.data.shape import Shape
 from dpo_kit.errors import DataError
 from tests.conftest import ROOT
 from tests.preferences import prepared, write_jsonl
@@ -211,6 +213,16 @@ def test_what_could_be_two_things_is_refused_with_the_words_that_settle_it():
 def test_chosen_and_rejected_decide_whatever_stands_beside_them():
     row = TEXT | {"completion": "x", "label": True, "generations": ["a", "b"], "rating": [1, 2], "score": 3}
     assert read(row)[1][0].values == row
+
+
+@pytest.mark.parametrize("kind", ["pairs", "unary", "prompts"])
+def test_a_prompt_that_is_a_transcript_becomes_a_chat_in_rows_of_every_kind(kind):
+    text = "\n\nHuman: My lamp flickers.\n\nAssistant: Swap the bulb.\n\nHuman: And now?\n\nAssistant:"
+    row = {"prompt": text, **dict.fromkeys(ANSWERS[kind], "Done?")}
+    assert Shape(wrap=True).of(row, kind)["prompt"] == [ASK, GOOD, MORE]
+    assert Shape(wrap=False).of(row, kind) == row
+    for other in ("Human: a", f"Translate:{text}", f"{text} It", "Assistant:", text.replace("Human", "Robot")):
+        assert Shape(wrap=True).of(row | {"prompt": other}, kind)["prompt"] == [{"role": "user", "content": other}]
 
 
 def test_data_form_overrides_and_says_what_it_needs():

@@ -9,7 +9,6 @@ prompt of two whole conversations is left to rows.py. Columns that a form does n
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,10 +19,10 @@ from dpo_kit.data.read import Fault, Row, UnfitError
 from dpo_kit.data.rows import ANSWERS, is_blank, normalise, refuse_missing
 from dpo_kit.data.spelling import LEAVE, looks_written, read_chat, unwritten
 from dpo_kit.errors import DataError
+from dpo_kit.model.chats import ROLES, TURN, open_turns
 
 Values = dict[str, Any]
 SAMPLE = 100  # rows by which forms of the same columns are told apart
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
 
 
 # --- one row -----------------------------------------------------------------------------------------------------
@@ -102,21 +101,19 @@ def _transcripts(values: Values, asked: str | None, better: str, worse: str) -> 
 
 
 def _transcript(name: str, text: Any) -> list[Values]:
-    parts = _TURN.split(text) if isinstance(text, str) else []
+    parts = TURN.split(text) if isinstance(text, str) else []
     if len(parts) < 5 or not is_blank(parts[0]):
         raise UnfitError(f"{name} is no transcript of Human: and Assistant: turns", repr(text)[:40], LEAVE)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)]
+    return [{"role": ROLES[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def open_transcript(prompt: Any) -> Any:
     """A prompt that is a transcript up to the last Assistant: as messages; any other as it is."""
     if not _is_transcript(prompt):
         return prompt
-    *chat, last = _transcript("prompt", prompt)
-    if last != {"role": "assistant", "content": ""}:
+    if not (turns := open_turns(prompt)):
         raise UnfitError("prompt is a transcript that does not end with Assistant:", repr(prompt[-40:]), LEAVE)
-    return chat
+    return turns
 
 
 def _is_transcript(text: Any) -> bool:

@@ -8,11 +8,14 @@ message beside role and content, so that it goes wherever the prompt goes: into 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
 CONTEXT = ("tools", "chat_template_kwargs")
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")  # of HH-RLHF's transcripts
+ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def with_context(prompt: Prompt, context: dict[str, Any]) -> Prompt:
@@ -36,8 +39,17 @@ def prompt_of(row: dict[str, Any]) -> Prompt:
 
 
 def as_messages(prompt: Prompt) -> Messages:
-    """A prompt as chat messages: text is one user turn."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    """A prompt as chat messages: text is one user turn, unless it is a transcript that waits for its answer."""
+    return (open_turns(prompt) or [{"role": "user", "content": prompt}]) if isinstance(prompt, str) else prompt
+
+
+def open_turns(text: str) -> Messages:
+    """The turns of a transcript `Human: … Assistant:` before its last, empty one; none of any other text."""
+    before, *parts = TURN.split(text.lstrip())
+    if before or parts[:1] != ["Human"] or parts[-2:-1] != ["Assistant"] or parts[-1].strip():
+        return []
+    turns = zip(parts[:-2:2], parts[1:-2:2], strict=True)
+    return [{"role": ROLES[who], "content": said.strip()} for who, said in turns]
 
 
 def text_of(said: Prompt) -> str:
