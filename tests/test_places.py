@@ -84,22 +84,73 @@ def test_an_evaluation_looks_at_what_it_is_given_before_anything_is_drawn(words,
     assert IN_EVALUATION[words] in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["evaluate", "run=nowhere"],
-        ["evaluate", "policy=./x", "reference=./y"],
-        ["export", "run=nowhere"],
-        ["sweep", "sweep=nowhere"],
-        ["data", "data=jsonl", "data.train=pair.jsonl"],
-        ["data", "mode=build", "build.prompts=./pair.jsonl"],
-    ],
-)
-def test_a_tool_that_refuses_has_imported_no_torch(arguments, here):
-    script = f"import sys, importlib; main = importlib.import_module('dpo_kit.{arguments[0]}.__main__').main\n"
-    script += f"print(main({arguments[1:]!r}), [m for m in ('torch', 'transformers') if m in sys.modules])"
+NOBODY = "judge=llm judge.model=m judge.base_url=http://localhost:1/v1"
+MINE, NO_ANSWER = "data=jsonl data.train=pairs.jsonl", "judge.base_url=http://localhost:1/v1: nobody answers there"
+AT_ONCE = {  # what each tool refuses without torch, by its words
+    "cli.main": {
+        "data=jsonl data.train=pair.jsonl": "did you mean pairs.jsonl?",
+        f"{MINE} data.eval=peers.jsonl": "data.eval=peers.jsonl: no such file or folder; did you mean pairs.jsonl?",
+        "model=local model.path=modle/": "model.path=modle/ does not exist; did you mean model?",
+        "data=jsonl data.train=notes.txt": "unknown kind of file",
+        "tracking=tensorboard": "pip install tensorboard",
+        "hydra.run.dir=notes.txt": "is a file, not a folder",
+        f"method=online_dpo {NOBODY}": NO_ANSWER,
+    },
+    "cli.main of a sweep": {
+        "-m seed=0,1 data=jsonl data.train=pair.jsonl": "did you mean pairs.jsonl?",
+        "-m seed=0,1 hydra.sweep.dir=notes.txt": "is a file, not a folder",
+        "-m seed=0,1 tracking=tensorboard": "pip install tensorboard",
+        f"-m seed=0,1 method=online_dpo {NOBODY}": NO_ANSWER,
+    },
+    "sweep.__main__": {
+        "sweep=nowhere": "nowhere",
+        "sweep=nothing ideal=note.txt": "ideal=note.txt: no such file or folder; did you mean notes.txt?",
+    },
+    "data.__main__": {
+        "data=jsonl data.train=pair.jsonl": "did you mean pairs.jsonl?",
+        f"{MINE} data.form=hh_rlfh": "did you mean hh_rlhf?",
+        f"{MINE} out=notes.txt": "is a file, not a folder",
+        "mode=build build.prompts=pair.jsonl": "build.prompts=pair.jsonl: no such file or folder; did you mean pairs",
+        f"mode=build build.prompts=pairs.jsonl {NOBODY}": NO_ANSWER,
+    },
+    "evaluate.__main__": {
+        "run=modle": "run=modle is no run directory",
+        "policy=./modle reference=model": "did you mean model?",
+        f"policy=model reference=model {MINE} data.eval=pair.jsonl": "data.eval=pair.jsonl: no such file or folder",
+        "policy=model reference=model parts=[gate]": "lm-eval",
+        "policy=model reference=model out=notes.txt": "is a file, not a folder",
+        f"policy=model reference=model parts=[win_rate] {NOBODY}": NO_ANSWER,
+    },
+    "export.__main__": {
+        "run=modle": "run=modle is no run directory",
+        "run=nothing out=notes.txt": "is a file, not a folder",
+        "run=nothing out=model": "out=model is a folder with other files in it (config.json)",
+        "run=nothing mode=script out=nothing": "out=nothing is there already",
+        "run=nothing dtype=bf16": "dtype must be one of auto, float32, bfloat16, float16, got bf16",
+    },
+    "cli.plan": {"method=ktoo": "did you mean kto?", "out=nothing": "out=nothing is a folder"},
+}
+
+
+@pytest.mark.parametrize("tool", AT_ONCE)
+def test_what_is_certainly_wrong_is_refused_by_every_tool_before_torch_is_imported(tool, here):
+    module = f"dpo_kit.{tool.split()[0]}"
+    script = f"""
+import sys, {module}
+sys.modules |= dict.fromkeys(("lm_eval", "tensorboard"))  # as if they were not installed
+for words in {list(AT_ONCE[tool])!r}:
+    sys.argv[1:] = words.split()
+    try:
+        code = {module}.main()
+    except SystemExit as end:
+        code = end.code
+    print(code, *sorted({{"torch", "transformers", "trl", "datasets"}} & sys.modules.keys()))
+"""
     done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
-    assert done.stdout.strip() == "2 []", done.stdout + done.stderr
+    assert done.stdout.splitlines() == ["2"] * len(AT_ONCE[tool]), done.stdout + done.stderr
+    said = done.stderr.split(": refused: ")[1:]
+    assert [wanted for wanted, refusal in zip(AT_ONCE[tool].values(), said, strict=True) if wanted not in refusal] == []
+    assert {path.name for path in here.iterdir()} == {"pairs.jsonl", "notes.txt", "nothing", "model"}
 
 
 @pytest.mark.parametrize("words", REFUSED)

@@ -181,21 +181,31 @@ def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
             return None
         refuse_idle(settings, args.overrides)
         refuse_unusable(settings)
-        if isinstance(settings.judge, Endpoint):
-            from dpo_kit.judge.server import refuse_silent
-
-            refuse_silent("judge", settings.judge)
+        refuse_silent_judges(settings)
         return settings if settings.dry_run else take_directory(args, cfg, settings)
     refuse_sweep(args.overrides)
     from dpo_kit.sweep.launch.plan import plan_sweep
 
     plan = plan_sweep(args.overrides, search, args.config_name or "config")
+    if plan.local:  # a cluster's jobs may reach what this machine does not
+        refuse_silent_judges(*(job.settings for job in plan.jobs))
     if plan.jobs and plan.jobs[0].settings.dry_run:
         lines = [f"{len(plan.jobs)} jobs, into {plan.directory}:", *(f"  {job.subdir}" for job in plan.jobs)]
         sys.stdout.write("\n".join([*lines, "", "the first of them:", ""]))
         return plan.jobs[0].settings
     _add_words(args, plan.named, *(["--multirun"] if implied else []))
     return plan
+
+
+def refuse_silent_judges(*runs: Settings) -> None:
+    """ConfigError where nobody answers at the address of a run's judge; each address is asked once."""
+    judges = {
+        (each.judge.base_url, each.judge.api_key_env): each.judge for each in runs if isinstance(each.judge, Endpoint)
+    }
+    for judge in judges.values():
+        from dpo_kit.judge.server import refuse_silent
+
+        refuse_silent("judge", judge)
 
 
 def take_directory(args: argparse.Namespace, cfg: DictConfig, settings: Settings) -> Path:

@@ -54,6 +54,13 @@ def refuse_no_file(key: str, file: str | Path) -> None:
     refuse_unwritable(key, Path(file).expanduser().absolute().parent)
 
 
+def refuse_existing(key: str, path: str | Path) -> None:
+    """ConfigError where `path`, to be written anew, is there already or cannot be written."""
+    refuse_unwritable(key, path)
+    if Path(path).expanduser().exists():
+        raise ConfigError(f"{key}={path} is there already: delete it, or name another, {key}=…")
+
+
 A_RUN_S = {"metrics.jsonl", "trl_config.json", "checkpoints", "sweep.json", "config.json", "adapter_config.json"}
 WRITTEN = {
     "data_report.json", "manifest.json", "rejects.jsonl", "answers.jsonl", "opponent_answers.jsonl", "judgements.jsonl",

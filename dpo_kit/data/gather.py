@@ -15,7 +15,6 @@ from dpo_kit.data.read import Fault, Row, Tie, read_source
 from dpo_kit.data.rows import Kind, Rows
 from dpo_kit.data.shape import Shape, refuse_unread_kwargs
 from dpo_kit.errors import DataError
-from dpo_kit.model.turns import control_pattern, end_tokens
 
 KINDS: dict[str, Kind] = {"pairs": "pairs", "scored": "pairs", "unary": "unary", "prompts": "prompts"}
 
@@ -81,6 +80,8 @@ def gather(data: Data, tokenizer: Any, *, refuse: bool = True, bare: bool = Fals
     _refuse_mixture(every, data, tokenizer)
     wrap = tokenizer.chat_template is not None if data.wrap_as_chat == "auto" else data.wrap_as_chat
     if wrap and data.wrap_as_chat == "auto":  # text becomes chat, unless all of it is rendered by a template already
+        from dpo_kit.model.turns import control_pattern
+
         begins = control_pattern(tokenizer).match
         wrap = not all(isinstance(row["prompt"], str) and begins(row["prompt"].lstrip()) for row in every)
     shape = Shape(wrap, data.fold_system, data.chat_template_kwargs)
@@ -117,6 +118,8 @@ def _read_ids(gathered: Gathered, rows: Rows, tokenizer: Any) -> None:
     refuse_unread_kwargs(gathered.shape.template_kwargs, formed, tokenizer)
     try_template(formed, gathered.kind, tokenizer)
     if not isinstance(formed[0]["prompt"], str):  # only now is the template rendered here
+        from dpo_kit.model.turns import end_tokens
+
         gathered.shape = replace(gathered.shape, ends=end_tokens(tokenizer))
         with_ends, formed = formed, [gathered.shaped(row) for row in rows]
         plain = replace(gathered.shape, fold_system=False)

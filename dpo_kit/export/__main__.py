@@ -8,10 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_kit.config.places import refuse_unwritable
-from dpo_kit.config.tools import Values, parse, run_tool
+from dpo_kit.config.tools import Values, parse, refuse_existing, refuse_foreign, run_tool
 from dpo_kit.errors import ConfigError
-from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.directory import FACTS, RunDirectory
 from dpo_kit.run.quiet import quiet_imports
 
 USAGE = """\
@@ -47,7 +46,10 @@ def export(arguments: Sequence[str]) -> None:
     values = parse_words(arguments)
     run = RunDirectory(Path(values["run"]))
     out = Path(values.get("out") or (run.export if values["mode"] == "model" else run.reproduction))
-    refuse_unwritable("out", out)
+    if values["mode"] == "script":
+        refuse_existing("out", out)
+    elif not (out / FACTS).exists():  # else an earlier export, perhaps this very one
+        refuse_foreign("out", out)
     run.read_finished()
     everyone, ours = logging.getLogger(), logging.getLogger("dpo_kit")
     silence, terminal, level = logging.NullHandler(), logging.StreamHandler(), ours.level

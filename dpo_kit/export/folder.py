@@ -21,7 +21,7 @@ from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.model.load import end_as_trained, load_weights
 from dpo_kit.model.origin import base_of
-from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.directory import FACTS, RunDirectory
 from dpo_kit.run.files import hash_weights, read_json, write_json, write_text
 from dpo_kit.run.history import read_metrics
 from dpo_kit.run.quiet import quiet_libraries
@@ -43,7 +43,6 @@ PROMPTS = (
 """Texts of several kinds, for runs that have drawn no answers."""
 Text = tuple[list[int], int]
 """Token ids, and the place of the first one that counts."""
-FACTS = "export.json"
 FAR = 0.02  # nats a token: more than rounding costs a model of some billion parameters, to 4 bits even
 HOW = {
     "full": "All weights were tuned.",

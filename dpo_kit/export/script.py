@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_kit.config.recall import recall_settings
 from dpo_kit.config.settings import Settings
+from dpo_kit.config.tools import refuse_existing
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.export.folder import complete_or_absent
 from dpo_kit.model.load import load_tokenizer, read_template
@@ -72,8 +73,7 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
             f"mode=script repeats a run on its prepared rows, but {run.root} drew its answers and had them judged "
             "while it trained: its command in manifest.json repeats it, seeded; mode=model exports its policy"
         )
-    if out.exists():
-        raise ConfigError(f"{out} is there already: delete it, or name another folder with out=DIR")
+    refuse_existing("out", out)
     quiet_libraries()
     settings = recall_settings(manifest)
     tokenizer = load_tokenizer(settings.model)

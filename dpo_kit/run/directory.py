@@ -13,6 +13,8 @@ from typing import Any
 from dpo_kit.errors import ConfigError, did_you_mean
 from dpo_kit.run.files import read_json, write_text
 
+FACTS = "export.json"  # in the folder of an export: what it was made of, and how
+
 
 class RunDirectory:
     """Paths of one run's files. `root` need not exist yet."""
