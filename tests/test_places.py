@@ -15,7 +15,7 @@ from dpo_kit.cli.main import read_arguments, refuse_early
 from dpo_kit.config.compose import check, compose
 from dpo_kit.config.identity import comparable
 from dpo_kit.config.places import claim, refuse_unwritable
-from dpo_kit.config.tools import refuse_foreign, refuse_no_file
+from dpo_kit.config.tools import refuse_existing, refuse_foreign, refuse_no_file
 from dpo_kit.data.__main__ import main as data_tool
 from dpo_kit.errors import ConfigError, DataError, ModelError
 from dpo_kit.evaluate import __main__ as evaluation
@@ -210,6 +210,16 @@ def test_where_nothing_can_be_written_is_refused_by_the_key_that_named_it(here, 
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match=r"out=new cannot be written .* is read-only here"):
         refuse_unwritable("out", "new")
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "x/" * 2500 + "y.jsonl", "~nobody-of-this-name/x"])
+def test_a_path_that_the_machine_can_not_have_is_refused_by_its_key(path, here):
+    for refuse in (refuse_unwritable, refuse_foreign, refuse_no_file, refuse_existing):
+        with pytest.raises(ConfigError, match=r"^out=.* can be no place on this machine: "):
+            refuse("out", path)
+    for key, more in (("data.train", ["data=jsonl"]), ("model.path", ["model=local"]), ("resume", [])):
+        with pytest.raises(ConfigError, match=rf"{key}=.* can be no place on this machine: "):
+            refuse_unusable(check(compose([*more, "data.train=pairs.jsonl", f"{key}={path}"])))
 
 
 def test_two_starts_within_one_second_do_not_share_a_folder(tmp_path):

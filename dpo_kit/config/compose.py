@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_kit.config.best_metric import selection_faults
 from dpo_kit.config.limits import checked_value, idle_faults, library_faults, wrong_choice
+from dpo_kit.config.places import locate
 from dpo_kit.config.settings import Callbacks, Model, Rates, Settings
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import ConfigError
@@ -264,7 +265,8 @@ def _judge_faults(settings: Settings) -> Iterator[str]:
 
 def _model_faults(model: Model) -> Iterator[str]:
     """Code from elsewhere runs only where the config names whose it is, and which."""
-    if model.trust_remote_code and Path(model.path).expanduser().is_dir():
+    start = locate("model.path", model.path)
+    if model.trust_remote_code and start.is_dir():
         yield (
             f"model.trust_remote_code=true needs a repository and its commit, but model.path={model.path} is a folder: "
             "name the repository, model.path=org/name, or load a model whose code transformers has"
@@ -274,7 +276,7 @@ def _model_faults(model: Model) -> Iterator[str]:
             "model.trust_remote_code=true runs code of a repository, so model.revision must be a full commit hash "
             f"(40 hex digits) whose code you have read, got {model.revision}"
         )
-    start, reference = (Path(path or "").expanduser() for path in (model.path, model.reference))
+    reference = locate("model.reference", model.reference or "")
     same = model.reference == model.path or (start.exists() and start.resolve() == reference.resolve())
     if model.tuning != "full" and model.reference and same:
         yield (

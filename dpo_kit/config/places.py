@@ -25,7 +25,7 @@ def refuse_missing(settings: Settings) -> None:
         value = settings.trl.get(name)
         if isinstance(value, str) and not value.lstrip().startswith("{"):
             faults += file_faults(f"trl.{name}", value)
-    if settings.resume not in ("auto", "never") and not Path(settings.resume).expanduser().is_dir():
+    if settings.resume not in ("auto", "never") and not locate("resume", settings.resume).is_dir():
         faults.append(
             f"resume must be auto, never or a checkpoint folder, got {settings.resume}, which does not exist"
             f"{near_miss(settings.resume)}"
@@ -43,7 +43,7 @@ def data_faults(data: Data) -> Iterator[str]:
 
 def rows_faults(key: str, path: str) -> Iterator[str]:
     """Why there can be no rows at `path`: a file, a folder with some, or a pattern; a hub id is left to the hub."""
-    local = Path(path).expanduser()
+    local = locate(key, path)
     if local.is_dir():
         if not any(ending(file) for file in local.rglob("*")):
             yield f"{key}={path} has no {', '.join(KNOWN)} file in it"
@@ -65,7 +65,7 @@ def model_faults(model: Model) -> Iterator[str]:
 
 def weights_faults(key: str, path: str) -> Iterator[str]:
     """Why there can be no model at `path`; a hub id is left to the hub."""
-    local = Path(path).expanduser()
+    local = locate(key, path)
     if path and local.is_file():
         yield f"{key}={path} is a file, not a folder with a model: name the folder above it, {key}={local.parent}"
     elif path and not local.exists() and is_local(path):
@@ -96,13 +96,24 @@ def judge_faults(judge: Any) -> Iterator[str]:
 
 def file_faults(key: str, path: str) -> Iterator[str]:
     """Why the file at `path` cannot be read."""
-    local = Path(path).expanduser()
+    local = locate(key, path)
     if not local.exists():
         yield f"{key}={path}: no such file or folder{near_miss(path)}"
     elif not local.is_file():
         yield f"{key}={path} is a folder: name a file in it"
     elif not os.access(local, os.R_OK):
         yield f"{key}={path} cannot be read by this user: chmod u+r, or name a copy"
+
+
+def locate(key: str, path: str | Path) -> Path:
+    """`path`, given as `key`, with ~ as the home folder. ConfigError where this machine can have no such place."""
+    try:
+        place = Path(path).expanduser()
+        place.exists()
+    except (OSError, RuntimeError, TypeError) as error:  # a name that is too long, the home of nobody, a list
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{key}={str(path)[:80]} can be no place on this machine: {reason}") from error
+    return place
 
 
 def is_local(path: str) -> bool:
@@ -115,7 +126,7 @@ def is_local(path: str) -> bool:
 
 def refuse_unwritable(key: str, folder: str | Path) -> None:
     """ConfigError where `folder`, given as `key`, is a file or cannot be made or written to."""
-    path = Path(folder).expanduser().absolute()
+    path = locate(key, folder).absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir():
         raise ConfigError(f"{key}={folder}: {nearest} is a file, not a folder: choose another {key}")

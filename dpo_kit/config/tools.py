@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo_kit.config.command_line import DONE, guard
-from dpo_kit.config.places import refuse_unwritable
+from dpo_kit.config.places import locate, refuse_unwritable
 from dpo_kit.errors import ConfigError, did_you_mean
 from dpo_kit.run.words import with_home
 
@@ -49,15 +49,15 @@ def parse(arguments: Sequence[str], keys: Sequence[str], *, needed: str | None =
 
 def refuse_no_file(key: str, file: str | Path) -> None:
     """ConfigError where the file to be written, given as `key`, is a folder or stands where nothing can be written."""
-    if Path(file).expanduser().is_dir():
+    if locate(key, file).is_dir():
         raise ConfigError(f"{key}={file} is a folder: name a file, {key}={Path(file) / 'out.json'}")
-    refuse_unwritable(key, Path(file).expanduser().absolute().parent)
+    refuse_unwritable(key, locate(key, file).absolute().parent)
 
 
 def refuse_existing(key: str, path: str | Path) -> None:
     """ConfigError where `path`, to be written anew, is there already or cannot be written."""
     refuse_unwritable(key, path)
-    if Path(path).expanduser().exists():
+    if locate(key, path).exists():
         raise ConfigError(f"{key}={path} is there already: delete it, or name another, {key}=…")
 
 
@@ -73,7 +73,7 @@ def refuse_foreign(key: str, folder: str | Path) -> None:
     that our tools write; also for runs and models.
     """
     refuse_unwritable(key, folder)
-    path = Path(folder).expanduser()
+    path = locate(key, folder)
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if names and (names & A_RUN_S or not names & WRITTEN):
         some = ", ".join(sorted(names & A_RUN_S or names)[:3])

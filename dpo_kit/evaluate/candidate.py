@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.places import weights_faults
+from dpo_kit.config.places import locate, weights_faults
 from dpo_kit.config.recall import recall_config
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError
@@ -90,7 +90,7 @@ def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
 
 def of_path(key: str, path: str, model: Model) -> Candidate:
     """A model made by any tool (folder, hub id, adapter), loaded as `model` says. ConfigError for what is none."""
-    folder = Path(path).expanduser()
+    folder = locate(key, path)
     if faults := [*weights_faults(key, path)]:
         raise ConfigError(faults[0])
     if RunDirectory(folder).manifest.exists():

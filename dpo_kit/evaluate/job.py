@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_kit.config.compose import check, compose_unchecked
 from dpo_kit.config.explain import JUDGES, describe_fault, explain, known_keys, unknown_key
+from dpo_kit.config.places import locate
 from dpo_kit.config.settings import Endpoint, Method, Model, Strict, Tracking
 from dpo_kit.config.tools import refuse_foreign
 from dpo_kit.errors import ConfigError, did_you_mean
@@ -118,7 +119,7 @@ def plan(arguments: Sequence[str]) -> list[Job]:
         raise ConfigError(
             f"reference={cfg.reference} goes with policy=: that of a run is known; did you mean against=?"
         )
-    folder = cfg[given[0]]
+    folder = str(locate(given[0], cfg[given[0]]))
     for word in arguments:
         if _root(word) not in (*OWN, "tracking"):
             raise ConfigError(
@@ -224,7 +225,7 @@ def refuse_silent_servers(job: Job) -> None:
 def _opponent(against: str | None, reference: Candidate, model: Model) -> Candidate | Path:
     if against is None:
         return reference
-    path = Path(against).expanduser()
+    path = locate("against", against)
     if path.is_file() or path.suffix in (".jsonl", ".json", ".csv"):
         return path
     if RunDirectory(path).manifest.exists():

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_kit.config.places import locate
 from dpo_kit.config.tools import Values, parse, refuse_existing, refuse_foreign, run_tool
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import FACTS, RunDirectory
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(arguments: Sequence[str]) -> None:
     """Do what `arguments` ask for and say where it is. Raises ConfigError, DataError, ModelError."""
     values = parse_words(arguments)
-    run = RunDirectory(Path(values["run"]))
+    run = RunDirectory(locate("run", values["run"]))
     out = Path(values.get("out") or (run.export if values["mode"] == "model" else run.reproduction))
     if values["mode"] == "script":
         refuse_existing("out", out)
