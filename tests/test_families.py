@@ -1,6 +1,7 @@
 """Model families that TRL, PEFT or generation trip over: made to work, or refused in one sentence before any weight."""
 
 import re
+import runpy
 import shutil
 
 import pytest
@@ -45,6 +46,7 @@ SMALL = {
     "initializer_range": 0.3,
 }
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HYBRID = {"layer_types": ["full_attention"] * 2, "mamba_n_heads": 4}
 MIXER = {"state_size": 8, "mamba_d_state": 8, "mamba_dt_rank": 4, "time_step_rank": 4, "expand": 2}
 
 
@@ -91,6 +93,7 @@ def refused_before_weights(folder, tmp_path, error, match, *more):
         ("bart", {"d_model": 32}, "is an encoder-decoder"),
         ("qwen2_vl", {}, "is a vision model whose text part cannot be had alone"),
         ("vit", {}, "is no language model that generates"),
+        ("cpmant", {}, "is an encoder, in which a token sees those after it"),
         ("roberta", {}, "is an encoder, in which a token sees those after it"),
         ("bert-generation", {}, "is an encoder, in which a token sees those after it"),
     ],
@@ -133,13 +136,26 @@ def test_positions_that_are_worked_out_have_no_end(tmp_path):
     plan_run(check(compose(words(folder, tmp_path))))
 
 
-def test_an_auxiliary_loss_that_trl_cannot_work_out_is_refused_with_the_key(tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "UNBALANCED", ("olmoe",))
-    folder = saved(tmp_path / "model", "olmoe", weights=False)
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("doge", {"is_moe": True, "num_experts": 16}),  # another auxiliary loss than Mixtral's
+        ("granitemoehybrid", HYBRID | {"num_local_experts": 0}),  # dense, as Granite 4 micro
+    ],
+)
+def test_an_auxiliary_loss_that_trl_cannot_work_out_is_refused_with_the_key(family, own, tmp_path):
+    folder = saved(tmp_path / "model", family, weights=False, router_aux_loss_coef=0.01, **own)
     said = r"trl\.router_aux_loss_coef=0\.01 \(of the model\): .*trl\.router_aux_loss_coef=0 trains without"
     refused_before_weights(folder, tmp_path, ConfigError, said)
     plan_run(check(compose(words(folder, tmp_path, "trl.router_aux_loss_coef=0"))))
     plan_run(check(compose(words(folder, tmp_path, "method=orpo"))))
+
+
+def test_an_auxiliary_loss_that_trl_works_out_is_taken():
+    for family, own in (("olmoe", {}), ("granitemoehybrid", HYBRID)):
+        config = config_of(family, router_aux_loss_coef=0.01, **own)
+        families._add_aliases(config)
+        families._refuse_no_balance(check(compose(["tracking=none"])), config)
 
 
 def test_an_adapter_with_more_embeddings_than_its_base_is_refused_with_the_lines_that_merge_it(tmp_path):
@@ -404,3 +420,11 @@ def test_the_tables_hold_more_than_fifty_families_and_no_fault():
     tables = (ROOT / "docs" / "families.md").read_text().partition("## Tried")[2]
     assert len(set(re.findall(r"`([\w-]+)`", tables)) & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}) > 51
     assert "FAULT" not in tables and "off by" not in tables
+
+
+@pytest.mark.slow
+def test_the_script_of_the_tables_tries_a_family(capsys):
+    script = runpy.run_path(str(ROOT / "examples" / "benchmark" / "families.py"))
+    script["main"](["only=qwen2,bart"])
+    printed = capsys.readouterr().out
+    assert "| `qwen2` | as TRL | as TRL |" in printed and "encoder-decoder" in printed and "FAULT" not in printed

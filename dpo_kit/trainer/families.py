@@ -6,7 +6,10 @@ and refused for which family: docs/families.md, which examples/benchmark/familie
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from dpo_kit.config.settings import Model, Settings
@@ -41,7 +45,7 @@ def fit_family(settings: Settings, config: Any, data: Prepared) -> None:
     _refuse_no_decoder(settings.model, config)
     _refuse_quantised(settings.model, config)
     _add_aliases(config.get_text_config())
-    _refuse_no_balance(settings, config.get_text_config())
+    _refuse_no_balance(settings, config)
     _refuse_past_the_last_position(settings, config, data)
 
 
@@ -53,7 +57,7 @@ def _refuse_no_decoder(model: Model, config: Any) -> None:
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.trust_remote_code:
         seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         what = "a vision model whose text part cannot be had alone" if seeing else "no language model that generates"
-    elif kind == "xlnet" or (kind in ENCODERS and not _is_causal(config)):
+    elif kind in ("xlnet", "cpmant") or (kind in ENCODERS and not _is_causal(config)):
         what = "an encoder, in which a token sees those after it"
     if what:
         raise ModelError(
@@ -88,27 +92,52 @@ def _refuse_quantised(model: Model, config: Any) -> None:
 
 def _add_aliases(text: Any) -> None:
     """Let what TRL reads be found where this family's configs keep it; nothing of it is saved with the model."""
-    for name, others in ALIASES.items():
-        own = next((other for other in others if hasattr(text, other)), None)
-        if own and not hasattr(text, name):
-            type(text).attribute_map = {**type(text).attribute_map, name: own}
+    type(text).attribute_map = type(text).attribute_map | aliases(text)
 
 
-def _refuse_no_balance(settings: Settings, text: Any) -> None:
-    """ConfigError where TRL would add an auxiliary loss of experts that it cannot work out for this family."""
+def aliases(text: Any) -> dict[str, str]:
+    """What TRL reads of this config → the name under which the family keeps it."""
+    known, given = vars(text), type(text).attribute_map
+    owns = {
+        name: [other for other in (given.get(name), *others) if other in known]
+        for name, others in ALIASES.items()
+        if name not in known
+    }
+    return {name: own[0] for name, own in owns.items() if own}
+
+
+def _refuse_no_balance(settings: Settings, config: Any) -> None:
+    """ConfigError where TRL would add an auxiliary loss of experts that it cannot work out for a model of `config`."""
+    text = config.get_text_config()
     if "router_aux_loss_coef" not in settings.trl or not hasattr(text, "output_router_logits"):
         return
     asked, own = settings.trl["router_aux_loss_coef"], getattr(text, "router_aux_loss_coef", 0.0)
     weight = own if asked is None else asked
-    if weight and (text.model_type in UNBALANCED or not hasattr(text, "num_experts")):
+    if weight and not (hasattr(text, "num_experts") and hasattr(text, "num_experts_per_tok") and _is_balanced(config)):
         raise ConfigError(
             f"trl.router_aux_loss_coef={weight:g}{' (of the model)' if asked is None else ''}: TRL cannot work out "
             f"the auxiliary loss of the experts of a {text.model_type}: trl.router_aux_loss_coef=0 trains without"
         )
 
 
-UNBALANCED: tuple[str, ...] = ()
-"""Families whose routers do not return what the auxiliary loss is made of."""
+def _is_balanced(config: Any) -> bool:
+    """Whether a model of `config` has routers whose logits it returns, and Mixtral's auxiliary loss, which is TRL's."""
+    model = _empty(config)
+    own = getattr(sys.modules[type(model).__module__], load_balancing_loss_func.__name__, load_balancing_loss_func)
+    recorded = [
+        (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", []) for module in model.modules()
+    ]
+    listed = (each if isinstance(each, list) else [each] for each in recorded)
+    kinds = tuple(getattr(recorder, "target_class", recorder) for recorder in itertools.chain(*listed))
+    has_routers = not kinds or any(isinstance(module, kinds) for module in model.modules())
+    theirs = inspect.signature(load_balancing_loss_func).parameters
+    return has_routers and [*inspect.signature(own).parameters] == [*theirs]
+
+
+def _empty(config: Any) -> Any:
+    """A model of `config` without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _refuse_past_the_last_position(settings: Settings, config: Any, data: Prepared) -> None:
@@ -146,8 +175,7 @@ def _positions(config: Any) -> int | None:
     last = getattr(text, "max_position_embeddings", None)
     if last is None or getattr(text, "rope_parameters", None):
         return None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = _empty(config)
     tables = [*model.named_parameters(), *model.named_buffers()]
     known = [table.shape[0] for name, table in tables if re.search("pos|wpe", name) and table.ndim == 2]
     return last if any(last <= rows <= last + 8 for rows in known) else None  # OPT and others begin at 2

@@ -24,7 +24,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EX
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import DPOConfig, DPOTrainer
@@ -76,7 +76,8 @@ SIZES = {  # of whatever field of this name a config has
 }
 TINY = {name: size for size, names in SIZES.items() for name in names.split()}
 TINY |= {"pad_token_id": 0, "eos_token_id": 4, "bos_token_id": None, "initializer_range": 0.1, "init_std": 0.1}
-OWN = {  # what a family's code demands of its sizes
+LINEAR = ["linear_attention", "full_attention"]
+OWN = {  # what a family's code demands of its sizes; of hybrids, a layer with attention, without which none is sampled
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mpt": {"expansion_ratio": 2},
     "mamba2": {"num_heads": 8, "expand": 2, "head_dim": 8},
@@ -84,18 +85,36 @@ OWN = {  # what a family's code demands of its sizes
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "bamba": {"attn_layer_indices": [1]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "nemotron_h": {"layers_block_type": LINEAR, "mamba_num_heads": 8},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "zamba": {"layers_block_type": ["hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    **{name: {"bos_token_id": 0} for name in ("cwm", "modernbert-decoder", "emu3_text_model", "mllama_text_model")},
+    **{name: {"layer_types": LINEAR} for name in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "kimi_linear")},
+    **{name: {"layer_types": LINEAR} for name in ("bailing_hybrid", "granitemoehybrid")},
 }
 
 
 def tiny_config(family):
     """The config of a random model of two layers, of the family with this model_type."""
-    kind = CONFIG_MAPPING[family]
-    names = set(kind().to_dict()) | set(getattr(kind, "attribute_map", ()))
+    return CONFIG_MAPPING[family](**tiny_sizes(CONFIG_MAPPING[family]) | OWN.get(family, {}))
+
+
+def tiny_sizes(kind):
+    """What to give a config of the class `kind`, and the configs within it."""
+    usual = kind().to_dict()
+    names = set(usual) | set(getattr(kind, "attribute_map", ()))
     values = {name: value for name, value in TINY.items() if name in names}
     if "kv_lora_rank" in names:
         values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has as many
-    values |= {name: 0.0 for name, value in kind().to_dict().items() if "drop" in name and isinstance(value, float)}
-    return kind(**values | OWN.get(family, {}))
+    values |= {name: 0.0 for name, value in usual.items() if "drop" in name and isinstance(value, float)}
+    parts = {name: part for name, part in kind.sub_configs.items() if part is not AutoConfig}
+    return values | {name: tiny_sizes(part) | OWN.get(part.model_type, {}) for name, part in parts.items()}
 
 
 def save_tiny(config, folder):
@@ -124,7 +143,7 @@ class Bench:
         rows.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:12]))
         self.settings = {tuning: settings_of(MODEL, tuning, rows) for tuning in ("full", "lora", "qlora")}
         self.tokenizer = load_tokenizer(self.settings["full"].model)
-        self.data = prepare_data(self.settings["full"], self.tokenizer, RunDirectory(place))
+        self.data = prepare_data(self.settings["full"], self.tokenizer)
 
     def of(self, folder, tuning):
         """The settings for a model in `folder`."""
