@@ -111,11 +111,11 @@ PAIRS = pairs(6)
 LINES = "".join(json.dumps(row) + "\n" for row in PAIRS)
 
 
-def cells(delimiter, end="\n"):
+def cells(rows, delimiter, end="\n"):
     text = io.StringIO()
-    table = csv.DictWriter(text, PAIRS[0], delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
+    table = csv.DictWriter(text, rows[0], delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
     table.writeheader()
-    table.writerows(PAIRS)
+    table.writerows(rows)
     return text.getvalue()
 
 
@@ -126,29 +126,48 @@ def zstd(content):
     return sink.getvalue().to_pybytes()
 
 
-COLUMNS = {name: [row[name] for row in PAIRS] for name in PAIRS[0]}
-FILES = {
-    "tabs.tsv": cells("\t").encode(),
-    "semicolons.csv": cells(";", "\r\n").encode(),
-    "bars.csv": cells("|").encode(),
-    "windows.csv": cells(",", "\r\n").encode("utf-16"),
-    "excel.tsv": cells("\t").encode("utf-16"),
-    "wide.jsonl": LINES.encode("utf-32"),
-    "wide.json": json.dumps(PAIRS).encode("utf-16"),
-    "marked.json": json.dumps(PAIRS).encode("utf-8-sig"),
-    "packed.json.gz": gzip.compress(json.dumps(PAIRS).encode()),
-    "packed.csv.gz": gzip.compress(cells(",").encode()),
-    "packed.jsonl.zst": zstd(LINES.encode()),
-    "packed.json.zst": zstd(json.dumps(PAIRS, indent=1).encode()),
-    "UPPER.JSONL.GZ": gzip.compress(LINES.encode()),
-    "pretty.jsonl": json.dumps(PAIRS, indent=2).encode(),
-    "one_line.jsonl": json.dumps(PAIRS).encode(),
-    "lines.json": LINES.encode(),
-    "wrapped.json": json.dumps({"version": "1", "data": PAIRS}, indent=1).encode(),
-    "splits.json": json.dumps({"train": PAIRS, "test": PAIRS[:2]}).encode(),
-    "columns.json": json.dumps(COLUMNS).encode(),
-    "more_columns.json": json.dumps(COLUMNS | {"meta": [{"k": 1}] * 6}).encode(),
-}
+def arrow(rows, write):
+    sink, table = pa.BufferOutputStream(), pa.Table.from_pylist(rows)
+    if write is pq.write_table:
+        write(table, sink)
+    else:
+        with write(sink, table.schema) as file:
+            file.write_table(table, max_chunksize=20)
+    return sink.getvalue().to_pybytes()
+
+
+def files(rows):
+    """`rows` as the content of files of every kind, by name."""
+    lines, whole = "".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        "tabs.tsv": cells(rows, "\t").encode(),
+        "semicolons.csv": cells(rows, ";", "\r\n").encode(),
+        "bars.csv": cells(rows, "|").encode(),
+        "windows.csv": cells(rows, ",", "\r\n").encode("utf-16"),
+        "excel.tsv": cells(rows, "\t").encode("utf-16"),
+        "wide.jsonl": lines.encode("utf-32"),
+        "wide.json": whole.encode("utf-16"),
+        "marked.json": whole.encode("utf-8-sig"),
+        "packed.json.gz": gzip.compress(whole.encode()),
+        "packed.csv.gz": gzip.compress(cells(rows, ",").encode()),
+        "packed.jsonl.zst": zstd(lines.encode()),
+        "packed.json.zst": zstd(json.dumps(rows, indent=1).encode()),
+        "UPPER.JSONL.GZ": gzip.compress(lines.encode()),
+        "pretty.jsonl": json.dumps(rows, indent=2).encode(),
+        "one_line.jsonl": whole.encode(),
+        "lines.json": lines.encode(),
+        "wrapped.json": json.dumps({"version": "1", "data": rows}, indent=1).encode(),
+        "splits.json": json.dumps({"train": rows, "test": rows[:2]}).encode(),
+        "columns.json": json.dumps(columns).encode(),
+        "more_columns.json": json.dumps(columns | {"meta": [{"k": 1}] * len(rows)}).encode(),
+        "rows.parquet": arrow(rows, pq.write_table),
+        "file.arrow": arrow(rows, pa.ipc.new_file),
+        "stream.arrow": arrow(rows, pa.ipc.new_stream),
+    }
+
+
+FILES = files(PAIRS)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -175,6 +194,10 @@ REFUSED = {
     "chat.json": (json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode(), r"must hold one JSON list"),
     "two.json": (json.dumps({"good": [{"a": 1}], "bad": [{"a": 1}]}).encode(), r"it has the lists good, bad"),
     "objects.json": (json.dumps(PAIRS[0], indent=1).encode() * 2, r"several objects over several lines"),
+    "latin.csv": (
+        "prompt;chosen;rejected;né\n".encode("latin-1"),
+        r"latin.csv:1: the names of the columns are not UTF-8",
+    ),
     "nan.json": (b'{"data": [{"a": NaN}]}', r"not strict JSON \(NaN is no JSON"),
 }
 

@@ -9,12 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo_kit.cli.plan import plan_run
+from dpo_kit.config.compose import check as checked
+from dpo_kit.config.compose import compose
 from dpo_kit.data.curate.convert import convert
 from dpo_kit.data.curate.options import Convert
 from dpo_kit.data.gather import read_rows, sources
 from dpo_kit.data.other_forms import best_and_worst
 from dpo_kit.data.read import Fault, Row
-from tests.preferences import data, prepared
+from dpo_kit.errors import DataError, DpoKitError
+from dpo_kit.run.files import write_json
+from tests.preferences import data, labels, pairs, prepared, report
+from tests.test_files import files
 from tests.test_forms import FORM_ROWS
 
 JUNK = (
@@ -155,3 +161,76 @@ def test_rows_of_every_form_with_random_faults_are_kept_or_counted(tmp_path):
 @pytest.mark.fault("100,000 rows of every form, three in ten of them spoilt", promise="P4")
 def test_a_hundred_thousand_rows_of_every_form_are_kept_or_counted(tmp_path):
     assert check(tmp_path, 100_000 // len(FORM_ROWS) + 1, seed=1, trained=("pairs", "unary", "prompts")) > 100_000
+
+
+# --- whole files ---------------------------------------------------------------------------------------------------
+
+PIECES = (
+    *(b"\0", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"\xff\xfe", b"\n", b"\r", b"\r\n\r\n", b'"', b"'", b"\\", b"\\ud83d"),
+    *(b"{", b"}", b"[", b"]", b",", b";", b"\t", b":", b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"null"),
+    *(b"[" * 990, b'{"a":' * 900, b'"prompt": ', b'"chosen": "x", ', b"\n\n{}\n", "\u2028".encode(), b"a" * 140_000),
+)  # fmt: skip
+
+
+def damaged(content, rng):
+    """`content` with one to three pieces cut, doubled, overwritten or put in."""
+    for _ in range(rng.randrange(1, 4)):
+        start = rng.randrange(len(content) + 1)
+        end = start + rng.choice((1, 1, 8, 200, len(content)))
+        new = rng.choice((b"", content[start:end] * 2, rng.randbytes(min(end - start, 300)), rng.choice(PIECES)))
+        content = content[:start] + new + content[rng.choice((start, end)) :]
+    return content
+
+
+def placed(folder, name, content, rng):
+    """The file's path, some under another kind's name; or its folder, of a split or with whole rows beside."""
+    way, ending = rng.randrange(8), "".join(name.partition(".")[1:])
+    if way == 0:
+        name = "other" + rng.choice([".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".jsonl.gz", ".json.zst"])
+    elif way == 1:
+        name = f"data/train-00000-of-00001{ending}"
+    elif way == 2:
+        (folder / "whole.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(20, seed=rng.random())))
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return str(folder if way in (1, 2) else path)
+
+
+def try_files(folder, count, seed, size, plans):
+    """How many damaged files were read: each ends in rows and faults, or in one sentence that can be printed."""
+    outcomes = {"read": 0, "refused": 0}
+    for number in range(count):
+        rng = random.Random(f"{seed} {number}")
+        wanted, rows = rng.choice([("pairs", pairs), ("unary", labels)])
+        name, content = rng.choice([*files(rows(size, seed=number)).items()])
+        (folder / str(number)).mkdir()
+        path = placed(folder / str(number), name, damaged(content, rng), rng)
+        options = {"on_bad_row": rng.choice(["fail", "drop"]), "wrap_as_chat": False}  # no template is tried
+        try:
+            found = [prepared(path, wanted=wanted, **options).report]
+            found += [report(path, **options)] if wanted == "pairs" else []
+            write_json(folder / "report.json", found)
+            outcomes["read"] += 1
+        except DataError as error:
+            assert str(error).encode().strip()
+            outcomes["refused"] += 1
+        if number < plans:
+            method = {"pairs": "dpo", "unary": "kto"}[wanted]
+            words = ["data=jsonl", f"data.train={path}", f"method={method}", "data.on_bad_row=drop", "data.gold=null"]
+            try:
+                plan_run(checked(compose(words)))
+            except DpoKitError as error:
+                assert str(error).encode().strip()
+    return outcomes
+
+
+def test_damaged_files_of_every_kind_are_read_or_refused_in_a_sentence(tmp_path):
+    assert min(try_files(tmp_path, 12, seed=0, size=20, plans=0).values()) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.fault("100,000 rows in damaged files of every kind", promise="P4")
+def test_a_hundred_thousand_rows_in_damaged_files_are_read_or_refused(tmp_path):
+    assert min(try_files(tmp_path, 2000, seed=1, size=50, plans=100).values()) > 300

@@ -28,6 +28,8 @@ def read_cells(path: Path) -> Iterator[Row | Fault]:
             names = next(records, [])
         except csv.Error as error:
             raise DataError(f"{path}:1: the header is not CSV: {error}; save the file as CSV in UTF-8") from error
+        if SURROGATE.search("".join(names)):
+            raise DataError(f"{path}:1: the names of the columns are not UTF-8: save the file as UTF-8")
         if not any(names):
             raise DataError(f"{path}:1: a CSV file needs a header line with the names of its columns")
         if len(set(names)) < len(names):
