@@ -22,6 +22,7 @@ from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.trainer.arguments import build_arguments, describe_arguments
 from tests.small import few_pairs
+from tests.test_families import saved, words
 
 QUICK = ["callbacks=none", "trl.save_strategy=no", "trl.logging_steps=1"]
 MINE = """\
@@ -81,6 +82,24 @@ def test_the_script_reaches_the_losses_of_the_run_without_dpo_kit(words, tmp_pat
     ours = _losses(read_metrics(run / "metrics.jsonl"))
     assert len(ours) >= 4 and ours[0] != ours[-1]
     assert _repeat(run) == pytest.approx(ours, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "tuning", "own"),
+    [
+        ("mamba", "lora", {}),  # modules that the adapter must leave out
+        ("jamba", "qlora", {}),  # and 4 bit
+        ("granitemoe", "full", {}),  # a number of experts under another name
+        ("opt", "full", {"dropout": 0.3, "word_embed_proj_dim": 32}),  # dropout that TRL does not reach
+    ],
+)
+def test_the_script_has_what_the_family_needs(family, tuning, own, tmp_path):
+    run, folder = tmp_path / "run", saved(tmp_path / "model", family, **own)
+    more = [*QUICK, f"model.tuning={tuning}", "trl.learning_rate=1e-3", "speed.share_prefix=false"]
+    train(compose(words(folder, tmp_path, *more)), run)
+    ours = _losses(read_metrics(run / "metrics.jsonl"))
+    assert ours[0] != ours[-1] and _repeat(run) == pytest.approx(ours, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from dpo_kit.config.settings import Settings
 from dpo_kit.config.tools import refuse_existing
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.export.folder import complete_or_absent
-from dpo_kit.model.load import load_tokenizer, read_template
-from dpo_kit.model.origin import base_of, has_tokenizer, read_adapter
+from dpo_kit.model.load import is_plain, load_tokenizer, read_config, read_template
+from dpo_kit.model.origin import ADAPTER, base_of, has_tokenizer, quantised_by, read_adapter
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import digest, read_json, write_json, write_text
 from dpo_kit.run.quiet import quiet_libraries
@@ -23,6 +23,7 @@ from dpo_kit.trainer.rows import build_dataset, held_out_rows, read_data
 
 log = logging.getLogger(__name__)
 NAME = "reproduce.py"
+QUIET = "for each in filter(None, (trainer.model, getattr(trainer, 'ref_model', None))):\n    switch_off_noise(each)\n"
 ON_A_CPU = [
     "for module in model.modules():  # bitsandbytes-foundation/bitsandbytes#1804",
     '    if hasattr(module, "support_avx512bf16_for_cpu"):',
@@ -56,7 +57,7 @@ trainer = GivenTokens(
     eval_dataset=load_from_disk(str(HERE / "eval")),
     processing_class=tokenizer,{more}
 )
-trainer.train()
+{quiet}trainer.train()
 trainer.save_model(str(HERE / "model"))
 '''
 
@@ -90,7 +91,7 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
         for name, part in rows.items():
             build_dataset(part, settings.method.rows).save_to_disk(str(aside / name))
         write_json(aside / "trl_config.json", read_json(run.trl_config) | {"hub_token": None, "push_to_hub": False})
-        write_text(aside / NAME, build_script(settings, manifest, result))
+        write_text(aside / NAME, build_script(settings, run, manifest, result))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     log.info("%s: %d rows to train on, %d held out, %.1f MB", out, len(rows["train"]), len(rows["eval"]), size)
     drops = not settings.trl["disable_dropout"] and settings.model.tuning != "full"
@@ -106,36 +107,55 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
     return out / NAME
 
 
-def build_script(settings: Settings, manifest: dict[str, Any], result: dict[str, Any]) -> str:
+def build_script(settings: Settings, run: RunDirectory, manifest: dict[str, Any], result: dict[str, Any]) -> str:
     """The text of the script."""
     model, base, adapter = settings.model, base_of(settings.model), read_adapter(settings.model)
     machine, is_qlora = manifest["machine"], settings.model.tuning == "qlora"
+    config = read_config(model)
     numbers = {"dtype": machine["dtype"], "attn_implementation": model.attn_implementation}
-    (trainer_module, trainer), (config_module, config) = (
+    (trainer_module, trainer), (config_module, config_class) = (
         path.rsplit(".", 1) for path in (settings.method.trainer, settings.method.config)
     )
     wanted = {"datasets": {"load_from_disk"}, "transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
     wanted.setdefault(trainer_module, set()).add(trainer)
-    wanted.setdefault(config_module, set()).add(config)
+    wanted.setdefault(config_module, set()).add(config_class)
     more = []  # arguments of the trainer
 
     loads = _arguments(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code or None, **numbers)
     lines = [f"model = AutoModelForCausalLM.from_pretrained({loads})"]
     if is_qlora:
+        from dpo_kit.model.bypassed import kept_whole
+
+        whole = {} if is_plain(config) else {"llm_int8_skip_modules": kept_whole(config)}
         wanted["transformers"].add("BitsAndBytesConfig")
         lines = [
-            f"quantization = BitsAndBytesConfig({_arguments(**base.quantization)})",
+            f"quantization = BitsAndBytesConfig({_arguments(**whole | base.quantization)})",
             f"model = AutoModelForCausalLM.from_pretrained({loads}, "
             'device_map={"": 0 if torch.cuda.is_available() else "cpu"}, quantization_config=quantization)',
             *(ON_A_CPU if machine["device"] == "cpu" else []),
         ]
+    elif quantised_by(base.path, base.revision) == "mxfp4":
+        wanted["transformers"].add("Mxfp4Config")
+        loads += ", quantization_config=Mxfp4Config(dequantize=True)"
+        lines = [f"model = AutoModelForCausalLM.from_pretrained({loads})"]
+    given, quiet = [inspect.getsource(GivenTokens)], ""
+    if not is_plain(config):
+        from dpo_kit.trainer.families import aliases, switch_off_noise
+
+        if names := aliases(config.get_text_config()):
+            lines.append("kind = type(model.config.get_text_config())")
+            lines.append(f"kind.attribute_map = kind.attribute_map | {names!r}  # under which TRL looks for them")
+        if settings.trl["disable_dropout"]:
+            given.append(inspect.getsource(switch_off_noise))
+            quiet = QUIET
     if adapter:
         wanted["peft"] = {"PeftModel"}
         loads = _arguments(model.path, revision=model.revision, is_trainable=True)
         lines.append(f"model = PeftModel.from_pretrained(model, {loads})  # TRL keeps a copy of it as the reference")
     elif model.tuning != "full":
         wanted["peft"] = {"LoraConfig"}
-        more.append(f"peft_config=LoraConfig({_arguments(**(model.lora | {'task_type': 'CAUSAL_LM'}))})")
+        fitted = {"exclude_modules": read_json(run.model / ADAPTER)["exclude_modules"], "task_type": "CAUSAL_LM"}
+        more.append(f"peft_config=LoraConfig({_arguments(**model.lora | fitted)})")
     if model.reference and settings.method.reference:
         more.append(f"ref_model=AutoModelForCausalLM.from_pretrained({_arguments(model.reference, **numbers)})")
 
@@ -156,8 +176,9 @@ def build_script(settings: Settings, manifest: dict[str, Any], result: dict[str,
         imports="\n".join(["import torch", *imports] if is_qlora else imports),
         model="\n".join(lines),
         trainer=trainer,
-        given=inspect.getsource(GivenTokens),
-        config=config,
+        given="\n\n".join(given),
+        quiet=quiet,
+        config=config_class,
         more="".join(f"\n    {line}," for line in more),
     )
 
