@@ -64,7 +64,10 @@ def measure_win_rate(job: Job) -> dict[str, Any]:
         ]
         whole = [(prompt, a.text, b.text) for _, prompt, _, a, b in drawn if a and b]
         verdicts = iter(compare(judge, *map(list, zip(*whole, strict=True))) if whole else [])
-        compared = [Compared(*row, next(verdicts) if row[3] and row[4] else UNJUDGED) for row in drawn]
+        compared = [
+            Compared(name, prompt, draw, a, b, next(verdicts) if a and b else UNJUDGED)
+            for name, prompt, draw, a, b in drawn
+        ]
         spend = {"policy": our_cost, "opponent": their_cost, "judge": judge.spend()}
     status = "done"
     if any(row.verdict.points is None for row in compared):
