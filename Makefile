@@ -27,7 +27,7 @@ newest:  ## the tests of config and schema, and one run, with the newest TRL of 
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --constraint $(NEWEST)/constraints.txt trl transformers datasets accelerate peft
 	$(NEWEST)/bin/python -m dpo_kit env
 	$(NEWEST)/bin/python -m dpo_kit trl.max_steps=4 tracking=none hydra.run.dir=$(NEWEST)/run-$$$$
-	$(NEWEST)/bin/python -m pytest -m "not slow" tests/test_config.py tests/test_experiments.py tests/test_exactness.py tests/test_architecture.py
+	$(NEWEST)/bin/python -m pytest -m "not slow" tests/config/test_config.py tests/config/test_experiments.py tests/trainer/test_exactness.py tests/test_architecture.py
 
 check: $(VENV)/installed  ## format, lint and types; changes nothing
 	$(BIN)/ruff format --check

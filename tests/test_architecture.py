@@ -119,7 +119,7 @@ def test_no_python_branches_on_a_method_s_name():
     assert hits == []
 
 
-PRIVATE = re.findall(r"^\| `([\w.]+):(\w+)` \| (.*?) \| `(\w+\.py)` \|$", CONTRIBUTING.read_text(), re.M)
+PRIVATE = re.findall(r"^\| `([\w.]+):(\w+)` \| (.*?) \| `([\w/]+\.py)` \|$", CONTRIBUTING.read_text(), re.M)
 
 
 def test_private_names_of_others_are_those_that_contributing_lists():

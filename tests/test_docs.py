@@ -142,7 +142,7 @@ def test_every_sweep_of_the_readme_runs_and_is_summed_up_again(written, command,
 @pytest.mark.slow
 def test_every_evaluation_of_the_readme_runs(command, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is in the extra eval")
-    from tests.test_harness import write_desks
+    from tests.evaluate.test_harness import write_desks
 
     write_desks(tmp_path / "tasks", 24)
     rows = [{"prompt": f"Who repairs the {item}?", "label": desk} for item, desk in list(DESK_OF.items())[:16]]

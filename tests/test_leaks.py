@@ -16,7 +16,7 @@ from dpo_kit.run.redact import REDACTED, RedactingFormatter, redact, redact_text
 from dpo_kit.toy import TRAIN
 from dpo_kit.trainer.finish import write_failure
 from tests.canary import leaks
-from tests.test_secrets import TOKENS
+from tests.run.test_secrets import TOKENS
 
 PLAIN = "Xq7-swordfish-Zk9"  # has no known shape
 URL = f"https://me:{PLAIN}@example.org/pairs.jsonl"

@@ -28,11 +28,11 @@ from dpo_kit.judge.verdicts import PICK_ME, Verdict
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json, write_jsonl
 from dpo_kit.run.report.markdown import fence
+from tests.data.test_build import served_model, vote  # noqa: F401
+from tests.judge.test_judges import parts as shown_parts
 from tests.offline_wandb import log_files, read_offline
 from tests.scripted_server import Turn, scripted_server, unreliable
 from tests.small import few_pairs, write_pairs
-from tests.test_build import served_model, vote  # noqa: F401
-from tests.test_judges import parts as shown_parts
 
 RATE = "parts=[win_rate]"
 

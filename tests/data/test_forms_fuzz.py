@@ -19,9 +19,9 @@ from dpo_kit.data.other_forms import best_and_worst
 from dpo_kit.data.read import Fault, Row
 from dpo_kit.errors import DataError, DpoKitError
 from dpo_kit.run.files import write_json
+from tests.data.test_files import files
+from tests.data.test_forms import FORM_ROWS
 from tests.preferences import data, labels, pairs, prepared, report
-from tests.test_files import files
-from tests.test_forms import FORM_ROWS
 
 JUNK = (
     *(None, "", " \n", "\u200b", "x", "[{'role': 'user'", '[{"role": 1}]', "{", "Human: a\n\nAssistant: b"),

@@ -27,8 +27,8 @@ from dpo_kit.judge.answers import Answer
 from dpo_kit.judge.verdicts import Verdict
 from dpo_kit.run.files import read_json, write_json, write_jsonl
 from dpo_kit.toy.domain import DESK_OF, QUESTIONS
+from tests.evaluate.test_evaluate import read_jsonl, result_of, run, trained  # noqa: F401
 from tests.scripted_server import Turn, scripted_server
-from tests.test_evaluate import read_jsonl, result_of, run, trained  # noqa: F401
 
 DEFAULTS = yaml.safe_load((CONF / "tool" / "evaluate.yaml").read_text())
 
@@ -273,7 +273,7 @@ def test_the_gate_of_a_sweep_scores_the_reference_once_and_a_damaged_run_is_reje
     capfd,
 ):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is in the extra eval")
-    from tests.test_harness import write_desks
+    from tests.evaluate.test_harness import write_desks
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path / "cache"))

@@ -25,8 +25,8 @@ from dpo_kit.data.build.prompts import read_prompts
 from dpo_kit.errors import BuildError, ConfigError, DataError
 from dpo_kit.judge.answers import Answer
 from dpo_kit.judge.llm import fence
+from tests.judge.test_judges import parts
 from tests.scripted_server import Turn, scripted_server, unreliable
-from tests.test_judges import parts
 
 PLACE = "My toaster leaks."
 

@@ -12,7 +12,7 @@ import pytest
 from dpo_kit import toy
 from dpo_kit.toy import domain
 
-LAB = Path(__file__).parents[1] / "examples" / "lab"
+LAB = Path(__file__).parents[2] / "examples" / "lab"
 raters = SimpleNamespace(**runpy.run_path(str(LAB / "raters.py")))
 PROMPT = "My toaster leaks."
 RIGHT = "Tighten the seal."

@@ -282,7 +282,7 @@ def test_the_number_of_requests_has_a_limit_too(tmp_path):
 KILLED = """
 import sys; from pathlib import Path
 from dpo_kit.run.journal import Journal
-from tests.test_server import endpoint, requests
+from tests.judge.test_server import endpoint, requests
 from dpo_kit.judge.server import Server
 with Journal(Path(sys.argv[1])) as journal:
     Server(endpoint(sys.argv[2], workers=3), journal).ask(requests(60), "asking")

@@ -236,7 +236,7 @@ def test_prompts_of_one_pattern_form_a_cluster(tmp_path):
     assert found["prompts"] == 30 and found["clusters"] == 21 and found["largest_cluster"] == pytest.approx(1 / 3)
 
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.mark.slow

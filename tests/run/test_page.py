@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from dpo_kit.run.files import write_json
 from dpo_kit.run.report.markdown import code, fence, inline, table
 from dpo_kit.run.report.page import refresh_page, write_page
-from tests.test_card import CANARY, MANIFEST, RESULT
+from tests.run.test_card import CANARY, MANIFEST, RESULT
 
 DONE: dict[str, Any] = RESULT | {
     "status": "done",

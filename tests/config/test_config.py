@@ -17,7 +17,7 @@ from dpo_kit.errors import ConfigError
 from tests.golden.write import resolved
 
 METHODS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def test_the_default_config_is_dpo_on_the_embedded_lab():

@@ -29,7 +29,7 @@ from dpo_kit.judge.server import Reply
 from dpo_kit.run.journal import Journal
 from tests.scripted_server import Turn, scripted_server
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "mt_bench_question.jsonl"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "mt_bench_question.jsonl"
 ROWS = [
     {"question_id": 1, "category": "writing", "turns": ["Write a poem.", "Now shorter."], "reference": ["a", "b"]},
     {"question_id": 2, "category": "math", "turns": ["What is 3 + 4?", "Twice that?"], "reference": ["It is 7.", "14"]},

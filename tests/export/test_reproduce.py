@@ -22,7 +22,7 @@ from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.trainer.arguments import build_arguments, describe_arguments
 from tests.small import few_pairs
-from tests.test_families import saved, words
+from tests.trainer.test_families import saved, words
 
 QUICK = ["callbacks=none", "trl.save_strategy=no", "trl.logging_steps=1"]
 MINE = """\

@@ -17,8 +17,8 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.report.card import card_text
 from dpo_kit.toy import MODEL
+from tests.run.test_card import CANARY, MANIFEST, RESULT
 from tests.small import few_pairs
-from tests.test_card import CANARY, MANIFEST, RESULT
 
 
 @pytest.fixture(scope="module")
