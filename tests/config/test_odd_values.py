@@ -72,7 +72,6 @@ TOOLS = {  # the keys that are drawn from, the words before them, what the comma
     "convert": (leaves(Convert, "convert"), ["mode=convert"], preparing.work),
     "build": ([*DATA, *TRAINING], ["mode=build"], preparing.work),
     "evaluate": ([*EVALUATION, *TRAINING], [f"policy={MODEL}", f"reference={MODEL}"], evaluation.work),
-    "evaluate a run": (EVALUATION, [], evaluation.work),
     "export": (["run", "out", "push", *exporting.CHOICES], ["run=r"], exporting.export),
     "sweep": (list(summing_up.KEYS), ["sweep=s"], summing_up.summarise),
     "dashboard": (list(dashboard.KEYS), ["project=p"], dashboard.print_address),
