@@ -371,7 +371,7 @@ def test_an_interrupted_sweep_ends_its_jobs_shows_the_table_and_goes_on_later(sw
     running = sweep(*words, fake="0.2=hang", wait=False)
     pid = wait_for_start(tmp_path, 0.2)
     running.send_signal(number)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=120)
     assert running.returncode == code, err
     assert [job["state"] for job in jobs_of(tmp_path).values()] == ["done", "interrupted", "waiting"]
     assert "1 of 3 jobs done" in out and "Traceback" not in err and not is_alive(pid)
@@ -402,7 +402,7 @@ def test_a_sweep_is_run_by_one_process_at_a_time(sweep, tmp_path):
     wait_for_start(tmp_path, 0.1)
     second = sweep("-m", "beta=0.1,0.2")
     first.send_signal(signal.SIGINT)
-    first.communicate(timeout=60)
+    first.communicate(timeout=120)
     assert second.returncode == 2 and "is being written by process" in second.stderr
 
 

@@ -83,7 +83,7 @@ def status(run):
 
 
 def test_every_test_that_the_table_names_is_there():
-    sources = "".join(file.read_text() for file in ROOT.glob("tests/test_*.py"))
+    sources = "".join(file.read_text() for file in ROOT.glob("tests/**/test_*.py"))
     assert [name for name in EXISTING if f"def {name}(" not in sources] == []
 
 
