@@ -109,7 +109,7 @@ def test_a_model_is_tuned_from_prompts_to_an_export_beside_stock_trl(run, tmp_pa
     done = run(f"{command_of('real_model/tune.py')} model=any prompts=24")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "outputs" / "real_model" / "export" / "model.safetensors").exists()
-    rows = re.findall(r"^\| (KL reverse|accuracy|seconds).*?\| +([\d.]+) \| +([\d.]+)", done.stdout, re.M)
+    rows = re.findall(r"^\| (KL reverse|accuracy|seconds).*?\| +([\d.]+) +\| +([\d.]+)", done.stdout, re.M)
     assert [row[0] for row in rows] == ["seconds", "accuracy", "KL reverse"], done.stdout
 
 
