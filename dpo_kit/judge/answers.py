@@ -45,7 +45,7 @@ class Asking:
     """How prompts are asked: the same `Asking` gives the same answers of a local model on the same machine."""
 
     max_new_tokens: int
-    chunk: int = 32  # prompts of a local model at a time
+    chunk: int = 128  # prompts of a local model at a time
     seed: int = 0
     top_p: float | None = None  # the share of the probability that is drawn from; None: all of it
 
@@ -169,7 +169,7 @@ def _local_model(source: LocalAnswers, model: Model) -> LocalModel:
 def _sample(
     model: Any, tokenizer: Any, rows: list[dict[str, Any]], temperature: float | None, asking: Asking, seed: int
 ) -> list[Any]:
-    """One sample per row, in one batch, from `seed`; temperature 0: greedy, None: the model's own config."""
+    """One sample per row, from `seed`; temperature 0: greedy, None: the model's own config."""
     import torch
     from transformers import GenerationConfig
 
@@ -181,7 +181,6 @@ def _sample(
     elif temperature:
         own = {"temperature": float(temperature), "top_p": asking.top_p, "top_k": 0}
         shape = Shaped(GenerationConfig(do_sample=True, **own))
-    options: dict[str, Any] = {"max_new_tokens": asking.max_new_tokens, "batch_size": len(rows)}
     with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return draw_samples(model, tokenizer, rows, processor=lambda _: shape, **options)
+        return draw_samples(model, tokenizer, rows, processor=lambda _: shape, max_new_tokens=asking.max_new_tokens)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -25,7 +26,7 @@ from dpo_kit.model.chats import prompt_of
 from dpo_kit.model.tokens import decode_answer, encode_prompts
 from dpo_kit.model.turns import stop_ids
 
-DRAWN_AT_ONCE = 64  # answers, on a CPU
+DRAWN_AT_ONCE = 128  # answers, on a CPU
 USUAL_TOP_K = 50  # of transformers' generate, where a model's own config says nothing
 
 
@@ -80,13 +81,14 @@ def draw_samples(
 
 
 def rows_at_once(model: Any, length: int) -> int:
-    """Rows of `length` tokens that are drawn at a time: on a GPU as many as an eighth of its memory holds with their
-    keys, values and logits, so that equal cards draw equal samples; fewer where less is free.
+    """Rows of `length` tokens that are drawn at a time: as many as an eighth of the device's memory holds with their
+    keys, values and logits, so that equal machines draw equal samples; on a GPU fewer where less is free, on a CPU at
+    most `DRAWN_AT_ONCE`.
     """
-    if model.device.type != "cuda":
-        return DRAWN_AT_ONCE
     text = model.config.get_text_config()
     row = 2 * text.num_hidden_layers * cache_width(text) * model.dtype.itemsize * length + 12 * text.vocab_size
+    if model.device.type != "cuda":
+        return max(1, min(DRAWN_AT_ONCE, psutil.virtual_memory().total // 8 // row))
     free, total = torch.cuda.mem_get_info(model.device)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, min(total // 8, (free + unused) // 2) // row)
