@@ -45,7 +45,7 @@ class Asking:
     """How prompts are asked: the same `Asking` gives the same answers of a local model on the same machine."""
 
     max_new_tokens: int
-    chunk: int = 128  # prompts of a local model at a time
+    chunk: int = 64  # prompts of a local model at a time
     seed: int = 0
     top_p: float | None = None  # the share of the probability that is drawn from; None: all of it
 

@@ -26,7 +26,7 @@ from dpo_kit.model.chats import prompt_of
 from dpo_kit.model.tokens import decode_answer, encode_prompts
 from dpo_kit.model.turns import stop_ids
 
-DRAWN_AT_ONCE = 128  # answers, on a CPU
+DRAWN_AT_ONCE = 64  # answers, on a CPU
 USUAL_TOP_K = 50  # of transformers' generate, where a model's own config says nothing
 
 
