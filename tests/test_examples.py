@@ -127,7 +127,7 @@ def test_a_real_model_is_skipped_in_one_line_where_no_package_index_is_there(run
     [
         ("Answer in one sentence.", "Honey is made by bees.", "Honey is made. Bees make it."),
         ("Use at most fifteen words.", "Honey is sweet.", "Honey is " + "very " * 20 + "sweet."),
-        ("Answer as a list", "- Honey is sweet.\n- Bees make it.\n- It keeps.", "Honey:\n1. sweet\n2. old"),
+        ("Answer in two sentences.", "Honey is made. Bees make it.", "Honey is made. Bees make"),
         ("Answer in Spanish.", "La miel es un producto de las abejas.", "The honey is a product of bees."),
     ],
 )

@@ -1,7 +1,7 @@
 """A truth that a program can check and a reader finds sensible: does the answer keep to what was asked for?
 
-Each prompt is a request and a rule (`RULES`): so many words, so many points, one sentence, a language. The gold reward
-of an answer is how far it keeps to the rule (0 to 1), and half a point more if it speaks of what was asked about.
+Each prompt is a request and a rule (`RULES`): one sentence, two of them, so many words, a language. The gold reward of
+an answer is how far it keeps to the rule (0 to 1), and half a point more if it speaks of what was asked about.
 Beside it stands what tuning should not cost: capitals of the world (`capability_score`).
 
 A module like this one is what `data.gold=…` and `judge.module=…` name.
@@ -9,6 +9,7 @@ A module like this one is what `data.gold=…` and `judge.module=…` name.
 
 import random
 import re
+from functools import partial
 
 MAX_NEW_TOKENS = 48
 TOPICS = re.findall(
@@ -33,19 +34,13 @@ def sentences(text):
     return [piece for piece in re.split(r"(?<=[.!?])\s+", text.strip()) if piece]
 
 
-def one_sentence(text):
-    return 1 / max(1, len(sentences(text))) if text.strip().endswith((".", "!", "?")) else 0.0
+def in_sentences(text, wanted):
+    """1 for so many whole sentences, less the further from it; 0 where the answer breaks off."""
+    return 1 / (1 + abs(len(sentences(text)) - wanted)) if text.strip().endswith((".", "!", "?")) else 0.0
 
 
 def at_most_fifteen_words(text):
     return min(1.0, 15 / len(text.split())) if text.split() else 0.0
-
-
-def three_points(text):
-    """Three lines that begin with a dash, and no other line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    points = sum(line.startswith("-") for line in lines)
-    return max(0.0, 1 - (abs(points - 3) + len(lines) - points) / 3)
 
 
 def in_spanish(text):
@@ -55,9 +50,9 @@ def in_spanish(text):
 
 
 RULES = {
-    "Answer in one sentence.": one_sentence,
+    "Answer in one sentence.": partial(in_sentences, wanted=1),
+    "Answer in two sentences.": partial(in_sentences, wanted=2),
     "Use at most fifteen words.": at_most_fifteen_words,
-    "Answer as a list of exactly three points, each on a line of its own that begins with a dash.": three_points,
     "Answer in Spanish.": in_spanish,
 }
 CAPITALS = {

