@@ -128,14 +128,13 @@ def test_a_real_model_is_skipped_in_one_line_where_no_package_index_is_there(run
         ("Answer in one sentence.", "Honey is made by bees.", "Honey is made. Bees make it."),
         ("Use at most fifteen words.", "Honey is sweet.", "Honey is " + "very " * 20 + "sweet."),
         ("Answer in two sentences.", "Honey is made. Bees make it.", "Honey is made. Bees make"),
-        ("Answer in Spanish.", "La miel es un producto de las abejas.", "The honey is a product of bees."),
     ],
 )
 def test_the_gold_reward_of_the_real_run_tells_a_kept_rule_from_a_broken_one(rule, kept, broken):
     gold = runpy.run_path(str(EXAMPLES / "real_model" / "keeps_to_it.py"))
     prompt = "Tell me about honey. " + next(each for each in gold["RULES"] if each.startswith(rule))
     good, bad, off, empty = gold["gold_rewards"]([prompt] * 4, [kept, broken, kept.replace("oney", "am"), ""])
-    assert good == 1.5 > bad and off == (1.5 if "Spanish" in rule else 1.0) and empty <= 0.0
+    assert good == 1.5 > bad and off == 1.0 and empty == 0.0
     chats = [[{"role": "user", "content": prompt}]]
     assert gold["gold_rewards"](chats, [broken]) == [bad]
 

