@@ -3,12 +3,9 @@
 cfg → check → tokenizer, rows → policy, reference → TRL's trainer with our callbacks → model, result.json
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +26,13 @@ from dpo_kit.trainer.budget import chosen_amount, spent
 from dpo_kit.trainer.build import build_trainer
 from dpo_kit.trainer.finish import Result, finish_run, write_failure
 from dpo_kit.trainer.manifest import build_manifest, keep_date, typed_command
-from dpo_kit.trainer.measuring import add_callbacks
+from dpo_kit.trainer.measuring import add_callbacks, findings_before_training
 from dpo_kit.trainer.recorder import start_tracking
 from dpo_kit.trainer.refusals import explain_stop
 from dpo_kit.trainer.resume.find import begin_from, find_checkpoint, how_to_go_on
 from dpo_kit.trainer.resume.signals import Interrupted
 from dpo_kit.trainer.resume.whole_or_absent import explain_full_disk
 from dpo_kit.trainer.rows import prepare_data, report_data
-from dpo_kit.trainer.start_check import findings_before_training
 
 log = logging.getLogger(__name__)
 
@@ -74,22 +70,21 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
         write_json(run.manifest, manifest)
         report_data(data, run)
     tracker = start_tracking(settings, manifest["config"], run)
+    opened: Any = contextlib.nullcontext()  # a judge of answers, where they are drawn while training
     try:
-        with open_reward(settings, run) as reward:
+        if settings.judge is not None:
+            from dpo_kit.trainer.online import open_judged_reward
+
+            opened = open_judged_reward(settings.judge, settings.seed, run)
+        with opened as reward:
             trainer = build_trainer(settings, data, tokenizer, run, reward, origin(manifest))
             add_callbacks(trainer, settings, data, run, tracker, began)
-            early_findings = findings_before_training(trainer, len(data.train))
+            findings = findings_before_training(trainer, len(data.train))
             seconds = {"train": run_trainer(trainer, run, checkpoint, manifest["command"])}
             seconds |= {"measuring": spent(trainer), "run": time.time() - began + trainer.seconds_before}
+            judge, ceiling = reward.summary(trainer.accelerator) if reward else None, data.report.get("ceiling")
             result = finish_run(
-                trainer,
-                settings,
-                run,
-                tracker,
-                seconds=seconds,
-                ceiling=data.report.get("ceiling"),
-                judge=reward.summary(trainer.accelerator) if reward else None,
-                early_findings=early_findings,
+                trainer, settings, run, tracker, seconds=seconds, ceiling=ceiling, judge=judge, early_findings=findings
             )
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
@@ -101,18 +96,6 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
     if tracker:
         tracker.finish()
     return result
-
-
-@contextlib.contextmanager
-def open_reward(settings: Settings, run: RunDirectory) -> Iterator[Any]:
-    """The judge of answers that are drawn while training, as TRL's reward function; None for methods that draw none."""
-    if settings.judge is None:
-        yield None
-        return
-    from dpo_kit.trainer.online import open_judged_reward
-
-    with open_judged_reward(settings.judge, settings.seed, run) as reward:
-        yield reward
 
 
 def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, command: str | None) -> float:

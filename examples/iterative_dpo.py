@@ -26,7 +26,7 @@ from dpo_kit.config.compose import check
 from dpo_kit.data.__main__ import compose_tool
 from dpo_kit.data.build.pairs import build_pairs
 from dpo_kit.data.build.prompts import read_prompts
-from dpo_kit.data.fresh import distinct_prompts
+from dpo_kit.data.prepare import distinct_prompts
 from dpo_kit.export.folder import export_run
 from dpo_kit.model.batches import measuring
 from dpo_kit.model.load import load_reference, load_tokenizer

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from dpo_kit.cli import main as cli
 from dpo_kit.config.compose import CONF
 from dpo_kit.run.files import write_json
-from dpo_kit.sweep.launch import starters as processes
+from dpo_kit.sweep.launch import job
 
 
 def task(cfg):
@@ -63,7 +63,7 @@ DEEDS = {
 def main():
     from tests import fake_sweep  # not __main__: a job must find the task by its name
 
-    processes.PRELOAD = ["dpo_kit.cli.main"]
+    job.PRELOAD = ["dpo_kit.cli.main"]
     cli.run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(fake_sweep.task)
     if not any(word.startswith("hydra/launcher=") for word in sys.argv):  # only ours has it
         sys.argv.append("hydra.launcher.grace_seconds=2")

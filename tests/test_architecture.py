@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import dpo_kit
+from dpo_kit.run.measures import MEASURES
 from dpo_kit.toy import MODEL, TRAIN
 
 PACKAGE = Path(dpo_kit.__file__).parent
@@ -35,7 +36,7 @@ LAYERS = (
     "__init__",
     "__main__",
 )
-LOADED = 10_700  # lines of ours in a plain run: what a run does not ask for must cost it nothing
+LOADED = 9_950  # lines of ours in a plain run: what a run does not ask for must cost it nothing
 TALLY = """
 import atexit, runpy, sys
 from pathlib import Path
@@ -117,6 +118,20 @@ def test_no_python_branches_on_a_method_s_name():
         and any(isinstance(c, ast.Constant) and c.value in methods for c in [node.left, *node.comparators])
     ]
     assert hits == []
+
+
+def test_names_of_measures_stand_in_one_table():
+    """Tables, pages, pictures, the choice and the progress bar read them there."""
+    every = {name for m in MEASURES for name in (m.label, m.row, m.short, m.column, m.title) if " " in name}
+    spoken = {"held-out rows"}  # of rows, in a sentence
+    again = {
+        f"{_name(file)}: {node.value}"
+        for file in FILES
+        if _name(file) != "run.measures"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and node.value in every - spoken
+    }
+    assert again == set()
 
 
 PRIVATE = re.findall(r"^\| `([\w.]+):(\w+)` \| (.*?) \| `([\w/]+\.py)` \|$", CONTRIBUTING.read_text(), re.M)

@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from dpo_kit.trainer.mixins import with_mixins
+from dpo_kit.trainer.build import with_mixins
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "runs", "sleeps"]
 TEMPLATE = (

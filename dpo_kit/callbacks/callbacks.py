@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ from dpo_kit.callbacks.drift import Divergence, Drift, ReferenceSamples, drift_m
 from dpo_kit.callbacks.probe import PairProbe, name_rows
 from dpo_kit.callbacks.scores import preference_metrics, reward_metrics
 from dpo_kit.config.extensions import call_metrics
-from dpo_kit.model.batches import measuring
-from dpo_kit.model.random_state import forked_random
+from dpo_kit.model.batches import forked_random, measuring
 from dpo_kit.model.sampling import Sample
 from dpo_kit.model.scoring import Reference
 from dpo_kit.run.quiet import phase
@@ -55,7 +53,7 @@ class _Measuring(TrainerCallback):
         raise NotImplementedError
 
     def carry(self) -> dict[str, Any]:
-        """What a resumed run must know (see trainer/resume/carried_state.py): what was measured last."""
+        """What a resumed run must know (see trainer/resume/carried_state.py); `pick_up` takes it back."""
         return {"logged": self._logged, "measuring_seconds": self.measuring_seconds}
 
     def pick_up(self, carried: dict[str, Any]) -> None:
@@ -85,7 +83,8 @@ class _Measuring(TrainerCallback):
         if self._logged != (step, kept) or moment == "start":
             with self._timed():
                 self._metrics = self.measure(moment, kept=kept)
-            self._log(self._metrics)
+            # The base class's method: TRL's own would also flush, and so cut short, its averages of training metrics
+            Trainer.log(self.trainer, dict(self._metrics))
             self._logged = (step, kept)
         return self._metrics
 
@@ -94,11 +93,6 @@ class _Measuring(TrainerCallback):
         started = time.monotonic()
         yield
         self.measuring_seconds += time.monotonic() - started
-
-    def _log(self, values: Metrics) -> None:
-        # The base class's method: TRL's own would also flush, and so cut short, its averages of training
-        # metrics
-        Trainer.log(self.trainer, dict(values))
 
 
 class _OfProbe(_Measuring):
@@ -127,11 +121,10 @@ class PreferenceMargin(_OfProbe):
 
 
 class ImplicitReward(_OfProbe):
-    """Implicit reward (beta · logratio) of chosen and rejected, their logratios in nats, and their
-    displacement.
+    """Implicit reward (beta · logratio) of chosen and rejected, their logratios in nats, and their displacement.
 
-    Logs `reward_metrics` of the probe's scores. Without a beta that is a distance to the reference (ORPO,
-    CPO, SimPO) there are logratios only.
+    Logs `reward_metrics` of the probe's scores. Without a beta that is a distance to the reference (ORPO, CPO, SimPO)
+    there are logratios only.
     """
 
     def measure(self, moment: str, *, kept: bool) -> Metrics:
@@ -140,11 +133,10 @@ class ImplicitReward(_OfProbe):
 
 class OwnMetrics(_OfProbe):
     """Measures of the user's own on held-out rows: each function of `paths` ({name: module.function}) is called as
-    `function(rows, scores)` and logged as custom/<name>.
+    `function(rows, scores)`, returns a number and is logged as custom/<name>.
 
-    `rows` are the probe's rows as dicts (prompt, chosen, rejected, text or messages, or prompt, completion, label;
-    pair_id, prompt_id), `scores` is a `dpo_kit.callbacks.scores.Scores`. It returns a number; what it draws comes from
-    a forked random state seeded with the step.
+    `rows` are the probe's rows as dicts, `scores` is a `dpo_kit.callbacks.scores.Scores`; what it draws comes from a
+    forked random state seeded with the step.
     """
 
     def __init__(self, probe: PairProbe, paths: dict[str, str]) -> None:
@@ -161,18 +153,16 @@ class KLDrift(_Measuring):
     """KL between policy and reference in nats per response, forward and reverse, on samples at temperature 1.
 
     Forward, KL(reference‖policy), at every measurement, on samples of the reference drawn once. Reverse,
-    KL(policy‖reference), at step 0, at the evaluation nearest half-way and at the end, on fresh samples of
-    the policy. Both Rao-Blackwellized (arXiv:2504.10637), with k1 beside as a check, standard errors by
-    bootstrap over prompts, per token, and the share of samples cut at the token limit (which makes the value
-    a lower bound).
+    KL(policy‖reference), at step 0, at the evaluation nearest half-way and at the end, on fresh samples of the policy.
+    Both Rao-Blackwellized (arXiv:2504.10637), with k1 beside as a check, standard errors by bootstrap over prompts, per
+    token, and the share of samples cut at the token limit (which makes the value a lower bound).
 
-    What the reference predicts along its samples (hidden states, and its LM head) is kept up to `cache_bytes`; beyond,
-    where it cannot be run beside the policy, evaluations log k1 alone and `Reference(reload=...)` serves start,
-    half-way and end. `shared` is a folder that runs from this very reference have in common: its samples are drawn once
-    for all of them.
+    `options` are those of `Drift`: `max_new_tokens` (64) of an answer, `seed` (0), `batch_size`, `tokens_per_batch`,
+    `cache_bytes` (1 GiB) and `shared`. What the reference predicts along its samples (hidden states, and its LM head)
+    is kept up to `cache_bytes`; beyond, where it cannot be run beside the policy, evaluations log k1 alone and
+    `Reference(reload=...)` serves start, half-way and end.
 
-    Each of `on_samples` is called as `hook(step, samples)` with the fresh policy samples; what it returns is
-    logged.
+    Each of `on_samples` is called as `hook(step, samples)` with the fresh policy samples; what it returns is logged.
     """
 
     measured = "answers for the KL"
@@ -183,28 +173,15 @@ class KLDrift(_Measuring):
         prompts: Sequence[dict[str, Any]],
         *,
         reference: Reference | None = None,
-        max_new_tokens: int = 64,
         samples_per_prompt: int = 1,
-        batch_size: int | None = None,
-        tokens_per_batch: int | None = None,
-        cache_bytes: int = 2**30,
-        seed: int = 0,
         on_samples: Sequence[Callable[[int, list[Sample]], Metrics]] = (),
-        shared: Path | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(trainer)
         self.reference = reference or Reference(trainer)
         distinct = {row["prompt_id"]: row for row in name_rows(prompts)}
-        self.drift = Drift(
-            self.reference,
-            [row for row in distinct.values() for _ in range(samples_per_prompt)],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            tokens_per_batch=tokens_per_batch,
-            cache_bytes=cache_bytes,
-            seed=seed,
-            shared=shared,
-        )
+        rows = [row for row in distinct.values() for _ in range(samples_per_prompt)]
+        self.drift = Drift(self.reference, rows, **options)
         self.on_samples, self.samples_per_prompt = list(on_samples), samples_per_prompt
         self._prepared: ReferenceSamples | None = None
         self._forward_at: tuple[int, bool, bool] | None = None
@@ -256,7 +233,8 @@ class KLDrift(_Measuring):
         moment = (step, kept, self._prepared.states is not None or self.reference.live)
         if self._forward_at != moment:
             divergence = self.drift.forward(self._prepared)
-            self._check(step, divergence, self._prepared.samples)
+            if step == 0:
+                self._check_start(divergence, self._prepared.samples)
             self._forward_metrics = drift_metrics("forward", divergence, self._prepared.samples)
             if self._prepared.floor_nats:
                 self._forward_metrics["probe/kl_floor_nats"] = self._prepared.floor_nats
@@ -264,11 +242,14 @@ class KLDrift(_Measuring):
         return self._forward_metrics
 
     def _reverse(self, step: int) -> Metrics:
-        samples = self._fresh_samples(step)
+        assert self._prepared is not None
+        untrained = step == 0 and self.reference.is_start  # the policy still is the reference, and its samples
+        samples = self._prepared.samples if untrained else self.drift.draw(self.trainer.model)
         values: Metrics = {"probe/sample_tokens": sum(len(each.token_ids) for each in samples) / len(samples)}
         if self.reference.live or step == 0:
             divergence = self.drift.reverse(samples)
-            self._check(step, divergence, samples)
+            if step == 0:
+                self._check_start(divergence, samples)
             values |= drift_metrics("reverse", divergence, samples)
         else:
             logger.warning("reverse KL is not measured: the start model is gone; pass Reference(trainer, reload=...)")
@@ -276,19 +257,11 @@ class KLDrift(_Measuring):
             values |= hook(step, samples)
         return values
 
-    def _fresh_samples(self, step: int) -> list[Sample]:
-        if step == 0 and self.reference.is_start and self._prepared is not None:
-            return self._prepared.samples  # the policy still is the reference: its samples are the policy's
-        return self.drift.draw(self.trainer.model)
-
-    def _check(self, step: int, divergence: Divergence, samples: list[Sample]) -> None:
-        if step == 0:
-            self.reference.check_start(divergence.k1, torch.tensor([len(each.token_ids) for each in samples]))
+    def _check_start(self, divergence: Divergence, samples: list[Sample]) -> None:
+        self.reference.check_start(divergence.k1, torch.tensor([len(each.token_ids) for each in samples]))
 
     def _is_half_way(self, step: int) -> bool:
-        """Whether this evaluation is the one nearest to half the steps (the next is taken to be as far
-        again).
-        """
+        """Whether this evaluation is the one nearest to half the steps (the next is taken to be as far again)."""
         half, interval = self.trainer.state.max_steps / 2, step - self._previous_step
         if self._half_way_done or interval <= 0 or step >= self.trainer.state.max_steps:
             return False
@@ -304,9 +277,7 @@ class Patience(EarlyStoppingCallback):
     """
 
     def carry(self) -> dict[str, Any]:
-        """What a resumed run must know (see trainer/resume/carried_state.py)."""
         return {"waited": self.early_stopping_patience_counter}
 
     def pick_up(self, carried: dict[str, Any]) -> None:
-        """Take back what `carry` gave."""
         self.early_stopping_patience_counter = carried["waited"]

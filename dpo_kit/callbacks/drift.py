@@ -1,6 +1,5 @@
 """KL between policy and reference along samples of either; the reference's samples are kept from step 0."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,7 +28,6 @@ from dpo_kit.model.scoring import (
 from dpo_kit.model.tokens import encode_prompts
 from dpo_kit.model.turns import stop_ids
 
-logger = logging.getLogger(__name__)
 ESTIMATORS = ("rb", "k1")
 FLOOR_SAMPLES = 16  # along which the reference is compared with itself to see what rounding does
 
@@ -78,9 +76,9 @@ class Drift:
         reference: Reference,
         rows: list[dict[str, Any]],
         *,
-        max_new_tokens: int,
-        batch_size: int | None,
-        cache_bytes: int,
+        max_new_tokens: int = 64,
+        batch_size: int | None = None,
+        cache_bytes: int = 2**30,
         tokens_per_batch: int | None = None,
         seed: int = 0,
         shared: Path | None = None,
@@ -88,9 +86,9 @@ class Drift:
         self.reference, self.rows, self.seed, self.shared = reference, rows, seed, shared
         self.cache_bytes, self.tokens_per_batch = cache_bytes, tokens_per_batch
         self._draw_options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        self.policy: Any = reference.trainer.model
-        self._tokenizer: Any = reference.trainer.processing_class
-        self._accelerator: Any = reference.trainer.accelerator
+        trainer: Any = reference.trainer
+        self.policy, self._tokenizer, self._accelerator = trainer.model, trainer.processing_class, trainer.accelerator
+        self._pad_id = pad_token_id(self._tokenizer)
 
     def take(self, count: int, max_new_tokens: int) -> None:
         """Draw answers to the first `count` rows only, of at most so many tokens; before anything is drawn."""
@@ -98,9 +96,7 @@ class Drift:
         self._draw_options["max_new_tokens"] = max_new_tokens
 
     def draw(self, model: Any, processor: Callable[[Tensor], LogitsProcessor] | None = None) -> list[Sample]:
-        """One sample per row, with the same seed each time, so that neighbouring models are compared on like
-        draws.
-        """
+        """One sample per row, with the same seed each time, so that neighbouring models are compared on like draws."""
         torch.manual_seed(self.seed)
         shared_out = {"processor": processor, "accelerator": self._accelerator}
         return draw_samples(model, self._tokenizer, self.rows, **shared_out, **self._draw_options)
@@ -113,87 +109,80 @@ class Drift:
         saved = self._read_back() if step > 0 else None
         if saved is not None and (saved.states is not None or not self.reference.can_load):
             return saved
-        source = self.reference.active() if step == 0 else self.reference.required(step)
-        with source as model:
+        with self.reference.active() if step == 0 else self.reference.required(step) as model:
             prepared = self._record(model, saved.samples if saved else self._reference_samples(model))
         if step == 0:
-            self._keep(prepared)
+            states, head = None, None
+            if prepared.states is not None and not self.reference.can_load:  # large: only where no model gives it again
+                states = dict(gather_object(list(prepared.states.items())))
+                head = prepared.head and vars(prepared.head)
+            values = {"samples": _plain(prepared.samples), "logps": prepared.logps, "states": states, "head": head}
+            known_by = {"fingerprint": self._fingerprint}
+            self.reference.save("samples", known_by | values | {"floor_nats": prepared.floor_nats})
         return prepared
 
     def forward(self, prepared: ReferenceSamples) -> Divergence:
-        """KL(reference‖policy) on the reference's samples: k1 alone where neither its states nor a live
-        reference are there.
-        """
-        return self._compare(prepared.samples, prepared, forward=True)
+        """KL(reference‖policy) on the reference's samples: k1 alone without both its states and a live reference."""
+        return self._compare(prepared.samples, prepared)
 
     def reverse(self, samples: list[Sample], share: float = 1.0) -> Divergence:
         """KL(policy‖reference) on samples of the policy; the reference must be live, or the step 0.
 
         With a `share` below 1 the policy is the mix (1 − share)·reference + share·policy of the logits.
         """
-        return self._compare(samples, None, forward=False, share=share)
+        return self._compare(samples, None, share)
 
     def _record(self, model: Any, samples: list[Sample]) -> ReferenceSamples:
-        head = read_head(model)
+        head, copied = read_head(model), 0
         if head and not self.reference.live:
-            head = head.copy()  # training will move it
-        fits = self._bytes(model, head, samples) <= self.cache_bytes
+            head, copied = head.copy(), head.weight.nbytes  # training will move it
+        width = head.weight.shape[1] if head else model.config.get_text_config().vocab_size
+        fits = 4 * width * sum(len(sample.token_ids) for sample in samples) + copied <= self.cache_bytes
         own: list[tuple[int, Tensor]] = []
         states: dict[int, Tensor] = {}
         for indices, batch, counts in self._batches(samples):
-            predicted = predict(model, batch, pad_token_id(self._tokenizer))
+            predicted = predict(model, batch, self._pad_id)
             targets, lengths = completion_targets(batch)
             if counts:
                 own += zip(indices, token_logps(predicted, targets).split(lengths), strict=True)
             if fits:
                 states.update(zip(indices, predicted.states.cpu().split(lengths), strict=True))
-        logps = dict(gather_object(own))
-        floor = 0.0 if self.reference.is_fp32() else self._measure_floor(model, samples[:FLOOR_SAMPLES])
+        logps, floor = dict(gather_object(own)), 0.0
+        if (
+            not self.reference.is_fp32()
+        ):  # KL per answer between what it predicts and what it predicts rounded otherwise
+            some = [(each.prompt_ids, each.token_ids) for each in samples[:FLOOR_SAMPLES]]
+            predicted = predict(model, some, self._pad_id)
+            with jittered(model):
+                again = predict(model, some, self._pad_id)
+            floor = float(kl_terms(predicted, again, completion_targets(some)[0])["rb"].sum()) / len(some)
         in_order = [logps[index] for index in range(len(samples))]
         return ReferenceSamples(samples, in_order, states if fits else None, head, floor)
 
-    def _measure_floor(self, model: Any, samples: list[Sample]) -> float:
-        """KL per answer between what `model` predicts along samples and what it predicts rounded otherwise, in nats."""
-        sequences, pad_id = [(each.prompt_ids, each.token_ids) for each in samples], pad_token_id(self._tokenizer)
-        predicted = predict(model, sequences, pad_id)
-        with jittered(model):
-            again = predict(model, sequences, pad_id)
-        return float(kl_terms(predicted, again, completion_targets(sequences)[0])["rb"].sum()) / len(samples)
-
-    def _bytes(self, model: Any, head: Head | None, samples: list[Sample]) -> int:
-        """What keeping the reference's predictions takes: its states, and the copy of a head that will be trained."""
-        width = head.weight.shape[1] if head else model.config.get_text_config().vocab_size
-        copied = head.weight.nbytes if head and not self.reference.live else 0
-        return 4 * width * sum(len(sample.token_ids) for sample in samples) + copied
-
-    def _compare(
-        self, samples: list[Sample], prepared: ReferenceSamples | None, *, forward: bool, share: float = 1.0
-    ) -> Divergence:
-        only_k1 = prepared is not None and prepared.states is None and not self.reference.live
+    def _compare(self, samples: list[Sample], prepared: ReferenceSamples | None, share: float = 1.0) -> Divergence:
+        """Forward, on the reference's samples, where they are `prepared`; else reverse."""
+        kept = prepared is not None and prepared.states is not None
+        only_k1 = prepared is not None and not kept and not self.reference.live
         sums = torch.zeros(len(ESTIMATORS), len(samples), dtype=torch.float64)
         for indices, batch, counts in self._batches(samples):
             targets, lengths = completion_targets(batch)
-            policy: Any = predict(self.policy, batch, pad_token_id(self._tokenizer))
+            policy: Any = predict(self.policy, batch, self._pad_id)
             if prepared is not None and only_k1:
                 terms = {"k1": torch.cat([prepared.logps[i] for i in indices]) - token_logps(policy, targets)}
             else:
-                reference = self._predict_reference(indices, batch, prepared)
+                if prepared is not None and kept:
+                    reference = prepared.predicted(indices, self.policy.device)
+                else:
+                    with self.reference.active() as model:
+                        reference = predict(model, batch, self._pad_id)
                 policy = policy if share == 1 else Mixed(reference, policy, share)
-                terms = kl_terms(reference, policy, targets) if forward else kl_terms(policy, reference, targets)
+                p, q = (policy, reference) if prepared is None else (reference, policy)
+                terms = kl_terms(p, q, targets)
             for name, values in terms.items() if counts else ():
-                sums[ESTIMATORS.index(name), indices] = torch.stack(
-                    [part.sum() for part in values.double().split(lengths)]
-                )
+                totals = [part.sum() for part in values.double().split(lengths)]
+                sums[ESTIMATORS.index(name), indices] = torch.stack(totals)
         rb, k1 = add_up(sums, self._accelerator)
         return Divergence(None if only_k1 else rb, k1)
-
-    def _predict_reference(
-        self, indices: list[int], batch: list[Tokens], prepared: ReferenceSamples | None
-    ) -> Predicted:
-        if prepared is not None and prepared.states is not None:
-            return prepared.predicted(indices, self.policy.device)
-        with self.reference.active() as model:
-            return predict(model, batch, pad_token_id(self._tokenizer))
 
     def _batches(self, samples: list[Sample]) -> Iterator[tuple[list[int], list[Tokens], bool]]:
         """The batches of this process: indices, sequences, and whether they count (`take_turns`)."""
@@ -222,17 +211,8 @@ class Drift:
     def _fingerprint(self) -> str:
         return fingerprint([[prompt_of(row) for row in self.rows], self._draw_options, self.seed])
 
-    def _keep(self, prepared: ReferenceSamples) -> None:
-        states, head = None, None
-        if prepared.states is not None and not self.reference.can_load:  # large: only where no model can give it again
-            states, head = dict(gather_object(list(prepared.states.items()))), prepared.head and vars(prepared.head)
-        values = {"samples": _plain(prepared.samples), "logps": prepared.logps, "states": states, "head": head}
-        values["floor_nats"] = prepared.floor_nats
-        self.reference.save("samples", {"fingerprint": self._fingerprint, **values})
-
     def _read_back(self) -> ReferenceSamples | None:
-        saved = self.reference.load("samples", self._fingerprint)
-        if saved is None:
+        if (saved := self.reference.load("samples", self._fingerprint)) is None:
             return None
         head = Head(**saved["head"]) if saved["head"] else None
         samples = _with_rows(self.rows, saved["samples"])

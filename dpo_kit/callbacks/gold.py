@@ -4,8 +4,6 @@ Such a module has `gold_rewards(prompts, answers) -> list[float]`, `capability_p
 `capability_score(prompts, answers) -> float` and `MAX_NEW_TOKENS`; dpo_kit.toy is the embedded one.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +27,8 @@ def load_gold(path: str) -> Any:
 def label_ceiling(gold: Any, pairs: Sequence[dict[str, Any]]) -> float:
     """The accuracy that the gold reward itself reaches on labelled pairs: no policy can be expected above it."""
     prompts = [pair["prompt"] for pair in pairs]
-    chosen = gold.gold_rewards(prompts, [answer_text(pair["chosen"]) for pair in pairs])
-    rejected = gold.gold_rewards(prompts, [answer_text(pair["rejected"]) for pair in pairs])
+    texts = ([answer_text(pair[side]) for pair in pairs] for side in ("chosen", "rejected"))
+    chosen, rejected = (gold.gold_rewards(prompts, each) for each in texts)
     return statistics.fmean(0.5 * ((c > r) + (c >= r)) for c, r in zip(chosen, rejected, strict=True))
 
 
@@ -40,17 +38,14 @@ class GoldFigures:
     def __init__(self, gold: Any, trainer: Any) -> None:
         self.gold, self.trainer = gold, trainer
 
-    def __call__(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
-        return self.reward(samples) | self._capability()
-
     def reward(self, samples: Sequence[Sample]) -> dict[str, float]:
         """The mean gold reward of `samples` and its interval."""
         rewards = self.gold.gold_rewards([s.row["prompt"] for s in samples], [s.text for s in samples])
         low, high = bootstrap_interval(torch.tensor(rewards), [s.row["prompt_id"] for s in samples])
         return {"gold/reward": statistics.fmean(rewards), "gold/reward_low": low, "gold/reward_high": high}
 
-    def _capability(self) -> dict[str, float]:
-        """The share that is right, of how many, and its Wilson interval."""
+    def __call__(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
+        """Of the capability the share that is right, of how many, and its Wilson interval."""
         prompts = self.gold.capability_prompts()
         with measuring(self.trainer):
             drawn = draw_samples(
@@ -63,4 +58,4 @@ class GoldFigures:
         share = self.gold.capability_score(prompts, [sample.text for sample in drawn])
         ends = wilson(share, len(prompts)) if 0 <= share <= 1 else ()  # a module may count otherwise
         interval = dict(zip(("gold/capability_low", "gold/capability_high"), ends, strict=False))
-        return {"gold/capability": share, **interval, "gold/capability_prompts": len(prompts)}
+        return self.reward(samples) | {"gold/capability": share, **interval, "gold/capability_prompts": len(prompts)}

@@ -1,8 +1,7 @@
 """Pure functions that measure preference tuning: the same definitions for every method.
 
-Log-probabilities, logratios, margins and KL are in nats. A logratio is the summed completion log-probability
-(EOS in) under the policy minus the one under the reference (the step-0 model). Imports torch and run.intervals
-alone.
+Log-probabilities, logratios, margins and KL are in nats. A logratio is the summed completion log-probability (EOS in)
+under the policy minus the one under the reference (the step-0 model). Imports torch and run.intervals alone.
 """
 
 import math
@@ -13,18 +12,16 @@ from torch import Tensor
 
 from dpo_kit.run.intervals import wilson
 
+DRAWS = 2000  # of a bootstrap
+
 
 def implicit_reward(logratio: Tensor, beta: float) -> Tensor:
-    """r = beta · logratio, up to a term of the prompt alone (DPO, arXiv:2305.18290, eq. 5). Any shape;
-    beta·nats.
-    """
+    """r = beta · logratio, up to a term of the prompt alone (DPO, arXiv:2305.18290, eq. 5). Any shape; beta·nats."""
     return beta * logratio
 
 
 def margin(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Chosen minus rejected, pair by pair: of logratios in nats (beta-free), of rewards in beta·nats. Shape
-    (pairs,).
-    """
+    """Chosen minus rejected, pair by pair: of logratios in nats, of rewards in beta·nats. Shape (pairs,)."""
     return chosen - rejected
 
 
@@ -34,9 +31,7 @@ def correct(margins: Tensor) -> Tensor:
 
 
 def accuracy(margins: Tensor) -> float:
-    """Share of pairs ranked as labelled, a tie counting ½ (TRL counts strict `>`, so 0 before the first
-    step).
-    """
+    """Share of pairs ranked as labelled, a tie counting ½ (TRL counts strict `>`, so 0 before the first step)."""
     return _mean(correct(margins))
 
 
@@ -58,8 +53,7 @@ def saturation_ipo(gaps: Tensor, tau: float) -> float:
 
 
 def displacement(logratio_chosen: Tensor, logratio_rejected: Tensor) -> tuple[float, float]:
-    """Share of pairs whose chosen lost likelihood, and share where chosen and rejected both did
-    (arXiv:2410.08847).
+    """Share of pairs whose chosen lost likelihood, and share where chosen and rejected both did (arXiv:2410.08847).
 
     Both (pairs,) in nats. Normal in good runs too: read the trend.
     """
@@ -68,17 +62,13 @@ def displacement(logratio_chosen: Tensor, logratio_rejected: Tensor) -> tuple[fl
 
 
 def log_loss_and_brier(reward_margins: Tensor) -> tuple[float, float]:
-    """Calibration of σ(reward margin) as the probability that chosen wins: mean −log σ (nats) and mean (1 −
-    σ)².
-    """
+    """Calibration of σ(reward margin) as the probability that chosen wins: mean −log σ (nats) and mean (1 − σ)²."""
     margins = reward_margins.double()
     return _mean(-torch.nn.functional.logsigmoid(margins)), _mean((1 - torch.sigmoid(margins)) ** 2)
 
 
 def auc(desirable: Tensor, undesirable: Tensor) -> float:
-    """Chance that a desirable completion scores above an undesirable one, ties ½ (Mann–Whitney). Shapes (n,),
-    (m,).
-    """
+    """Chance that a desirable completion scores above an undesirable one, ties ½ (Mann–Whitney). Shapes (n,), (m,)."""
     return _mean(_wins(desirable, undesirable))
 
 
@@ -87,28 +77,22 @@ def class_gap(desirable: Tensor, undesirable: Tensor) -> float:
     return _mean(desirable) - _mean(undesirable)
 
 
-def auc_interval(
-    scores: Tensor, labels: Tensor, clusters: Sequence[str], draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def auc_interval(scores: Tensor, labels: Tensor, clusters: Sequence[str]) -> tuple[float, float]:
     """95 % bootstrap interval of the AUC, whole clusters (prompts) resampled.
 
     `scores` (n,), `labels` (n,) bool, `clusters` n names. A draw without both classes is left out; (nan, nan)
     if all are.
     """
-    weights = _cluster_weights(clusters, draws, seed)
+    weights = _cluster_weights(clusters)
     positive, negative = weights[:, labels], weights[:, ~labels]
     won = ((positive @ _wins(scores[labels], scores[~labels])) * negative).sum(1)
     total = positive.sum(1) * negative.sum(1)
     return _interval(won[total > 0] / total[total > 0])
 
 
-def class_gap_interval(
-    scores: Tensor, labels: Tensor, clusters: Sequence[str], draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % bootstrap interval of the class gap, whole clusters (prompts) resampled, in the unit of the scores; as
-    `auc_interval`.
-    """
-    weights, values = _cluster_weights(clusters, draws, seed), scores.double()
+def class_gap_interval(scores: Tensor, labels: Tensor, clusters: Sequence[str]) -> tuple[float, float]:
+    """95 % bootstrap interval of the class gap by prompt, in the unit of the scores; as `auc_interval`."""
+    weights, values = _cluster_weights(clusters), scores.double()
     positive, negative = weights[:, labels], weights[:, ~labels]
     gaps = positive @ values[labels] / positive.sum(1) - negative @ values[~labels] / negative.sum(1)
     return _interval(gaps)
@@ -145,19 +129,19 @@ def length_controlled(points: Tensor, length_gaps: Tensor) -> float:
 
 
 def length_controlled_interval(
-    points: Tensor, length_gaps: Tensor, clusters: Sequence[str], draws: int = 2000, seed: int = 0
+    points: Tensor, length_gaps: Tensor, clusters: Sequence[str], draws: int = DRAWS
 ) -> tuple[float, float]:
     """95 % bootstrap interval of `length_controlled`, whole clusters (prompts) resampled and fitted again."""
-    return _interval(_fit_lengths(points, length_gaps, _cluster_weights(clusters, draws, seed)))
+    return _interval(_fit_lengths(points, length_gaps, _cluster_weights(clusters, draws)))
 
 
-def _fit_lengths(points: Tensor, length_gaps: Tensor, weights: Tensor, ridge: float = 1e-2, steps: int = 50) -> Tensor:
+def _fit_lengths(points: Tensor, length_gaps: Tensor, weights: Tensor) -> Tensor:
     """σ(a) for each row of `weights` (fits, n), by Newton's method; a small ridge keeps separable data finite."""
     gaps = length_gaps.double()
     inputs = torch.stack([torch.ones_like(gaps), torch.tanh(gaps / gaps.std(correction=0).clamp(min=1e-9))])
     products = (inputs[:, None] * inputs[None, :]).flatten(0, 1)  # (4, n): what a Hessian sums
-    penalty, fitted = ridge * torch.eye(2, dtype=torch.float64), torch.zeros(len(weights), 2, dtype=torch.float64)
-    for _ in range(steps):
+    penalty, fitted = 1e-2 * torch.eye(2, dtype=torch.float64), torch.zeros(len(weights), 2, dtype=torch.float64)
+    for _ in range(50):
         predicted = torch.sigmoid(fitted @ inputs)
         gradient = (weights * (points.double() - predicted)) @ inputs.T - fitted @ penalty
         hessian = ((weights * predicted * (1 - predicted)) @ products.T).unflatten(1, (2, 2)) + penalty
@@ -187,33 +171,27 @@ def effective_count(values: Tensor, clusters: Sequence[str]) -> float:
 
 
 def accuracy_interval(margins: Tensor, clusters: Sequence[str]) -> tuple[float, float]:
-    """Wilson's 95 % interval of the accuracy on as many pairs as are effectively independent (clusters =
-    prompts).
-    """
+    """Wilson's 95 % interval of the accuracy on as many pairs as are effectively independent (clusters = prompts)."""
     return wilson(accuracy(margins), effective_count(correct(margins), clusters))
 
 
-def bootstrap_means(values: Tensor, clusters: Sequence[str], draws: int = 2000, seed: int = 0) -> Tensor:
-    """Means of `draws` resamples in which whole clusters (prompts) are drawn with replacement. Shape
-    (draws,), float64.
+def bootstrap_means(values: Tensor, clusters: Sequence[str], draws: int = DRAWS) -> Tensor:
+    """Means of `draws` resamples in which whole clusters (prompts) are drawn with replacement. Shape (draws,), float64.
 
-    Seeded by a generator of its own: the global random state is left alone. `values` (n,), `clusters` n
-    names.
+    Seeded by a generator of its own: the global random state is left alone. `values` (n,), `clusters` n names.
     """
-    weights = _cluster_weights(clusters, draws, seed)
+    weights = _cluster_weights(clusters, draws)
     return (weights @ values.double()) / weights.sum(1)
 
 
-def bootstrap_interval(
-    values: Tensor, clusters: Sequence[str], draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values: Tensor, clusters: Sequence[str], draws: int = DRAWS) -> tuple[float, float]:
     """95 % percentile interval of the mean, by bootstrap over clusters; in the unit of the values."""
-    return _interval(bootstrap_means(values, clusters, draws, seed))
+    return _interval(bootstrap_means(values, clusters, draws))
 
 
-def bootstrap_se(values: Tensor, clusters: Sequence[str], draws: int = 2000, seed: int = 0) -> float:
+def bootstrap_se(values: Tensor, clusters: Sequence[str]) -> float:
     """Standard error of the mean, by bootstrap over clusters; in the unit of the values."""
-    return float(bootstrap_means(values, clusters, draws, seed).std())
+    return float(bootstrap_means(values, clusters).std())
 
 
 def rao_blackwell(logp_rows: Tensor, logq_rows: Tensor) -> Tensor:
@@ -251,10 +229,10 @@ def _group(clusters: Sequence[str]) -> tuple[Tensor, int]:
     return torch.tensor([index[name] for name in clusters], dtype=torch.long), len(index)
 
 
-def _cluster_weights(clusters: Sequence[str], draws: int, seed: int) -> Tensor:
+def _cluster_weights(clusters: Sequence[str], draws: int = DRAWS) -> Tensor:
     """How often each row is drawn in each resample of whole clusters: shape (draws, n), float64."""
     groups, number = _group(clusters)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(number, (draws, number), generator=generator)
     counts = torch.zeros(draws, number, dtype=torch.float64)
     return counts.scatter_add_(1, drawn, counts.new_ones(1, 1).expand_as(drawn))[:, groups]

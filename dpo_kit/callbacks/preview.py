@@ -4,9 +4,8 @@ DeRa (arXiv:2402.02992): softmax((1 − λ)·h_ref + λ·h_policy) stands for th
 interpolates between reference and policy. It is a prediction, not a measurement.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,14 @@ class Preview(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         reference = self.drift.reference
         with measuring(reference.trainer, *reference.models), reference.loaded() as live:
-            points = [self._predict(beta) for beta in self.betas] if live else []
+            points = []
+            for beta in self.betas if live else ():
+                share = self.beta / beta
+                samples = self.drift.draw(self.drift.policy, partial(Mixed, reference, share=share))
+                metrics = drift_metrics("reverse", self.drift.reverse(samples, share), samples)
+                points.append({"beta": beta} | metrics | self.judge(samples))
             if live and reference.trainer.is_world_process_zero():
                 write_json(self.path, {"from_beta": self.beta, "points": points})
-
-    def _predict(self, beta: float) -> dict[str, float]:
-        share = self.beta / beta
-        samples = self.drift.draw(self.drift.policy, lambda mask: Mixed(self.drift.reference, mask, share))
-        metrics = drift_metrics("reverse", self.drift.reverse(samples, share), samples)
-        return {"beta": beta} | metrics | self.judge(samples)
 
 
 class Mixed(LogitsProcessor):

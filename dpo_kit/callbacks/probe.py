@@ -1,10 +1,7 @@
-"""The probe: fixed held-out rows, scored under the policy and the reference at step 0, at each eval and at
-the end.
-"""
+"""The probe: fixed held-out rows, scored under the policy and the reference at step 0, at each eval and at the end."""
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ from dpo_kit.model.batches import measuring, pad_token_id
 from dpo_kit.model.head import Tokens
 from dpo_kit.model.predicted import jittered
 from dpo_kit.model.scoring import Reference, batch_size_in_tokens, fingerprint, score
-from dpo_kit.model.tokens import ids_of_rows, truncate_both
+from dpo_kit.model.tokens import Truncation, ids_of_rows
+from dpo_kit.run.files import finite
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -29,15 +27,14 @@ FLOOR_ROWS = 32  # answers that are scored a second time to see what rounding do
 class PairProbe:
     """Scores fixed held-out rows in any TRL trainer; PreferenceMargin and ImplicitReward share its one pass.
 
-    `rows` are pairs (`prompt`, `chosen`, `rejected`) or unary (`prompt`, `completion`, `label`), text or chat
-    messages as the trainer takes them, all of one form, with TRL's columns `tools` and `chat_template_kwargs`;
-    `pair_id` and `prompt_id` are made up where absent.
-    They are cut as the trainer cuts (`max_length`, `truncation_mode`); a row whose prompt leaves no room is
-    left out.
+    `rows` are pairs (`prompt`, `chosen`, `rejected`) or unary (`prompt`, `completion`, `label`), text or chat messages
+    as the trainer takes them, all of one form, with TRL's columns `tools` and `chat_template_kwargs`; `pair_id` and
+    `prompt_id` are made up where absent. They are cut as the trainer cuts (`max_length`, `truncation_mode`); a row
+    whose prompt leaves no room is left out.
 
-    `beta` is the method's distance to the reference and turns logratios into rewards; None (ORPO, CPO, SimPO,
-    where beta is no such distance) logs no rewards. `saturation` names the family of `metrics.SATURATION` or
-    None. `path` is where probe.jsonl goes: one line per scoring and row.
+    `beta` is the method's distance to the reference and turns logratios into rewards; None (ORPO, CPO, SimPO, where
+    beta is no such distance) logs no rewards. `saturation` names the family of `metrics.SATURATION` or None. `path` is
+    where probe.jsonl goes: one line per scoring and row.
     """
 
     def __init__(
@@ -55,24 +52,45 @@ class PairProbe:
         self.reference = reference or Reference(trainer)
         self.tokens_per_batch = tokens_per_batch
         self.paired = bool(rows) and "chosen" in rows[0]
-        self.rows, self._sequences, self._sides = _encode(trainer, rows, self.paired)
-        self._tokens = torch.tensor([len(completion) for _, completion in self._sequences])
         self._reference_logps: Tensor | None = None
         self._scored: tuple[Any, int, bool] | None = None
         self._written_step: int | None = None
+        self._pad_id = pad_token_id(trainer.processing_class)  # type: ignore[arg-type]
         self.reference_offset_nats = 0.0
         self.floor_nats = 0.0  # what rounding alone does to an answer's log-probability, root mean square
+        answers, cut = ("chosen", "rejected") if self.paired else ("completion",), Truncation.of(trainer.args).cut
+        named = name_rows(rows)
+        encoded = ids_of_rows(trainer.processing_class, named, answers)  # type: ignore[arg-type]
+        sequences = [[cut(prompt, each) for each in completions] for prompt, completions in encoded]
+        usable = [(row, own) for row, own in zip(named, sequences, strict=True) if all(answer for _, answer in own)]
+        if not usable:
+            raise DataError(f"probe rows: none of {len(rows)} has a completion within max_length; give held-out rows")
+        if len(usable) < len(rows):
+            logger.warning("probe: %d rows left out, their prompt fills max_length", len(rows) - len(usable))
+        self._arrange(*map(list, zip(*usable, strict=True)))
+
+    def _arrange(self, rows: list[Row], cut: list[list[Tokens]]) -> None:
+        """Sequences: first answers of all `rows`, then second ones; and of each row that of chosen and rejected."""
+        self.rows = rows
+        self._sequences = [row[column] for column in range(len(cut[0])) for row in cut]
+        self._tokens = torch.tensor([len(completion) for _, completion in self._sequences])
+        indices: Sequence[int] = range(len(rows))
+        self._sides: tuple[list[int | None], list[int | None]] = [*indices], [len(rows) + index for index in indices]
+        if not self.paired:
+            labels = [bool(row["label"]) for row in rows]
+            if len(set(labels)) < 2:
+                what = "unary rows need both labels, true and false; give held-out rows of either class"
+                raise DataError(f"probe rows: {what}")
+            chosen = [index if label else None for index, label in zip(indices, labels, strict=True)]
+            self._sides = chosen, [None if label else index for index, label in zip(indices, labels, strict=True)]
 
     def take(self, count: int) -> None:
-        """Score only the first `count` rows, or the few more that unary ones need to be of both classes; to be called
-        before anything is scored.
-        """
+        """Score only the first `count` rows, or a few more for both classes; before anything is scored."""
         if not self.paired:
             labels = [bool(row["label"]) for row in self.rows]
             count = max(count, labels.index(True) + 1, labels.index(False) + 1)
         if count < len(self.rows):
-            self.rows, self._sequences, self._sides = _arrange(self.rows[:count], self.by_row()[:count], self.paired)
-            self._tokens = torch.tensor([len(completion) for _, completion in self._sequences])
+            self._arrange(self.rows[:count], self.by_row()[:count])
 
     def by_row(self) -> list[list[Tokens]]:
         """The prompt and answer of each answer of each row, as token ids."""
@@ -82,9 +100,8 @@ class PairProbe:
     def scores(self, *, kept: bool = False) -> Scores:
         """Scores at the trainer's present step, computed once per step.
 
-        `kept` marks the model that training ends with, where that is an earlier checkpoint loaded back. The
-        first call fixes the reference's side and checks the step-0 identity (ModelError); after a resume it
-        is read back.
+        `kept` marks the model that training ends with, where that is an earlier checkpoint loaded back. The first call
+        fixes the reference's side and checks the step-0 identity (ModelError); after a resume it is read back.
         """
         state = self.trainer.state
         moment = (state, state.global_step, kept)
@@ -106,35 +123,19 @@ class PairProbe:
             if self._reference_logps is None:
                 self._reference_logps = self._find_reference_logps(logps) if step == 0 else self._restore()
         chosen, rejected = ([index for index in side if index is not None] for side in self._sides)
-        logratios = logps - self._reference_logps
-        prompts_chosen, prompts_rejected = (self._prompt_ids(side) for side in self._sides)
-        return Scores(
-            step,
-            self.paired,
-            logratios[chosen],
-            logratios[rejected],
-            self._tokens[chosen],
-            self._tokens[rejected],
-            prompts_chosen,
-            prompts_rejected,
-            self.floor_nats,
+        prompts_chosen, prompts_rejected = (
+            [row["prompt_id"] for row, index in zip(self.rows, side, strict=True) if index is not None]
+            for side in self._sides
         )
+        logratios, tokens = logps - self._reference_logps, self._tokens
+        of_tensors = (logratios[chosen], logratios[rejected], tokens[chosen], tokens[rejected])
+        return Scores(step, self.paired, *of_tensors, prompts_chosen, prompts_rejected, self.floor_nats)
 
     def _score(self, model: Any) -> Tensor:
-        self.tokens_per_batch = self.tokens_per_batch or batch_size_in_tokens(
-            model
-        )  # once: both models in equal batches
-        return score(
-            model,
-            self._sequences,
-            pad_id=self._pad_id,
-            tokens_per_batch=self.tokens_per_batch,
-            accelerator=self.trainer.accelerator,
-        )
-
-    @property
-    def _pad_id(self) -> int:
-        return pad_token_id(self.trainer.processing_class)  # type: ignore[arg-type]
+        # once: both models in equal batches
+        self.tokens_per_batch = self.tokens_per_batch or batch_size_in_tokens(model)
+        options: dict[str, Any] = {"tokens_per_batch": self.tokens_per_batch, "accelerator": self.trainer.accelerator}
+        return score(model, self._sequences, pad_id=self._pad_id, **options)
 
     def _find_reference_logps(self, policy_logps: Tensor) -> Tensor:
         logps = policy_logps
@@ -142,116 +143,47 @@ class PairProbe:
             with self.reference.active() as model:
                 logps = self._score(model)
         self.reference_offset_nats = self.reference.check_start(policy_logps - logps, self._tokens)
-        if not self.reference.is_fp32():
-            self.floor_nats = self._measure_floor(logps)
+        if not self.reference.is_fp32():  # the reference again on some of the rows, rounded otherwise
+            some = list(range(0, len(self._sequences), max(1, len(self._sequences) // FLOOR_ROWS)))
+            with self.reference.active() as model, jittered(model):
+                again = score(model, [self._sequences[index] for index in some], pad_id=self._pad_id)
+            self.floor_nats = float((again - logps[some]).square().mean().sqrt())
         kept = {"logps": logps, "tokens_per_batch": self.tokens_per_batch, "floor_nats": self.floor_nats}
         self.reference.save("pairs", {"fingerprint": fingerprint(self._sequences), **kept})
         return logps
 
-    def _measure_floor(self, logps: Tensor) -> float:
-        """The reference again on some of the rows, rounded otherwise: nats an answer."""
-        some = list(range(0, len(self._sequences), max(1, len(self._sequences) // FLOOR_ROWS)))
-        with self.reference.active() as model, jittered(model):
-            again = score(model, [self._sequences[index] for index in some], pad_id=self._pad_id)
-        return float((again - logps[some]).square().mean().sqrt())
-
     def _restore(self) -> Tensor:
-        saved = self.reference.load("pairs", fingerprint(self._sequences))
-        if saved is not None:
+        if saved := self.reference.load("pairs", fingerprint(self._sequences)):
             self.tokens_per_batch, self.floor_nats = saved["tokens_per_batch"], saved["floor_nats"]
             return saved["logps"]
         with self.reference.required(self.trainer.state.global_step) as model:
             return self._score(model)
 
-    def _prompt_ids(self, side: list[int | None]) -> list[str]:
-        return [row["prompt_id"] for row, index in zip(self.rows, side, strict=True) if index is not None]
-
     def _write(self, scores: Scores) -> None:
         if self.path is None or not self.trainer.is_world_process_zero():
             return
-        if self._written_step is None or self._written_step >= scores.step:
-            _drop_lines_from(self.path, scores.step)
+        if (self._written_step is None or self._written_step >= scores.step) and self.path.exists():
+            # only lines of earlier steps stay: a resumed run scores again what came after its checkpoint
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            earlier = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < scores.step]
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text("".join(earlier), encoding="utf-8")
+            partial.replace(self.path)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in self._lines(scores))
         self._written_step = scores.step
 
     def _lines(self, scores: Scores) -> Iterator[Row]:
-        chosen = zip(_plain(scores.logratio_chosen), scores.tokens_chosen.tolist(), strict=True)
-        rejected = zip(_plain(scores.logratio_rejected), scores.tokens_rejected.tolist(), strict=True)
-        for row, in_chosen, in_rejected in zip(self.rows, *self._sides, strict=True):
-            first = next(chosen) if in_chosen is not None else (None, None)
-            second = next(rejected) if in_rejected is not None else (None, None)
-            yield {
-                "step": scores.step,
-                "pair_id": row["pair_id"],
-                "prompt_id": row["prompt_id"],
-                "logratio_chosen_nats": first[0],
-                "logratio_rejected_nats": second[0],
-                "tokens_chosen": first[1],
-                "tokens_rejected": second[1],
-            }
+        columns: dict[str, list[Any]] = {}
+        for name in ("logratio_{}_nats", "tokens_{}"):
+            for side, places in zip(("chosen", "rejected"), self._sides, strict=True):
+                values = iter(getattr(scores, name.format(side).removesuffix("_nats")).tolist())
+                columns[name.format(side)] = [None if place is None else next(values) for place in places]
+        for index, row in enumerate(self.rows):
+            named = {"step": scores.step, "pair_id": row["pair_id"], "prompt_id": row["prompt_id"]}
+            yield named | finite({name: column[index] for name, column in columns.items()})
 
 
 def name_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows with `pair_id` (the position) and `prompt_id` (equal where the prompt is) filled in where
-    absent.
-    """
+    """The rows with `pair_id` (the position) and `prompt_id` (equal where the prompt is) filled in where absent."""
     return [{"pair_id": str(index), "prompt_id": fingerprint(row["prompt"]), **row} for index, row in enumerate(rows)]
-
-
-def _encode(
-    trainer: Any,
-    rows: Sequence[Row],
-    paired: bool,
-) -> tuple[list[Row], list[Tokens], tuple[list[int | None], list[int | None]]]:
-    """Rows that can be scored, their sequences, and for chosen and rejected the sequence of each row (or
-    None).
-    """
-    keys = ("chosen", "rejected") if paired else ("completion",)
-    rows = name_rows(rows)
-    encoded = ids_of_rows(trainer.processing_class, rows, keys)
-    cut = [[_truncate(trainer.args, prompt, each) for each in completions] for prompt, completions in encoded]
-    usable = [index for index, row in enumerate(cut) if all(completion for _, completion in row)]
-    if not usable:
-        raise DataError(f"probe rows: none of {len(rows)} has a completion within max_length; give held-out rows")
-    if len(usable) < len(rows):
-        logger.warning("probe: %d rows left out, their prompt fills max_length", len(rows) - len(usable))
-    return _arrange([rows[index] for index in usable], [cut[index] for index in usable], paired)
-
-
-def _truncate(args: Any, prompt_ids: list[int], completion_ids: list[int]) -> Tokens:
-    # ORPO and CPO have no truncation mode: they cut the end, as "keep_start" does
-    mode = getattr(args, "truncation_mode", "keep_start")
-    return truncate_both(prompt_ids, completion_ids, args.max_length, mode)
-
-
-def _arrange(
-    rows: list[Row], cut: list[list[Tokens]], paired: bool
-) -> tuple[list[Row], list[Tokens], tuple[list[int | None], list[int | None]]]:
-    sequences = [row[column] for column in range(len(cut[0])) for row in cut]
-    indices = range(len(rows))
-    if paired:
-        return rows, sequences, (list(indices), [len(rows) + index for index in indices])
-    labels = [bool(row["label"]) for row in rows]
-    if len(set(labels)) < 2:
-        raise DataError("probe rows: unary rows need both labels, true and false; give held-out rows of either class")
-    chosen = [index if label else None for index, label in zip(indices, labels, strict=True)]
-    rejected = [None if label else index for index, label in zip(indices, labels, strict=True)]
-    return rows, sequences, (chosen, rejected)
-
-
-def _plain(values: Tensor) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-def _drop_lines_from(path: Path, step: int) -> None:
-    """Leave only lines of earlier steps: a resumed run scores again what the stopped one scored after its
-    checkpoint.
-    """
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    earlier = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(earlier), encoding="utf-8")
-    partial.replace(path)

@@ -13,8 +13,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Scores:
-    """Logratios (nats, float64) of the probe's rows at one step, lengths in tokens, and prompts for
-    clustering.
+    """Logratios (nats, float64) of the probe's rows at one step, lengths in tokens, and prompts for clustering.
 
     Paired rows: element i of each field is pair i. Unary rows (`paired` false): `chosen` holds the desirable
     completions and `rejected` the undesirable ones, which do not correspond.
@@ -34,20 +33,37 @@ class Scores:
 def preference_metrics(scores: Scores, beta: float | None, saturation: str | None) -> Metrics:
     """What the implicit reward says of held-out rows, as metrics under "probe/" (nats; intervals are 95 %).
 
-    Pairs: accuracy, margin, calibration, length. Unary rows: AUC and the gap between the classes. `beta` None
-    leaves out what is scaled by it; `saturation` is a key of `metrics.SATURATION` or None.
+    Pairs: accuracy, margin, calibration, length. Unary rows: AUC and the gap between the classes. `beta` None leaves
+    out what is scaled by it; `saturation` is a key of `metrics.SATURATION` or None.
     """
+    chosen, rejected = scores.logratio_chosen, scores.logratio_rejected
     floor = {"probe/floor_nats": scores.floor_nats} if scores.floor_nats else {}
     if not scores.paired:
-        return _unary_metrics(scores) | floor
-    margins = measures.margin(scores.logratio_chosen, scores.logratio_rejected)
+        both, labels = torch.cat([chosen, rejected]), torch.tensor([True] * len(chosen) + [False] * len(rejected))
+        prompts = scores.prompts_chosen + scores.prompts_rejected
+        return {
+            "probe/auc": measures.auc(chosen, rejected),
+            **_interval("probe/auc", measures.auc_interval(both, labels, prompts)),
+            "probe/class_gap_nats": measures.class_gap(chosen, rejected),
+            **_interval("probe/class_gap_nats", measures.class_gap_interval(both, labels, prompts)),
+            **floor,
+        }
+    margins = measures.margin(chosen, rejected)
     ends = measures.bootstrap_interval(margins, scores.prompts_chosen)
+    gaps = (scores.tokens_chosen - scores.tokens_rejected).double()
+    of_length = {
+        "probe/length_rule_accuracy": measures.longer_wins(scores.tokens_chosen, scores.tokens_rejected),
+        "probe/accuracy_chosen_shorter": measures.accuracy(margins[gaps < 0]),
+        "probe/accuracy_length_corrected": measures.length_corrected_accuracy(margins, gaps),
+        "probe/margin_length_spearman": measures.spearman(margins, gaps),
+    }
     values = {
         **_interval("probe/accuracy", measures.accuracy_interval(margins, scores.prompts_chosen)),
         "probe/accuracy": measures.accuracy(margins),
         "probe/margin_nats": float(margins.mean()),
         **_interval("probe/margin_nats", ends),
-        **_length_metrics(margins, scores),
+        # undefined where no chosen is the shorter, or where all margins are equal, as at step 0
+        **{name: value for name, value in of_length.items() if not math.isnan(value)},
         **floor,
     }
     if beta is not None:
@@ -60,8 +76,8 @@ def preference_metrics(scores: Scores, beta: float | None, saturation: str | Non
             "probe/brier": brier,
         }
         if saturation is not None:
-            gaps = scores.logratio_chosen / scores.tokens_chosen - scores.logratio_rejected / scores.tokens_rejected
-            values["probe/saturation"] = measures.SATURATION[saturation](margins, gaps, beta)
+            per_token = chosen / scores.tokens_chosen - rejected / scores.tokens_rejected
+            values["probe/saturation"] = measures.SATURATION[saturation](margins, per_token, beta)
     return values
 
 
@@ -81,33 +97,6 @@ def reward_metrics(scores: Scores, beta: float | None) -> Metrics:
     if scores.paired:
         _, values["probe/both_down"] = measures.displacement(scores.logratio_chosen, scores.logratio_rejected)
     return values
-
-
-def _unary_metrics(scores: Scores) -> Metrics:
-    chosen, rejected = scores.logratio_chosen, scores.logratio_rejected
-    labels = torch.tensor([True] * len(chosen) + [False] * len(rejected))
-    prompts = scores.prompts_chosen + scores.prompts_rejected
-    return {
-        "probe/auc": measures.auc(chosen, rejected),
-        **_interval("probe/auc", measures.auc_interval(torch.cat([chosen, rejected]), labels, prompts)),
-        "probe/class_gap_nats": measures.class_gap(chosen, rejected),
-        **_interval(
-            "probe/class_gap_nats", measures.class_gap_interval(torch.cat([chosen, rejected]), labels, prompts)
-        ),
-    }
-
-
-def _length_metrics(margins: Tensor, scores: Scores) -> Metrics:
-    gaps = (scores.tokens_chosen - scores.tokens_rejected).double()
-    shorter = margins[gaps < 0]
-    values = {
-        "probe/length_rule_accuracy": measures.longer_wins(scores.tokens_chosen, scores.tokens_rejected),
-        "probe/accuracy_chosen_shorter": measures.accuracy(shorter),
-        "probe/accuracy_length_corrected": measures.length_corrected_accuracy(margins, gaps),
-        "probe/margin_length_spearman": measures.spearman(margins, gaps),
-    }
-    # Undefined where no chosen is the shorter, or where all margins are equal, as at step 0
-    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def _interval(name: str, bounds: tuple[float, float]) -> Metrics:

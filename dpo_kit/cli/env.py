@@ -1,7 +1,5 @@
 """`python -m dpo_kit env`: what a bug report needs to say about the machine, as Markdown to paste."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform
@@ -15,19 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.compose import PACKAGE
-from dpo_kit.config.tools import parse, refuse_no_file, run_tool
+from dpo_kit.config.tools import parse, refuse_no_file, run_tool, usage
 from dpo_kit.run.files import cache_folder, write_json
 from dpo_kit.run.redact import REDACTED, is_secret_key, redact_text
 from dpo_kit.run.report.markdown import code, inline, table
 
-USAGE = """\
-usage: python -m dpo_kit env [out=FILE]
-
-Prints what a bug report needs: versions, machine, precision, extras, cache, and the environment variables that matter,
-as Markdown to paste. Secrets are hidden, the home folder is ~.
-
-  out=FILE   write the same as JSON too
-"""
 MATTER = re.compile(
     r"(DPO_KIT|HF|HUGGINGFACE|TRANSFORMERS|TRL|TOKENIZERS|ACCELERATE|WANDB|HYDRA|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|OMP|MKL"
     r"|SLURM|RAY|XDG|PYTHON|LD)_?\w*|\w*(TOKEN|API_KEY)"
@@ -38,7 +28,7 @@ GIB = 2**30
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 where the arguments are refused."""
-    return run_tool("env", USAGE, arguments, report)
+    return run_tool("env", usage(__file__), arguments, report)
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -55,10 +45,9 @@ def report(arguments: Sequence[str]) -> None:
 def describe() -> dict[str, Any]:
     """Everything by name, plain JSON values; secrets hidden. What cannot be found out is left out, never raised."""
     packages, extras = describe_packages()
-    cache = cache_folder("")
-    commit = None
-    if (PACKAGE.parent / ".git").exists():  # a checkout: with +changes where files differ
-        commit = _output(["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty=+changes", "--abbrev=12"])
+    cache, checkout, commit = cache_folder(""), PACKAGE.parent, None
+    if (checkout / ".git").exists():  # with +changes where files differ
+        commit = _output(["git", "-C", str(checkout), "describe", "--always", "--dirty=+changes", "--abbrev=12"])
     return {
         "dpo_kit": {"version": _version("dpo-kit"), "commit": commit},
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
@@ -83,8 +72,7 @@ def describe_packages() -> tuple[dict[str, str], dict[str, bool]]:
     except PackageNotFoundError:  # a checkout that is not installed
         needed = []
     for need in map(Requirement, needed):
-        installed = _version(need.name)
-        if installed:
+        if installed := _version(need.name):
             packages[need.name] = installed
         for extra in re.findall(r"extra == ['\"]([\w-]+)['\"]", str(need.marker or "")):
             extras[extra] = extras.get(extra, True) and installed is not None
@@ -110,10 +98,9 @@ def describe_processor() -> dict[str, Any]:
     """Name, cores, the instructions that decide on bf16, memory in GiB."""
     import psutil
 
-    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo, memory = Path("/proc/cpuinfo"), psutil.virtual_memory()
     text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
     name, flags = (re.search(rf"^{key}\s*: (.*)$", text, re.M) for key in ("model name", "flags"))
-    memory = psutil.virtual_memory()
     return {
         "name": name[1] if name else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -132,22 +119,16 @@ def describe_devices() -> dict[str, Any]:
 
         from dpo_kit.model.hardware import WIDE, training_precision
 
-        return devices | {
-            "torch_cuda": torch.version.cuda,
-            "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
-            "precision": training_precision(WIDE),
-        }
+        gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        return devices | {"torch_cuda": torch.version.cuda, "gpus": gpus, "precision": training_precision(WIDE)}
     except Exception as error:  # a broken torch is a reason to ask for help
         return devices | {"torch": f"cannot be imported: {type(error).__name__}: {redact_text(str(error))}"}
 
 
 def describe_environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The variables that change what dpo_kit does; of those named like a secret only that they are set."""
-    return {
-        name: REDACTED if is_secret_key(name) else _hide(value)
-        for name, value in sorted(variables.items())
-        if MATTER.fullmatch(name)
-    }
+    told = ((name, value) for name, value in sorted(variables.items()) if MATTER.fullmatch(name))
+    return {name: REDACTED if is_secret_key(name) else _hide(value) for name, value in told}
 
 
 def _hide(text: str) -> str:
@@ -157,17 +138,16 @@ def _hide(text: str) -> str:
 def _size(folder: Path) -> int:
     """Bytes of all files under `folder`; what a running job takes away meanwhile does not count."""
     total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                status = Path(place, name).lstat()
-                total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    for path in (Path(place, name) for place, _, names in os.walk(folder) for name in names):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            total += status.st_size if stat.S_ISREG(status.st_mode) else 0
     return total
 
 
 def to_markdown(facts: Mapping[str, Any]) -> str:
     """The block to paste."""
-    ours, processor, devices = facts["dpo_kit"], facts["processor"], facts["devices"]
+    ours, of, devices, cache = (facts[name] for name in ("dpo_kit", "processor", "devices", "cache"))
     commit = f", commit {code(ours['commit'])}" if ours["commit"] else ""
     if "torch" in devices:
         torch = ("torch", inline(devices["torch"]))
@@ -177,13 +157,13 @@ def to_markdown(facts: Mapping[str, Any]) -> str:
         ("dpo_kit", (ours["version"] or "not installed") + commit),
         ("Python", inline(facts["python"])),
         ("system", inline(facts["system"])),
-        ("processor", inline(f"{processor['name']}, {processor['cores']} cores, {' '.join(processor['features'])}")),
-        ("memory", f"{processor['memory_gib']} GiB, {processor['free_gib']} free"),
+        ("processor", inline(f"{of['name']}, {of['cores']} cores, {' '.join(of['features'])}")),
+        ("memory", f"{of['memory_gib']} GiB, {of['free_gib']} free"),
         ("GPUs", inline("; ".join(devices["nvidia_smi"] or devices.get("gpus") or ["none"]))),
         torch,
         ("packages", inline(", ".join(f"{name} {number}" for name, number in facts["packages"].items()))),
         ("extras", ", ".join(f"{name}{'' if whole else ' (not whole)'}" for name, whole in facts["extras"].items())),
-        ("cache", f"{code(facts['cache']['folder'])}, {facts['cache']['gib']} GiB"),
+        ("cache", f"{code(cache['folder'])}, {cache['gib']} GiB"),
     ]
     rows += [(code(name), code(value) if value else "(empty)") for name, value in facts["environment"].items()]
     return "### Environment of dpo_kit\n\n" + table(("", ""), rows, left=2)

@@ -15,10 +15,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -27,11 +28,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_kit.config.command_line import guard
-from dpo_kit.config.compose import CONF, check, compose_unchecked, refuse_idle, register, without_hydra
+from dpo_kit.config.compose import CONF, check, compose_unchecked, refuse_idle, register, search_path, without_hydra
 from dpo_kit.config.identity import refuse_other_run
 from dpo_kit.config.places import claim, refuse_unwritable
 from dpo_kit.config.settings import Endpoint, Settings
+from dpo_kit.config.tools import guard
 from dpo_kit.errors import ConfigError, DataError, ModelError, did_you_mean
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.directory import RunDirectory
@@ -69,21 +70,22 @@ def main() -> None:
         sys.stdout.write(f"dpo_kit {version('dpo-kit')}\n")
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
-    # our option has the plugin's name
-    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated")
-    signal.signal(signal.SIGTERM, _terminate)
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated")  # our option's name too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # unwinds like Ctrl-C: the run says that it ended so
     sys.excepthook = _show_without_secrets
     sys.exit(guard("dpo_kit", sys.argv[1:], lambda: _work(read_arguments(sys.argv[1:]))))
 
 
 def read_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Hydra's flags and overrides in any order, the overrides as Hydra can read them; the words that Hydra itself will
-    read are put so. Raises ConfigError.
-    """
+    """Hydra's flags and overrides in any order, as Hydra, which reads `sys.argv` next, can read them. ConfigError."""
     if words and words[0].isidentifier() and (meant := did_you_mean(words[0], TOOLS)):
         raise ConfigError(f"there is no tool {words[0]}{meant}")
+
+    def refuse(message: str) -> NoReturn:  # instead of eight lines of usage
+        raise ConfigError(message)
+
     parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[assignment,method-assign]  # not eight lines of usage
+    parser.error = refuse  # type: ignore[method-assign]
     args, unknown = parser.parse_known_intermixed_args(words)  # as Hydra 1.4 does (facebookresearch/hydra#3053)
     refuse_dashes(words, unknown)
     flags = [word for word in words if word not in args.overrides]
@@ -92,17 +94,8 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _refuse(message: str) -> None:
-    raise ConfigError(message)
-
-
 def _show_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.stderr.write(redact_text("".join(traceback.format_exception(kind, error, trace))))
-
-
-def _terminate(number: int, frame: object) -> None:
-    """SIGTERM unwinds like Ctrl-C, so that the run says that it was interrupted."""
-    raise SystemExit(TERMINATED)
 
 
 def _work(args: argparse.Namespace) -> None:
@@ -160,10 +153,11 @@ def _conclude(plan: Plan) -> None:
 
 def means_multirun(args: argparse.Namespace) -> bool:
     """Whether `beta-sweep=<option>` asks for a sweep without -m: Hydra 1.4 lets no option say so itself."""
-    asks_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    flags = (args.help, args.hydra_help, args.cfg, args.info, args.shell_completion, args.multirun, args.run)
+    if any(flags) or any(word.startswith("hydra.mode=") for word in args.overrides):
+        return False
     chosen = [word.split("=", 1)[1] for word in args.overrides if word.lstrip("+").startswith("beta-sweep=")]
-    decided = args.multirun or args.run or any(word.startswith("hydra.mode=") for word in args.overrides)
-    return bool(chosen) and chosen[-1] not in ("none", "null", "") and not (asks_only or decided)
+    return bool(chosen) and chosen[-1] not in ("none", "null", "")
 
 
 def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
@@ -172,10 +166,10 @@ def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
 
     Directories that are chosen here are added to the command line that Hydra will read. Raises ConfigError.
     """
-    search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
+    search, name = search_path(args.config_dir), args.config_name or "config"
     implied = means_multirun(args)
     if args.cfg or not (args.multirun or implied or "hydra.mode=MULTIRUN" in args.overrides):
-        cfg = compose_unchecked([*search, *args.overrides], args.config_name or "config", with_hydra=True)
+        cfg = compose_unchecked([*search, *args.overrides], name, with_hydra=True)
         settings = check(without_hydra(cfg))
         if args.cfg:
             return None
@@ -186,7 +180,7 @@ def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
     refuse_sweep(args.overrides)
     from dpo_kit.sweep.launch.plan import plan_sweep
 
-    plan = plan_sweep(args.overrides, search, args.config_name or "config")
+    plan = plan_sweep(args.overrides, search, name)
     if plan.local:  # a cluster's jobs may reach what this machine does not
         refuse_silent_judges(*(job.settings for job in plan.jobs))
     if plan.jobs and plan.jobs[0].settings.dry_run:
@@ -199,18 +193,16 @@ def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
 
 def refuse_silent_judges(*runs: Settings) -> None:
     """ConfigError where nobody answers at the address of a run's judge; each address is asked once."""
-    judges = {
-        (each.judge.base_url, each.judge.api_key_env): each.judge for each in runs if isinstance(each.judge, Endpoint)
-    }
-    for judge in judges.values():
+    judges = [run.judge for run in runs if isinstance(run.judge, Endpoint)]
+    for judge in {(judge.base_url, judge.api_key_env): judge for judge in judges}.values():
         from dpo_kit.judge.server import refuse_silent
 
         refuse_silent("judge", judge)
 
 
 def take_directory(args: argparse.Namespace, cfg: DictConfig, settings: Settings) -> Path:
-    """The directory of one run, the same for all processes that train it; a time stamp that another start has taken
-    gets a number. ConfigError where it cannot be written, or is another run's.
+    """The directory of a run, one for all its processes; a time stamp that is taken gets a number. ConfigError where it
+    cannot be written, or is another run's.
     """
     directory = Path(str(cfg.hydra.run.dir))
     refuse_unwritable("hydra.run.dir", directory)
@@ -262,25 +254,24 @@ run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config"
 def show(result: Result) -> None:
     """The short table at the end, who compared how many fresh answers, what was noticed, the next command to type."""
     from rich.console import Console
-    from rich.markup import escape
 
     from dpo_kit.run.report.numbers import result_table
 
     console = Console()
+    say = partial(console.print, highlight=False, markup=False)
     console.print(result_table(dataclasses.asdict(result)))
     if judge := result.judge:
         coins = ", ".join(f"{count:,} {why}" for why, count in judge["coins"].items() if count)
         compared = f"{judge['comparisons']:,} times two fresh answers, compared by {judge['name']}"
-        console.print(f"{compared}; decided by coin: {coins or 'none'}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{compared}; decided by coin: {coins or 'none'}", soft_wrap=True)
     if result.published:
         from dpo_kit.run.report.page import sentences
 
-        console.print("\n".join(sentences(result.published)), highlight=False, markup=False)
+        say("\n".join(sentences(result.published)))
     for finding in result.findings:
-        console.print(f"[bold]{escape(finding['symptom'])}[/bold]", highlight=False)
-        console.print(f"{finding['meaning']} {finding['remedy']}\n", highlight=False, markup=False)
-    console.print(f"run directory: {result.run_dir}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"next: {result.next}", highlight=False, markup=False, soft_wrap=True)
+        say(finding["symptom"], style="bold")
+        say(f"{finding['meaning']} {finding['remedy']}\n")
+    say(f"run directory: {result.run_dir}\nnext: {result.next}", soft_wrap=True)
 
 
 register()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.config.compose import check, compose_unchecked, refuse_idle
 from dpo_kit.config.settings import Settings
-from dpo_kit.config.tools import parse, refuse_no_file, run_tool
+from dpo_kit.config.tools import parse, refuse_no_file, run_tool, usage
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.files import write_json
@@ -26,15 +26,6 @@ from dpo_kit.run.words import command, refuse_dashes
 if TYPE_CHECKING:
     from dpo_kit.data.prepare import Prepared
 
-USAGE = """\
-usage: python -m dpo_kit plan [first_step=true] [out=FILE] [group=option | key=value] …
-
-Takes what `python -m dpo_kit` takes, trains nothing, and says what that run will need: memory by what it is for, steps,
-tokens, disk, and how to start it on how many devices.
-
-  first_step=true   take three steps as well (in a folder that is removed) and compare memory and speed
-  out=FILE          write the plan as JSON too
-"""
 OWN = ("first_step", "out")
 POLL_SECONDS = 0.005
 LOOK_AT_FILES = 50  # polls between two looks at which weights lie in mapped files, which takes longer
@@ -43,12 +34,16 @@ USABLE = 0.9  # of it: the rest is the driver's, the allocator's and the estimat
 LARGE = 80
 SHOWN = 5  # places of dropped rows, of each reason
 LAUNCH = "accelerate launch --config_file examples/accelerate"
-
-
 THREE_STEPS = (
     "trl.max_steps=3", "trl.save_strategy=no", "trl.save_steps=null", "trl.eval_strategy=no", "trl.eval_steps=null",
     "trl.logging_strategy=steps", "trl.logging_steps=1", "tracking=none", "resume=never",
 )  # fmt: skip
+LABELS = {
+    "parameters": "weights", "reference": "reference model", "optimizer": "optimizer", "gradients": "gradients",
+    "passes": "at most in forward and backward pass", "activations": "activations of a batch",
+    "copies": "half-precision copies", "recomputed": "activations computed again", "logits": "logits of a batch",
+    "measuring": "while the probe measures", "libraries": "libraries",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Plan:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 done, 1 failed, 2 refused."""
-    return run_tool("plan", USAGE, arguments, plan)
+    return run_tool("plan", usage(__file__), arguments, plan)
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -117,7 +112,7 @@ def _read_rows(settings: Settings) -> tuple[Any, Prepared]:
 
 def plan_on(settings: Settings, data: Prepared) -> Plan:
     """The plan of a run on `data`."""
-    from dpo_kit.data.fresh import with_answer_lengths
+    from dpo_kit.data.prepare import with_answer_lengths
     from dpo_kit.trainer.arguments import count_steps, effective_batch
     from dpo_kit.trainer.build import choose_arguments, needs_reference
     from dpo_kit.trainer.memory import build_weightless, estimate
@@ -156,26 +151,28 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         import torch
 
-        self.device = torch.cuda.is_available()
-        if self.device:
-            torch.cuda.reset_peak_memory_stats()
-        self.before = self.bytes = 0 if self.device else anonymous_memory()
+        self.cuda = torch.cuda if torch.cuda.is_available() else None
+        if self.cuda:
+            self.cuda.reset_peak_memory_stats()
+        self.before = self.bytes = 0 if self.cuda else anonymous_memory()
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        import torch
-
         self._ended.set()
         self._watcher.join()
-        self.bytes = torch.cuda.max_memory_allocated() if self.device else self.bytes - self.before
+        self.bytes = self.cuda.max_memory_allocated() if self.cuda else self.bytes - self.before
 
     def _watch(self) -> None:
+        import psutil
+
         polls = mapped = 0
-        while not self.device and not self._ended.wait(POLL_SECONDS):
-            mapped = mapped_weights() if polls % LOOK_AT_FILES == 0 else mapped
+        while not self.cuda and not self._ended.wait(POLL_SECONDS):
+            if polls % LOOK_AT_FILES == 0:  # safetensors files that lie in this process's memory unchanged
+                maps = psutil.Process().memory_maps()
+                mapped = sum(part.rss - part.anonymous for part in maps if part.path.endswith(".safetensors"))
             self.bytes = max(self.bytes, anonymous_memory() + mapped)
             polls += 1
 
@@ -185,19 +182,10 @@ def anonymous_memory() -> int:
     import psutil
 
     if not psutil.LINUX:
-        raise ConfigError(
-            "first_step=true needs a system that says how much memory a process takes (Linux): leave it out"
-        )
+        needed = "a system that says how much memory a process takes (Linux)"
+        raise ConfigError(f"first_step=true needs {needed}: leave it out")
     memory = psutil.Process().memory_info()
     return memory.rss - memory.shared
-
-
-def mapped_weights() -> int:
-    """Bytes of safetensors files that lie in this process's memory unchanged."""
-    import psutil
-
-    maps = psutil.Process().memory_maps()
-    return sum(part.rss - part.anonymous for part in maps if part.path.endswith(".safetensors"))
 
 
 def measure_first_steps(overrides: Sequence[str]) -> dict[str, float]:
@@ -217,27 +205,12 @@ def measure_first_steps(overrides: Sequence[str]) -> dict[str, float]:
 
 # --- showing -----------------------------------------------------------------------------------------------------
 
-LABELS = {
-    "parameters": "weights",
-    "reference": "reference model",
-    "optimizer": "optimizer",
-    "gradients": "gradients",
-    "passes": "at most in forward and backward pass",
-    "activations": "activations of a batch",
-    "copies": "half-precision copies",
-    "recomputed": "activations computed again",
-    "logits": "logits of a batch",
-    "measuring": "while the probe measures",
-    "libraries": "libraries",
-}
-
 
 def show(planned: Plan, settings: Settings, measured: dict[str, float], words: Sequence[str]) -> None:
     """The tables, and the command to start the run with, whose overrides are `words`."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
     table = Table(title=f"{settings.method.name}, {settings.model.tuning} tuning of {settings.model.path}")
     table.add_column("memory of one process")
     table.add_column("GB", justify="right")
@@ -247,21 +220,17 @@ def show(planned: Plan, settings: Settings, measured: dict[str, float], words: S
     table.add_row("peak (not all at the same time)", f"{planned.peak / 1e9:.2f}")
     if measured:
         table.add_row("measured in three steps", f"{measured['peak'] / 1e9:.2f}")
-    console.print(table)
     speed = f", {measured['seconds_per_step']:.2f} s a step" if measured else ""
-    console.print(
+    lines = [
         f"{planned.steps} steps of {planned.batch} rows, {planned.epochs:.2f} epochs, "
-        f"{planned.tokens / 1e6:.2f}M tokens{speed}; {planned.disk / 1e9:.2f} GB of disk for checkpoints and model",
-        highlight=False,
-        soft_wrap=True,
-    )
+        f"{planned.tokens / 1e6:.2f}M tokens{speed}; {planned.disk / 1e9:.2f} GB of disk for checkpoints and model"
+    ]
     if not planned.memory["passes"]:
-        console.print(
-            "without the activations, which cannot be counted for this model: plan first_step=true measures them",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(advise(planned, settings, words), highlight=False, markup=False, soft_wrap=True)
+        why = "which cannot be counted for this model"
+        lines.append(f"without the activations, {why}: plan first_step=true measures them")
+    Console().print(table)
+    for line in (*lines, advise(planned, settings, words)):
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def advise(planned: Plan, settings: Settings, words: Sequence[str] = ()) -> str:
@@ -280,9 +249,7 @@ def advise(planned: Plan, settings: Settings, words: Sequence[str] = ()) -> str:
 
 
 def find_devices(planned: Plan, settings: Settings) -> tuple[int, int] | None:
-    """The least that the run fits: one device of the smallest card, or so many of `LARGE` GB that share what can be
-    shared (a 4-bit base cannot); (devices, GB of each), None where nothing will do.
-    """
+    """(devices, GB of each): the least that the run fits, one card or several that share what they can, or None."""
     split = sum(planned.memory[name] for name in ("parameters", "reference", "optimizer", "gradients"))
     rest = max(0, planned.peak - split)
     fitting = [(1, card) for card in CARDS if planned.peak <= USABLE * card * 1e9]
@@ -295,9 +262,7 @@ def find_devices(planned: Plan, settings: Settings) -> tuple[int, int] | None:
 
 
 def dry_run(settings: Settings, words: Sequence[str] = ()) -> None:
-    """Compose, check, tokenise, show which rows would be dropped, one row as it is trained on, and the plan of the run
-    with the overrides `words`; write nothing. Raises as training.
-    """
+    """Read, check, tokenise; show dropped rows, a row as it is trained on, the plan with `words`; write nothing."""
     tokenizer, data = _read_rows(settings)
     sys.stdout.write("".join(f"{path} is read as {form}\n" for path, form in data.report["forms"].items()))
     sys.stdout.write(show_dropped(data))
@@ -311,31 +276,30 @@ def show_dropped(data: Prepared) -> str:
     places: dict[str, list[str]] = {}
     for fault in data.dropped:
         places.setdefault(fault.reason, []).append(fault.place)
-    lines = [
-        f"  {len(dropped):,} ({reason}): {', '.join(dropped[:SHOWN])}{', …' if len(dropped) > SHOWN else ''}"
-        for reason, dropped in places.items()
-    ]
     rows = data.report["used"]["rows"]
     counts = f"{rows['train']:,} to train on, {rows['select']:,} and {rows['test']:,} held out"
-    return "\n".join([f"rows: {counts}, {len(data.dropped):,} dropped", *lines, "", ""])
+    lines = [f"rows: {counts}, {len(data.dropped):,} dropped"]
+    for reason, dropped in places.items():
+        more = ", …" if len(dropped) > SHOWN else ""
+        lines.append(f"  {len(dropped):,} ({reason}): {', '.join(dropped[:SHOWN])}{more}")
+    return "\n".join([*lines, "", ""])
 
 
 def show_row(row: dict[str, Any], tokenizer: Any, trl: dict[str, Any]) -> str:
     """One row as the loss sees it: what is read, what is scored (after the mark), what `max_length` cuts."""
-    from dpo_kit.model.tokens import ids_of_rows, truncate_both
+    from dpo_kit.model.tokens import Truncation, ids_of_rows
 
     names = [name for name in ("chosen", "rejected", "completion") if name in row]
     ((prompt, answers),) = ids_of_rows(tokenizer, [row], names)
-    mode = trl.get("truncation_mode", "keep_start")
+    of_row, limit = f"a row as it is trained on ({row['pair_id']}):", trl["max_length"]
     if not names:
         drawn = f"two answers of at most {trl['max_new_tokens']} tokens, drawn and compared"
-        return f"a row as it is trained on ({row['pair_id']}):\n{tokenizer.decode(prompt)}▶ {drawn}"
-    lines = [f"a row as it is trained on ({row['pair_id']}): the prompt is read, what follows ▶ is scored"]
+        return f"{of_row}\n{tokenizer.decode(prompt)}▶ {drawn}"
+    lines = [f"{of_row} the prompt is read, what follows ▶ is scored"]
     for name, answer in zip(names, answers, strict=True):
-        read, scored = truncate_both(prompt, answer, trl["max_length"], mode)
+        read, scored = Truncation.of(trl).cut(prompt, answer)
         cut = len(prompt) + len(answer) - len(read) - len(scored)
-        counts = f"{len(read)} + {len(scored)} tokens"
-        counts += f", {cut} cut by trl.max_length={trl['max_length']}" if cut else ""
+        counts = f"{len(read)} + {len(scored)} tokens" + (f", {cut} cut by trl.max_length={limit}" if cut else "")
         lines.append(f"{name} ({counts}):\n{tokenizer.decode(read)}▶{tokenizer.decode(scored)}")
     return "\n".join(lines)
 

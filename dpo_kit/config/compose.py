@@ -3,14 +3,12 @@
 `compose` builds the config from conf/ as Hydra does; `check` refuses what cannot train as meant and returns it typed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 import pydantic
@@ -23,13 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_kit.config.best_metric import selection_faults
 from dpo_kit.config.limits import checked_value, idle_faults, library_faults, wrong_choice
 from dpo_kit.config.places import locate
-from dpo_kit.config.settings import Callbacks, Model, Rates, Settings
+from dpo_kit.config.settings import Model, Rates, Settings, Strict
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.redact import refuse_secrets
 from dpo_kit.run.words import readable
 
 PACKAGE = Path(__file__).resolve().parents[1]
+S = TypeVar("S", bound=Strict)
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # wheel | checkout
 
 SET_ELSEWHERE = {
@@ -77,10 +76,14 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 
     `config_dir` adds a folder of your own options, as `--config-dir` does. Raises ConfigError.
     """
-    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    cfg = compose_unchecked([*search, *overrides])
+    cfg = compose_unchecked([*search_path(config_dir), *overrides])
     refuse_idle(check(cfg), overrides)
     return cfg
+
+
+def search_path(config_dir: str | Path | None) -> list[str]:
+    """What makes Hydra look for options in `config_dir` too, where there is one."""
+    return [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
 
 
 def refuse_idle(settings: Settings, words: Sequence[str]) -> None:
@@ -127,39 +130,48 @@ def check(cfg: DictConfig, *, trains: bool = True) -> Settings:
 
     `trains=False`, of tools that have a judge of their own: nobody needs to compare fresh answers.
     """
-    try:
-        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        from dpo_kit.config.explain import explain
-
-        raise explain(error) from error
+    values = resolve(cfg, cfg)
     refuse_secrets(values)
-    judge = values.get("judge") or {}  # type: ignore[union-attr]
+    judge = values.get("judge") or {}
     if judge.get("kind") == "gold" and judge.get("module") is None:  # the default, which data of one's own do not have
         raise ConfigError(f"data.gold is null, and method={cfg.method.name} {NEEDS_JUDGE}")
-    try:
-        settings = Settings(**values)  # type: ignore[arg-type]
-    except pydantic.ValidationError as error:
-        from dpo_kit.config.explain import describe_fault
-
-        raise ConfigError("\n".join(map(describe_fault, error.errors()))) from error
+    settings = typed(Settings, values)
     faults = [*_trl_faults(settings)]  # the others rely on types
     if not faults:
         faults = [*_method_faults(settings), *_model_faults(settings.model)]
         faults += _judge_faults(settings) if trains else []
-    faults = faults or [*library_faults(settings), *selection_faults(settings), *_own_faults(settings.callbacks)]
+    if not faults:
+        faults = [*library_faults(settings), *selection_faults(settings)]
+        own = settings.callbacks
+        if own.metrics or own.sample_metrics or own.extra:  # where none is named, nothing is loaded
+            from dpo_kit.config.extensions import own_faults
+
+            faults += own_faults(own)
     if faults:
         raise ConfigError("\n".join(faults))
     return settings
 
 
-def _own_faults(callbacks: Callbacks) -> Iterable[str]:
-    """Why measures and callbacks of the user's own could not be called; where none is named, nothing is loaded."""
-    if not (callbacks.metrics or callbacks.sample_metrics or callbacks.extra):
-        return ()
-    from dpo_kit.config.extensions import own_faults
+def resolve(cfg: DictConfig, names: Iterable[Any]) -> dict[str, Any]:
+    """The parts `names` of `cfg` as plain values, nothing missing in them. Raises ConfigError."""
+    try:
+        parts = {str(name): cfg[name] for name in names}
+        plain = partial(OmegaConf.to_container, resolve=True, throw_on_missing=True)
+        return {name: plain(part) if OmegaConf.is_config(part) else part for name, part in parts.items()}
+    except OmegaConfBaseException as error:
+        from dpo_kit.config.explain import explain
 
-    return own_faults(callbacks)
+        raise explain(error) from error
+
+
+def typed(kind: type[S], values: dict[str, Any], known: Iterable[str] | None = None) -> S:
+    """`values` as a `kind`. ConfigError lists all faults, with near misses among `known` keys (None: a run's)."""
+    try:
+        return kind(**values)
+    except pydantic.ValidationError as error:
+        from dpo_kit.config.explain import describe_fault
+
+        raise ConfigError("\n".join(describe_fault(fault, known) for fault in error.errors())) from error
 
 
 # --- faults in the trl block -------------------------------------------------------------------------------------
@@ -180,8 +192,8 @@ def _trl_faults(settings: Settings) -> Iterator[str]:
             settings.trl[key], faults = checked_value(f"trl.{key}", value, described["fields"][key])
             yield from faults
     for key, value in (("beta", settings.beta), ("seed", settings.seed)):
-        if settings.trl[key] not in (value, [value]):
-            yield f"trl.{key} follows {key}: say {key}={settings.trl[key]} instead of trl.{key}={settings.trl[key]}"
+        if (given := settings.trl[key]) not in (value, [value]):
+            yield f"trl.{key} follows {key}: say {key}={given} instead of trl.{key}={given}"
 
 
 def fields_of(described: dict[str, Any]) -> list[str]:
@@ -192,52 +204,37 @@ def fields_of(described: dict[str, Any]) -> list[str]:
 
 
 def _method_faults(settings: Settings) -> Iterator[str]:
-    method, trl = settings.method, settings.trl
+    method, trl, speed, tuning = settings.method, settings.trl, settings.speed, settings.model.tuning
     low, high = method.beta.range
     if not (low <= settings.beta <= high or (settings.allow_beta and settings.beta > 0)):
+        rule = f"beta must lie in [{low:g}, {high:g}] for method={method.name} ({method.beta.meaning})"
         grid = ", ".join(f"{value:g}" for value in method.beta.grid)
-        yield (
-            f"beta must lie in [{low:g}, {high:g}] for method={method.name} ({method.beta.meaning}), "
-            f"got {settings.beta:g}; its grid is {grid} (allow_beta=true if you mean it)"
-        )
-    rate, tuning = trl["learning_rate"], settings.model.tuning
-    limit = settings.model.max_learning_rate.for_tuning(tuning)
+        yield f"{rule}, got {settings.beta:g}; its grid is {grid} (allow_beta=true if you mean it)"
+    rate, limit = trl["learning_rate"], settings.model.max_learning_rate.for_tuning(tuning)
     if isinstance(rate, float) and not settings.allow_learning_rate and not 0 < rate <= limit:
-        usual = method.learning_rate.for_tuning(tuning)
-        yield (
-            f"trl.learning_rate must be above 0 and at most {limit:g} for model.tuning={tuning} on this model, "
-            f"got {rate:g}; method={method.name} usually takes {usual:g} (allow_learning_rate=true if you mean it)"
-        )
+        rule = f"trl.learning_rate must be above 0 and at most {limit:g} for model.tuning={tuning} on this model"
+        usual = f"method={method.name} usually takes {method.learning_rate.for_tuning(tuning):g}"
+        yield f"{rule}, got {rate:g}; {usual} (allow_learning_rate=true if you mean it)"
     yield from _loss_faults(settings)
-    if settings.speed.group_by_length is True and trl.get("train_sampling_strategy") == "sequential":
-        yield (
-            "speed.group_by_length=true would change the order of rows, which this loss needs as it is "
-            "(trl.train_sampling_strategy=sequential): take auto"
-        )
-    ours, theirs = settings.speed.checkpointing, trl["gradient_checkpointing"]
+    if speed.group_by_length is True and trl.get("train_sampling_strategy") == "sequential":
+        order = "the order of rows, which this loss needs as it is (trl.train_sampling_strategy=sequential)"
+        yield f"speed.group_by_length=true would change {order}: take auto"
+    ours, theirs = speed.checkpointing, trl["gradient_checkpointing"]
     if ours != "auto" and theirs is not None and ours != theirs:
         both = f"speed.checkpointing={ours} and trl.gradient_checkpointing={theirs}"
         yield f"{both.lower()} contradict each other: set one of them"
-    if method.rows == "prompts" and trl["max_new_tokens"] >= (trl["max_length"] or 0):
-        yield (
-            f"trl.max_length counts prompt and answer and must be above trl.max_new_tokens={trl['max_new_tokens']}, "
-            f"got {trl['max_length']}"
-        )
-    if method.rows == "prompts" and settings.speed.group_by_length is True:
-        yield (
-            f"speed.group_by_length=true needs the length of answers, which method={method.name} draws while it "
-            "trains: take auto"
-        )
-    if method.rows == "unary" and trl["per_device_train_batch_size"] < 2:
-        yield (
-            f"trl.per_device_train_batch_size must be at least 2 for method={method.name} (both labels in every "
-            f"batch; 4 or more is better), got {trl['per_device_train_batch_size']}"
-        )
+    if method.rows == "prompts" and (fresh := trl["max_new_tokens"]) >= (trl["max_length"] or 0):
+        rule = f"trl.max_length counts prompt and answer and must be above trl.max_new_tokens={fresh}"
+        yield f"{rule}, got {trl['max_length']}"
+    if method.rows == "prompts" and speed.group_by_length is True:
+        unknown = f"the length of answers, which method={method.name} draws while it trains"
+        yield f"speed.group_by_length=true needs {unknown}: take auto"
+    if method.rows == "unary" and (batch := trl["per_device_train_batch_size"]) < 2:
+        why = "both labels in every batch; 4 or more is better"
+        yield f"trl.per_device_train_batch_size must be at least 2 for method={method.name} ({why}), got {batch}"
     if trl.get("sync_ref_model") and tuning != "full":
-        yield (
-            f"trl.sync_ref_model needs a reference model of its own, which model.tuning={tuning} has not: use "
-            "model.tuning=full or trl.sync_ref_model=false"
-        )
+        needed = f"a reference model of its own, which model.tuning={tuning} has not"
+        yield f"trl.sync_ref_model needs {needed}: use model.tuning=full or trl.sync_ref_model=false"
 
 
 NEEDS_JUDGE = (
@@ -247,90 +244,75 @@ NEEDS_JUDGE = (
 
 
 def _judge_faults(settings: Settings) -> Iterator[str]:
-    method, judge = settings.method, settings.judge
-    if method.rows != "prompts":
-        if judge is not None:
-            yield (
-                f"judge={judge.kind} has nothing to compare with method={method.name}, whose answers are given: leave "
-                "it out, or take method=online_dpo; python -m dpo_kit data mode=build judge=… makes pairs"
-            )
-    elif judge is None:
-        yield f"method={method.name} {NEEDS_JUDGE}"
-    elif judge.kind == "human":
-        yield (
-            f"judge=human cannot answer while method={method.name} trains: take another judge, or train in rounds with "
-            "python -m dpo_kit data mode=build judge=human and method=dpo"
-        )
+    draws, name, judge = settings.method.rows == "prompts", settings.method.name, settings.judge
+    tool = "python -m dpo_kit data mode=build"
+    if draws and judge is None:
+        yield f"method={name} {NEEDS_JUDGE}"
+    elif draws and judge.kind == "human":  # type: ignore[union-attr]
+        remedy = f"take another judge, or train in rounds with {tool} judge=human and method=dpo"
+        yield f"judge=human cannot answer while method={name} trains: {remedy}"
+    elif judge is not None and not draws:
+        remedy = f"leave it out, or take method=online_dpo; {tool} judge=… makes pairs"
+        yield f"judge={judge.kind} has nothing to compare with method={name}, whose answers are given: {remedy}"
 
 
 def _model_faults(model: Model) -> Iterator[str]:
     """Code from elsewhere runs only where the config names whose it is, and which."""
-    start = locate("model.path", model.path)
+    start, reference = locate("model.path", model.path), locate("model.reference", model.reference or "")
     if model.trust_remote_code and start.is_dir():
-        yield (
-            f"model.trust_remote_code=true needs a repository and its commit, but model.path={model.path} is a folder: "
-            "name the repository, model.path=org/name, or load a model whose code transformers has"
-        )
+        rule = "model.trust_remote_code=true needs a repository and its commit"
+        remedy = "name the repository, model.path=org/name, or load a model whose code transformers has"
+        yield f"{rule}, but model.path={model.path} is a folder: {remedy}"
     elif model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
-        yield (
-            "model.trust_remote_code=true runs code of a repository, so model.revision must be a full commit hash "
-            f"(40 hex digits) whose code you have read, got {model.revision}"
-        )
-    reference = locate("model.reference", model.reference or "")
+        rule = "model.revision must be a full commit hash (40 hex digits) whose code you have read"
+        yield f"model.trust_remote_code=true runs code of a repository, so {rule}, got {model.revision}"
     same = model.reference == model.path or (start.exists() and start.resolve() == reference.resolve())
     if model.tuning != "full" and model.reference and same:
-        yield (
-            f"model.reference={model.reference} is the start itself, which model.tuning={model.tuning} has already "
-            "(the policy with its adapter off): leave it out, and save a second model's memory"
-        )
+        there = f"which model.tuning={model.tuning} has already (the policy with its adapter off)"
+        remedy = "leave it out, and save a second model's memory"
+        yield f"model.reference={model.reference} is the start itself, {there}: {remedy}"
     if model.tuning == "full" and model.dtype == "float16":
-        yield (
-            "model.dtype=float16 has too small a range to tune all weights in (after one step the policy is ruined): "
-            "take model.dtype=auto, or model.tuning=lora"
-        )
-    if model.attn_implementation and "/" in model.attn_implementation:
-        yield (
-            f"model.attn_implementation={model.attn_implementation} would download code and run it: take sdpa, eager "
-            "or flash_attention_2"
-        )
-    elif model.attn_implementation not in (None, *ATTENTION):
-        yield wrong_choice("model.attn_implementation", model.attn_implementation, ATTENTION)
+        why = "has too small a range to tune all weights in (after one step the policy is ruined)"
+        yield f"model.dtype=float16 {why}: take model.dtype=auto, or model.tuning=lora"
+    kernel = model.attn_implementation
+    if kernel and "/" in kernel:
+        asked = f"model.attn_implementation={kernel}"
+        yield f"{asked} would download code and run it: take sdpa, eager or flash_attention_2"
+    elif kernel not in (None, *ATTENTION):
+        yield wrong_choice("model.attn_implementation", kernel, ATTENTION)
 
 
 def _loss_faults(settings: Settings) -> Iterator[str]:
     trl, smoothing, method = settings.trl, settings.trl.get("label_smoothing") or 0.0, settings.method.name
     losses = _losses(trl)
+    named = ", ".join(losses)
     if not losses and "loss_type" in trl:
         yield f"trl.loss_type names no loss, got {trl['loss_type']!r}: leave it out, method={method} has its own"
         return
     if (CONF / "method" / f"{method}.yaml").exists() and losses != _loss_of(method)[1]:
-        yield _foreign_loss(method, losses)
+        # name, meaning of beta and findings would be those of the method's own loss
+        given, wanted = f"trl.loss_type={losses[0] if len(losses) == 1 else losses}", (_loss_of(method)[0], losses)
+        files = sorted((CONF / "method").glob("*.yaml"))
+        if other := next((file.stem for file in files if _loss_of(file.stem) == wanted), None):
+            yield f"{given} is method={other}, whose beta has its own meaning and range: say method={other}"
+        else:
+            yield (
+                f"{given} is not the loss of method={method}: give it a name of its own, in a file "
+                f"DIR/method/{losses[0]}.yaml with `# @package _global_`, `defaults: [{method}, _self_]`, "
+                f"`method: {{name: {losses[0]}}}` and `trl: {{loss_type: [{','.join(losses)}]}}`, and say "
+                f"--config-dir DIR method={losses[0]}"
+            )
     smoothed = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["smoothed_losses"]
     if smoothing and not set(losses) & set(smoothed):
-        yield (
-            f"trl.label_smoothing={smoothing:g} has no effect on {', '.join(losses) or 'this method'}: set it to 0, or "
-            f"take a loss that uses it ({', '.join(smoothed) or 'none of this trainer does'})"
-        )
+        remedy = f"set it to 0, or take a loss that uses it ({', '.join(smoothed) or 'none of this trainer does'})"
+        yield f"trl.label_smoothing={smoothing:g} has no effect on {named or 'this method'}: {remedy}"
     if not 0 <= smoothing < 0.5:
         yield f"trl.label_smoothing is the share of flipped labels and must lie in [0, 0.5), got {smoothing:g}"
     if "exo_pair" in losses and not smoothing:
         yield "trl.label_smoothing must be above 0 for exo_pair (its paper takes 1e-3), got 0"
     weights = trl.get("loss_weights")
     if weights is not None and len(weights) != len(losses):
-        yield f"trl.loss_weights needs one weight per loss ({', '.join(losses)}), got {weights}"
-
-
-def _foreign_loss(method: str, losses: list[str]) -> str:
-    """Why a method of ours may not take another loss: name, meaning of beta and findings would be those of its own."""
-    typed = f"trl.loss_type={losses[0] if len(losses) == 1 else losses}"
-    wanted = (_loss_of(method)[0], losses)
-    if others := [file.stem for file in sorted((CONF / "method").glob("*.yaml")) if _loss_of(file.stem) == wanted]:
-        return f"{typed} is method={others[0]}, whose beta has its own meaning and range: say method={others[0]}"
-    return (
-        f"{typed} is not the loss of method={method}: give it a name of its own, in a file DIR/method/{losses[0]}.yaml "
-        f"with `# @package _global_`, `defaults: [{method}, _self_]`, `method: {{name: {losses[0]}}}` and "
-        f"`trl: {{loss_type: [{','.join(losses)}]}}`, and say --config-dir DIR method={losses[0]}"
-    )
+        yield f"trl.loss_weights needs one weight per loss ({named}), got {weights}"
 
 
 @cache

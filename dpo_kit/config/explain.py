@@ -1,7 +1,5 @@
 """Why a config is refused, in our words: which key was meant, and what to type instead. Loaded where one is refused."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,8 +12,7 @@ from dpo_kit.config.limits import missing_package, wrong_choice
 from dpo_kit.config.settings import GoldJudge, HumanJudge, LLMJudge, RewardModelJudge, Settings, Strict
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import ConfigError, did_you_mean
-from dpo_kit.run.other_tools import meant
-from dpo_kit.run.words import override, quote
+from dpo_kit.run.words import meant, override, quote
 
 GONE_FROM_TRL = {
     "max_prompt_length": "max_length",
@@ -29,26 +26,20 @@ GONE_FROM_TRL = {
     "torch_dtype": "model.dtype",
 }
 JUDGES: tuple[type[Strict], ...] = (GoldJudge, RewardModelJudge, LLMJudge, HumanJudge)
-OF_YOUR_OWN = {  # options that take a path, and what is typed with them
-    "model": "model=local model.path",
-    "data": "data=jsonl data.train",
-}
+OF_YOUR_OWN = {"model": "model=local model.path", "data": "data=jsonl data.train"}  # what is typed with a path
 
 
 def explain(error: Exception, words: Sequence[str] = ()) -> ConfigError:
     """Hydra's and OmegaConf's errors in our words: what of `words` was refused, and the near miss."""
     text = str(error)
     if "hydra/launcher/submitit_" in text:
-        module = "hydra_plugins.hydra_submitit_launcher"
-        return ConfigError(missing_package("hydra/launcher=slurm", module) or text)
+        return ConfigError(missing_package("hydra/launcher=slurm", "hydra_plugins.hydra_submitit_launcher") or text)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         place = str(error.missing_cfg_file)  # group/option
         group, _, option = place.rpartition("/") if place.startswith("hydra/") else place.partition("/")
         options = error.options or sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-        path = OF_YOUR_OWN.get(group) if option else None
-        return ConfigError(
-            wrong_choice(group, option, options) + (f"; of your own: {override(path, option)}" if path else "")
-        )
+        own = f"; of your own: {override(OF_YOUR_OWN[group], option)}" if option and group in OF_YOUR_OWN else ""
+        return ConfigError(wrong_choice(group, option, options) + own)
     if named := re.search(r"An item is already at '([^']+)'", text):
         return ConfigError(f"{named[1]} exists already: leave out the +")
     if named := re.search(r"Could not (?:override|append to config|delete from config|find)[^']*'([^']+)'", text):
@@ -57,9 +48,9 @@ def explain(error: Exception, words: Sequence[str] = ()) -> ConfigError:
         return ConfigError(f"{error.full_key} is missing: add {error.full_key}=…")
     if named := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", text):
         one, several, listed = (f"{named[1]}={value}" for value in (quote(named[2]), named[2], f"[{named[2]}]"))
+        which = f"the list {listed} or the one text {one}"
         return ConfigError(
-            f"{several} is several values: add -m for a run of each (--multirun), or say which is meant, the list "
-            f"{listed} or the one text {one}"
+            f"{several} is several values: add -m for a run of each (--multirun), or say which is meant, {which}"
         )
     says_which = any(word.lstrip("+~").partition("=")[0] in text for word in words)
     return ConfigError(text if says_which or not words else f"{' '.join(words)}: {text}")
@@ -88,9 +79,8 @@ def unknown_key(key: str, known: Iterable[str], words: Sequence[str] = ()) -> st
     tail = key.rpartition(".")[2]
     near = sorted((word for word in known if word.rpartition(".")[2] == tail and word != key), reverse=True)
     near = near or [word for word in known if "." not in key and word.startswith(key.lower())]
-    if near:
-        return f"unknown key {key}; did you mean {' or '.join(near[:3])}?"
-    return f"unknown key {key}{did_you_mean(key, known, count=2, cutoff=0.7)}"
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else did_you_mean(key, known, count=2, cutoff=0.7)
+    return f"unknown key {key}{hint}"
 
 
 def known_keys() -> list[str]:
@@ -112,9 +102,7 @@ KINDS = ("gold", "reward_model", "llm", "human", "local", "server")  # by which 
 
 
 def describe_fault(fault: Any, known: Iterable[str] | None = None) -> str:
-    """What pydantic refuses (one of `ValidationError.errors()`): key, rule, value, and the near miss among the `known`
-    keys, by default those of a run.
-    """
+    """What pydantic refuses (one of `errors()`): key, rule, value, near miss among `known` keys (None: a run's)."""
     parts = [str(part) for part in fault["loc"]]
     key = ".".join(part for part in parts if part not in KINDS or parts[0] not in ("judge", "build"))
     if fault["type"] == "extra_forbidden":

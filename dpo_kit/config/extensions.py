@@ -5,8 +5,6 @@ A module is found in the folder of the command and in PYTHONPATH. What cannot wo
 checked, so before anything is loaded; only there, and only where a module is named, is it imported.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil
@@ -18,47 +16,38 @@ from dpo_kit.errors import ConfigError, TrainingError, did_you_mean
 from dpo_kit.run.history import plain
 from dpo_kit.run.quiet import quiet_imports
 
-PROBE_METRIC = ("rows", "scores")
-SAMPLE_METRIC = ("prompts", "answers")
-
 
 def own_faults(callbacks: Callbacks) -> Iterator[str]:
     """Why what `callbacks` names could not be called, key by key."""
-    for key, paths, names in (
-        ("callbacks.metrics", callbacks.metrics, PROBE_METRIC),
-        ("callbacks.sample_metrics", callbacks.sample_metrics, SAMPLE_METRIC),
-    ):
-        for name, path in paths.items():
+    for key, given in (("metrics", ("rows", "scores")), ("sample_metrics", ("prompts", "answers"))):
+        for name, path in getattr(callbacks, key).items():
             try:
-                inspect.signature(find(path, f"{key}.{name}")).bind(*names)
+                inspect.signature(find(path, f"callbacks.{key}.{name}")).bind(*given)
             except ConfigError as error:
                 yield str(error)
             except (TypeError, ValueError):
-                yield f"{key}.{name}={path} must be a function of {names[0]} and {names[1]}"
+                yield f"callbacks.{key}.{name}={path} must be a function of {' and '.join(given)}"
     for name in sorted(callbacks.metrics.keys() & callbacks.sample_metrics.keys()):
         yield f"callbacks.sample_metrics.{name} and callbacks.metrics.{name} would share one key: rename one"
     if callbacks.sample_metrics and not callbacks.kl_drift:
         yield "callbacks.sample_metrics measures the samples that callbacks.kl_drift=true draws, and it is false"
-    for index, given in enumerate(callbacks.extra):
-        yield from _callback_faults(f"callbacks.extra[{index}]", given)
+    for index, options in enumerate(callbacks.extra):
+        key, path = f"callbacks.extra[{index}]", options.get("_target_")
+        if not isinstance(path, str):
+            yield f"{key} needs _target_, the class to make: {{_target_: my_module.MyCallback}}, got {options}"
+            continue
+        try:
+            callback = find(path, f"{key}._target_")
+            from transformers import TrainerCallback
 
-
-def _callback_faults(key: str, given: Mapping[str, Any]) -> Iterator[str]:
-    if not isinstance(path := given.get("_target_"), str):
-        yield f"{key} needs _target_, the class to make: {{_target_: my_module.MyCallback}}, got {dict(given)}"
-        return
-    try:
-        callback = find(path, f"{key}._target_")
-        from transformers import TrainerCallback
-
-        if not (isinstance(callback, type) and issubclass(callback, TrainerCallback)):
-            yield f"{key}._target_={path} must be a subclass of transformers.TrainerCallback"
-            return
-        inspect.signature(callback).bind(**{name: value for name, value in given.items() if name != "_target_"})
-    except ConfigError as error:
-        yield str(error)
-    except TypeError as error:
-        yield f"{key}: {path}{inspect.signature(callback)} does not fit: {error}"
+            if isinstance(callback, type) and issubclass(callback, TrainerCallback):
+                inspect.signature(callback).bind(**{name: options[name] for name in options if name != "_target_"})
+            else:
+                yield f"{key}._target_={path} must be a subclass of transformers.TrainerCallback"
+        except ConfigError as error:
+            yield str(error)
+        except TypeError as error:
+            yield f"{key}: {path}{inspect.signature(callback)} does not fit: {error}"
 
 
 def find(path: str, key: str) -> Any:
@@ -85,9 +74,8 @@ def find_gold(path: str, key: str, needed: Sequence[str]) -> Any:
     try:
         module = importlib.import_module(path)
     except ImportError as error:
-        raise ConfigError(
-            f"{key}={path} cannot be imported: {error}; name a module on the Python path, as dpo_kit.toy is"
-        ) from error
+        remedy = "name a module on the Python path, as dpo_kit.toy is"
+        raise ConfigError(f"{key}={path} cannot be imported: {error}; {remedy}") from error
     if missing := [name for name in needed if not hasattr(module, name)]:
         raise ConfigError(f"{key}={path} lacks {', '.join(missing)}: define it there, as dpo_kit.toy does")
     return module

@@ -1,7 +1,5 @@
 """The text of --help, drawn from conf/ so that it cannot go stale."""
 
-from __future__ import annotations
-
 import shutil
 import textwrap
 from functools import cache
@@ -13,29 +11,6 @@ from omegaconf import OmegaConf
 
 from dpo_kit.config.compose import CONF, REPORTERS
 
-USAGE = """\
-dpo_kit: preference tuning on TRL, every number on one scale.
-
-usage: python -m dpo_kit [group=option | key=value] …
-
-  python -m dpo_kit                               train the embedded model on embedded pairs
-  python -m dpo_kit method=ipo beta=0.2           another method, another beta
-  python -m dpo_kit model=local model.path=DIR data=jsonl data.train=pairs.jsonl
-  python -m dpo_kit trl.num_train_epochs=2        any field of TRL's own config
-  python -m dpo_kit beta-sweep=standard           one run for each beta of a grid, each in its own process
-  python -m dpo_kit -m beta=0.1,0.5 seed=0,1,2    any values of any keys; the same command goes on where it stopped
-  python -m dpo_kit --cfg job                     print the composed config and stop
-  python -m dpo_kit --config-dir DIR method=mine  add your own options to the groups
-
-groups and their options (the first line of an option's file says what it is):
-{groups}
-
-what beta means (default; grid):
-{betas}
-
-published runs (experiment=NAME; what the source says and what it reached is in the option's file):
-{experiments}
-"""
 GROUPS = ("method", "model", "data", "beta-sweep", "judge", "callbacks", "tracking", "experiment", "hydra/launcher")
 PULL = {"closer": "Higher stays closer to the reference.", "stronger": "Higher pulls harder at the preferences."}
 
@@ -53,7 +28,8 @@ def help_text(config_dir: str | None = None) -> str:
     for name in _options("experiment", roots):
         if published := _load("experiment", name, roots).get("experiment"):
             runs.append(_entry(name, published["title"], 28))
-    return USAGE.format(groups="\n".join(groups), betas="\n".join(betas), experiments="\n".join(runs))
+    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    return text.format(groups="\n".join(groups), betas="\n".join(betas), experiments="\n".join(runs))
 
 
 def keys_of(group: str, *options: str) -> str:

@@ -1,7 +1,5 @@
 """What the libraries below would refuse only after a model is loaded, said while the config is checked. No torch."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import math
@@ -17,44 +15,30 @@ from dpo_kit.config.settings import Settings
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import did_you_mean
 
+POSITIVE = """
+    num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps
+    eval_steps save_steps max_length max_new_tokens max_completion_length adam_epsilon temperature
+    precompute_ref_batch_size dataset_num_proc dataloader_prefetch_factor ref_model_sync_steps discopop_tau
+    torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb repetition_penalty vllm_tensor_parallel_size
+    vllm_server_timeout pad_to_multiple_of eval_accumulation_steps r lora_alpha
+"""
+NOT_NEGATIVE = """
+    warmup_steps weight_decay max_grad_norm dataloader_num_workers eval_delay save_total_limit data_seed cpo_alpha
+    neftune_noise_alpha top_k simpo_gamma desirable_weight undesirable_weight router_aux_loss_coef ld_alpha
+    vllm_server_port vllm_group_port min_lr lr_end power num_cycles num_decay_steps num_stable_steps timescale
+    learning_rate
+"""
+SHARES = "label_smoothing_factor ref_model_mixup_alpha top_p min_p vllm_gpu_memory_utilization min_lr_ratio min_lr_rate"
+STEPS = "logging_steps eval_steps save_steps warmup_steps"
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "must be above 0",
-        lambda value: value > 0,
-        """
-        num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
-        logging_steps eval_steps save_steps max_length max_new_tokens max_completion_length adam_epsilon temperature
-        precompute_ref_batch_size dataset_num_proc dataloader_prefetch_factor ref_model_sync_steps discopop_tau
-        torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb repetition_penalty vllm_tensor_parallel_size
-        vllm_server_timeout pad_to_multiple_of eval_accumulation_steps r lora_alpha
-        """,
-    ),
-    (
-        "must be at least 0",
-        lambda value: value >= 0,
-        """
-        warmup_steps weight_decay max_grad_norm dataloader_num_workers eval_delay save_total_limit data_seed cpo_alpha
-        neftune_noise_alpha top_k simpo_gamma desirable_weight undesirable_weight router_aux_loss_coef ld_alpha
-        vllm_server_port vllm_group_port min_lr lr_end power num_cycles num_decay_steps num_stable_steps timescale
-        learning_rate
-        """,
-    ),
-    (
-        "must lie in [0, 1]",
-        lambda value: 0 <= value <= 1,
-        "label_smoothing_factor ref_model_mixup_alpha top_p min_p vllm_gpu_memory_utilization min_lr_ratio min_lr_rate",
-    ),
+    ("must be above 0", lambda value: value > 0, POSITIVE),
+    ("must be at least 0", lambda value: value >= 0, NOT_NEGATIVE),
+    ("must lie in [0, 1]", lambda value: 0 <= value <= 1, SHARES),
     ("must lie in [0, 1)", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
     ("must be below 2**32, as numpy wants it", lambda value: value < 2**32, "data_seed"),
     ("must be at least 1, or -1 for whole epochs", lambda value: value == -1 or value >= 1, "max_steps"),
-    (
-        "must be a whole number of steps, or below 1 as a share of the run",
-        lambda value: value < 1 or value % 1 == 0,
-        "logging_steps eval_steps save_steps warmup_steps",
-    ),
+    ("must be a whole number of steps, or below 1 as a share of the run", lambda n: n < 1 or n % 1 == 0, STEPS),
 )  # a rule, whether a value keeps it, the fields that have it
-
-
 TYPES: dict[str, Any] = {t.__name__: t for t in (int, float, bool, str, dict, list)} | {"Any": Any, "None": None}
 
 
@@ -69,11 +53,9 @@ def library_faults(settings: Settings) -> Iterator[str]:
         if trl[name] and trl["dataloader_num_workers"] == 0:
             yield f"trl.{name} needs processes that load: add trl.dataloader_num_workers=1, or leave it out"
     if trl["push_to_hub"] and not trl["hub_model_id"]:
-        yield (
-            "trl.push_to_hub=true needs the name of a repository (else every run of yours goes to one called "
-            "checkpoints): add trl.hub_model_id=org/name, or push the finished model, python -m dpo_kit export run=… "
-            "push=org/name"
-        )
+        needed = "the name of a repository (else every run of yours goes to one called checkpoints)"
+        remedy = "push the finished model, python -m dpo_kit export run=… push=org/name"
+        yield f"trl.push_to_hub=true needs {needed}: add trl.hub_model_id=org/name, or {remedy}"
     yield from _schedule_faults(trl)
     if model.tuning != "full":
         yield from _lora_faults(model.lora)
@@ -125,7 +107,7 @@ def checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, lis
 
 
 def _type(annotation: str) -> Any:
-    """The type that derive_schema.py writes as `annotation`: builtins, lists and dicts of them, joined by |."""
+    """The type that trl_schema.py writes as `annotation`: builtins, lists and dicts of them, joined by |."""
     if len(parts := annotation.split(" | ")) > 1:
         return Union[tuple(map(_type, parts))]  # noqa: UP007 - of types that are known only here
     outer, _, inner = annotation.removesuffix("]").partition("[")
@@ -143,29 +125,28 @@ def wrong_choice(key: str, value: Any, choices: Iterable[Any]) -> str:
 
 
 def _schedule_faults(trl: dict[str, Any]) -> Iterator[str]:
-    kind, options = trl["lr_scheduler_type"], trl["lr_scheduler_kwargs"] or {}
-    schedules = load_schema()["schedules"]
-    key, takes = "trl.lr_scheduler_kwargs", schedules[kind]
+    kind, options, schedules = trl["lr_scheduler_type"], trl["lr_scheduler_kwargs"] or {}, load_schema()["schedules"]
+    key, given, takes = "trl.lr_scheduler_kwargs", f"trl.lr_scheduler_type={kind}", schedules[kind]
     if not isinstance(options, dict):
         yield f"{key} must be {{name: value}}, got {options!r}"
         return
     for name in [name for name in options if name not in takes]:
         others = [other for other, fields in schedules.items() if name in fields]
         meant = did_you_mean(name, takes) or (f"; {name} belongs to {', '.join(others)}" if others else "")
-        yield f"{key}: trl.lr_scheduler_type={kind} takes {', '.join(takes) or 'no arguments'}, got {name}{meant}"
+        yield f"{key}: {given} takes {', '.join(takes) or 'no arguments'}, got {name}{meant}"
     yield from field_faults(key, {name: value for name, value in options.items() if name in takes}, takes)
-    for name in ("min_lr", "lr_end"):  # a schedule that goes there would rise, past the guard of the rate itself
-        end = options.get(name, takes.get(name, {}).get("default"))
-        if name in takes and isinstance(end, int | float) and end and end >= trl["learning_rate"]:
+    for name in [name for name in ("min_lr", "lr_end") if name in takes]:  # a rate that ends there may rise
+        end = options.get(name, takes[name]["default"])
+        if isinstance(end, int | float) and end and end >= trl["learning_rate"]:
             default = "" if name in options else f", its default: add {key}={{{name}: 0}}"
             yield f"{key}.{name} must be below trl.learning_rate={trl['learning_rate']:g}, got {end:g}{default}"
     needed = [name for name, field in takes.items() if field["required"] and name not in options]
     if "min_lr" in takes and kind.startswith("cosine") and not {"min_lr", "min_lr_rate"} & options.keys():
         needed.append("min_lr: …} or {min_lr_rate")
     if needed:
-        yield f"trl.lr_scheduler_type={kind} needs {key}={{{', '.join(f'{name}: …' for name in needed)}}}"
-    if kind in ("reduce_lr_on_plateau", "greedy") and trl["eval_strategy"] == "no":
-        yield f"trl.lr_scheduler_type={kind} follows what evaluations measure, and trl.eval_strategy=no has none"
+        yield f"{given} needs {key}={{{', '.join(f'{name}: …' for name in needed)}}}"
+    if kind in SCHEDULES_BY_METRIC and trl["eval_strategy"] == "no":
+        yield f"{given} follows what evaluations measure, and trl.eval_strategy=no has none"
 
 
 def _lora_faults(lora: dict[str, Any]) -> Iterator[str]:
@@ -222,16 +203,10 @@ def idle_faults(settings: Settings, words: Iterable[str]) -> Iterator[str]:
 # --- packages that are not there ---------------------------------------------------------------------------------
 
 BY_OPTIMIZER = {  # later ones win
-    "bnb|_8bit|paged|lion|ademamix": "bitsandbytes",
-    "galore": "galore_torch",
-    "apollo": "apollo_torch",
-    "lomo": "lomo_optim",
-    "grokadamw": "grokadamw",
-    "schedule_free": "schedulefree",
-    "stable_adamw": "optimi",
-    "adamw_torch_[48]bit": "torchao",
-    "anyprecision": "torchdistx",
-}
+    "bnb|_8bit|paged|lion|ademamix": "bitsandbytes", "galore": "galore_torch", "apollo": "apollo_torch",
+    "lomo": "lomo_optim", "grokadamw": "grokadamw", "schedule_free": "schedulefree", "stable_adamw": "optimi",
+    "adamw_torch_[48]bit": "torchao", "anyprecision": "torchdistx",
+}  # fmt: skip
 PUBLISHED_AS = {"optimi": "torch-optimi"}  # where the name to install is not that of the module
 
 
@@ -260,6 +235,5 @@ def missing_package(needed_by: str, module: str) -> str | None:
     name = PUBLISHED_AS.get(module, module.removeprefix("hydra_plugins.").replace("_", "-"))
     wanted = (line.partition(";")[0].strip() for line in importlib.metadata.requires("dpo-kit") or ())
     known = next((line for line in wanted if re.match(rf"{re.escape(name)}(?![\w-])", line)), name)  # with its versions
-    return (
-        f"{needed_by} needs the package {name}, which is not installed here: python -m pip install {shlex.quote(known)}"
-    )
+    install = f"python -m pip install {shlex.quote(known)}"
+    return f"{needed_by} needs the package {name}, which is not installed here: {install}"

@@ -1,19 +1,17 @@
 """The files, folders and modules that a config names, looked at before anything is loaded or written. No torch."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
-import re
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.data_files import KNOWN, ending, match, near_miss
+from dpo_kit.config.data_files import KNOWN, ON_HUB, ending, match, near_miss
 from dpo_kit.config.settings import Data, Model, Settings
 from dpo_kit.errors import ConfigError
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LISTS = ("deepspeed", "fsdp_config", "accelerator_config")  # of TRL's fields: a dict, or a JSON file with one
 
 
@@ -25,11 +23,10 @@ def refuse_missing(settings: Settings) -> None:
         value = settings.trl.get(name)
         if isinstance(value, str) and not value.lstrip().startswith("{"):
             faults += file_faults(f"trl.{name}", value)
-    if settings.resume not in ("auto", "never") and not locate("resume", settings.resume).is_dir():
-        faults.append(
-            f"resume must be auto, never or a checkpoint folder, got {settings.resume}, which does not exist"
-            f"{near_miss(settings.resume)}"
-        )
+    resume = settings.resume
+    if resume not in ("auto", "never") and not locate("resume", resume).is_dir():
+        rule = "resume must be auto, never or a checkpoint folder"
+        faults.append(f"{rule}, got {resume}, which does not exist{near_miss(resume)}")
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -47,9 +44,7 @@ def rows_faults(key: str, path: str) -> Iterator[str]:
     if local.is_dir():
         if not any(ending(file) for file in local.rglob("*")):
             yield f"{key}={path} has no {', '.join(KNOWN)} file in it"
-    elif not local.exists() and match(path):
-        return
-    elif local.exists() or local.suffix or is_local(path):
+    elif local.exists() or ((local.suffix or not ON_HUB.fullmatch(path)) and not match(path)):
         yield from file_faults(key, path)
         if local.exists() and not ending(local):
             yield f"{key}={path}: unknown kind of file; known are {', '.join(KNOWN)}"
@@ -68,7 +63,7 @@ def weights_faults(key: str, path: str) -> Iterator[str]:
     local = locate(key, path)
     if path and local.is_file():
         yield f"{key}={path} is a file, not a folder with a model: name the folder above it, {key}={local.parent}"
-    elif path and not local.exists() and is_local(path):
+    elif path and not local.exists() and not ON_HUB.fullmatch(path):
         yield f"{key}={path} does not exist{near_miss(path)}"
 
 
@@ -116,11 +111,6 @@ def locate(key: str, path: str | Path) -> Path:
     return place
 
 
-def is_local(path: str) -> bool:
-    """Whether `path` can mean nothing but a place on this machine."""
-    return path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path)
-
-
 # --- where something is written ----------------------------------------------------------------------------------
 
 
@@ -136,11 +126,9 @@ def refuse_unwritable(key: str, folder: str | Path) -> None:
 
 def claim(folder: Path) -> Path:
     """`folder` made anew, or beside it one with a number behind its name, where another start has taken it."""
-    mine, number = folder, 1
-    while True:
-        try:
+    for number in count(1):
+        mine = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with suppress(FileExistsError):
             mine.mkdir(parents=True)
-            return mine
-        except FileExistsError:
-            number += 1
-            mine = folder.with_name(f"{folder.name}-{number}")
+            break
+    return mine

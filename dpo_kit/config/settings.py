@@ -23,7 +23,7 @@ FormName = Literal[
     "openai", "pku_saferlhf", "shp", "arena", "arena_text", "helpsteer", "helpsteer3", "ultrafeedback", "ranked",
     "scored", "rated", "prompts",
 ]  # fmt: skip
-"""The forms of rows that are read as they are, by their columns: see data/other_forms.py."""
+"""The forms of rows that are read as they are, by their columns: see data/forms.py."""
 FileName = Annotated[str, Field(pattern=r"^[\w+-][\w.+-]*$")]  # becomes part of a path: no separators, no dots alone
 
 

@@ -1,24 +1,38 @@
-"""What the tools beside training share: `key=value` arguments, `--help`, and where they may write."""
-
-from __future__ import annotations
+"""How a command ends, and what the tools beside training share: `key=value`, `--help`, where they may write."""
 
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dpo_kit.config.command_line import DONE, guard
 from dpo_kit.config.places import locate, refuse_unwritable
-from dpo_kit.errors import ConfigError, did_you_mean
+from dpo_kit.errors import ConfigError, DataError, DpoKitError, ModelError, did_you_mean
+from dpo_kit.run.redact import redact_text, refuse_secrets
 from dpo_kit.run.words import with_home
 
 Values = dict[str, str]
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def guard(name: str, words: Sequence[str], work: Callable[[], None]) -> int:
+    """Exit code of `work`: 0 done, 1 failed, 2 refused (so is a secret in `words`), 130 Ctrl-C; one line says why."""
+    try:
+        refuse_secrets({}, words)
+        work()
+    except (ConfigError, DataError, ModelError) as error:
+        sys.stderr.write(f"{name}: refused: {redact_text(str(error))}\n")
+        return REFUSED
+    except DpoKitError as error:
+        sys.stderr.write(f"{name}: failed: {redact_text(str(error))}\n")
+        return FAILED
+    except KeyboardInterrupt:
+        exec("")  # clears CPython's mark of an interrupt inside an exec (many an import), with which it dies of SIGINT
+        sys.stderr.write(f"{name}: interrupted\n")
+        return INTERRUPTED
+    return DONE
 
 
 def run_tool(name: str, usage: str, arguments: Sequence[str] | None, work: Callable[[Sequence[str]], None]) -> int:
-    """Exit code of `work`, called with `arguments` (None: those of the command line), as `guard` gives it.
-
-    `--help` prints `usage` instead.
-    """
+    """`guard` around `work`, called with `arguments` (None: the command line's); `--help` prints `usage` instead."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if {"--help", "-h"} & set(given):
         sys.stdout.write(usage)
@@ -26,11 +40,13 @@ def run_tool(name: str, usage: str, arguments: Sequence[str] | None, work: Calla
     return guard(f"dpo_kit {name}", given, lambda: work(given))
 
 
-def parse(arguments: Sequence[str], keys: Sequence[str], *, needed: str | None = None, meaning: str = "") -> Values:
-    """{key: value} of `key=value` arguments. ConfigError names what is wrong and what was probably meant.
+def usage(file: str) -> str:
+    """What `--help` of the tool whose module is `file` begins with: the text beside it."""
+    return Path(file).with_suffix(".txt").read_text(encoding="utf-8")
 
-    `needed` is the key that must be there, `meaning` what its value is.
-    """
+
+def parse(arguments: Sequence[str], keys: Sequence[str], *, needed: str | None = None, meaning: str = "") -> Values:
+    """{key: value} of `key=value` arguments. ConfigError: what was meant, or the key `needed` (with its `meaning`)."""
     values: Values = {}
     for word in arguments:
         key, equals, value = word.lstrip("-").partition("=")
@@ -69,9 +85,7 @@ WRITTEN = {
 
 
 def refuse_foreign(key: str, folder: str | Path) -> None:
-    """ConfigError where `folder`, in which a tool is to write, cannot be written, or has files in it and none of those
-    that our tools write; also for runs and models.
-    """
+    """ConfigError where a tool's `folder` cannot be written, or holds a run, a model or files of others only."""
     refuse_unwritable(key, folder)
     path = locate(key, folder)
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()

@@ -1,10 +1,9 @@
 """From sources to what trains and what is held out: normal rows, splits by prompt, every dropped row counted."""
 
-from __future__ import annotations
-
-from collections import Counter
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 from dpo_kit.config.settings import Data
@@ -13,6 +12,8 @@ from dpo_kit.data.read import Fault
 from dpo_kit.data.report.inspect import inspect
 from dpo_kit.data.rows import ANSWERS, Kind, Rows, identify
 from dpo_kit.errors import DataError
+
+NO_GRADIENT = "dropped always: such a row has no gradient"
 
 
 @dataclass
@@ -52,8 +53,6 @@ def prepare(
     report = inspect(gathered, train, pool, wanted=wanted, max_length=max_length, benchmark=data.benchmark)
     select, test = _halves([gathered.shaped(row) for row in pool])
     if wanted == "prompts":
-        from dpo_kit.data.fresh import as_prompts, distinct_prompts
-
         train = [distinct_prompts(rows) for rows in train]
     weighed = [
         gathered.shaped(row)
@@ -61,8 +60,7 @@ def prepare(
         for row in _weigh(rows, source.weight)
     ]
     if wanted == "prompts":
-        room = None if max_length is None else max_length - fresh_tokens
-        weighed = as_prompts(weighed, tokenizer, room, faults)
+        weighed = _as_prompts(weighed, tokenizer, None if max_length is None else max_length - fresh_tokens, faults)
         if not weighed:
             raise DataError(f"no prompt is left to answer: {count_faults(faults)}")
         report["rows"]["dropped"] = len(faults)
@@ -74,8 +72,6 @@ def prepare(
     }
     trained = list(identify(weighed, "prompts" if wanted == "prompts" else kind))
     if wanted == "unary":
-        from dpo_kit.data.interleave import interleave, unpair
-
         trained = interleave(unpair(trained) if kind == "pairs" else trained, seed)
     return Prepared(kind, trained, list(identify(select, kind)), list(identify(test, kind)), report, faults)
 
@@ -91,93 +87,69 @@ def split(
     kind, faults = gathered.kind, gathered.faults
     train = [keep_signal(rows, kind, max_length, truncation, faults) for rows in gathered.train]
     pool = keep_signal(gathered.held_out or [], kind, max_length, truncation, faults)
-    if trains and not any(train):
+    every = [row for rows in train for row in rows]
+    if trains and not every:
         raise DataError(f"all {gathered.read} rows are dropped: {count_faults(faults)}")
-    if gathered.held_out is None:
-        pool = _hold_out(train, data.holdout)
     held = {row["prompt_id"] for row in pool}
-    if gathered.held_out is not None:
-        leaks = (row for rows in train for row in rows if row["prompt_id"] in held)
-        remedy = "it stays in eval only"
-        faults += [Fault(row["_place"], "prompt is held out", "in train and eval", remedy) for row in leaks]
+    if gathered.held_out is None:  # prompts by the order of their ids, which is that of a hash
+        prompts = sorted({row["prompt_id"] for row in every})
+        held = {*prompts[: max(2, round(data.holdout * len(prompts)))]}
+        pool = [row for row in every if row["prompt_id"] in held]
+    else:
+        leaks = [row["_place"] for row in every if row["prompt_id"] in held]
+        faults += [Fault(place, "prompt is held out", "in train and eval", "it stays in eval only") for place in leaks]
     train = [[row for row in rows if row["prompt_id"] not in held] for rows in train]
     every = [row for rows in train for row in rows]
     if (trains and not every) or len(held) < 2:
-        raise DataError(_too_few(len({row["prompt_id"] for row in every}), len(held), faults))
+        reasons = Counter(f"{fault.reason}, {fault.remedy}" for fault in faults).most_common(3)
+        lost = "; ".join(f"{count} rows: {reason}" for reason, count in reasons)
+        trained, why = len({row["prompt_id"] for row in every}), f"dropped were {lost}" if lost else "add rows"
+        few = f"too few different prompts to train on ({trained}) and to hold some out ({len(held)})"
+        raise DataError(f"{few}: at least 3 are needed, 1 and 2 of them; {why}, or name held-out ones with data.eval")
     if kind == "unary" and len(labels := {row["label"] for row in every}) == 1:
-        (only,) = labels
-        raise DataError(
-            f"every label to train on is {str(only).lower()}, from {every[0]['_place']} on: KTO learns from the "
-            f"difference between the two classes, so add rows with label {str(not only).lower()}"
-        )
+        only, other = ("true", "false") if labels.pop() else ("false", "true")
+        remedy = f"KTO learns from the difference between the two classes, so add rows with label {other}"
+        raise DataError(f"every label to train on is {only}, from {every[0]['_place']} on: {remedy}")
     return train, pool
 
 
-def _hold_out(train: list[Rows], share: float) -> Rows:
-    """The rows of a `share` of the prompts, two or more, by the order of their ids, which is that of a hash."""
-    every = [row for rows in train for row in rows]
-    prompts = sorted({row["prompt_id"] for row in every})
-    held = set(prompts[: max(2, round(share * len(prompts)))])
-    return [row for row in every if row["prompt_id"] in held]
-
-
-def _too_few(trained: int, held: int, faults: list[Fault]) -> str:
-    """Why so many prompts to train on and to hold out do not do, and where the others went."""
-    reasons = Counter(f"{fault.reason}, {fault.remedy}" for fault in faults).most_common(3)
-    lost = "; ".join(f"{count} rows: {reason}" for reason, count in reasons)
-    return (
-        f"too few different prompts to train on ({trained}) and to hold some out ({held}): at least 3 are "
-        f"needed, 1 and 2 of them; {f'dropped were {lost}' if lost else 'add rows'}, or name held-out ones with "
-        "data.eval"
-    )
-
-
 def keep_signal(rows: Rows, kind: Kind, max_length: int | None, truncation: str, faults: list[Fault]) -> Rows:
-    """The rows that can move a weight, each with `tokens` (counts, and whether an answer is cut); the others are added
-    to `faults`.
-    """
-    from dpo_kit.model.tokens import truncate_both
+    """The rows that can move a weight, with `tokens` (counts; whether an answer is cut); the others go to `faults`."""
+    from dpo_kit.model.tokens import Truncation
 
-    kept = []
+    kept, names, cut = [], ("prompt", *ANSWERS[kind]), Truncation(max_length, truncation).cut
     for row in rows:
-        prompt, *answers = (row["ids"][name].tolist() for name in ("prompt", *ANSWERS[kind]))
-        shortened = [truncate_both(prompt, answer, max_length, truncation)[1] for answer in answers]
-        if useless := _why_useless(answers, shortened):
-            reason, remedy = useless
-            faults.append(Fault(row["_place"], reason, f"{len(prompt)} prompt tokens", remedy))
+        prompt, *answers = (row["ids"][name].tolist() for name in names)
+        shortened = [cut(prompt, answer)[1] for answer in answers]
+        useless = None
+        if not all(shortened):
+            useless = "prompt fills max_length", "raise trl.max_length"
+        elif kind == "pairs" and answers[0] == answers[1]:
+            useless = "chosen and rejected are identical", NO_GRADIENT
+        elif kind == "pairs" and shortened[0] == shortened[1]:
+            useless = "identical after truncation to max_length", NO_GRADIENT
+        if useless:
+            faults.append(Fault(row["_place"], useless[0], f"{len(prompt)} prompt tokens", useless[1]))
         else:
-            lengths = {"prompt": len(prompt), **{k: len(ids) for k, ids in zip(ANSWERS[kind], answers, strict=True)}}
-            row["tokens"] = lengths | {"cut": shortened != answers}
+            lengths = {name: len(ids) for name, ids in zip(names, (prompt, *answers), strict=True)}
             kept.append(row)
+            row["tokens"] = lengths | {"cut": shortened != answers}
     return kept
-
-
-NO_GRADIENT = "dropped always: such a row has no gradient"
-
-
-def _why_useless(answers: list[list[int]], shortened: list[list[int]]) -> tuple[str, str] | None:
-    """Reason and remedy where a row moves no weight, by the ids of its answers before and after truncation."""
-    if not all(shortened):
-        return "prompt fills max_length", "raise trl.max_length"
-    if len(answers) == 2 and answers[0] == answers[1]:
-        return "chosen and rejected are identical", NO_GRADIENT
-    if len(answers) == 2 and shortened[0] == shortened[1]:
-        return "identical after truncation to max_length", NO_GRADIENT
-    return None
 
 
 def _halves(pool: Rows) -> tuple[Rows, Rows]:
     """Two halves by prompt, each with one row of every prompt before any prompt's second."""
-    half_of = {prompt: index % 2 for index, prompt in enumerate(sorted({row["prompt_id"] for row in pool}))}
-    seen: Counter[str] = Counter()
-    occurrences = []
-    for row in pool:
-        occurrences.append((seen[row["prompt_id"]], row["prompt_id"]))
-        seen[row["prompt_id"]] += 1
-    halves: tuple[Rows, Rows] = ([], [])
-    for _, row in sorted(zip(occurrences, pool, strict=True), key=itemgetter(0)):
-        halves[half_of[row["prompt_id"]]].append(row)
-    return halves
+    by_prompt: dict[str, Rows] = defaultdict(list)
+    for row in sorted(pool, key=lambda row: row["prompt_id"]):
+        by_prompt[row["prompt_id"]].append(row)
+    groups = list(by_prompt.values())
+    return _in_turns(groups[::2]), _in_turns(groups[1::2])
+
+
+def _in_turns(groups: list[Rows]) -> Rows:
+    """The first of every group, then the second ones, and so on."""
+    rounds = max(map(len, groups), default=0)
+    return [group[turn] for turn in range(rounds) for group in groups if turn < len(group)]
 
 
 def _weigh(rows: Rows, weight: float) -> Rows:
@@ -185,3 +157,93 @@ def _weigh(rows: Rows, weight: float) -> Rows:
     prompts = sorted({row["prompt_id"] for row in rows}, reverse=True)
     part = set(prompts[: round((weight % 1) * len(prompts))])
     return rows * int(weight) + [row for row in rows if row["prompt_id"] in part]
+
+
+# --- thumbs of KTO -----------------------------------------------------------------------------------------------
+# TRL unpairs in blocks of one class and reads them in order, so that its batches have one class and its KL estimate may
+# pair an answer with its own prompt. Here classes are spread evenly, and no two rows of a prompt stand side by side.
+
+
+def unpair(pairs: Iterable[dict[str, Any]]) -> Rows:
+    """Each pair as its chosen row (label true) and its rejected row (label false)."""
+    rows = []
+    for pair in pairs:
+        rest = {key: value for key, value in pair.items() if key not in ("chosen", "rejected")}
+        for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+            row = rest | {"completion": pair[side], "label": side == "chosen"}
+            for name in ("ids", "tokens"):
+                if of_pair := pair.get(name):
+                    row[name] = {"completion" if key == side else key: of_pair[key] for key in of_pair if key != other}
+            rows.append(row)
+    return rows
+
+
+def interleave(rows: Rows, seed: int) -> Rows:
+    """`rows` in an order for KTO: both classes spread evenly and, where possible, no two neighbours of one prompt."""
+    classes = []
+    for label in (True, False):
+        by_prompt: dict[str, Rows] = defaultdict(list)
+        for row in rows:
+            if row["label"] == label:
+                by_prompt[row["prompt_id"]].append(row)
+        groups, rng = list(by_prompt.values()), random.Random(seed)
+        rng.shuffle(groups)
+        for group in groups:
+            rng.shuffle(group)
+        classes.append(_in_turns(groups))
+    up, down = classes
+    # both classes of pairs are in one order, so that half a turn sets chosen and rejected half the data apart
+    turn = len(down) // 2 if up else 0
+    classes = [up, down[turn:] + down[:turn]]
+    places = sorted(((i + 0.5) / len(part), side, i) for side, part in enumerate(classes) for i in range(len(part)))
+    return _part_neighbours([classes[side][i] for _, side, i in places])
+
+
+def _part_neighbours(rows: Rows) -> Rows:
+    """Swap a row that follows one of its own prompt with the nearest row of the same class that parts them."""
+
+    def meets_its_prompt(k: int) -> bool:
+        return 0 < k < len(rows) and rows[k]["prompt_id"] == rows[k - 1]["prompt_id"]
+
+    for i in range(1, len(rows)):
+        near = (i + sign * distance for distance in range(1, 500) for sign in (1, -1)) if meets_its_prompt(i) else ()
+        for j in near:
+            if 0 <= j < len(rows) and rows[i]["label"] == rows[j]["label"]:
+                rows[i], rows[j] = rows[j], rows[i]
+                if not any(map(meets_its_prompt, (i, i + 1, j, j + 1))):
+                    break
+                rows[i], rows[j] = rows[j], rows[i]
+    return rows
+
+
+# --- prompts whose answers are drawn while training --------------------------------------------------------------
+
+
+def distinct_prompts(rows: Rows) -> Rows:
+    """The first row of each prompt, in their order."""
+    return list({row["prompt_id"]: row for row in reversed(rows)}.values())[::-1]
+
+
+def _as_prompts(rows: Rows, tokenizer: Any, room: int | None, faults: list[Fault]) -> Rows:
+    """`rows` without answers; prompts of more than `room` tokens, as a model is asked them, go to `faults`: TRL would
+    cut such a prompt in the loss, but not where it draws the answer.
+    """
+    from dpo_kit.model.tokens import encode_prompts
+
+    kept = []
+    for row, ids in zip(rows, encode_prompts(tokenizer, [row["prompt"] for row in rows]), strict=True):
+        if room is not None and len(ids) > room:
+            reason, length = "prompt leaves no room for an answer", f"{len(ids)} prompt tokens"
+            remedy = f"at most {room} fit: raise trl.max_length, or lower trl.max_new_tokens"
+            faults.append(Fault(row["_place"], reason, length, remedy))
+        else:
+            bare = {name: row[name] for name in ("prompt", "prompt_id", "_place")}
+            kept.append(bare | {"tokens": {"prompt": len(ids), "cut": False}})
+    return kept
+
+
+def with_answer_lengths(rows: Sequence[dict[str, Any]], max_new_tokens: int | None) -> Rows:
+    """`rows` whose token counts include their answers: of those that are drawn, two of the longest that may be."""
+    fresh = {"first": max_new_tokens, "second": max_new_tokens}
+    bare = {"prompt", "cut"}
+    return [row if row["tokens"].keys() - bare else row | {"tokens": row["tokens"] | fresh} for row in rows]

@@ -5,8 +5,6 @@ A row that cannot be read is not raised but handed on as a `Fault`: what happens
 refused. Files are read as a stream, except one JSON value over many lines and UTF-16, whose text must be in memory.
 """
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import io
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.data_files import CELLS, KNOWN, TABLES, WHOLE, ending, find_files
+from dpo_kit.config.data_files import CELLS, KNOWN, SPLITS, TABLES, WHOLE, ending, find_files, split_name
 from dpo_kit.errors import DataError
 
 MARKS = {  # byte order marks, longest first
@@ -30,9 +28,10 @@ MARKS = {  # byte order marks, longest first
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_LIST = re.compile(rb"\s*\[\s*\{")
-_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+NO_LIST = "must hold one JSON list of rows; one row a line is a .jsonl file"
 SURROGATE = re.compile("[\ud800-\udfff]")
+_LIST, _SPACE = re.compile(rb"\s*\[\s*\{"), re.compile(r"\s*")
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -64,22 +63,21 @@ class Tie(Fault):
 class UnfitError(Exception):
     """Why a row cannot be used: reason, what was found, what to do."""
 
+    fault: type[Fault] = Fault
+
     def at(self, place: str) -> Fault:
         """The same as the fault of the row at `place`."""
-        return Fault(place, *self.args)
+        return self.fault(place, *self.args)
 
 
 class TieError(UnfitError):
     """A well-formed row that prefers no answer."""
 
-    def at(self, place: str) -> Fault:
-        return Tie(place, *self.args)
+    fault = Tie
 
 
 def read_source(path: str, split: str, config: str | None = None) -> Iterator[Row | Fault]:
-    """All rows of a local file, folder or pattern, or of a hub data set (its configuration `config`), of `split` where
-    there are several. Raises DataError where there is nothing.
-    """
+    """All rows of a file, folder, pattern or hub data set, of `split` where there are several. Raises DataError."""
     files = find_files(path, split)
     if files is None:
         from dpo_kit.data.read_tables import read_hub
@@ -105,56 +103,40 @@ def read_whole(key: str, path: str, split: str = "test") -> list[Row]:
 
 
 def _read_file(path: Path, split: str) -> Iterator[Row | Fault]:
-    known = ending(path)
-    if known is None:
-        raise DataError(
-            f"{path}: unknown kind of file; known are {', '.join(KNOWN)}, also packed as .gz or .zst: unpack it, or "
-            "save it as one of them"
-        )
+    if (known := ending(path)) is None:
+        kinds = f"known are {', '.join(KNOWN)}, also packed as .gz or .zst"
+        raise DataError(f"{path}: unknown kind of file; {kinds}: unpack it, or save it as one of them")
     last_good_place = str(path)
     try:
-        for row in _rows_of(path, known, split):
+        if known in TABLES or known in CELLS:
+            from dpo_kit.data.read_tables import read_cells, read_table
+
+            rows = read_table(path) if known in TABLES else read_cells(path)
+        else:
+            rows = _read_json(path, known, split)
+        for row in rows:
             last_good_place = row.place
             yield row
     except (EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and not _is_damage(path, error):
+        # errors of what unpacks a file, by which it is damaged, have no number
+        unpacks = isinstance(error, gzip.BadGzipFile) or path.suffix.lower() == ".zst"
+        if isinstance(error, OSError) and not (unpacks and error.errno is None):
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-        raise DataError(
-            f"{last_good_place}: the compressed file is cut or damaged from here on ({error}), and how many rows are "
-            "lost cannot be told: copy it again"
-        ) from error
-
-
-def _is_damage(path: Path, error: OSError) -> bool:
-    """Whether what unpacks `path` has found it damaged: its own errors have no number."""
-    return error.errno is None and (isinstance(error, gzip.BadGzipFile) or path.suffix.lower() == ".zst")
-
-
-def _rows_of(path: Path, known: str, split: str) -> Iterator[Row | Fault]:
-    if known in TABLES:
-        from dpo_kit.data.read_tables import read_table
-
-        return read_table(path)
-    if known in CELLS:
-        from dpo_kit.data.read_tables import read_cells
-
-        return read_cells(path)
-    return _read_json(path, known, split)
-
-
-def _unpacked(path: Path) -> Any:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix.lower() == ".zst":
-        import pyarrow
-
-        return pyarrow.input_stream(str(path), compression="zstd")
-    return path.open("rb")
+        amiss = f"the compressed file is cut or damaged from here on ({error})"
+        lost = "and how many rows are lost cannot be told: copy it again"
+        raise DataError(f"{last_good_place}: {amiss}, {lost}") from error
 
 
 def open_utf8(path: Path) -> io.BufferedReader:
     """The file unpacked, as UTF-8 without a byte order mark."""
-    file = io.BufferedReader(_unpacked(path))
+    raw: Any
+    if path.suffix.lower() == ".zst":
+        import pyarrow
+
+        raw = pyarrow.input_stream(str(path), compression="zstd")
+    else:
+        raw = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115 - the caller's
+    file = io.BufferedReader(raw)
     start = file.peek(4)
     encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
     if encoding == "utf-8-sig":
@@ -207,17 +189,33 @@ def lone_surrogate(value: Any) -> str | None:
 
 
 def _read_json(path: Path, known: str, split: str) -> Iterator[Row | Fault]:
-    """One row a line, or one JSON value: a list of rows, or an object that holds them."""
+    """One row a line, or one JSON value over many: a list of rows, or an object that holds them."""
     with open_utf8(path) as file:
-        if known in WHOLE or _LIST.match(file.peek()):
-            from dpo_kit.data.read_json import read_whole
+        if known not in WHOLE and not _LIST.match(file.peek()):
+            yield from _read_lines(path, file)
+            return
+        content = file.read()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
+    start = _skip(text, 0)
+    if text[start : start + 1] == "[":
+        yield from _read_list(path, text, start)
+        return
+    if text[start : start + 1] != "{":
+        raise DataError(f"{path} {NO_LIST}")
+    whole, end = _element(Json(), path, 0, text, start)
+    if end == len(text.rstrip()):
+        yield from _read_object(path, whole, split)
+    elif "\n" not in text[start:end]:
+        yield from _read_lines(path, io.BytesIO(content))
+    else:
+        raise _broken(path, text, end, "several objects over several lines, which make no list")
 
-            yield from read_whole(path, file.read(), split)
-        else:
-            yield from read_lines(path, file)
 
-
-def read_lines(path: Path, file: Iterable[bytes]) -> Iterator[Row | Fault]:
+def _read_lines(path: Path, file: Iterable[bytes]) -> Iterator[Row | Fault]:
     parser = Json()
     for number, line in enumerate(map(bytes.strip, file), start=1):
         if not line:
@@ -232,16 +230,76 @@ def read_lines(path: Path, file: Iterable[bytes]) -> Iterator[Row | Fault]:
         except UnicodeDecodeError as error:
             yield Fault(place, "not UTF-8", f"byte {error.start} is {line[error.start]:#x}", "save the file as UTF-8")
         except json.JSONDecodeError as error:
-            yield Fault(place, "not JSON", f"{error.msg} at column {error.colno}", _json_remedy(text, error))
+            remedy = "mend the line"
+            if "\0" in text:
+                remedy = "the file looks like UTF-16: save it as UTF-8"
+            elif text in ("{", "["):
+                remedy = "write each object on one line"
+            elif error.pos >= len(text) or error.msg.startswith("Unterminated"):
+                remedy = "the line is cut: copy the file again, or remove it"
+            yield Fault(place, "not JSON", f"{error.msg} at column {error.colno}", remedy)
         except (ValueError, RecursionError) as error:
             yield Fault(place, "not JSON", str(error), "mend the line")
 
 
-def _json_remedy(text: str, error: json.JSONDecodeError) -> str:
-    if "\0" in text:
-        return "the file looks like UTF-16: save it as UTF-8"
-    if text in ("{", "["):
-        return "write each object on one line"
-    if error.pos >= len(text) or error.msg.startswith("Unterminated"):
-        return "the line is cut: copy the file again, or remove it"
-    return "mend the line"
+def _read_object(path: Path, whole: Row | Fault, split: str) -> Iterator[Row | Fault]:
+    """Rows of {"data": [rows]}, of {split: [rows]} or of {column: [values]}."""
+    if isinstance(whole, Fault):
+        raise DataError(f"{path}: {whole.reason} ({whole.found}): {whole.remedy}")
+    columns = {name: cells for name, cells in whole.values.items() if isinstance(cells, list)}
+
+    def are_rows(cells: list[Any]) -> bool:
+        return all(isinstance(cell, dict) and not cell.keys() & {"role", "from"} for cell in cells)
+
+    lists = {name: cells for name, cells in columns.items() if are_rows(cells)}
+    of_split = {split_name(name): rows for name, rows in lists.items()}.get(split_name(split))
+    one_length = len({len(cells) for cells in columns.values()}) == 1
+    if one_length and len(columns) == len(whole.values) > max(1, len(lists)):
+        rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    elif of_split:
+        rows = of_split
+    elif len(lists) == 1 and not {name.lower() for name in lists} & SPLITS.keys():
+        (rows,) = lists.values()
+    else:
+        has = f"; it has the lists {', '.join(lists)}: data.train_split and data.eval_split say which" if lists else ""
+        raise DataError(f"{path} {NO_LIST}{has}")
+    for number, row in enumerate(rows):
+        yield Row(f"{path} row {number}", row)
+
+
+def _read_list(path: Path, text: str, start: int) -> Iterator[Row | Fault]:
+    """The rows of one JSON list, decoded one by one, so that a fault inside a row does not cost the others."""
+    parser, number, sign = Json(), 0, ","
+    position = _skip(text, start + 1)
+    if text[position : position + 1] == "]":
+        return
+    while sign == ",":
+        row, position = _element(parser, path, number, text, position)
+        yield row
+        number += 1
+        position = _skip(text, position)
+        sign = text[position : position + 1]
+        if sign not in (",", "]"):
+            raise _broken(path, text, position, "expecting ',' or ']'")
+        position = _skip(text, position + 1)
+    if position < len(text):
+        raise _broken(path, text, position, "text after the list")
+
+
+def _element(parser: Json, path: Path, number: int, text: str, position: int) -> tuple[Row | Fault, int]:
+    try:
+        return parser.row(f"{path} row {number}", text, position)
+    except json.JSONDecodeError as error:
+        raise _broken(path, text, error.pos, error.msg) from error
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, text, position, str(error)) from error
+
+
+def _skip(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]
+
+
+def _broken(path: Path, text: str, position: int, why: str) -> DataError:
+    line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
+    cut = " (the file is cut)" if position >= len(text) else ""
+    return DataError(f"{path}:{line}: not JSON: {why} at column {column}{cut}: mend or copy the file again")

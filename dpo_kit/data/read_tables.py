@@ -1,7 +1,5 @@
 """Rows of tables: CSV, Parquet, Arrow, and the data sets of the hub."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools
@@ -23,9 +21,8 @@ def read_cells(path: Path) -> Iterator[Row | Fault]:
         bare = re.sub('"[^"]*"', "", first)
         delimiter = "\t" if ending(path) == ".tsv" else "," if "," in bare else max(",;\t|", key=bare.count)
         records = csv.reader(itertools.chain([first], file), strict=True, delimiter=delimiter)
-        names: list[str]
         try:
-            names = next(records, [])
+            names: list[str] = next(records, [])
         except csv.Error as error:
             raise DataError(f"{path}:1: the header is not CSV: {error}; save the file as CSV in UTF-8") from error
         if SURROGATE.search("".join(names)):
@@ -70,7 +67,7 @@ def read_table(path: Path) -> Iterator[Row | Fault]:
                 place = f"{path} row {number}"
                 number += 1
                 try:
-                    yield Row(place, without_nulls({name: batch.column(name)[index].as_py() for name in names}))
+                    yield Row(place, {name: without_nulls(batch.column(name)[index].as_py()) for name in names})
                 except ValueError as error:  # bad UTF-8 and dates that Python has not
                     yield Fault(place, "a value cannot be read", str(error), "write the column anew as text")
     except (OSError, pyarrow.ArrowException) as error:
@@ -103,28 +100,18 @@ def read_hub(name: str, split: str, config: str | None) -> Iterator[Row | Fault]
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the libraries below raise many kinds; all mean that there is nothing to read
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        remedy = "; name one with data.train_split or data.eval_split" if "unknown split" in reason.lower() else ""
+        remedy = "; name one with data.config" if "config name is missing" in reason.lower() else remedy
         raise DataError(
             f"{name!r} is neither a local file or folder nor a hub data set that can be reached (split {split!r}, "
-            f"configuration {config!r}): {reason}{_hub_remedy(reason.lower())}{near_miss(name)}"
+            f"configuration {config!r}): {reason}{remedy}{near_miss(name)}"
         ) from error
     for number, values in enumerate(rows):
-        yield Row(f"{name}[{split}] row {number}", without_nulls(values))
+        yield Row(f"{name}[{split}] row {number}", {column: without_nulls(value) for column, value in values.items()})
 
 
-def _hub_remedy(reason: str) -> str:
-    if "config name is missing" in reason:
-        return "; name one with data.config"
-    return "; name one with data.train_split or data.eval_split" if "unknown split" in reason else ""
-
-
-def without_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` without the keys inside a column's objects that are null: Arrow gives each of them the keys of all, so
-    that a call would have the arguments of every other. Columns that are null stay.
-    """
-    return {name: _drop_nulls(value) for name, value in values.items()}
-
-
-def _drop_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """`value` without null keys of objects: Arrow gives each the keys of all, a call the arguments of every other."""
     if isinstance(value, dict):
-        return {name: _drop_nulls(item) for name, item in value.items() if item is not None}
-    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,20 +1,18 @@
 """One row in its normal form, or the reason why it cannot have one.
 
 pairs: prompt, chosen, rejected; unary: prompt, completion, label; prompts: prompt alone. Prompt and answers are text,
-or chat messages.
+or chat messages; columns that belong to the prompt may stand beside it.
 """
-
-from __future__ import annotations
 
 import datetime
 import difflib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from dpo_kit.data.context import refuse_context
 from dpo_kit.data.read import Fault, Row, UnfitError
-from dpo_kit.model.chats import message_text
+from dpo_kit.model.chats import CONTEXT, message_text
 from dpo_kit.run.files import digest
 
 Kind = Literal["pairs", "unary", "prompts"]
@@ -23,8 +21,14 @@ ANSWERS: dict[Kind, tuple[str, ...]] = {"pairs": ("chosen", "rejected"), "unary"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # characters that show nothing and that strip() leaves
 LEAST_ECHO = 3  # words; a shorter prompt may well stand at the beginning of an honest answer
-TRANSCRIPT = "\n\nHuman:"
 MIXED, NO_PROMPT = "text and chat messages are mixed", "column 'prompt' is missing or null"
+BESIDE = ("system", *CONTEXT)
+"""Columns that go into a chat beside prompt and answers; raw text has no place for them."""
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+TAKEN = ("tools", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+         "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+         "return_assistant_tokens_mask", "tokenizer_kwargs")  # fmt: skip
+"""Parameters of apply_chat_template that are no variables of a template."""
 
 
 def normalise(row: Row, kind: Kind) -> Row | Fault:
@@ -35,17 +39,24 @@ def normalise(row: Row, kind: Kind) -> Row | Fault:
     needed = ANSWERS[kind] + {"pairs": (), "unary": ("prompt", "label"), "prompts": ("prompt",)}[kind]
     try:
         refuse_missing(values, needed)
-        _refuse_answers(values, kind)
+        for name in ANSWERS[kind]:
+            _refuse_text(name, values[name])
+            if isinstance(values[name], list) and (role := values[name][-1]["role"]) != "assistant":
+                remedy = "its last message must be the answer"
+                raise UnfitError(f"{name} does not end with the assistant", role, remedy)
         if values.get("prompt") is None:
             values |= _common_prompt(values["chosen"], values["rejected"])
         _refuse_text("prompt", values["prompt"])
-        _refuse_mixture(values, kind)
+        are_texts = {name: isinstance(values[name], str) for name in ("prompt", *ANSWERS[kind])}
+        if len(set(are_texts.values())) > 1:
+            forms = ", ".join(f"{name}: {'text' if is_text else 'chat'}" for name, is_text in are_texts.items())
+            raise UnfitError(MIXED, forms, "write both answers as text, or both as messages")
         _refuse_echo(values, kind)
         if kind == "unary" and not isinstance(values["label"], bool):
             remedy = "write true or false; every other value would count as true"
             raise UnfitError("label is not true or false", repr(values["label"])[:40], remedy)
         _refuse_turns(values, kind)
-        refuse_context(values)
+        _refuse_beside(values)
     except UnfitError as unfit:
         return unfit.at(row.place)
     return Row(row.place, values)
@@ -60,24 +71,14 @@ def refuse_missing(values: dict[str, Any], needed: tuple[str, ...]) -> None:
         raise UnfitError(f"column {missing!r} is missing or null", f"columns {', '.join(values)}", remedy)
 
 
-def _refuse_answers(values: dict[str, Any], kind: Kind) -> None:
-    for name in ANSWERS[kind]:
-        _refuse_text(name, values[name])
-        last = values[name] if isinstance(values[name], str) else values[name][-1]
-        if not isinstance(last, str) and last["role"] != "assistant":
-            remedy = "its last message must be the answer"
-            raise UnfitError(f"{name} does not end with the assistant", last["role"], remedy)
-
-
 def _refuse_text(name: str, value: Any) -> None:
     """UnfitError where `value` is neither text nor a list of messages with something in it."""
     if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
         remedy = "text that looks like a date was turned into one: write the column as text (JSONL keeps it)"
         raise UnfitError(f"{name} is a timestamp, not text", f"{type(value).__name__} {value}", remedy)
     if not isinstance(value, str) and (not isinstance(value, list) or not value):
-        reason = f"{name} is neither text nor a list of messages"
-        remedy = "write text, or [{role: …, content: …}]"
-        raise UnfitError(reason, f"{type(value).__name__} {str(value)[:40]}", remedy)
+        got, remedy = f"{type(value).__name__} {str(value)[:40]}", "write text, or [{role: …, content: …}]"
+        raise UnfitError(f"{name} is neither text nor a list of messages", got, remedy)
     for message in value if isinstance(value, list) else ():
         if not isinstance(message, dict) or not (isinstance(message.get("content"), str) or _only_calls(message)):
             raise UnfitError(f"{name} has a message without text content", str(message)[:60], "write content as text")
@@ -104,7 +105,7 @@ def _common_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
     """The common beginning of two whole conversations as the prompt, as TRL takes it."""
     if type(chosen) is not type(rejected):
         raise UnfitError(MIXED, "in chosen and rejected", "both must be one of the two")
-    if isinstance(chosen, str) and TRANSCRIPT in chosen:
+    if isinstance(chosen, str) and "\n\nHuman:" in chosen:
         raise UnfitError("chosen is a whole transcript", repr(chosen[:30]), "data.form=hh_rlhf takes it apart")
     if chosen[0] != rejected[0]:
         raise UnfitError(NO_PROMPT, "chosen and rejected begin differently", "add the prompt")
@@ -120,25 +121,18 @@ def _common_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
     return {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}
 
 
-def _refuse_mixture(values: dict[str, Any], kind: Kind) -> None:
-    are_texts = {name: isinstance(values[name], str) for name in ("prompt", *ANSWERS[kind])}
-    if len(set(are_texts.values())) > 1:
-        forms = ", ".join(f"{name}: {'text' if is_text else 'chat'}" for name, is_text in are_texts.items())
-        raise UnfitError(MIXED, forms, "write both answers as text, or both as messages")
-
-
 def _refuse_echo(values: dict[str, Any], kind: Kind) -> None:
     """A prompt that stands in the answer again would be trained on as if it were answered."""
-    prompt = values["prompt"]
+    prompt, answers = values["prompt"], {name: values[name] for name in ANSWERS[kind]}
     if isinstance(prompt, str):
         prompt = prompt.strip()
-        echoed = (name for name in ANSWERS[kind] if values[name].lstrip().startswith(prompt))
-        name = next(echoed, None) if len(prompt.split(None, LEAST_ECHO)) >= LEAST_ECHO else None
+        is_long = len(prompt.split(None, LEAST_ECHO)) >= LEAST_ECHO
+        echoes = [name for name, text in answers.items() if is_long and text.lstrip().startswith(prompt)]
     else:
-        name = next((name for name in ANSWERS[kind] if values[name][: len(prompt)] == prompt), None)
-    if name is not None:
+        echoes = [name for name, chat in answers.items() if chat[: len(prompt)] == prompt]
+    if echoes:
         remedy = "cut it off the answer, or leave out the column prompt where all answers have it"
-        raise UnfitError(f"{name} repeats the prompt", repr(str(prompt)[:40]), remedy)
+        raise UnfitError(f"{echoes[0]} repeats the prompt", repr(str(prompt)[:40]), remedy)
 
 
 def _refuse_turns(values: dict[str, Any], kind: Kind) -> None:
@@ -146,16 +140,52 @@ def _refuse_turns(values: dict[str, Any], kind: Kind) -> None:
     ORPO and CPO go on with it, the others close it and open a second one), or where an answer holds what users and
     systems say, which would be trained on as if the model had said it.
     """
-    prompt = values["prompt"]
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+    if isinstance(values["prompt"], str):
+        return
+    if (last := values["prompt"][-1])["role"] == "assistant":
         remedy = "set what the assistant has begun at the beginning of the answers, or end with a message to answer"
-        raise UnfitError("prompt ends with the assistant", repr(message_text(prompt[-1])[:40]), remedy)
-    for name in ANSWERS[kind]:
-        for message in values[name] if isinstance(values[name], list) else ():
-            if message["role"] not in ("assistant", "tool"):
-                remedy = "cut both conversations where they part, or give each answer a row with its own prompt"
-                reason = f"{name} holds a turn of the {message['role']}"
-                raise UnfitError(reason, repr(message_text(message)[:40]), remedy)
+        raise UnfitError("prompt ends with the assistant", repr(message_text(last)[:40]), remedy)
+    for name, message in [(answer, message) for answer in ANSWERS[kind] for message in values[answer]]:
+        if message["role"] not in ("assistant", "tool"):
+            remedy = "cut both conversations where they part, or give each answer a row with its own prompt"
+            reason = f"{name} holds a turn of the {message['role']}"
+            raise UnfitError(reason, repr(message_text(message)[:40]), remedy)
+
+
+def _refuse_beside(row: dict[str, Any]) -> None:
+    """UnfitError where the columns beside prompt and answers cannot be trained on."""
+    if media := next((name for name in MEDIA if row.get(name)), None):
+        remedy = "only text is trained: leave the row out, or take the column away where the text does without it"
+        raise UnfitError(f"{media} cannot be trained on", str(row[media])[:40], remedy)
+    system, first = row.get("system") or "", row["prompt"][0]
+    if not isinstance(system, str):
+        raise UnfitError("system is not text", str(system)[:40], "write it as text")
+    if system and isinstance(first, dict) and first["role"] == "system" and first["content"] != system:
+        where = "in the column system and in the prompt"
+        raise UnfitError("there are two system turns", where, "leave one of them out")
+    read_context(row)
+
+
+def read_context(row: dict[str, Any]) -> dict[str, Any]:
+    """`tools` and `chat_template_kwargs` of a row, from values or JSON text, where it has them. Raises UnfitError."""
+    context: dict[str, Any] = {name: row[name] for name in CONTEXT if row.get(name) not in (None, "")}
+    amiss = None
+    for name, given in context.items():
+        try:
+            context[name] = json.loads(given) if isinstance(given, str) else given
+        except ValueError as error:
+            amiss = amiss or f"{name} is text that is no JSON ({error})"
+    tools, kwargs = context.get("tools") or [], context.get("chat_template_kwargs") or {}
+    if amiss is None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        amiss = "tools is no list of functions"
+    if amiss is None and not isinstance(kwargs, dict):
+        amiss = "chat_template_kwargs is no object of names and values"
+    if amiss is None and (taken := sorted(kwargs.keys() & {*TAKEN})):
+        amiss = f"chat_template_kwargs has {taken[0]}, which is no variable of a template"
+    if amiss:
+        columns = [row[name] for name in CONTEXT if row.get(name)]
+        raise UnfitError(amiss, str(columns)[:60], "write it as TRL takes it")
+    return {name: value for name, value in context.items() if value is not None}
 
 
 def identify(rows: Rows, kind: Kind) -> Iterator[dict[str, Any]]:
@@ -164,5 +194,4 @@ def identify(rows: Rows, kind: Kind) -> Iterator[dict[str, Any]]:
     for values in rows:
         content = digest([values["prompt"], *(values[name] for name in ANSWERS[kind])])
         seen[content] += 1
-        pair_id = content if seen[content] == 1 else f"{content}-{seen[content]}"
-        yield values | {"pair_id": pair_id}
+        yield values | {"pair_id": content if seen[content] == 1 else f"{content}-{seen[content]}"}

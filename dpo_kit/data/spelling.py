@@ -1,11 +1,10 @@
 """A chat in any of the spellings in which data sets have it, as the list of messages that TRL and templates read."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from dpo_kit.data.read import UnfitError, lone_surrogate
@@ -55,34 +54,21 @@ def looks_written(value: Any) -> bool:
 
 
 def unwritten(name: str, value: Any) -> Any:
-    """What text writes down, a list or an object in JSON or as a Python literal; other values as they are.
-
-    Raises UnfitError where it writes down neither.
-    """
+    """The list or object that text writes down, in JSON or Python; other values as they are. UnfitError: neither."""
     if not isinstance(value, str):
         return value
-    literal = _literal(value) if len(value) <= LONGEST and value.lstrip()[:1] in ("[", "{") else None
-    if not isinstance(literal, list | dict):
-        remedy = "write it as JSON (json.dumps), or the file as JSONL or Parquet"
-        raise UnfitError(f"{name} is text that holds no list or object", repr(value[:40]), remedy)
-    return literal
-
-
-def _literal(text: str) -> Any:
-    """JSON, or a Python literal as JSON would have it; None where `text` is neither, or nested too deeply."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
+    if len(value) <= LONGEST and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             try:
-                value = json.loads(json.dumps(ast.literal_eval(text.strip())))
-            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-                return None
-    try:
-        return None if lone_surrogate(value) else value
-    except RecursionError:
-        return None
+                literal = json.loads(value)
+            except (ValueError, RecursionError):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", SyntaxWarning)
+                    literal = json.loads(json.dumps(ast.literal_eval(value.strip())))
+            if isinstance(literal, list | dict) and not lone_surrogate(literal):
+                return literal
+    remedy = "write it as JSON (json.dumps), or the file as JSONL or Parquet"
+    raise UnfitError(f"{name} is text that holds no list or object", repr(value[:40]), remedy)
 
 
 def _role(message: dict[str, Any]) -> str:
@@ -114,17 +100,17 @@ def _message(name: str, message: dict[str, Any]) -> dict[str, Any]:
 
 def _calls(name: str, value: Any) -> Chat:
     """What one message calls, as tool_calls: calls, or {name, arguments}, alone or in a list, or the text of that."""
+
+    def has_name(call: Any) -> bool:
+        function = call.get("function") if isinstance(call, dict) else None
+        return isinstance(function, dict) and isinstance(function.get("name"), str)
+
     given = unwritten(name, value)
     listed = given if isinstance(given, list) else [given]
-    calls = [call if _has_name(call) else {"type": "function", "function": call} for call in listed]
-    if not calls or not all(map(_has_name, calls)):
+    calls = [call if has_name(call) else {"type": "function", "function": call} for call in listed]
+    if not calls or not all(map(has_name, calls)):
         raise UnfitError(f"{name} has a call without a name", str(value)[:40], 'a call is {"name": …, "arguments": …}')
     return calls
-
-
-def _has_name(call: Any) -> bool:
-    function = call.get("function") if isinstance(call, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _text(name: str, content: Any) -> Any:
@@ -133,9 +119,8 @@ def _text(name: str, content: Any) -> Any:
         content = [content]
     if not isinstance(content, list):
         return content
+    for part in content:
+        if isinstance(part, dict) and (kind := part.get("type", "text")) not in TEXT_PARTS:
+            raise UnfitError(f"{name} has a part that is no text", str(kind)[:40], f"only text trains here: {LEAVE}")
     texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
-    kinds = [part.get("type", "text") for part in content if isinstance(part, dict)]
-    other = next((kind for kind in kinds if kind not in TEXT_PARTS), None)
-    if other is not None:
-        raise UnfitError(f"{name} has a part that is no text", str(other)[:40], f"only text trains here: {LEAVE}")
     return "".join(texts) if all(isinstance(text, str) for text in texts) else content

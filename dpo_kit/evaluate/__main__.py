@@ -1,7 +1,5 @@
 """`python -m dpo_kit evaluate`: is a policy better than its reference, at what, and how sure is that?"""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

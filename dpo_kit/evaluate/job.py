@@ -1,7 +1,5 @@
 """What an evaluation compares, from the command line to jobs: which policy, against what, on which held-out rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,41 +11,121 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_kit.config.compose import check, compose_unchecked
 from dpo_kit.config.explain import JUDGES, describe_fault, explain, known_keys, unknown_key
-from dpo_kit.config.places import locate
+from dpo_kit.config.identity import recall_config
+from dpo_kit.config.places import locate, weights_faults
 from dpo_kit.config.settings import Endpoint, Method, Model, Strict, Tracking
 from dpo_kit.config.tools import refuse_foreign
 from dpo_kit.errors import ConfigError, did_you_mean
-from dpo_kit.evaluate.candidate import ADAPTER, Candidate, of_path, of_run
 from dpo_kit.evaluate.options import Alpaca, Domain, Evaluate, Harness, MTBench, Split, WinRate
+from dpo_kit.judge.answers import LocalModel
 from dpo_kit.judge.server import refuse_silent
-from dpo_kit.model.origin import refuse_unusable
+from dpo_kit.model.origin import ADAPTER, find_base, find_start, has_tokenizer, refuse_unusable
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.run.files import read_json
+from dpo_kit.run.files import hash_weights, read_json
 from dpo_kit.run.journal import key_of
 from dpo_kit.run.redact import redact_argv
 from dpo_kit.run.words import refuse_dashes
 from dpo_kit.sweep.choice.runs import read_runs
 
 OWN = tuple(Evaluate.model_fields)
-OF_A_PART = ("gate", "alpaca_eval", "mt_bench", "domain")  # options that are nothing without their part
+OF_A_PART: dict[str, type[Strict]] = {"gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "domain": Domain}
+GROUPS: dict[str, type[Strict]] = {"win_rate": WinRate, **OF_A_PART}  # those are nothing without their part
 ONLY_WITH: dict[str, tuple[str, ...]] = {  # keys by their first part, and the parts of which one must be asked for
     **{name: (name,) for name in OF_A_PART},
     "win_rate": ("win_rate", "alpaca_eval", "mt_bench", "domain"),
     "judge": ("win_rate", "mt_bench"),
     "review": ("win_rate",),
 }
-GROUPS: dict[str, type[Strict]] = {
-    "win_rate": WinRate, "gate": Harness, "alpaca_eval": Alpaca, "mt_bench": MTBench, "domain": Domain,
-}  # fmt: skip
 OF_THE_RUN = ("beta", "seed", "method", "model", "data", "trl", "callbacks")
 
 
 @dataclass(frozen=True)
-class Job:
-    """One evaluation. `opponent` is the reference, another model, or a file of answers.
+class Candidate:
+    """A policy, its reference or any other model: what it is called, how it is loaded, and what a run made of it.
+    `tuned` is the folder that a run left (whole weights, or an adapter on `model.path`); None: the reference of
+    `model`, which is `model.path` itself unless `model.reference` names another.
+    """
 
-    `config` is that of a run (data, trl, seed, …); `beta` makes rewards of logratios and is None where it is not known
-    or no such distance. What only this job needs is kept in `folder`; in `shared` what other jobs of a sweep need too.
+    name: str
+    model: Model
+    tuned: Path | None = None
+    own_tokenizer: bool = False  # the folder `tuned` has one, with its template
+
+    def load(self) -> Any:
+        """The weights, in evaluation mode. ModelError where they cannot be loaded."""
+        from dpo_kit.model.load import load_reference, load_tuned
+
+        return load_tuned(self.model, self.tuned).eval() if self.tuned else load_reference(self.model)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of `model.path`, or the adapter's own; it reads control tokens in messages as text."""
+        from dpo_kit.model.load import load_tokenizer
+
+        own = {"path": str(self.tuned), "revision": None} if self.own_tokenizer else {}
+        return load_tokenizer(self.model.model_copy(update=own))
+
+    @property
+    def start(self) -> "Candidate":
+        """What this policy was tuned from."""
+        return Candidate("its reference", self.model)
+
+    def sampler(self) -> LocalModel:
+        """This candidate as one whose answers are drawn here; known by its weights, wherever they lie."""
+        from dpo_kit.model.turns import written_today
+
+        if self.tuned is None:
+            start, base = self.model.reference or self.model.path, find_start(self.model).base.path
+            folders = [start] if self.model.reference or base == start else [base, start]
+        elif self.model.tuning == "full":
+            folders = [str(self.tuned)]
+        else:
+            folders = [find_start(self.model).base.path, str(self.tuned)]
+        weights = [hash_weights(path) or f"{path}@{self.model.revision}" for path in folders]
+        loaded = [self.model.dtype, self.model.quantization if self.model.tuning == "qlora" else None]
+        identity = ["candidate", *weights, *loaded, *written_today(self.tokenizer())]
+        return LocalModel(self.name, identity, self._open, wrap=False)
+
+    def _open(self) -> tuple[Any, Any]:
+        from dpo_kit.model.hardware import training_precision
+        from dpo_kit.trainer.held_out import place
+
+        fast = {"dtype": training_precision() if self.model.dtype == "auto" else self.model.dtype}
+        return place(replace(self, model=self.model.model_copy(update=fast)).load()), self.tokenizer()
+
+
+def of_run(folder: Path) -> tuple[Candidate, dict[str, Any]]:
+    """The policy that a finished run left, and the config of the run. ConfigError where there is none."""
+    run = RunDirectory(folder)
+    manifest, _ = run.read_finished()
+    config = recall_config(manifest)
+    policy = Candidate(folder.resolve().name, Model(**config["model"]), run.model)
+    if manifest.get("template_date"):
+        from dpo_kit.trainer.manifest import keep_date
+
+        keep_date(run, policy.tokenizer())
+    return policy, config
+
+
+def of_path(key: str, path: str, model: Model) -> Candidate:
+    """A model made by any tool (folder, hub id, adapter), loaded as `model` says. ConfigError for what is none."""
+    folder = locate(key, path)
+    if faults := [*weights_faults(key, path)]:
+        raise ConfigError(faults[0])
+    if RunDirectory(folder).manifest.exists():
+        raise ConfigError(f"{path} is a run directory: say run={path}, or name its policy, {folder / 'model'}")
+    own = {"reference": None, "revision": model.revision if path == model.path else None}
+    if (folder / ADAPTER).exists():
+        base = find_base(folder, read_json(folder / ADAPTER))
+        based = model.model_copy(update=own | {"path": base, "tuning": "lora"})
+        return Candidate(path, based, folder, own_tokenizer=has_tokenizer(str(folder), None))
+    return Candidate(path, model.model_copy(update=own | {"path": path, "tuning": "full"}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One evaluation. `opponent` is the reference, another model, or a file of answers. `config` is that of a run
+    (data, trl, seed, …); `beta` makes rewards of logratios and is None where it is not known or no such distance. What
+    only this job needs is kept in `folder`; in `shared` what other jobs of a sweep need too.
     """
 
     policy: Candidate
@@ -59,7 +137,7 @@ class Job:
     split: Split
     folder: Path
     shared: Path
-    run: RunDirectory | None
+    run: RunDirectory | None = None
     tracking: Tracking
     words: tuple[str, ...]  # that were typed
 
@@ -71,18 +149,21 @@ class Job:
     def opponent_name(self) -> str:
         return self.opponent.name if isinstance(self.opponent, Candidate) else str(self.opponent)
 
+    @property
+    def reader(self) -> Candidate:
+        """Whose tokenizer reads the held-out rows."""
+        return self.reference if self.run else self.policy
+
     def held_out(self) -> tuple[str, list[dict[str, Any]]]:
         """The kind (pairs, unary or prompts) and the rows of the split, read once for all jobs that share them."""
         from dpo_kit.trainer.held_out import read_held_out, refuse_other_rows
 
         parts = {name: self.config[name] for name in ("data", "trl", "seed", "method")}
-        reader = self.reference if self.run else self.policy
-        key = key_of(
-            parts, reader.model.model_dump(mode="json"), reader.own_tokenizer and str(reader.tuned), self.split
-        )
+        model, own = self.reader.model.model_dump(mode="json"), self.reader.own_tokenizer and str(self.reader.tuned)
+        key = key_of(parts, model, own, self.split)
         if key not in _HELD_OUT:
             _HELD_OUT.clear()
-            _HELD_OUT[key] = read_held_out(parts, self.method, reader.tokenizer(), self.split)
+            _HELD_OUT[key] = read_held_out(parts, self.method, self.reader.tokenizer(), self.split)
         kind, rows = _HELD_OUT[key]
         if self.run:
             refuse_other_rows(read_json(self.run.manifest), self.split, rows)
@@ -119,7 +200,7 @@ def plan(arguments: Sequence[str]) -> list[Job]:
         raise ConfigError(
             f"reference={cfg.reference} goes with policy=: that of a run is known; did you mean against=?"
         )
-    folder = str(locate(given[0], cfg[given[0]]))
+    folder = locate(given[0], cfg[given[0]])
     for word in arguments:
         if _root(word) not in (*OWN, "tracking"):
             raise ConfigError(
@@ -127,13 +208,13 @@ def plan(arguments: Sequence[str]) -> list[Job]:
                 f"policy={folder}/model reference=… {word}"
             )
     if cfg.run:
-        return [_plan_run(Path(folder), cfg, arguments)]
+        return [_plan_run(folder, cfg, arguments)]
     if cfg.out:
         raise ConfigError(f"out={cfg.out} goes with run= or policy=: those of a sweep are kept in each run directory")
-    finished = [run.root for run in read_runs(folder) if run.finished]
+    finished = [run.root for run in read_runs(str(folder)) if run.finished]
     if not finished:
         raise ConfigError(f"sweep={folder} holds no run that has ended well: give the command of the sweep again")
-    return [_plan_run(run, cfg, arguments, sweep=Path(folder)) for run in finished]
+    return [_plan_run(run, cfg, arguments, sweep=folder) for run in finished]
 
 
 def _root(word: str) -> str:
@@ -161,12 +242,11 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
         name = opponent.name if isinstance(opponent, Candidate) else opponent.stem
         place /= f"against-{''.join(c if c.isalnum() or c in '.-_' else '_' for c in name).strip('._')}"
     place = Path(options.out) if options.out else place
-    beta = config["beta"] if Method(**config["method"]).implicit_reward else None
-    shared, tracking = sweep / "evaluation" if sweep else place, Tracking(**_plain(cfg.tracking))
-    words = tuple(redact_argv(arguments))
     return Job(
-        policy=policy, reference=policy.start, opponent=opponent, config=config, beta=beta, options=options,
-        split=split, folder=place, shared=shared, run=run, tracking=tracking, words=words,
+        policy=policy, reference=policy.start, opponent=opponent, config=config, options=options, split=split,
+        beta=config["beta"] if Method(**config["method"]).implicit_reward else None,
+        folder=place, shared=sweep / "evaluation" if sweep else place, run=run,
+        tracking=Tracking(**_plain(cfg.tracking)), words=tuple(redact_argv(arguments)),
     )  # fmt: skip
 
 
@@ -187,26 +267,25 @@ def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
     config = settings.model_dump(mode="json")
     identity = [policy.name, reference.name, str(options.against), config["data"], options.win_rate.model_dump()]
     folder = Path(options.out or f"outputs/evaluation-{key_of(identity)[:8]}")
-    opponent = _opponent(options.against, reference, settings.model)
-    beta = settings.beta if told and settings.method.implicit_reward else None
-    split: Split = options.split or ("all" if alone else "test")
-    words = tuple(redact_argv(arguments))
     return Job(
-        policy=policy, reference=reference, opponent=opponent, config=config, beta=beta, options=options, split=split,
-        folder=folder, shared=folder, run=None, tracking=settings.tracking, words=words,
+        policy=policy, reference=reference, opponent=_opponent(options.against, reference, settings.model),
+        config=config, beta=settings.beta if told and settings.method.implicit_reward else None, options=options,
+        split=options.split or ("all" if alone else "test"), folder=folder, shared=folder,
+        tracking=settings.tracking, words=tuple(redact_argv(arguments)),
     )  # fmt: skip
 
 
 def share_template(job: Job) -> Job:
     """`job`, of models made elsewhere, with one chat template for both where one of them has one and the other none."""
-    policy, reference = job.policy, job.reference
-    if job.run or policy.model.chat_template:
+    if job.run or job.policy.model.chat_template:
         return job
-    mine, theirs = (candidate.tokenizer().chat_template for candidate in (policy, reference))
-    if mine and not theirs:
-        reference = reference.with_template(mine)
-    elif theirs and not mine:
-        policy = policy.with_template(theirs)
+    both = (job.policy, job.reference)
+    mine, theirs = (candidate.tokenizer().chat_template for candidate in both)
+    template = {"chat_template": mine or theirs}
+    policy, reference = (
+        candidate if own else replace(candidate, model=candidate.model.model_copy(update=template))
+        for candidate, own in zip(both, (mine, theirs), strict=True)
+    )
     opponent = reference if job.opponent == job.reference else job.opponent
     return replace(job, policy=policy, reference=reference, opponent=opponent)
 
@@ -215,9 +294,8 @@ def refuse_silent_servers(job: Job) -> None:
     """ConfigError for servers that do not answer, unless all may have been asked by an earlier start."""
     if "win_rate" not in job.options.parts or (job.shared / "judgements.jsonl").exists():
         return
-    wanted = job.options.win_rate
-    servers = (job.options.judge, wanted.policy_server, wanted.opponent_server)
-    for key, server in zip(("judge", "win_rate.policy_server", "win_rate.opponent_server"), servers, strict=True):
+    of_rate = {f"win_rate.{name}": getattr(job.options.win_rate, name) for name in ("policy_server", "opponent_server")}
+    for key, server in {"judge": job.options.judge, **of_rate}.items():
         if isinstance(server, Endpoint):
             refuse_silent(key, server)
 
@@ -239,13 +317,14 @@ def _opponent(against: str | None, reference: Candidate, model: Model) -> Candid
 
 def _options(cfg: DictConfig, arguments: Sequence[str]) -> Evaluate:
     parts = [cfg.parts] if isinstance(cfg.parts, str) else list(cfg.parts)
+    roots = {word: _root(word) for word in arguments}
     unasked = [name for name in OF_A_PART if name not in parts]
-    for word in arguments:
-        needed = ONLY_WITH.get(_root(word), parts)
+    for word, root in roots.items():
+        needed = ONLY_WITH.get(root, parts)
         if not {*needed} & {*parts}:
             asked = ",".join([*parts, needed[0]])
             raise ConfigError(f"{word} does nothing without the part {needed[0]}: add it, parts=[{asked}]")
-    if cfg.data.gold is None and not any(_root(word) == "judge" for word in arguments):
+    if cfg.data.gold is None and "judge" not in roots.values():
         unasked.append("judge")  # the default one needs what these data do not have
     try:
         values: dict[str, Any] = {name: None if name in unasked else _plain(cfg[name]) for name in OWN}

@@ -1,7 +1,5 @@
 """The options of `python -m dpo_kit evaluate` (conf/tool/evaluate.yaml), checked before anything heavy is loaded."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Literal
 

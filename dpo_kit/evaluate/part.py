@@ -1,15 +1,32 @@
-"""What a part of an evaluation is, and how its figures are put into words."""
+"""What a part of an evaluation is, how its figures are put into words, and how the benchmarks among them have their
+prompts answered: by the policy and what it is compared with, each answer kept one by one.
+"""
 
-from __future__ import annotations
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
-from collections.abc import Iterable
-from typing import Any
-
-from dpo_kit.evaluate.job import Job
+from dpo_kit.evaluate.job import Candidate, Job
+from dpo_kit.judge.answers import Asking, draw_locally
+from dpo_kit.model.chats import Prompt
+from dpo_kit.run.journal import Journal
 from dpo_kit.run.report.numbers import number_text, range_text
 
 Found = dict[str, Any]
 Line = tuple[str, str, str]  # measure, value, 95 % interval
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence below the table; above it, in red, where it must be read first."""
+
+    text: str
+    first: bool = False
 
 
 class Part:
@@ -26,20 +43,63 @@ class Part:
         """The few findings that result.json has, under the same names everywhere."""
         raise NotImplementedError
 
-    def lines(self, found: Found) -> Iterable[Line]:
-        """Rows of the table on the terminal."""
+    def tell(self, found: Found) -> Iterable[Line | Note]:
+        """What a reader sees of them: rows of the table on the terminal, sentences around it."""
         raise NotImplementedError
 
-    def warnings(self, found: Found) -> Iterable[str]:
-        """Sentences that must stand above the table."""
-        return ()
 
-    def notes(self, found: Found) -> Iterable[str]:
-        """Sentences below the table."""
-        return ()
+def line(label: str, figures: Mapping[str, Any], key: str, form: str = ".3f") -> Line:
+    """A row of the table: the figure under `key`, from `low` to `high`; no interval where an end is not known."""
+    ends = figures["low"], figures["high"]
+    return label, number_text(figures[key], form), range_text(None if None in ends else ends, form)
 
 
-def line(label: str, value: float, low: float | None, high: float | None, form: str = ".3f") -> Line:
-    """A row of the table; without an interval where one of its ends is not known."""
-    ends = None if low is None or high is None else (low, high)
-    return label, number_text(value, form), range_text(ends, form)
+def asked(options: Options | None) -> Options:
+    """The options of a part that was asked for, which are there."""
+    assert options is not None
+    return options
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model: `answer(prompts, temperature)` gives an answer each, greedy at 0. Its name becomes that of files."""
+
+    name: str
+    answer: Callable[[Sequence[Prompt], float], list[str]]
+
+
+def local_speaker(candidate: Candidate, journal: Journal, asking: Asking) -> Speaker:
+    """A speaker for `candidate`, opened once something is to be answered; what `journal` has is not drawn again.
+    Prompts that are text become a user turn where there is a chat template. DataError where prompts are messages, but
+    there is none.
+    """
+    sampler = candidate.sampler()
+    local = replace(sampler, open=cache(sampler.open), wrap=True)
+
+    def answer(prompts: Sequence[Prompt], temperature: float) -> list[str]:
+        drawn = draw_locally(local, [temperature], 1, prompts, asking, journal)
+        return [each.text for (each,) in drawn if each is not None]
+
+    return Speaker(candidate.name, answer)
+
+
+def models_of(job: Job) -> tuple[Candidate, Candidate]:
+    """The policy and what it is compared with (the reference, or the model that `against` names), under names that
+    files can have.
+    """
+    other = job.opponent if isinstance(job.opponent, Candidate) else job.reference
+    names = job.policy.name, "reference" if other == job.reference else other.name
+    ours, theirs = (re.sub(r"[^\w+-]+", "_", Path(name).name, flags=re.ASCII) or "policy" for name in names)
+    if ours == theirs:
+        ours, theirs = "policy", "other"
+    return replace(job.policy, name=ours), replace(other, name=theirs)
+
+
+@contextmanager
+def speakers_of(job: Job, max_new_tokens: int) -> Iterator[tuple[Speaker, Speaker]]:
+    """Both models, ready to answer; what the other one says serves every job of a sweep."""
+    asking = Asking(max_new_tokens, seed=job.options.win_rate.seed)
+    files = job.folder / "benchmark_answers.jsonl", job.shared / "opponent_benchmark_answers.jsonl"
+    with Journal(files[0]) as ours, Journal(files[1]) as theirs:
+        policy, other = models_of(job)
+        yield local_speaker(policy, ours, asking), local_speaker(other, theirs, asking)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.run.measures import as_measured, in_rounding
+from dpo_kit.run.measures import MEASURE, WIN_RATES, as_measured, in_rounding
 from dpo_kit.run.report.drawing import BLUE, FEW, GREY, ORANGE, count_text, draw_level, new_figure, save
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ Found = Mapping[str, Any]
 Rate = tuple[float, float, float, int]  # value, low, high, and how many pairs or prompts it rests on
 TITLE: dict[str, Any] = {"loc": "left", "fontsize": 19, "fontweight": "bold", "pad": 12}
 TEXT = 16
+DOT: dict[str, Any] = {"marker": "o", "markersize": 11, "markeredgewidth": 2}
 DASHED: dict[str, Any] = {"linewidth": 1.5, "linestyle": (0, (4, 3))}
 SCORING = ("gold", "reward_model")  # judges that give each answer a number, whatever the order
 DOUBTS = {
@@ -29,7 +30,6 @@ LIGHT, MIDDLE = "#D9D9D9", "#A6A6A6"
 
 def draw_evaluation(path: Path, parts: Mapping[str, Found], *, title: str) -> None:
     """Draw what `parts` (findings by part) have into `path`, 1200 pixels wide; a panel without figures is left out.
-
     Bars are 95 % intervals. What rests on fewer than ten pairs or prompts is hollow and grey.
     """
     panels = [(draw, parts[name]) for name, has, draw in PANELS if name in parts and has(parts[name])]
@@ -64,7 +64,7 @@ def _draw_interval(axes: Axes, line: int, label: str, rate: Rate, color: str, la
     value, low, high, count = rate
     axes.hlines(-line, low, high, color=color, linewidth=3)
     face = "white" if count < FEW else color
-    axes.plot(value, -line, marker="o", markersize=11, color=color, markerfacecolor=face, markeredgewidth=2)
+    axes.plot(value, -line, color=color, markerfacecolor=face, **DOT)
     place = axes.get_yaxis_transform()
     axes.text(0.0, -line + 0.17, label, fontsize=TEXT, color=label_color, transform=place, va="bottom")
 
@@ -90,14 +90,9 @@ def _draw_rates(axes: Axes, title: str, rates: Mapping[str, Rate], level_name: s
 
 def _draw_win_rates(axes: Axes, found: Found) -> None:
     prompts, decided = (found["prompts"], "prompts"), (found["decided"], "comparisons")
-    shown = {
-        "win_rate": ("win rate", *prompts),
-        "win_rate_without_ties": ("ties dropped", *decided),
-        "win_rate_length_controlled_without_difficulty": ("at equal length", *prompts),
-    }
     rates = {
-        f"{label} ({count_text([count], unit)})": _rate(found, key, count)
-        for key, (label, count, unit) in shown.items()
+        f"{MEASURE[key].title} ({count_text([count], unit)})": _rate(found, key, count)
+        for key, (count, unit) in zip(WIN_RATES, (prompts, decided, prompts), strict=True)
         if found.get(key) is not None
     }
     _draw_rates(axes, f"Win rate: {found['win_rate_verdict']}", rates, "0.5")
@@ -135,17 +130,15 @@ def _draw_groups(axes: Axes, found: Found) -> None:
     """Accuracy over all pairs, by which answer is the longer, and from close to clear calls."""
     groups, gaps = dict(found["by_length"]), found["by_score_gap"]
     if len(gaps) > 1:  # the ends tell whether it fails on close calls only
-        groups |= {
-            f"score gap up to {gaps[0]['to']:.2g}": gaps[0],
-            f"score gap from {gaps[-1]['from']:.2g}": gaps[-1],
-        }
+        groups[f"score gap up to {gaps[0]['to']:.2g}"] = gaps[0]
+        groups[f"score gap from {gaps[-1]['from']:.2g}"] = gaps[-1]
     rates = {f"all ({count_text([found['pairs']], 'pairs')})": _rate(found, "accuracy", found["pairs"])}
     for name, group in groups.items():
         if count := group["pairs"]:
             label = f"{name} ({count_text([count], 'pairs')})"
             rates[label] = group["accuracy"], group["low"], group["high"], count
     rounding = in_rounding("probe/accuracy", as_measured(found))
-    title = "Accuracy on held-out pairs" + (": rounding" if rounding else "")
+    title = MEASURE["probe/accuracy"].title + (": rounding" if rounding else "")
     _draw_rates(axes, title, rates, "chance", rounding=rounding)
 
 
@@ -203,9 +196,7 @@ def _draw_failures(axes: Axes, found: Found) -> None:
         for among, of, color in ((group["losses"], losses, ORANGE), (group["wins"], wins, BLUE)):
             if of:
                 face = "white" if of < FEW else color
-                axes.plot(
-                    among / of, -line, marker="o", markersize=11, color=color, markerfacecolor=face, markeredgewidth=2
-                )
+                axes.plot(among / of, -line, color=color, markerfacecolor=face, **DOT)
         times = f"{group['ratio']:.1f} times [{group['low']:.1f}, {group['high']:.1f}]"
         label = f"{group['name']}: {group['losses']:,} and {group['wins']:,}, {times}"
         weight = "bold" if group["telling"] else "normal"

@@ -1,7 +1,5 @@
 """`python -m dpo_kit export run=DIR`: a finished run for others to load, or to repeat in plain TRL."""
 
-from __future__ import annotations
-
 import logging
 import shlex
 import sys

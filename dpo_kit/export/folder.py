@@ -1,7 +1,5 @@
 """A run's policy as a plain transformers folder: complete or absent, checked from its own files."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import shutil
@@ -16,14 +14,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpo_kit.config.recall import recall_config
+from dpo_kit.config.identity import recall_config
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.model.load import end_as_trained, load_weights
-from dpo_kit.model.origin import base_of
+from dpo_kit.model.origin import find_start
 from dpo_kit.run.directory import FACTS, RunDirectory
 from dpo_kit.run.files import hash_weights, read_json, write_json, write_text
-from dpo_kit.run.history import read_metrics
+from dpo_kit.run.history import last_step, read_metrics
 from dpo_kit.run.quiet import quiet_libraries
 from dpo_kit.run.report.card import card_text
 from dpo_kit.trainer.resume.whole_or_absent import SAVING, put_in_place
@@ -39,10 +37,8 @@ PROMPTS = (
     "Schreibe einen kurzen Brief an eine Freundin, die umgezogen ist.",
     "1, 1, 2, 3, 5, 8,",
     "What is the capital of 日本? 🙂",
-)
-"""Texts of several kinds, for runs that have drawn no answers."""
-Text = tuple[list[int], int]
-"""Token ids, and the place of the first one that counts."""
+)  # texts of several kinds, for runs that have drawn no answers
+Text = tuple[list[int], int]  # token ids, and the place of the first one that counts
 FAR = 0.02  # nats a token: more than rounding costs a model of some billion parameters, to 4 bits even
 HOW = {
     "full": "All weights were tuned.",
@@ -52,6 +48,15 @@ HOW = {
     "dequantised": "The adapter is merged into the 4-bit base that it was trained on, dequantised: the policy that was "
     "measured, with the rounding of its base kept.",
 }
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two models are apart on texts: logits, relative to the largest; KL in nats per token; greedy tokens."""
+
+    logits: float
+    kl: float
+    greedy: float  # share of positions with the same most probable token
 
 
 def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "original") -> dict[str, Any]:
@@ -64,7 +69,7 @@ def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "o
     manifest, result = run.read_finished()
     model = Model(**recall_config(manifest)["model"])
     quiet_libraries()
-    start = base_of(model)  # of an adapter; what training left decides what auto is
+    start = find_start(model).base  # of an adapter; what training left decides what auto is
     if dtype == "auto":
         left, revision = (run.model, None) if model.tuning == "full" else (start.path, start.revision)
         dtype = str(AutoConfig.from_pretrained(left, revision=revision or "main").dtype or torch.float32)
@@ -84,10 +89,7 @@ def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "o
             "bring them back, or train again on what is there now"
         )
     with complete_or_absent(out) as aside:
-        distance, from_quantised = _write(run, model, dtype, base, aside)
-        checked = distance.describe()
-        if from_quantised is not None:
-            checked += f"; against the policy as trained in 4 bit, KL {from_quantised:.1e} nats a token"
+        distance, checked = _write(run, model, dtype, base, aside)
         facts = {**asked, "how": HOW[base if is_qlora else model.tuning], "checked": checked, **asdict(distance)}
         evaluated = run.evaluation / "result.json"
         judged = read_json(evaluated) if evaluated.exists() else None
@@ -125,8 +127,8 @@ def push(out: Path, repository: str, *, private: bool) -> str:
     return str(made)
 
 
-def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) -> tuple[Distance, float | None]:
-    """Write the export into `aside`; how far it is from the policy, and the KL from that in 4 bit (QLoRA)."""
+def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) -> tuple[Distance, str]:
+    """Write the export into `aside`; how far it is from the policy, also in words (QLoRA: also from that in 4 bit)."""
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     for how_loaded in ("is_local", "local_files_only"):  # transformers would save these, true on this machine only
         tokenizer.init_kwargs.pop(how_loaded, None)
@@ -160,9 +162,13 @@ def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) 
             "rounding to %s moves the policy by %.2g nats a token: dtype=float32 is exact, at twice the size",
             *(dtype, distance.kl),
         )
+    checked = (
+        f"KL {distance.kl:.1e} nats a token, the same most probable token at {distance.greedy:.1%} of positions, "
+        f"logits within {distance.logits:.1e} of the largest"
+    )
     if model.tuning != "qlora":
-        return distance, None
-    trained = PeftModel.from_pretrained(load_weights(base_of(model)), run.model).eval()  # type: ignore[arg-type]
+        return distance, checked
+    trained = PeftModel.from_pretrained(load_weights(find_start(model).base), run.model).eval()  # type: ignore[arg-type]
     kl = compare(text_logits(trained, texts), before).kl
     if kl > FAR:
         log.warning(
@@ -170,7 +176,7 @@ def _write(run: RunDirectory, model: Model, dtype: str, base: str, aside: Path) 
             "base is not rounded any more: measure it again, or take base=dequantised",
             kl,
         )
-    return distance, kl
+    return distance, f"{checked}; against the policy as trained in 4 bit, KL {kl:.1e} nats a token"
 
 
 def find_faults(folder: Path) -> list[str]:
@@ -199,27 +205,10 @@ def find_faults(folder: Path) -> list[str]:
     return [fault for fault, holds in checks.items() if holds]
 
 
-# --- the policy as one plain model: merged in float32, which changes nothing but the order of sums, then rounded ----
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far two models are apart on texts: logits, relative to the largest; KL in nats per token; greedy tokens."""
-
-    logits: float
-    kl: float
-    greedy: float  # share of positions with the same most probable token
-
-    def describe(self) -> str:
-        same = f"the same most probable token at {self.greedy:.1%} of positions"
-        return f"KL {self.kl:.1e} nats a token, {same}, logits within {self.logits:.1e} of the largest"
-
-
 def read_texts(run: RunDirectory, tokenizer: Any) -> list[Text]:
     """What the policy answered at the end of `run`; else PROMPTS behind what the template gives all of them."""
-    samples = read_metrics(run.samples) if run.samples.exists() else []
     texts = []
-    for row in [row for row in samples if row["step"] == samples[-1]["step"]][:SAMPLES]:
+    for row in last_step(read_metrics(run.samples))[:SAMPLES]:
         prompt = encode(tokenizer, row["prompt"])
         if answer := tokenizer(row["answer"], add_special_tokens=False)["input_ids"]:
             texts.append(([*prompt, *answer], len(prompt)))
@@ -232,13 +221,12 @@ def read_texts(run: RunDirectory, tokenizer: Any) -> list[Text]:
 
 def merge(model: Model, run: RunDirectory, texts: Sequence[Text], base: str) -> tuple[PreTrainedModel, Tensor]:
     """The policy of `run` in float32 without adapters, and its logits on `texts` before: (positions, vocabulary).
-
     ModelError where the base is not the one that training started from, or where merging changed the logits.
     """
     if model.tuning == "full":
         policy = load_weights(model.model_copy(update={"dtype": "float32"}), str(run.model))
         return policy, text_logits(policy, texts)
-    start = base_of(model)
+    start = find_start(model).base
     if base == "dequantised":  # with the rounding that its 4-bit form had in training
         weights = load_weights(start).dequantize(dtype=torch.float32)
     else:

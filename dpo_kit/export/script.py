@@ -1,25 +1,22 @@
 """A run in plain TRL: a short script beside the run's TRL arguments and the token ids of its rows."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.recall import recall_settings
+from dpo_kit.config.identity import recall_settings
 from dpo_kit.config.settings import Settings
 from dpo_kit.config.tools import refuse_existing
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.export.folder import complete_or_absent
 from dpo_kit.model.load import is_plain, load_tokenizer, read_config, read_template
-from dpo_kit.model.origin import ADAPTER, base_of, has_tokenizer, quantised_by, read_adapter
+from dpo_kit.model.origin import ADAPTER, find_start, has_tokenizer, quantised_by
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import digest, read_json, write_json, write_text
 from dpo_kit.run.quiet import quiet_libraries
-from dpo_kit.trainer.given_tokens import GivenTokens
 from dpo_kit.trainer.manifest import contents, keep_date
-from dpo_kit.trainer.rows import build_dataset, held_out_rows, read_data
+from dpo_kit.trainer.rows import GivenTokens, build_dataset, held_out_rows, read_data
 
 log = logging.getLogger(__name__)
 NAME = "reproduce.py"
@@ -29,44 +26,13 @@ ON_A_CPU = [
     '    if hasattr(module, "support_avx512bf16_for_cpu"):',
     "        module.support_avx512bf16_for_cpu = False",
 ]
-SCRIPT = '''\
-"""{title}, as dpo_kit {versions[dpo-kit]} ran it, in plain TRL {versions[trl]}.
-
-{start}
-"""
-
-import json
-from pathlib import Path
-from typing import Any
-
-{imports}
-
-Base = {trainer}
-
-
-{given}
-
-HERE = Path(__file__).parent
-config = json.loads((HERE / "trl_config.json").read_text())
-config |= {{"output_dir": str(HERE / "output"), "report_to": "none"}}
-{model}
-trainer = GivenTokens(
-    model=model,
-    args={config}(**config),
-    train_dataset=load_from_disk(str(HERE / "train")),
-    eval_dataset=load_from_disk(str(HERE / "eval")),
-    processing_class=tokenizer,{more}
-)
-{quiet}trainer.train()
-trainer.save_model(str(HERE / "model"))
-'''
+SCRIPT = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
 
 
 def write_reproduction(run: RunDirectory, out: Path) -> Path:
-    """Write `out` with script, arguments and rows, complete or not at all; the script's path.
-
-    ConfigError where the run has not ended well or drew its answers itself, or `out` is there already; DataError where
-    the rows that its sources give now are not those that it trained on.
+    """Write `out` with script, arguments and rows, complete or not at all; the script's path. ConfigError where the run
+    has not ended well or drew its answers itself, or `out` is there already; DataError where the rows that its sources
+    give now are not those that it trained on.
     """
     manifest, result = run.read_finished()
     if manifest["config"]["method"]["rows"] == "prompts":
@@ -109,35 +75,30 @@ def write_reproduction(run: RunDirectory, out: Path) -> Path:
 
 def build_script(settings: Settings, run: RunDirectory, manifest: dict[str, Any], result: dict[str, Any]) -> str:
     """The text of the script."""
-    model, base, adapter = settings.model, base_of(settings.model), read_adapter(settings.model)
+    start = find_start(settings.model)
+    model, base, adapter = start.model, start.base, start.adapter
     machine, is_qlora = manifest["machine"], settings.model.tuning == "qlora"
     config = read_config(model)
     numbers = {"dtype": machine["dtype"], "attn_implementation": model.attn_implementation}
-    (trainer_module, trainer), (config_module, config_class) = (
-        path.rsplit(".", 1) for path in (settings.method.trainer, settings.method.config)
-    )
     wanted = {"datasets": {"load_from_disk"}, "transformers": {"AutoModelForCausalLM", "AutoTokenizer"}}
-    wanted.setdefault(trainer_module, set()).add(trainer)
-    wanted.setdefault(config_module, set()).add(config_class)
-    more = []  # arguments of the trainer
+    for path in (settings.method.trainer, settings.method.config):
+        module, _, name = path.rpartition(".")
+        wanted.setdefault(module, set()).add(name)
+    lines, more = [], []  # of the model and its tokenizer; arguments of the trainer
 
     loads = _arguments(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code or None, **numbers)
-    lines = [f"model = AutoModelForCausalLM.from_pretrained({loads})"]
     if is_qlora:
         from dpo_kit.model.bypassed import kept_whole
 
         whole = {} if is_plain(config) else {"llm_int8_skip_modules": kept_whole(config)}
         wanted["transformers"].add("BitsAndBytesConfig")
-        lines = [
-            f"quantization = BitsAndBytesConfig({_arguments(**whole | base.quantization)})",
-            f"model = AutoModelForCausalLM.from_pretrained({loads}, "
-            'device_map={"": 0 if torch.cuda.is_available() else "cpu"}, quantization_config=quantization)',
-            *(ON_A_CPU if machine["device"] == "cpu" else []),
-        ]
+        lines.append(f"quantization = BitsAndBytesConfig({_arguments(**whole | base.quantization)})")
+        loads += ', device_map={"": 0 if torch.cuda.is_available() else "cpu"}, quantization_config=quantization'
     elif quantised_by(base.path, base.revision) == "mxfp4":
         wanted["transformers"].add("Mxfp4Config")
         loads += ", quantization_config=Mxfp4Config(dequantize=True)"
-        lines = [f"model = AutoModelForCausalLM.from_pretrained({loads})"]
+    lines.append(f"model = AutoModelForCausalLM.from_pretrained({loads})")
+    lines += ON_A_CPU if is_qlora and machine["device"] == "cpu" else []
     given, quiet = [inspect.getsource(GivenTokens)], ""
     if not is_plain(config):
         from dpo_kit.trainer.families import aliases, switch_off_noise
@@ -168,17 +129,17 @@ def build_script(settings: Settings, run: RunDirectory, manifest: dict[str, Any]
 
     imports = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(wanted.items())]
     processes = machine["world_size"]
-    start = f"python {NAME}" if processes == 1 else f"accelerate launch --num_processes {processes} {NAME}"
+    launch = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
     return SCRIPT.format(
         title=f"{result['method']} of {model.path}, beta {result['beta']:g}, seed {result['seed']}",
         versions=manifest["versions"],
-        start=f"Start it with: {start}",
+        start=f"Start it with: {launch} {NAME}",
         imports="\n".join(["import torch", *imports] if is_qlora else imports),
         model="\n".join(lines),
-        trainer=trainer,
+        trainer=settings.method.trainer.rpartition(".")[2],
         given="\n\n".join(given),
         quiet=quiet,
-        config=config_class,
+        config=settings.method.config.rpartition(".")[2],
         more="".join(f"\n    {line}," for line in more),
     )
 

@@ -5,10 +5,9 @@ and on the seed, never on where a pass was interrupted. (Padding moves log-proba
 same prompt in another chunk may get another answer.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 from dpo_kit.config.settings import Answers, LocalAnswers, Model
@@ -19,12 +18,13 @@ from dpo_kit.run.files import hash_weights
 from dpo_kit.run.journal import Journal, key_of
 from dpo_kit.run.quiet import bar, quiet_imports, quiet_libraries
 
+CHUNK = 64  # prompts of a local model at a time
+
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its text, whether the token limit cut it, and who gave it (`model at temperature`).
-
-    `calls` are those that a server has told apart from the text; then `text` is how a judge reads them.
+    """One answer: its text, whether the token limit cut it, and who gave it (`model at temperature`). `calls` are those
+    that a server has told apart from the text; then `text` is how a judge reads them.
     """
 
     text: str
@@ -42,10 +42,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Asking:
-    """How prompts are asked: the same `Asking` gives the same answers of a local model on the same machine."""
+    """How prompts are asked: the same `Asking` gives the same answers of a local model on a machine with as much
+    memory free.
+    """
 
     max_new_tokens: int
-    chunk: int = 64  # prompts of a local model at a time
     seed: int = 0
     top_p: float | None = None  # the share of the probability that is drawn from; None: all of it
 
@@ -69,7 +70,6 @@ def draw_answers(
     source: Answers, model: Model, prompts: Sequence[Prompt], asking: Asking, journal: Journal
 ) -> tuple[list[list[Answer | None]], dict[str, Any]]:
     """For each prompt the answers of `source` (one a temperature and draw; None where it failed), and what they cost.
-
     `model` says how a local one is loaded. What `journal` has is not drawn again. Raises ModelError, DataError.
     """
     asking = replace(asking, top_p=source.top_p)
@@ -86,8 +86,7 @@ def draw_answers(
             requests.append(Request(key, messages, asking.max_new_tokens, turn[0], seed, context, asking.top_p))
     server = Server(source, journal)
     server.ask(requests, f"answers of {source.model}")
-    keys = [[request.key for request in requests[start :: len(turns)]] for start in range(len(turns))]
-    return _read(journal, source.model, turns, keys), server.spend()
+    return _read(journal, source.model, turns, [request.key for request in requests]), server.spend()
 
 
 def draw_locally(
@@ -101,14 +100,14 @@ def draw_locally(
     """For each prompt the answers of `local`, `draws` at each temperature. What `journal` has is not drawn again."""
     identity = [*local.identity, *asking.identity]
     turns = [(temperature, draw) for temperature in temperatures for draw in range(draws)]
-    chunks = [list(prompts[start : start + asking.chunk]) for start in range(0, len(prompts), asking.chunk)]
-    contents = [key_of(chunk) for chunk in chunks]
-    keys = {
-        (turn, number): [key_of(identity, *turn, contents[number], prompt) for prompt in chunk]
-        for number, chunk in enumerate(chunks)
-        for turn in turns
-    }
-    missing = [place for place, of_chunk in keys.items() if not all(key in journal.rows for key in of_chunk)]
+    batches, keys = [], []  # keys: prompt by prompt, each with all its turns
+    for start in range(0, len(prompts), CHUNK):
+        chunk = list(prompts[start : start + CHUNK])
+        content = key_of(chunk)
+        of_turns = [[key_of(identity, *turn, content, prompt) for prompt in chunk] for turn in turns]
+        batches += [(chunk, content, *batch) for batch in zip(turns, of_turns, strict=True)]
+        keys += [key for of_prompt in zip(*of_turns, strict=True) for key in of_prompt]
+    missing = [batch for batch in batches if not all(key in journal.rows for key in batch[-1])]
     if missing:
         quiet_imports()
         quiet_libraries()
@@ -119,31 +118,29 @@ def draw_locally(
                 f"the prompts are chat messages, but the tokenizer of {tokenizer.name_or_path} has no chat template: "
                 "use an instruct model, or prompts that are text"
             )
-        total = sum(len(keys[place]) for place in missing)
-        with bar(total, f"answers of {local.name}", "answer") as progress:
-            for turn, number in missing:
-                seed = int(key_of(asking.seed, *turn, contents[number])[:15], 16)
-                wrap = templated and local.wrap
-                rows = [{"prompt": as_messages(prompt) if wrap else prompt} for prompt in chunks[number]]
+        with bar(sum(len(batch[-1]) for batch in missing), f"answers of {local.name}", "answer") as progress:
+            for chunk, content, turn, of_turn in missing:
+                seed = int(key_of(asking.seed, *turn, content)[:15], 16)
+                rows = [{"prompt": as_messages(prompt) if templated and local.wrap else prompt} for prompt in chunk]
                 samples = _sample(model, tokenizer, rows, turn[0], asking, seed)
                 answers = [{"text": sample.text, "cut": sample.cut} for sample in samples]
-                journal.add_all(dict(zip(keys[turn, number], answers, strict=True)))
+                journal.add_all(dict(zip(of_turn, answers, strict=True)))
                 progress.update(len(answers))
-    of_turns = [[key for number in range(len(chunks)) for key in keys[turn, number]] for turn in turns]
-    return _read(journal, local.name, turns, of_turns)
+    return _read(journal, local.name, turns, keys)
 
 
 def _read(
-    journal: Journal, name: str, turns: Sequence[tuple[float | None, int]], keys: Sequence[Sequence[str]]
+    journal: Journal, name: str, turns: Sequence[tuple[float | None, int]], keys: Sequence[str]
 ) -> list[list[Answer | None]]:
-    """For each prompt its answers, from the keys of all prompts by turn; None where there is none."""
-    answers: list[list[Answer | None]] = [[] for _ in keys[0]]
-    for (temperature, _), of_turn in zip(turns, keys, strict=True):
-        for drawn, row in zip(answers, map(journal.rows.get, of_turn), strict=True):
-            source = f"{name} {'as it samples' if temperature is None else f'at {temperature:g}'}"
-            answer = Answer(row["text"], row["cut"], source, tuple(row.get("calls", ()))) if row else None
-            drawn.append(answer)
-    return answers
+    """For each prompt its answers, one a turn; None where there is none. `keys` are those of the first prompt's turns,
+    of the second one's, …
+    """
+    sources = [f"{name} {'as it samples' if t is None else f'at {t:g}'}" for t, _ in turns]
+    rows = zip(map(journal.rows.get, keys), cycle(sources))
+    answers = [
+        Answer(row["text"], row["cut"], source, tuple(row.get("calls", ()))) if row else None for row, source in rows
+    ]
+    return [answers[start : start + len(turns)] for start in range(0, len(answers), len(turns))]
 
 
 def _local_model(source: LocalAnswers, model: Model) -> LocalModel:

@@ -1,12 +1,12 @@
-"""Judges of answers as config options: a gold function, a reward model, a language model, people.
+"""Judges of answers as config options: a gold function, a reward model, a language model, people (review.py).
 
 Data building and evaluation both open one here and ask it through `verdicts.compare`, which shows every pair in both
 orders.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,21 +15,25 @@ from typing import Any
 from dpo_kit.config.extensions import find_gold
 from dpo_kit.config.settings import COST_ONLY, GoldJudge, LLMJudge, RewardModelJudge
 from dpo_kit.config.settings import Judge as JudgeSettings
-from dpo_kit.errors import DataError
-from dpo_kit.judge.llm import LanguageModelJudge, read_rubric
-from dpo_kit.judge.review import HumanJudge, ReviewSheet
+from dpo_kit.errors import ConfigError, DataError, JudgeError
+from dpo_kit.judge.review import ReviewSheet
+from dpo_kit.judge.server import Reply, Request, Server
 from dpo_kit.judge.verdicts import Judge, Raw, Shown
 from dpo_kit.model.chats import Prompt
 from dpo_kit.run.files import hash_weights
 from dpo_kit.run.journal import Journal, key_of
+from dpo_kit.run.redact import redact_text
 
 Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+PROTOCOL = Path(__file__).with_name("protocol.txt").read_text(encoding="utf-8")
+LEAST = 4  # replies without a verdict from which on a judge is given up
+VERDICT = re.compile(r"VERDICT: (1|2|TIE)")
+RAW: dict[str | None, Raw] = {"1": "first", "2": "second", "TIE": "tie"}
 
 
 @contextmanager
 def open_judge(settings: JudgeSettings, folder: Path, seed: int = 0) -> Iterator[Judge]:
     """The judge that `settings` (the group `judge`) describes; what it says is kept in `folder` and never paid twice.
-
     `seed` places the answers on a review sheet. Raises ConfigError, ModelError.
     """
     with Journal(folder / "judgements.jsonl") as journal:
@@ -40,7 +44,17 @@ def open_judge(settings: JudgeSettings, folder: Path, seed: int = 0) -> Iterator
         elif isinstance(settings, LLMJudge):
             yield LanguageModelJudge(settings, journal)
         else:
-            yield HumanJudge(ReviewSheet(folder / "review.csv", settings.sheets, seed))
+            yield ReviewSheet(folder / "review.csv", settings.sheets, seed)
+
+
+def judge_identity(settings: JudgeSettings) -> dict[str, Any]:
+    """What a judge's verdicts depend on: other settings under the same identity change speed and cost only."""
+    values = settings.model_dump(exclude=set(COST_ONLY))
+    if isinstance(settings, LLMJudge):
+        values["rubric"] = key_of(read_rubric(settings.rubric))
+    if isinstance(settings, RewardModelJudge):
+        values["path"] = hash_weights(settings.path) or settings.path
+    return values
 
 
 class ScoringJudge(Judge):
@@ -58,16 +72,6 @@ class ScoringJudge(Judge):
 
     def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         return self.score(prompts, answers)
-
-
-def judge_identity(settings: JudgeSettings) -> dict[str, Any]:
-    """What a judge's verdicts depend on: other settings under the same identity change speed and cost only."""
-    values = settings.model_dump(exclude=set(COST_ONLY))
-    if isinstance(settings, LLMJudge):
-        values["rubric"] = key_of(read_rubric(settings.rubric))
-    if isinstance(settings, RewardModelJudge):
-        values["path"] = hash_weights(settings.path) or settings.path
-    return values
 
 
 def _gold(name: str) -> Score:
@@ -96,11 +100,75 @@ def _rewards(settings: RewardModelJudge, journal: Journal) -> Score:
     def score(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         rows = list(zip(prompts, answers, strict=True))
         keys = [key_of("reward", weights, settings.max_length, *row) for row in rows]
-        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in journal.rows}
+        missing = [(key, *row) for key, row in dict(zip(keys, rows, strict=True)).items() if key not in journal.rows]
         for start in range(0, len(missing), settings.batch_size):
-            part = dict(list(missing.items())[start : start + settings.batch_size])
-            values = model().score(*map(list, zip(*part.values(), strict=True)))
-            journal.add_all({key: {"score": value} for key, value in zip(part, values, strict=True)})
+            new, *texts = map(list, zip(*missing[start : start + settings.batch_size], strict=True))
+            journal.add_all({key: {"score": value} for key, value in zip(new, model().score(*texts), strict=True)})
         return [journal.rows[key]["score"] for key in keys]
 
     return score
+
+
+class LanguageModelJudge(Judge):
+    """A model behind an OpenAI-compatible server that compares answers by the rubric in a text file: fenced answers, a
+    verdict that is one of three exact lines.
+    """
+
+    def __init__(self, settings: LLMJudge, journal: Journal) -> None:
+        self.name = f"llm {settings.model}"
+        self.settings = settings
+        self.instructions = read_rubric(settings.rubric).strip() + "\n" + PROTOCOL
+        self.server = Server(settings, journal)
+
+    def decide(self, shown: Sequence[Shown]) -> list[Raw]:
+        """JudgeError where most replies hold no verdict: as ties they would look like a result."""
+        requests = [fenced(self.settings, "llm", self.instructions, each.parts, each) for each in shown]
+        replies = self.server.ask(requests, "verdicts")
+        verdicts = [read_verdict(reply) for reply in replies]
+        unread = [reply for reply, raw in zip(replies, verdicts, strict=True) if reply and raw == "unparsable"]
+        if len(unread) >= LEAST and 2 * len(unread) > len(replies):
+            cut, limit = sum(reply.cut for reply in unread), self.settings.max_tokens
+            raise JudgeError(
+                f"{self.name} keeps to no form of verdict: {len(unread)} of {len(replies)} replies do not end in "
+                f"VERDICT: 1, VERDICT: 2 or VERDICT: TIE ({cut} were cut at judge.max_tokens={limit}), "
+                f"such as {redact_text(unread[0].text)[-200:]!r}. Raise judge.max_tokens, or take another judge.model"
+            )
+        return verdicts
+
+    def spend(self) -> dict[str, Any]:
+        return self.server.spend()
+
+
+def read_rubric(path: str) -> str:
+    """The text of the rubric file. ConfigError where it is not there or empty."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"judge.rubric={path} cannot be read: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"judge.rubric={path} is empty: write down what makes an answer the better one")
+    return text
+
+
+def fenced(settings: LLMJudge, kind: str, instructions: str, parts: Mapping[str, str], asked: Any) -> Request:
+    """A request of this `kind` for a judgement on `parts`; its reply is kept by what is `asked`, whatever the nonce."""
+    key = key_of(kind, settings.model, instructions, settings.temperature, settings.max_tokens, asked)
+    # one user message: some chat templates refuse the system role
+    message = {"role": "user", "content": f"{instructions}\n{fence(parts, secrets.token_hex(8))}"}
+    return Request(key, [message], settings.max_tokens, settings.temperature)
+
+
+def fence(parts: Mapping[str, str], nonce: str) -> str:
+    """Each of the named texts between fences that none of them can forge, if `nonce` is drawn anew each time."""
+    return "\n\n".join(f"<<<{name} {nonce}>>>\n{text}\n<<<end of {name} {nonce}>>>" for name, text in parts.items())
+
+
+def read_verdict(reply: Reply | None) -> Raw:
+    """The verdict on the last line that is not blank; a line that is anything else is unparsable."""
+    return RAW.get(read_last_line(reply.text, VERDICT), "unparsable") if reply else "unjudged"
+
+
+def read_last_line(text: str, pattern: re.Pattern[str]) -> str | None:
+    """The group of `pattern` on the last line that is not blank; None where that line is anything else."""
+    found = pattern.fullmatch(next(reversed(text.strip().splitlines()), "").strip())
+    return found and found[1]

@@ -4,32 +4,32 @@ The sheet is a CSV file; who gave which answer, and in which order, is in the ke
 filled in by different people, are the votes of several raters.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
 from dpo_kit.errors import DataError
 from dpo_kit.judge.verdicts import Judge, Raw, Shown, Verdict, toss_coin
-from dpo_kit.model.chats import conversation_text
 from dpo_kit.run.files import read_json, write_json, write_text
 from dpo_kit.run.journal import key_of
 
 Vote = Literal["a", "b", "tie"]
 CODES: dict[Vote, int] = {"a": 0, "b": 1, "tie": 2}
-COLUMNS = ("id", "message", "answer_1", "answer_2", "better")
 VOTES: dict[str, Vote] = {"1": "a", "2": "b", "tie": "tie", "0": "tie", "=": "tie"}
 AS_VOTE: dict[Raw, Vote] = {"first": "a", "second": "b", "tie": "tie", "unparsable": "tie"}
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 
-class ReviewSheet:
-    """The sheet at `path`, its key, and its filled-in copies (`copies`; none: the sheet itself)."""
+class ReviewSheet(Judge):
+    """The sheet at `path`, its key, and its filled-in copies (`copies`; none: the sheet itself). As a judge it is
+    written the first time and read from then on; one vote stands for both orders.
+    """
+
+    name = "human"
 
     def __init__(self, path: Path, copies: Sequence[str] = (), seed: int = 0) -> None:
         self.path, self.seed = path, seed
@@ -48,10 +48,10 @@ class ReviewSheet:
             return
         text = io.StringIO(newline="")
         sheet = csv.writer(text)
-        sheet.writerow(COLUMNS)
+        sheet.writerow(("id", "message", "answer_1", "answer_2", "better"))
         for item, each in sorted(new.items()):
             answers = sorted((each.first, each.second), reverse=not toss_coin(self.seed, item))
-            cells = [item, conversation_text(each.prompt), *answers]
+            cells = [item, each.parts["message"], *answers]
             # a cell that no spreadsheet takes for a formula
             sheet.writerow([*(f"'{cell}" if cell.startswith(FORMULA) else cell for cell in cells), ""])
             key[item] = [key_of(answer) for answer in answers]
@@ -61,25 +61,45 @@ class ReviewSheet:
 
     def decide(self, shown: Sequence[Shown]) -> list[Raw]:
         """The majority of the raters on each; unjudged where nobody voted. DataError names what cannot be read."""
+        self.write(shown)
+        return self._verdicts(shown)
+
+    def spend(self) -> dict[str, Any]:
+        return {"raters": rater_agreement(list(self.read().values()))}
+
+    def _verdicts(self, shown: Sequence[Shown]) -> list[Raw]:
         key, votes = self._read_key(), self.read()
         verdicts: list[Raw] = []
-        for each in shown:
-            item = _item(each)
-            if item not in key or item not in votes:
-                verdicts.append("unjudged")
-                continue
-            won, _ = majority(list(votes[item].values()))
-            is_first = won != "tie" and key[item]["ab".index(won)] == key_of(each.first)
-            verdicts.append("tie" if won == "tie" else "first" if is_first else "second")
+        for item, each in ((_item(each), each) for each in shown):
+            won = majority(list(votes[item].values()))[0] if item in key and item in votes else "unjudged"
+            if won in ("a", "b"):
+                verdicts.append("first" if key[item]["ab".index(won)] == key_of(each.first) else "second")
+            else:
+                verdicts.append("tie" if won == "tie" else "unjudged")
         return verdicts
 
     def read(self) -> dict[str, dict[str, Vote]]:
         """{item: {rater: vote}}; a and b are the answers in the order of the sheet."""
         votes: dict[str, dict[str, Vote]] = {}
         for copy in self.copies:
-            for place, row in _read_sheet(copy):
+            try:
+                text = copy.read_text(encoding="utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"the review sheet {copy} cannot be read: {error}; save it as CSV in UTF-8") from error
+            header = text.partition("\n")[0]
+            delimiter = max(
+                (",", ";", "\t"), key=header.count
+            )  # spreadsheets save with what their country separates by
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+            if not {"id", "better"} <= set(reader.fieldnames or ()):
+                raise DataError(
+                    f"{copy} needs the columns id and better, and has {', '.join(reader.fieldnames or ['none'])}: "
+                    "fill in a copy of the sheet as it was written"
+                )
+            for row in reader:
                 word = (row["better"] or "").strip().lower()
                 if word and word not in VOTES:
+                    place = f"{copy}:{reader.line_num}"
                     raise DataError(f"{place}: better must be 1, 2 or tie (or empty: not voted), got {word!r}")
                 if word:
                     votes.setdefault(row["id"], {})[str(copy)] = VOTES[word]
@@ -98,58 +118,21 @@ class ReviewSheet:
 
     def agreement(self, shown: Sequence[Shown], verdicts: Sequence[Raw]) -> dict[str, Any]:
         """How far the raters agree with each other, and their majority with the `verdicts` on `shown`."""
-        people = self.decide(shown)
-        both = [(p, v) for p, v in zip(people, verdicts, strict=True) if "unjudged" not in (p, v)]
+        both = [(p, v) for p, v in zip(self._verdicts(shown), verdicts, strict=True) if "unjudged" not in (p, v)]
         of_both: list[dict[str, Vote]] = [{"people": AS_VOTE[p], "judge": AS_VOTE[v]} for p, v in both]
         return {
             "checked": len(both),
             "same_verdict": sum(p == v for p, v in both) / len(both) if both else None,
             "krippendorff_alpha": rater_agreement(of_both)["krippendorff_alpha"],
-            "raters": rater_agreement(list(self.read().values())),
+            **self.spend(),
         }
 
     def _read_key(self) -> dict[str, list[str]]:
         return read_json(self.key) if self.key.exists() else {}
 
 
-class HumanJudge(Judge):
-    """The sheet as a judge: written the first time, read from then on. One vote stands for both orders."""
-
-    name = "human"
-
-    def __init__(self, sheet: ReviewSheet) -> None:
-        self.sheet = sheet
-
-    def decide(self, shown: Sequence[Shown]) -> list[Raw]:
-        self.sheet.write(shown)
-        return self.sheet.decide(shown)
-
-    def spend(self) -> dict[str, Any]:
-        return {"raters": rater_agreement(list(self.sheet.read().values()))}
-
-
 def _item(shown: Shown) -> str:
     return key_of(shown.prompt, *sorted((shown.first, shown.second)))[:12]
-
-
-def _read_sheet(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the review sheet {path} cannot be read: {error}; save it as CSV in UTF-8") from error
-    header = text.partition("\n")[0]
-    delimiter = max((",", ";", "\t"), key=header.count)  # spreadsheets save with what their country separates by
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    if not {"id", "better"} <= set(reader.fieldnames or ()):
-        raise DataError(
-            f"{path} needs the columns id and better, and has {', '.join(reader.fieldnames or ['none'])}: fill in "
-            "a copy of the sheet as it was written"
-        )
-    for row in reader:
-        yield f"{path}:{reader.line_num}", row
-
-
-# --- votes of several raters on the same things --------------------------------------------------------------------
 
 
 def majority(votes: Sequence[Vote]) -> tuple[Vote, float]:
@@ -172,7 +155,6 @@ def rater_agreement(items: Sequence[Mapping[str, Vote]]) -> dict[str, Any]:
     raters = sorted({rater for votes in voted for rater in votes})
     comparable = [votes for votes in voted if len(votes) > 1]
     shares = [majority(list(votes.values()))[1] for votes in comparable]
-    same = [len(set(votes.values())) == 1 for votes in comparable]
     alpha = None
     if len({vote for votes in comparable for vote in votes.values()}) > 1:
         import krippendorff
@@ -181,10 +163,7 @@ def rater_agreement(items: Sequence[Mapping[str, Vote]]) -> dict[str, Any]:
         table = [[CODES[votes[r]] if r in votes else numpy.nan for votes in comparable] for r in raters]
         alpha = float(krippendorff.alpha(reliability_data=table, level_of_measurement="nominal"))
     return {
-        "items": len(voted),
-        "raters": len(raters),
-        "votes": sum(map(len, voted)),
-        "krippendorff_alpha": alpha,
+        "items": len(voted), "raters": len(raters), "votes": sum(map(len, voted)), "krippendorff_alpha": alpha,
         "majority_share": sum(shares) / len(shares) if shares else None,
-        "unanimous": sum(same) / len(same) if same else None,
-    }
+        "unanimous": shares.count(1.0) / len(shares) if shares else None,
+    }  # fmt: skip

@@ -1,7 +1,5 @@
 """Scores of a reward model: a sequence-classification checkpoint with one output."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,21 +20,23 @@ class RewardModel:
 
     def __init__(self, settings: RewardModelJudge) -> None:
         self.settings = settings
-        self.tokenizer = neutralised(_load(AutoTokenizer, settings))
-        dtype = getattr(torch, training_precision())
-        model, found = _load(
-            AutoModelForSequenceClassification, settings, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        where: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": False}
+        how = {"dtype": getattr(torch, training_precision()), "use_safetensors": True, "output_loading_info": True}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(settings.path, **where)
+            model, found = AutoModelForSequenceClassification.from_pretrained(settings.path, **where, **how)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"judge.path={settings.path} cannot be loaded: {reason}") from error
+        self.tokenizer = neutralised(tokenizer)
         if found["missing_keys"]:  # transformers fills them with random numbers and goes on
-            names = ", ".join(sorted(found["missing_keys"]))
             raise ModelError(
-                f"judge.path={settings.path} is no reward model: it has no weights for {names}; take a "
-                "sequence-classification checkpoint"
+                f"judge.path={settings.path} is no reward model: it has no weights for "
+                f"{', '.join(sorted(found['missing_keys']))}; take a sequence-classification checkpoint"
             )
         if model.config.num_labels != 1:
-            outputs = model.config.num_labels
             raise ModelError(
-                f"judge.path={settings.path} has {outputs} outputs; a reward model has one: take a "
+                f"judge.path={settings.path} has {model.config.num_labels} outputs; a reward model has one: take a "
                 "checkpoint with num_labels=1"
             )
         if model.config.pad_token_id is None:  # without it the model cannot tell where the rows of a batch end
@@ -56,12 +56,3 @@ class RewardModel:
         else:
             (ids,) = encode_chats(self.tokenizer, [[*as_messages(prompt), {"role": "assistant", "content": answer}]])
         return ids[: self.settings.max_length]
-
-
-def _load(auto_class: Any, settings: RewardModelJudge, **options: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(settings.path, revision=settings.revision, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"judge.path={settings.path} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error

@@ -4,10 +4,9 @@ each reply kept the moment it comes, never above what it may cost.
 The official client does the asking and the retrying; the key comes from an environment variable and goes nowhere else.
 """
 
-from __future__ import annotations
-
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -69,23 +68,19 @@ class Server:
             raise ConfigError(fault)
         import openai
 
-        key, retries = _read_key(endpoint), endpoint.retries
-        self.client = openai.OpenAI(
-            base_url=endpoint.base_url, api_key=key, max_retries=retries, timeout=endpoint.timeout_s
-        )
+        key, retries, timeout = _read_key(endpoint), endpoint.retries, endpoint.timeout_s
+        self.client = openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=retries, timeout=timeout)
         self.endpoint, self.journal = endpoint, journal
         self.failures: Counter[str] = Counter()
         self.retried = 0
-        kept = [row for row in journal.rows.values() if row.get("model") == endpoint.model]
-        self._requests, self._cost = len(kept), sum(row["cost"] for row in kept)
+        self._requests, self._cost = len(self._kept()), sum(row["cost"] for row in self._kept())
         self._under_way: list[float] = []  # what each request that is out may cost
         self._in_a_row, self._stopped = 0, ""
         self._guard = threading.Condition()
 
     def ask(self, requests: Sequence[Request], description: str) -> list[Reply | None]:
-        """A reply per request, in their order; None where there is none (the reason is in `spend()`).
-
-        Only what the journal has not is asked. ModelError where the server refuses the key or does not know the model.
+        """A reply per request, in their order; None where there is none (the reason is in `spend()`). Only what the
+        journal has not is asked. ModelError where the server refuses the key or does not know the model.
         """
         missing = {request.key: request for request in requests if request.key not in self.journal.rows}
         pool = ThreadPoolExecutor(self.endpoint.workers)
@@ -102,19 +97,18 @@ class Server:
         return [Reply(row["text"], row["cut"]) if row else None for row in rows]
 
     def spend(self) -> dict[str, Any]:
-        """Requests, tokens and cost so far, resumed sessions in; retries and failures of this session, and why nothing
-        more is asked, if so."""
-        rows = [row for row in self.journal.rows.values() if row.get("model") == self.endpoint.model]
+        """Requests, tokens, cost, resumed sessions in; retries and failures of this one; why nothing more is asked."""
+        rows = self._kept()
         return {
-            "model": self.endpoint.model,
-            "replies": len(rows),
+            "model": self.endpoint.model, "replies": len(rows),
             "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
             "completion_tokens": sum(row["completion_tokens"] for row in rows),
-            "cost": self._cost,
-            "retried": self.retried,
-            "failed": dict(self.failures),
+            "cost": self._cost, "retried": self.retried, "failed": dict(self.failures),
             "stopped": self._stopped or None,
-        }
+        }  # fmt: skip
+
+    def _kept(self) -> list[dict[str, Any]]:
+        return [row for row in self.journal.rows.values() if row.get("model") == self.endpoint.model]
 
     def _price(self, prompt_tokens: float, completion_tokens: float) -> float:
         """In the prices' currency."""
@@ -124,9 +118,20 @@ class Server:
         """Ask once the budget allows it; a failure is counted, and after too many in a row nothing more is asked."""
         import openai
 
+        limit, count = self.endpoint.max_cost or math.inf, self.endpoint.max_requests or math.inf
         most = self._price(_characters(request) / CHARACTERS_PER_TOKEN, request.max_tokens)
-        if not self._reserve(most):
-            return
+        with self._guard:
+            while self._under_way and self._cost + sum(self._under_way) + most > limit:
+                self._guard.wait()  # those under way may leave enough
+            if not self._stopped and self._cost + most > limit:
+                self._stopped = f"max_cost={limit:g} is reached"
+            if not self._stopped and self._requests >= count:
+                self._stopped = f"max_requests={count} is reached"
+            if self._stopped:
+                self.failures[f"not asked: {self._stopped}"] += 1
+                return
+            self._requests += 1
+            self._under_way.append(most)
         try:
             row = self._complete(request)
             cost = self._price(row["prompt_tokens"], row["completion_tokens"])
@@ -154,23 +159,6 @@ class Server:
             with self._guard:
                 self._under_way.remove(most)
                 self._guard.notify_all()
-
-    def _reserve(self, most: float) -> bool:
-        """Whether a request that costs `most` at most may be made; waits where those under way may leave enough."""
-        limit, count = self.endpoint.max_cost, self.endpoint.max_requests
-        with self._guard:
-            while limit is not None and self._under_way and self._cost + sum(self._under_way) + most > limit:
-                self._guard.wait()
-            if not self._stopped and limit is not None and self._cost + most > limit:
-                self._stopped = f"max_cost={limit:g} is reached"
-            if not self._stopped and count is not None and self._requests >= count:
-                self._stopped = f"max_requests={count} is reached"
-            if self._stopped:
-                self.failures[f"not asked: {self._stopped}"] += 1
-                return False
-            self._requests += 1
-            self._under_way.append(most)
-            return True
 
     def _complete(self, request: Request) -> dict[str, Any]:
         """The reply as the journal keeps it. openai.APIError or GarbageError once all retries are used up."""
@@ -220,14 +208,13 @@ def refuse_silent(key: str, endpoint: Endpoint) -> None:
 
 def _read_key(endpoint: Endpoint) -> str:
     """The server's key, from the environment; "none" where it wants none."""
-    key = "none"
-    if endpoint.api_key_env is not None:
-        key = os.environ.get(endpoint.api_key_env, "")
-        if not key:
-            raise ConfigError(
-                f"api_key_env={endpoint.api_key_env}: the environment has no such variable; set it to the server's key"
-            )
-    return key
+    if endpoint.api_key_env is None:
+        return "none"
+    if key := os.environ.get(endpoint.api_key_env):
+        return key
+    raise ConfigError(
+        f"api_key_env={endpoint.api_key_env}: the environment has no such variable; set it to the server's key"
+    )
 
 
 def _characters(request: Request) -> int:
@@ -236,9 +223,8 @@ def _characters(request: Request) -> int:
 
 def _with_calls(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
     """`message` with the arguments of its calls as the other side has them: a template values, a server JSON text."""
-    calls = [
-        call | {"function": dict(call["function"])} for call in message.get("tool_calls") or () if "function" in call
-    ]
+    given = [call for call in message.get("tool_calls") or () if "function" in call]
+    calls = [call | {"function": dict(call["function"])} for call in given]
     for function in (call["function"] for call in calls):
         if isinstance(function.get("arguments"), str) == (convert is json.loads):
             function["arguments"] = convert(function["arguments"])

@@ -1,7 +1,5 @@
 """LoRA and QLoRA: the adapter that is trained, new or there already, and the 4-bit weights below it."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig
 
 from dpo_kit.config.compose import CONF
@@ -17,45 +15,32 @@ from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.model.adapter_weights import refuse_adapter_weights
 from dpo_kit.model.load import is_plain, load_weights, read_config
-from dpo_kit.model.origin import base_of, find_parent, read_adapter
+from dpo_kit.model.origin import Start, find_start
+from dpo_kit.run.directory import FACTS
 
 log = logging.getLogger(__name__)
 OF_ADAPTER = re.compile(r"\.default(?=\.|$)")  # in names of weights: at the end for an adapter on embeddings
 
 
-def build_adapter(model: Model) -> LoraConfig | None:
+def build_adapter(model: Model | Start) -> LoraConfig | None:
     """The new LoRA that wraps the policy; None under full tuning, and where training goes on from one that is there.
 
     Raises ConfigError for options that PEFT refuses, or that are not those of the adapter that is there.
     """
+    start = find_start(model)
+    model, there = start.model, start.adapter
     if model.tuning == "full":
         return None
-    if (there := read_adapter(model)) is not None:
-        _refuse_other_options(model, there)
-        return None
-    try:
-        return LoraConfig(task_type="CAUSAL_LM", **model.lora)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.lora: peft.LoraConfig refuses it: {error}") from error
-
-
-def read_lora(model: Model) -> LoraConfig | None:
-    """The LoRA that the policy has in training, new or there already; None under full tuning."""
-    if (new := build_adapter(model)) or model.tuning == "full":
-        return new
-    there: Any = PeftConfig.from_pretrained(model.path, revision=model.revision or "main")
-    there.inference_mode = False  # as every saved adapter has it
-    return there
-
-
-def _refuse_other_options(model: Model, there: dict[str, Any]) -> None:
-    """ConfigError where `model.lora` asks, other than by default, for something that the adapter `there` is not."""
+    if there is None:
+        try:
+            return LoraConfig(task_type="CAUSAL_LM", **model.lora)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.lora: peft.LoraConfig refuses it: {error}") from error
     usual: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / "local.yaml").lora)
-    asked = {name: value for name, value in model.lora.items() if value != usual.get(name)}
     differing = [
         f"{name}: {value} asked, {there.get(name)} there"
-        for name, value in asked.items()
-        if _as_set(value) != _as_set(there.get(name))
+        for name, value in model.lora.items()
+        if value != usual.get(name) and _as_set(value) != _as_set(there.get(name))  # what nobody has asked may differ
     ]
     if differing:
         raise ConfigError(
@@ -63,28 +48,22 @@ def _refuse_other_options(model: Model, there: dict[str, Any]) -> None:
             "leave these options out, training goes on with the adapter as it is; or begin a new one on its base, "
             f"model.path={there['base_model_name_or_path']}"
         )
+    return None
 
 
 def _as_set(value: Any) -> Any:
     return frozenset(value) if isinstance(value, list | tuple) else value
 
 
-def load_adapter(model: Model) -> Any:
+def load_adapter(start: Start) -> Any:
     """The adapter at `model.path` on its base, ready to be trained on."""
-    refuse_adapter_weights(model)
-    revision = model.revision or "main"
-    start = PeftModel.from_pretrained(
-        load_weights(base_of(model)), model.path, is_trainable=True, revision=revision
-    ).eval()
-    for name, weight in start.named_parameters():
-        if model.tuning == "qlora" and weight.requires_grad and "magnitude" not in name:
+    refuse_adapter_weights(start)
+    options: dict[str, Any] = {"is_trainable": True, "revision": start.model.revision or "main"}
+    policy = PeftModel.from_pretrained(load_weights(start.base), start.model.path, **options).eval()
+    for name, weight in policy.named_parameters():
+        if start.model.tuning == "qlora" and weight.requires_grad and "magnitude" not in name:
             weight.data = weight.data.to(torch.bfloat16).to(weight.dtype)  # as TRL will round what it trains
-    return start
-
-
-def load_tuned_adapter(model: Model, folder: Path) -> Any:
-    """The adapter that a run left in `folder`, on the weights that it started from."""
-    return PeftModel.from_pretrained(load_weights(base_of(model)), folder)
+    return policy
 
 
 def keep_start(policy: Any) -> None:
@@ -104,17 +83,13 @@ def refuse_uncopied(policy: Any) -> None:
     """ModelError for an adapter that training goes on from, of which TRL's trainers leave a part at its random start
     when they copy it as their reference: those on embeddings.
     """
-    names = [name for name, _ in policy.named_parameters() if name.endswith(".default")]
-    if names:
+    if names := [name for name, _ in policy.named_parameters() if name.endswith(".default")]:
         part = names[0].removeprefix("base_model.model.").removesuffix(".default")
         raise ModelError(
             f"the adapter at model.path has {part}, which TRL leaves out when it copies the adapter as the reference: "
             "merge it into its base first and begin a new one on that (python -m dpo_kit export, or peft's "
             "merge_and_unload), or take a method without a reference"
         )
-
-
-# --- 4 bit --------------------------------------------------------------------------------------------------------
 
 
 def quantization(model: Model) -> BitsAndBytesConfig:
@@ -129,12 +104,12 @@ def quantization(model: Model) -> BitsAndBytesConfig:
         raise ConfigError(f"model.quantization: transformers.BitsAndBytesConfig refuses it: {error}") from error
 
 
-def warn_of_rounding(model: Model) -> None:
+def warn_of_rounding(start: Start) -> None:
     """Say what becomes of a tuned policy whose adapter is merged already."""
-    exported = (Path(model.path) / "export.json").exists()
-    if read_adapter(model) is None and (exported or find_parent("model.path", model.path)):
+    path = start.model.path
+    if start.adapter is None and ((Path(path) / FACTS).exists() or start.parent):
         log.warning(
             "model.path=%s is a tuned policy: 4 bit rounds away part of what tuning changed, and training starts from "
             "what is left; after LoRA or QLoRA go on with the adapter itself, model.path=<its run>/model",
-            model.path,
+            path,
         )

@@ -1,12 +1,13 @@
 """Padded batches, how wide a model is, and the state in which it is measured: no gradients, no trace in training."""
 
-from __future__ import annotations
-
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer
 
@@ -16,9 +17,8 @@ def measuring(trainer: Trainer, *models: Any, seed: int = 0, as_trained: bool = 
     """Measure with the trainer's models and leave no trace in its training.
 
     Inside: no gradients, no dropout, a forked random state seeded with `seed`, and the precision of the weights, which
-    a small drift needs: bf16 autocast moves an answer by half a nat. `as_trained` takes the trainer's own autocast, for
-    what its loss reads. After: the random state, each module's mode and each parameter's `requires_grad` (which
-    switching adapters changes) are as before.
+    a small drift needs (bf16 autocast moves an answer by half a nat) or, `as_trained`, the trainer's own autocast,
+    which its loss reads. After: random state, each module's mode and each parameter's `requires_grad` are as before.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -63,18 +63,45 @@ def _evaluation_mode(model: Any) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
+def random_states() -> dict[str, Any]:
+    """The state of every generator that training draws from."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@contextmanager
+def forked_random(seed: int) -> Iterator[None]:
+    """Inside, every generator that training draws from is seeded with `seed`; after, each is as it was before."""
+    states = random_states()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: the tokenizer's, else EOS, else 0 (padding is masked, so any id does)."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(each for each in ids if each is not None)
+    return next(each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if each is not None)
 
 
 def pad_batch(
     sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device, side: str
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of sequences padded on one `side` ("left" or "right"), both (rows,
-    longest).
-    """
+    """Token ids and attention mask of sequences padded on one `side` ("left" or "right"), both (rows, longest)."""
     rows = [torch.tensor(each, dtype=torch.long) for each in sequences]
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad(rows, batch_first=True, padding_value=pad_id, padding_side=side)
@@ -93,3 +120,8 @@ def mlp_width(text: Any) -> int:
     """Of the widest MLP of a model with the config `text`."""
     given = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return max(given) if isinstance(given, list | tuple) else given
+
+
+def bare(model: Any) -> Any:
+    """The model below an adapter, or `model` itself."""
+    return model.get_base_model() if is_peft_model(model) else model

@@ -3,8 +3,6 @@ there would not be trained, and 4-bit weights would not be read; and what 4-bit 
 weights and odd families alone.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re
@@ -18,12 +16,12 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 def bypassed(model: nn.Module) -> list[str]:
     """The full names of such modules."""
+    read = r"self\.{}\.weight(?!\w|\[|\.dtype|\.device|\.shape)"
     return [
         f"{name}.{child}"
         for name, parent in model.named_modules()
         for child, module in parent.named_children()
-        if isinstance(module, nn.Linear)
-        and re.search(rf"self\.{child}\.weight(?!\w|\[|\.dtype|\.device|\.shape)", _methods(type(parent)))  # type: ignore[arg-type]
+        if isinstance(module, nn.Linear) and re.search(read.format(child), _methods(type(parent)))  # type: ignore[arg-type]
     ]
 
 
@@ -32,10 +30,15 @@ def short_names(names: list[str]) -> set[str]:
     return {".".join(name.split(".")[-2:]) for name in names}
 
 
+def weightless(config: Any) -> Any:
+    """A model of this config without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def kept_whole(config: Any) -> list[str] | None:
     """What of a model of this config is not to be quantised; None where transformers knows it by itself."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = weightless(config)
     names = short_names(bypassed(model))
     return sorted({*names, *get_keys_to_not_convert(model)}) if names else None
 

@@ -5,8 +5,6 @@ message beside role and content, so that it goes wherever the prompt goes: into 
 `split_context` takes it out again where the chat is rendered.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any
@@ -27,8 +25,7 @@ def split_context(messages: Any) -> tuple[Any, dict[str, Any]]:
     """The messages alone, and what of `CONTEXT` the first one carries; text carries nothing."""
     if isinstance(messages, str):
         return messages, {}
-    context = {name: messages[0][name] for name in CONTEXT if messages[0].get(name) is not None}
-    if not context:
+    if not (context := {name: messages[0][name] for name in CONTEXT if messages[0].get(name) is not None}):
         return messages, {}
     return [{key: value for key, value in messages[0].items() if key not in CONTEXT}, *messages[1:]], context
 
@@ -73,10 +70,9 @@ def conversation_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     messages, context = split_context(prompt)
-    tools = context.get("tools")
-    if len(messages) == 1 and not tools:
-        return message_text(messages[0])
     turns = [(message["role"], message_text(message)) for message in messages]
-    if tools:
+    if tools := context.get("tools"):
         turns.insert(0, ("tools", "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)))
+    if len(turns) == 1:
+        return turns[0][1]
     return "\n\n".join(f"{role}: {text}" for role, text in turns)

@@ -8,8 +8,6 @@ what the model itself writes. transformers' `sanitize_control_tokens=True` makes
 TRL reads it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -24,9 +22,7 @@ MARKS = (_CONTROL_TOKEN_START, _CONTROL_TOKEN_END)
 
 
 def neutralised(tokenizer: Any, ends_of_model: list[int] | None = None) -> Any:
-    """`tokenizer` itself, whose chats are from now on read as this module says, and end at the tokens that its model's
-    own generation ends at, too.
-    """
+    """`tokenizer` itself, which from now on reads chats as this module says, and ends where its model's answers do."""
     tokenizer.reads_typed_tokens_as_text, tokenizer.ends_of_model = True, ends_of_model or []
     return tokenizer
 
@@ -42,7 +38,7 @@ def neutral_chat(tokenizer: Any, chat: Messages) -> tuple[Messages, dict[str, An
         return messages, context
     typed, turns = control_pattern(tokenizer), turn_pattern(tokenizer)
     if any(typed.search(text) for text in texts_in([messages, context])) or has_marks([messages, context]):
-        messages = [mark_control_tokens(each, turns if _is_model(each) else typed) for each in messages]
+        messages = [mark_control_tokens(each, turns if each["role"] == "assistant" else typed) for each in messages]
         context = mark_control_tokens(context, typed)
     return messages, context
 
@@ -51,8 +47,8 @@ def count_control_tokens(tokenizer: Any, chat: Messages) -> tuple[Counter[str], 
     """How often each control token stands in a chat's text: those that are read as text, and the model's own."""
     messages, context = split_context(chat)
     typed, turns = control_pattern(tokenizer), turn_pattern(tokenizer)
-    by_model = [text for each in messages if _is_model(each) for text in texts_in(each)]
-    others = list(texts_in([context, *(each for each in messages if not _is_model(each))]))
+    by_model = [text for each in messages if each["role"] == "assistant" for text in texts_in(each)]
+    others = texts_in([context, *(each for each in messages if each["role"] != "assistant")])
     held = Counter(token for text in by_model for token in typed.findall(text))
     as_text = Counter(token for text in by_model for token in turns.findall(text))
     return as_text + Counter(token for text in others for token in typed.findall(text)), held - as_text
@@ -70,7 +66,3 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from texts_in(item)
-
-
-def _is_model(message: dict[str, Any]) -> bool:
-    return message["role"] == "assistant"

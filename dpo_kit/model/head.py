@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,13 +48,14 @@ class Head:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def to(self, device: torch.device) -> Head:
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias)
+        return self._with(lambda tensor: tensor.to(device))
 
     def copy(self) -> Head:
         """On the CPU, as it is now, whatever becomes of the model."""
-        bias = None if self.bias is None else self.bias.detach().cpu().clone()
-        return replace(self, weight=self.weight.detach().cpu().clone(), bias=bias)
+        return self._with(lambda tensor: tensor.detach().cpu().clone())
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Head:
+        return replace(self, weight=change(self.weight), bias=None if self.bias is None else change(self.bias))
 
 
 _HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a model's head was found to be plain
@@ -89,9 +90,7 @@ def _is_plain(model: Any, head: Head) -> bool:
 
 
 def run_to_head(model: Any, batch: Sequence[Tokens], pad_id: int, *, keep_all: bool) -> tuple[Tensor, Tensor]:
-    """Hidden states that reach the LM head at completion positions, and the model's own logits there, of the first only
-    unless `keep_all`: the rest is left out before the head works it out.
-    """
+    """Hidden states before the LM head at completion tokens, and logits there, of the first only unless `keep_all`."""
     ids, attention = pad_batch([[*prompt, *completion] for prompt, completion in batch], pad_id, model.device, "right")
     scored = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (prompt, completion) in enumerate(batch):

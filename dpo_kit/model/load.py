@@ -1,35 +1,27 @@
 """Policy, reference and tokenizer, as the `model` group says: safetensors only, no code from a repository."""
 
-from __future__ import annotations
-
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils.quantization_config import Mxfp4Config
 
 from dpo_kit.config.data_files import near_miss
 from dpo_kit.config.places import weights_faults
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
+from dpo_kit.model.batches import bare
 from dpo_kit.model.control_tokens import neutralised
 from dpo_kit.model.hardware import has_accelerator, weight_dtype
 from dpo_kit.model.origin import (
-    base_of,
+    Start,
     find_parent,
+    find_start,
     has_tokenizer,
     quantised_by,
-    read_adapter,
     refuse_adapter,
     refuse_unsafe,
 )
@@ -46,7 +38,8 @@ def load_tokenizer(model: Model) -> Any:
     for key, path in (("model.path", model.path), ("model.reference", model.reference)):
         if path:
             find_parent(key, path)
-    base = base_of(model)
+    start = find_start(model)
+    base = start.base
     home = model if has_tokenizer(model.path, model.revision) else base
     tokenizer = load_named(AutoTokenizer, home.path, home)
     if tokenizer.eos_token is None:
@@ -56,19 +49,15 @@ def load_tokenizer(model: Model) -> Any:
     if model.reference:
         from dpo_kit.model.other_reference import refuse_other_vocabulary, refuse_second_copy
 
-        refuse_other_vocabulary(model, tokenizer)
-        refuse_second_copy(model)
+        refuse_other_vocabulary(start, tokenizer)
+        refuse_second_copy(start)
     if model.chat_template:
         tokenizer.chat_template = read_template(model.chat_template)
-    return neutralised(tokenizer, _ends(base))
-
-
-def _ends(base: Model) -> list[int]:
-    """The tokens at which the model's own generation ends."""
     try:
-        return ends_of(GenerationConfig.from_pretrained(base.path, revision=base.revision or "main"))
+        ends = ends_of(GenerationConfig.from_pretrained(base.path, revision=base.revision or "main"))
     except OSError:  # without a generation_config.json transformers takes it from the model's config
-        return ends_of(load_named(AutoConfig, base.path, base).get_text_config())
+        ends = ends_of(load_named(AutoConfig, base.path, base).get_text_config())
+    return neutralised(tokenizer, ends)
 
 
 def read_template(given: str) -> str:
@@ -84,17 +73,23 @@ def read_template(given: str) -> str:
         ) from error
 
 
-def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:
+def load_policy(model: Model | Start, tokenizer: Any) -> PreTrainedModel:
     """The weights to be tuned, 4-bit under `tuning=qlora`; or the adapter that training goes on from, on its base."""
+    start = find_start(model)
+    model = start.model
     if model.attn_implementation == "flex_attention" and not has_accelerator():
         raise ConfigError("model.attn_implementation=flex_attention has no backward pass on a CPU: leave it out")
     if model.tuning == "qlora":
         from dpo_kit.model.adapter import warn_of_rounding
 
-        warn_of_rounding(model)
-    policy = load_start(model)
-    _refuse_foreign_tokenizer(policy, tokenizer, model.path)
-    end_as_trained(policy.get_base_model() if is_peft_model(policy) else policy, tokenizer)
+        warn_of_rounding(start)
+    policy = load_start(start)
+    if len(tokenizer) > (rows := policy.get_input_embeddings().weight.shape[0]):
+        raise ModelError(
+            f"the tokenizer of {model.path} knows {len(tokenizer)} tokens, its model only {rows}: they do not "
+            "belong together; take both from one place"
+        )
+    end_as_trained(bare(policy), tokenizer)
     return policy
 
 
@@ -112,22 +107,22 @@ def load_reference(model: Model) -> PreTrainedModel:
     return reference.eval().requires_grad_(False)
 
 
-def load_start(model: Model) -> Any:
+def load_start(model: Model | Start) -> Any:
     """What training starts from: the weights at `model.path`, or its adapter on its base, ready to be trained."""
-    if read_adapter(model) is None:
-        return load_weights(model)
+    if not (start := find_start(model)).adapter:
+        return load_weights(start.model)
     from dpo_kit.model.adapter import load_adapter
 
-    return load_adapter(model)
+    return load_adapter(start)
 
 
 def load_tuned(model: Model, folder: Path) -> PreTrainedModel:
     """What a run left in `folder`: the tuned weights, or its adapter on the weights that it started from."""
     if model.tuning == "full":
         return load_weights(model, str(folder))
-    from dpo_kit.model.adapter import load_tuned_adapter
+    from peft import PeftModel
 
-    return load_tuned_adapter(model, folder)
+    return PeftModel.from_pretrained(load_weights(find_start(model).base), folder)  # type: ignore[return-value]
 
 
 def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
@@ -168,6 +163,14 @@ def rounded_share(model: Any, rate: float) -> float:
     return unchanged / trained if trained else 0.0
 
 
+REMEDIES = {
+    "custom code": " Its code is not run: take a model of the kinds that transformers knows, or read the code and then "
+    "name repository and commit: model.path=org/name model.revision=<40 hex digits> model.trust_remote_code=true",
+    "safetensors": " Only safetensors are loaded, no pickles: take a revision that has them, or convert the weights "
+    "yourself",
+}  # by what transformers says
+
+
 def load_named(auto_class: Any, path: str, model: Model, **options: Any) -> Any:
     """What `auto_class` makes of `path`, one of the two that `model` names. ModelError says why it cannot be loaded."""
     key = "model.reference" if path == model.reference and path != model.path else "model.path"
@@ -183,34 +186,13 @@ def load_named(auto_class: Any, path: str, model: Model, **options: Any) -> Any:
     except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         near = "" if Path(path).expanduser().exists() else near_miss(path)
-        raise ModelError(f"{key}={path} cannot be loaded: {reason}{_remedy(reason) or near}") from error
+        remedy = next((remedy for words, remedy in REMEDIES.items() if words in reason), near)
+        raise ModelError(f"{key}={path} cannot be loaded: {reason}{remedy}") from error
 
 
-def _remedy(reason: str) -> str:
-    if "custom code" in reason:
-        return (
-            " Its code is not run: take a model of the kinds that transformers knows, or read the code and then name "
-            "repository and commit: model.path=org/name model.revision=<40 hex digits> model.trust_remote_code=true"
-        )
-    if "safetensors" in reason:
-        return (
-            " Only safetensors are loaded, no pickles: take a revision that has them, or convert the weights yourself"
-        )
-    return ""
-
-
-def _refuse_foreign_tokenizer(policy: Any, tokenizer: Any, path: str) -> None:
-    rows = policy.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"the tokenizer of {path} knows {len(tokenizer)} tokens, its model only {rows}: they do not "
-            "belong together; take both from one place"
-        )
-
-
-def read_config(model: Model) -> Any:
+def read_config(model: Model | Start) -> Any:
     """The model's config alone. ModelError where there is none."""
-    base = base_of(model)
+    base = find_start(model).base
     try:
         trusted = {"trust_remote_code": base.trust_remote_code, "code_revision": base.revision}
         return AutoConfig.from_pretrained(base.path, revision=base.revision or "main", **trusted)

@@ -4,10 +4,8 @@ Nothing of a repository is executed: weights are safetensors, code runs only fro
 config names (`model.trust_remote_code` with `model.revision`, see config/compose.py).
 """
 
-from __future__ import annotations
-
-import json
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from dpo_kit.config.places import refuse_missing
 from dpo_kit.config.settings import Model, Settings
 from dpo_kit.errors import ModelError
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.run.files import read_json
+from dpo_kit.run.files import hash_weights, read_json
 from dpo_kit.run.redact import redact_text
 
 ADAPTER = "adapter_config.json"
@@ -33,8 +31,9 @@ def refuse_unsafe(key: str, path: str, revision: str | None = None) -> None:
             f"{key}={path}: its config.json wants attention code from {kernel}, which would be downloaded and run: "
             "take that line out of config.json and set model.attn_implementation=sdpa"
         )
-    foreign = sorted({str(code).split("--")[0] for code in _code(config) if "--" in str(code)} - {path})
-    if foreign:
+    mapped = (config.get("auto_map") or {}).values()  # file.Class, or other/repository--file.Class
+    code = [str(each) for value in mapped for each in (value if isinstance(value, list) else [value])]
+    if foreign := sorted({each.split("--")[0] for each in code if "--" in each} - {path}):
         raise ModelError(
             f"{key}={path}: its code lies in another repository, {foreign[0]}, whose commit cannot be named here: load "
             "it from there, with model.revision"
@@ -55,8 +54,7 @@ def find_parent(key: str, path: str) -> dict[str, Any] | None:
     folder = Path(path).expanduser().resolve()
     if RunDirectory(folder).manifest.exists() and not (folder / "config.json").exists():
         raise ModelError(f"{key}={path} is a run directory; did you mean its policy, {key}={Path(path) / 'model'}?")
-    if folder.parent.name == "checkpoints" and RunDirectory(folder.parents[1]).manifest.exists():
-        above = folder.parents[1]
+    if folder.parent.name == "checkpoints" and RunDirectory(above := folder.parents[1]).manifest.exists():
         raise ModelError(
             f"{key}={path} is a checkpoint in the middle of the run {above}: go on with that run (its command, with "
             f"hydra.run.dir={above}), or start from its end, {key}={above / 'model'}. If this checkpoint is meant as a "
@@ -77,32 +75,51 @@ def find_parent(key: str, path: str) -> dict[str, Any] | None:
     }
 
 
-def read_adapter(model: Model) -> dict[str, Any] | None:
-    """What adapter_config.json says of an adapter at `model.path`, from which training goes on; None for whole models.
-
-    ModelError for an adapter that cannot be gone on with.
+@dataclass(frozen=True)
+class Start:
+    """What training of `model` starts from: `base`, a whole model, and on it the `adapter` that training goes on from
+    (what its adapter_config.json says), or None; which run left it, and the hashes of its weights, once asked for.
     """
-    found = read_file(model.path, ADAPTER, model.revision)
-    if not found:
-        return None
+
+    model: Model
+    base: Model
+    adapter: dict[str, Any] | None
+
+    @cached_property
+    def parent(self) -> dict[str, Any] | None:
+        """The finished run whose policy it is: see `find_parent`."""
+        return find_parent("model.path", self.model.path)
+
+    @cached_property
+    def hashes(self) -> dict[str, str | None]:
+        """sha256 of the weights of model and base, by path; None for hub ids."""
+        return {path: hash_weights(path) for path in {self.model.path, self.base.path}}
+
+
+def find_start(model: Model | Start) -> Start:
+    """What `model` starts from; a start as it is. ModelError for an adapter that cannot be gone on with."""
+    if isinstance(model, Start):
+        return model
+    if not (adapter := read_file(model.path, ADAPTER, model.revision)):
+        return Start(model, model, None)
     if model.tuning == "full":
         refuse_adapter("model.path", model.path, model.revision)
-    if found.get("peft_type") != "LORA":
-        raise ModelError(f"model.path={model.path} is an adapter of kind {found.get('peft_type')}, not a LoRA")
-    return found
-
-
-def base_of(model: Model) -> Model:
-    """`model` itself, or with the base in the place of an adapter that training goes on from."""
-    if (adapter := read_adapter(model)) is None:
-        return model
+    if adapter.get("peft_type") != "LORA":
+        raise ModelError(f"model.path={model.path} is an adapter of kind {adapter.get('peft_type')}, not a LoRA")
     base = {"path": find_base(Path(model.path).expanduser(), adapter), "revision": adapter.get("revision")}
-    return model.model_copy(update=base | {"trust_remote_code": False})  # whose commit was named is the adapter's
+    base["trust_remote_code"] = False  # whose commit was named is the adapter's
+    return Start(model, model.model_copy(update=base), adapter)
 
 
 def find_base(folder: Path, adapter: dict[str, Any]) -> str:
-    """Where the base of `adapter` lies: a relative folder may be one of where the run that left it was started."""
-    base, manifest = str(adapter["base_model_name_or_path"]), RunDirectory(folder.parent).manifest
+    """Where the base of `adapter` lies: a relative folder may be one of where the run that left it was started.
+    ModelError where it names none.
+    """
+    if not (base := str(adapter.get("base_model_name_or_path") or "")):
+        raise ModelError(
+            f"{folder / ADAPTER} has no base_model_name_or_path: add the model that the adapter belongs to"
+        )
+    manifest = RunDirectory(folder.parent).manifest
     if manifest.exists() and not Path(base).expanduser().exists():
         there = Path(read_json(manifest).get("folder") or ".") / base
         return str(there) if there.exists() else base
@@ -123,8 +140,7 @@ def refuse_adapter(key: str, path: str, revision: str | None) -> None:
     """ModelError for an adapter where a whole model is meant: transformers would load its base with the adapter in it,
     and peft would tune on top, without a word.
     """
-    adapter = read_file(path, ADAPTER, revision)
-    if not adapter:
+    if not (adapter := read_file(path, ADAPTER, revision)):
         return
     base = adapter.get("base_model_name_or_path")
     remedy = "go on training it with model.tuning=lora or qlora, " if key == "model.path" else ""
@@ -148,12 +164,10 @@ def _refuse_pickles(key: str, folder: Path) -> None:
 
 def read_file(path: str, name: str, revision: str | None) -> dict[str, Any]:
     """A JSON file of a folder or repository; empty where it is not to be had (loading will say what is missing)."""
-    file = Path(path).expanduser() / name
-    found = find_file(path, name, revision)
     try:
-        return json.loads(found.read_text(encoding="utf-8")) if found else {}
+        return read_json(found) if (found := find_file(path, name, revision)) else {}
     except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}; copy the model again") from error
+        raise ModelError(f"{Path(path).expanduser() / name} is not JSON: {error}; copy the model again") from error
 
 
 def find_file(path: str, name: str, revision: str | None) -> Path | None:
@@ -166,26 +180,18 @@ def _download(repository: str, name: str, revision: str | None) -> Path | None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(repository, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(repository, name, revision=revision)
     except (OSError, ValueError):
         return None
     return Path(found) if found else None
 
 
-def _code(config: dict[str, Any]) -> list[Any]:
-    """What `auto_map` names: `file.Class`, or `other/repository--file.Class`."""
-    mapped = config.get("auto_map") or {}
-    return [code for value in mapped.values() for code in (value if isinstance(value, list) else [value])]
-
-
 def _texts(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Every string of nested containers with the key above it; commits and paths are left out."""
-    if isinstance(value, dict):
-        return [pair for key, item in value.items() for pair in _texts(item, str(key))]
-    if isinstance(value, list):
-        return [pair for item in value for pair in _texts(item, name)]
-    plain = isinstance(value, str) and not name.endswith(("hash", "_path", "version"))
-    return [(name, value)] if plain else []
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else ((name, item) for item in value)
+        return [pair for key, item in items for pair in _texts(item, str(key))]
+    return [(name, value)] if isinstance(value, str) and not name.endswith(("hash", "_path", "version")) else []
 
 
 def refuse_start(model: Model) -> None:
@@ -198,15 +204,13 @@ def refuse_start(model: Model) -> None:
         refuse_unsafe(key, path)
         if not any((folder / name).exists() for name in ("config.json", ADAPTER)):
             raise ModelError(f"{key}={path} has no config.json: a model is a folder with that and safetensors weights")
-        if key == "model.path" and read_adapter(model) is not None:
+        if key == "model.path" and (start := find_start(model)).adapter:
             from dpo_kit.model.adapter_weights import refuse_adapter_weights
 
-            refuse_adapter_weights(model)
+            refuse_adapter_weights(start)
 
 
 def refuse_unusable(settings: Settings) -> None:
-    """ConfigError or ModelError for places that `settings` name and that are not there, or from which no training
-    starts; nothing is loaded.
-    """
+    """ConfigError or ModelError for places in `settings` that are not there, or from which no training starts."""
     refuse_missing(settings)
     refuse_start(settings.model)

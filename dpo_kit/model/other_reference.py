@@ -1,28 +1,23 @@
 """Another model as the reference: what it must share with the policy, and what makes it needless."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.model.load import load_named
-from dpo_kit.model.origin import base_of, read_adapter
+from dpo_kit.model.origin import Start
 from dpo_kit.run.files import hash_weights
 
 SAMPLE = ("Hello, world!", "naïve café, 東京 🙂", "  two  spaces\n\tand a tab", "x = 3.14159 * 2**10  # code", "don't")
 """Texts that tokenizers of one vocabulary but other merges or normalisation encode differently."""
 
 
-def refuse_other_vocabulary(model: Model, tokenizer: Any) -> None:
-    """ModelError where the reference reads token ids otherwise than the policy, so that its log-probabilities would be
-    those of other texts.
-    """
+def refuse_other_vocabulary(start: Start, tokenizer: Any) -> None:
+    """ModelError where the reference reads token ids as other texts than the policy does."""
+    model, base = start.model, start.base
     other = load_named(AutoTokenizer, str(model.reference), model)
-    base = base_of(model)
     rows, rows_there = (
         load_named(AutoConfig, path, base).get_text_config().vocab_size for path in (base.path, str(model.reference))
     )
@@ -49,17 +44,16 @@ def token_differences(tokenizer: Any, other: Any) -> list[str]:
     )
 
 
-def refuse_second_copy(model: Model) -> None:
+def refuse_second_copy(start: Start) -> None:
     """ConfigError where the reference beside a new adapter has the very weights of the base."""
-    if model.tuning == "full" or read_adapter(model) is not None or _sizes(model.path) != _sizes(str(model.reference)):
+    model = start.model
+    files = [Path(str(path)).expanduser().glob("*.safetensors") for path in (model.path, model.reference)]
+    sizes, sizes_there = (sorted(file.stat().st_size for file in weights) for weights in files)
+    if model.tuning == "full" or start.adapter or sizes != sizes_there:
         return
-    if (own := hash_weights(model.path)) and own == hash_weights(str(model.reference)):
+    if (own := start.hashes[model.path]) and own == hash_weights(str(model.reference)):
         raise ConfigError(
             f"model.reference={model.reference} has the very weights of model.path={model.path}, which "
             f"model.tuning={model.tuning} has already (the policy with its adapter off): leave it out, and save a "
             "second model's memory"
         )
-
-
-def _sizes(path: str) -> list[int]:
-    return sorted(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))

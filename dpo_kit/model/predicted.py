@@ -1,7 +1,5 @@
 """What a model predicts at the completion tokens of a batch, of which logits are made tile by tile in fp32."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,13 +28,10 @@ class Predicted:
         states = self.states[rows]
         return self.head.logits(states) if self.head else states.float()
 
-    @property
-    def vocabulary(self) -> int:
-        return len(self.head.weight) if self.head else self.states.shape[1]
-
     def tiles(self) -> Iterator[slice]:
         """Tokens whose logits are made at once."""
-        step = max(1, TILE_BYTES[self.states.device.type] // (4 * self.vocabulary))
+        vocabulary = len(self.head.weight) if self.head else self.states.shape[1]
+        step = max(1, TILE_BYTES[self.states.device.type] // (4 * vocabulary))
         return (slice(start, start + step) for start in range(0, len(self.states), step))
 
 
@@ -92,9 +87,8 @@ def completion_targets(batch: Sequence[Tokens]) -> tuple[Tensor, list[int]]:
 def token_logps(predicted: Predicted, targets: Tensor) -> Tensor:
     """Log-probability of each target: (tokens,), nats, fp32, on the CPU."""
     targets = targets.to(predicted.states.device)
-    parts = [_log_softmax_at(predicted.logits(rows), targets[rows]) for rows in predicted.tiles()]
-    return torch.cat(parts or [torch.zeros(0)]).cpu()
-
-
-def _log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    parts = [torch.zeros(0, device=targets.device)]
+    for rows in predicted.tiles():
+        logits = predicted.logits(rows)
+        parts.append(logits.gather(-1, targets[rows][:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(parts).cpu()

@@ -17,7 +17,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 def main() -> None:
     given = json.load(sys.stdin)
-    _limit_memory(given["memory"])
+    if sys.platform == "linux":  # only Linux says what importing took, and obeys a limit beside it
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + given["memory"],) * 2)
     for messages, options in given["chats"]:
         signal.setitimer(signal.ITIMER_PROF, given["seconds"])
         if fault := _fault(given, messages, options):
@@ -27,19 +29,11 @@ def main() -> None:
         sys.stdout.flush()
 
 
-def _limit_memory(more: int) -> None:
-    """So many bytes beside what importing took; only Linux says and obeys it."""
-    if sys.platform == "linux":
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + more, taken + more))
-
-
 def _fault(given: dict[str, Any], messages: list[dict[str, Any]], options: dict[str, Any]) -> str | None:
     messages = [{key: value for key, value in each.items() if value is not None} for each in messages]
+    options_given = {"chat_template": given["template"], **given["tokens"], **options}
     try:
-        text = render_jinja_template([messages], **{"chat_template": given["template"], **given["tokens"], **options})[
-            0
-        ][0]
+        text = render_jinja_template([messages], **options_given)[0][0]
     except MemoryError:
         return "needs too much memory"
     except Exception as error:  # a template that refuses a chat does so again, and in words, where it is used

@@ -55,19 +55,23 @@ def draw_samples(
     processor: Callable[[Tensor], LogitsProcessor] | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[Sample]:
-    """One completion per row (`prompt`: text or messages; TRL's columns `tools` and `chat_template_kwargs`), drawn from
-    the model itself; in the order of the rows. `batch_size` rows at a time, by default `rows_at_once`; another number
-    draws other samples.
+    """One completion per row (`prompt`: text or messages; TRL's columns `tools` and `chat_template_kwargs`), in the
+    order of the rows. `batch_size` rows at a time, by default `rows_at_once`; another number draws other samples.
 
-    Temperature 1, no top-k, top-p, penalty, ban or forced token, whatever `model.generation_config` holds. It ends at
-    every token that ends an answer (`stop_ids`). `processor` makes, from the attention mask of a batch's prompts, what
-    changes the logits on purpose. Draws from torch's global random state: call it inside
-    `measuring`. The processes of an `accelerator` share out the rows of each batch and all get all samples, the same
-    that one process would draw: all of them must call this, from the same random state. Where the weights are shared
-    out (FSDP, DeepSpeed) every process draws every row, since none may stop computing before the others do.
+    Temperature 1, no top-k, top-p, penalty, ban or forced token, whatever `model.generation_config` holds, until a
+    token that ends an answer (`stop_ids`). `processor` makes, from the attention mask of a batch's prompts, what
+    changes the logits on purpose. Draws from torch's global random state: call it inside `measuring`. The processes of
+    an `accelerator` share out the rows of each batch and all get the samples that one process would draw: all must call
+    this, from the same random state. Where the weights are shared out (FSDP, DeepSpeed) each of them draws every row.
     """
     prompts = encode_prompts(tokenizer, [prompt_of(row) for row in rows])
-    config = _plain_generation_config(model, tokenizer, max_new_tokens)
+    config = GenerationConfig(
+        do_sample=False,  # `Draw` has drawn
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids(tokenizer, model) or None,
+        pad_token_id=pad_token_id(tokenizer),
+        use_cache=True,  # the trainer switches the model's own off under activation checkpointing
+    )
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     drawn: dict[int, list[int]] = {}
     longest = max(map(len, prompts), default=0) + max_new_tokens
@@ -77,7 +81,13 @@ def draw_samples(
             batch = order[start : start + batch_size]
             ids = _generate(model, [prompts[i] for i in batch], config, processor, accelerator)
             drawn.update(zip(batch, ids, strict=True))
-    return [_sample(tokenizer, rows[i], prompts[i], drawn[i], config) for i in range(len(rows))]
+    ends, samples = set(config.eos_token_id or []), []
+    for index, row in enumerate(rows):
+        end = next((place + 1 for place, token in enumerate(drawn[index]) if token in ends), None)
+        token_ids = drawn[index][:end]
+        text = decode_answer(tokenizer, token_ids)
+        samples.append(Sample(row, prompts[index], token_ids, text, cut=end is None))
+    return samples
 
 
 def rows_at_once(model: Any, length: int) -> int:
@@ -94,19 +104,6 @@ def rows_at_once(model: Any, length: int) -> int:
     return max(1, min(total // 8, (free + unused) // 2) // row)
 
 
-def _plain_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    return GenerationConfig(
-        do_sample=False,  # `Draw` has drawn
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids(tokenizer, model) or None,
-        pad_token_id=pad_token_id(tokenizer),
-        use_cache=True,  # the trainer switches the model's own off under activation checkpointing
-    )
-
-
-WEIGHTS_SHARED_OUT = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
 def _generate(
     model: Any,
     prompts: list[list[int]],
@@ -114,8 +111,12 @@ def _generate(
     processor: Callable[[Tensor], LogitsProcessor] | None,
     accelerator: Accelerator | None,
 ) -> list[list[int]]:
-    whole = accelerator is not None and accelerator.distributed_type not in WEIGHTS_SHARED_OUT
-    place, count = (accelerator.process_index, accelerator.num_processes) if accelerator and whole else (0, 1)
+    place, count = 0, 1
+    if accelerator is not None and accelerator.distributed_type not in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    ):
+        place, count = accelerator.process_index, accelerator.num_processes
     rows = list(range(len(prompts)))[place::count] or [0]  # none left: the first again
     ids, mask = pad_batch([prompts[row] for row in rows], config.pad_token_id, model.device, "left")
     draw = Draw(rows, len(prompts))
@@ -149,42 +150,25 @@ class Draw(LogitsProcessor):
 
 
 class Shaped(LogitsProcessor):
-    """Shapes logits as `generate` does under `config`: repetition penalty; then greedy, or temperature, top-k, top-p
-    and min-p.
-    """
+    """Shapes logits as `generate` does: repetition penalty; then greedy, or temperature, top-k, top-p and min-p."""
 
     def __init__(self, config: GenerationConfig) -> None:
-        penalty, top_k = config.repetition_penalty or 1.0, config.top_k
-        self.steps: list[Any] = [RepetitionPenaltyLogitsProcessor(float(penalty))] if penalty != 1 else []
+        penalty, top_k, warmth, top_p = config.repetition_penalty, config.top_k, config.temperature, config.top_p
+        self.steps: list[Any] = (
+            [RepetitionPenaltyLogitsProcessor(float(penalty))] if penalty not in (None, 0, 1) else []
+        )
         if not config.do_sample:
             self.steps.append(TopKLogitsWarper(1))
             return
-        if config.temperature not in (None, 1):
-            self.steps.append(TemperatureLogitsWarper(float(config.temperature)))
-        if top_k != 0:
-            self.steps.append(TopKLogitsWarper(USUAL_TOP_K if top_k is None else top_k))
-        if config.top_p not in (None, 1):
-            self.steps.append(TopPLogitsWarper(float(config.top_p)))
-        if config.min_p:
-            self.steps.append(MinPLogitsWarper(float(config.min_p)))
+        self.steps += [TemperatureLogitsWarper(float(warmth))] if warmth not in (None, 1) else []
+        self.steps += [TopKLogitsWarper(USUAL_TOP_K if top_k is None else top_k)] if top_k != 0 else []
+        self.steps += [TopPLogitsWarper(float(top_p))] if top_p not in (None, 1) else []
+        self.steps += [MinPLogitsWarper(float(config.min_p))] if config.min_p else []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for step in self.steps:
             scores = step(input_ids, scores)
         return scores
-
-
-def _sample(
-    tokenizer: PreTrainedTokenizerBase,
-    row: dict[str, Any],
-    prompt_ids: list[int],
-    drawn: list[int],
-    config: GenerationConfig,
-) -> Sample:
-    eos = set(config.eos_token_id or [])
-    end = next((index + 1 for index, token in enumerate(drawn) if token in eos), None)
-    token_ids = drawn[:end]
-    return Sample(row, prompt_ids, token_ids, decode_answer(tokenizer, token_ids), cut=end is None)
 
 
 @contextmanager
@@ -207,11 +191,11 @@ def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
 def without_router_logits(model: Any) -> Iterator[None]:
     """Inside, a mixture of experts returns none: generation fails on them (huggingface/transformers#29087)."""
     text = model.config.get_text_config()
-    asked = getattr(text, "output_router_logits", False)
-    if asked:
-        text.output_router_logits = False
+    if not (asked := getattr(text, "output_router_logits", False)):
+        yield
+        return
+    text.output_router_logits = False
     try:
         yield
     finally:
-        if asked:
-            text.output_router_logits = asked
+        text.output_router_logits = asked

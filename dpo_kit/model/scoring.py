@@ -1,7 +1,7 @@
 """Log-probabilities of completions under the policy and the reference, in batches that fit."""
 
+import inspect
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,25 +12,30 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Trainer
 
 from dpo_kit.errors import ModelError
-from dpo_kit.model.batches import mlp_width, pad_batch
+from dpo_kit.model.batches import mlp_width, pad_batch, pad_token_id
 from dpo_kit.model.head import Tokens, read_head
-
-logger = logging.getLogger(__name__)
+from dpo_kit.model.tokens import Truncation
 
 TOKENS_PER_BATCH = 8192  # on a CPU, and on a GPU with little room
 MOST_TOKENS = 65_536  # on a GPU, which more at once would not make faster
 LOGITS_BYTES = 2**29  # of a batch whose logits the model makes all at once
+COLUMNS = {
+    "chosen_ids": "ref_chosen_logps",
+    "rejected_ids": "ref_rejected_logps",
+    "completion_ids": "ref_logps",
+    "KL_completion_ids": "ref_KL_logps",
+}
+"""The reference's columns in TRL's datasets, by the column of token ids that each belongs to."""
 
 
 def length_sorted_batches(sequences: Sequence[Tokens], tokens_per_batch: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, each at most `tokens_per_batch` padded tokens (or
-    one row).
-    """
+    """Indices in batches of similar length, longest first, each at most `tokens_per_batch` padded tokens or one row."""
     lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -53,12 +58,11 @@ def twin_batches(sequences: Sequence[Tokens], tokens_per_batch: int) -> list[lis
         else:
             twins.append((other, index))
     longer = [max((sequences[index] for index in pair), key=lambda tokens: len(tokens[1])) for pair in twins]
-    pairs = [[twins[place] for place in batch] for batch in length_sorted_batches(longer, tokens_per_batch // 2)]
+    pairs = length_sorted_batches(longer, tokens_per_batch // 2)
     alone = list(waiting.values())
     rest = length_sorted_batches([sequences[index] for index in alone], tokens_per_batch)
-    return [[pair[side] for side in (0, 1) for pair in batch] for batch in pairs] + [
-        [alone[place] for place in batch] for batch in rest
-    ]
+    halves = [[twins[place][side] for side in (0, 1) for place in batch] for batch in pairs]
+    return [*halves, *([alone[place] for place in batch] for batch in rest)]
 
 
 def batch_size_in_tokens(model: Any) -> int:
@@ -66,12 +70,9 @@ def batch_size_in_tokens(model: Any) -> int:
 
     Fewer where the model makes the logits of all completion tokens at once and its vocabulary is large.
     """
-    text = model.config.get_text_config()
-    tokens = TOKENS_PER_BATCH
+    text, tokens = model.config.get_text_config(), TOKENS_PER_BATCH
     if model.device.type == "cuda":
-        token_bytes = 4 * (
-            10 * text.hidden_size + 3 * mlp_width(text)
-        )  # of one layer, the largest of what lives at a time
+        token_bytes = 4 * (10 * text.hidden_size + 3 * mlp_width(text))  # of a layer: the most that lives at a time
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         room = (torch.cuda.mem_get_info(model.device)[0] + unused) // 2
         tokens = max(tokens, min(MOST_TOKENS, room // token_bytes))
@@ -92,10 +93,9 @@ def score(
 ) -> Tensor:
     """Summed completion log-probability of each sequence (EOS in), in nats: (sequences,), float64.
 
-    Plain sums as in DPO's and KTO's loss; call inside `measuring`. `terms` gives the log-probabilities of a batch's
-    completion tokens and how many belong to each row, as `measured_terms` does. With a `description` a terminal shows a
-    bar. The processes of an `accelerator` take turns at the very batches that one would take, so that the values are
-    the same; all of them must call this, and all get every value.
+    Plain sums as in DPO's and KTO's loss; call inside `measuring`. `terms` gives what `measured_terms` does. With a
+    `description` a terminal shows a bar. The processes of an `accelerator` take turns at the very batches that one
+    would take, so that the values are the same; all of them must call this, and all get every value.
     """
     logps = torch.zeros(len(sequences), dtype=torch.float64)
     batches = twin_batches(sequences, tokens_per_batch or batch_size_in_tokens(model))
@@ -147,21 +147,58 @@ def add_up(values: Tensor, accelerator: Accelerator | None) -> Tensor:
 
 
 def fingerprint(values: Any) -> str:
-    """Short hash of plain values, to tell whether kept reference values belong to the same inputs."""
+    """Short hash of plain values, to tell whether what was kept of the reference belongs to the same inputs."""
     return sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def uses_fused_head(trainer: type) -> bool:
+    """Whether log-probabilities come from hidden states and the LM head's weights, without logits of every position."""
+    of_trl = (each for each in trainer.__mro__ if each.__module__.startswith("trl."))
+    return any("fused_lm_head" in inspect.getsource(each) for each in of_trl)
+
+
+def score_as_trained(trainer: Any, model: Any, sequences: Sequence[Tokens], description: str | None = None) -> Tensor:
+    """Summed completion log-probability of each sequence as the loss of `trainer` reads it: (sequences,), nats.
+
+    Where its trainer has given `model` a fused LM head, by that: a term of the loss is rounded as the other one is.
+    """
+    terms = trained_terms if uses_fused_head(type(trainer)) else measured_terms
+    pad_id = pad_token_id(trainer.processing_class)
+    return score(model, sequences, pad_id=pad_id, description=description, terms=terms)
+
+
+def column_logps(trainer: Any, dataset: Dataset, scorer: Callable[[Sequence[Tokens]], Tensor]) -> dict[str, Tensor]:
+    """What TRL's columns of the reference hold for `dataset` where `scorer` gives each sequence's log-probability.
+
+    {column: (rows,) in nats}; empty for datasets of trainers without a reference.
+    """
+    cut = Truncation.of(trainer.args).cut
+    answers = [column for column in COLUMNS if column in dataset.column_names]
+    columns = [[cut(*row) for row in zip(dataset["prompt_ids"], dataset[name], strict=True)] for name in answers]
+    ld_alpha, heads = getattr(trainer, "ld_alpha", None), []
+    if (
+        ld_alpha is not None
+    ):  # each answer cut to the length that all of its row share (LD-DPO, arXiv:2409.06411, eq. 10)
+        for row in zip(*columns, strict=True):  # a first token with nothing before it has no prediction
+            shared = min(len(answer) - (not prompt) for prompt, answer in row)
+            heads.append([(prompt, answer[: shared + (not prompt)]) for prompt, answer in row])
+    every = [*columns, *zip(*heads, strict=True)]
+    parts = scorer([tokens for column in every for tokens in column]).view(-1, len(dataset))
+    if ld_alpha is not None:
+        parts = ld_alpha * parts[: len(columns)] + (1 - ld_alpha) * parts[len(columns) :]
+    return {COLUMNS[column]: values for column, values in zip(answers, parts, strict=True)}
 
 
 class Reference:
     """The model that drift is measured against: the one training started from, or another given on purpose.
 
-    Where it comes from, in this order: `model`; a PEFT policy with its adapter off (or TRL's copy named
-    "ref"); `trainer.ref_model`, unless TRL moves it (`sync_ref_model`); else the policy itself while it is
-    untrained. In the last case (full tuning of ORPO, CPO, SimPO, or with precomputed reference log-probs) the
-    reference is no longer there once training began: what is needed of it is cached at step 0, and `reload`
-    (a function that loads the start model anew) serves the rare measurements that need the model itself.
+    Where it comes from, in this order: `model`; a PEFT policy with its adapter off (or TRL's copy named "ref");
+    `trainer.ref_model`, unless TRL moves it (`sync_ref_model`); else the policy itself while it is untrained. The last
+    one (full tuning of ORPO, CPO, SimPO, or with precomputed log-probs) is gone once training began: what is needed of
+    it is cached at step 0, and `reload` (which loads the start model anew) serves the rare measurements beyond that.
 
-    `is_start=False` says that `model` is, on purpose, not the start model: the step-0 identity is then not
-    required. `state_dir` keeps the cached values, so that a resumed run measures against the same step 0.
+    `is_start=False`: `model` is not the start model on purpose, and need not equal the policy at step 0. `state_dir`
+    keeps the cached values, so that a resumed run measures against the same step 0.
     """
 
     def __init__(
@@ -175,10 +212,10 @@ class Reference:
     ) -> None:
         self.trainer, self.is_start, self.state_dir = trainer, is_start, state_dir
         self._policy: Any = trainer.model
-        self._reload = reload
-        self._given = model is not None
-        self._model = model if self._given else getattr(trainer, "ref_model", None)
+        self._reload, self._given = reload, model is not None
         self._loaded: Any | None = None
+        self._model = model if self._given else getattr(trainer, "ref_model", None)
+        self._is_adapter = self._model is None and is_peft_model(trainer.model)
 
     @property
     def live(self) -> bool:
@@ -194,13 +231,11 @@ class Reference:
     @property
     def is_policy(self) -> bool:
         """Whether the policy itself, untrained, is the only reference at hand."""
-        return self._loaded is None and self._model is None and not self._is_adapter
+        return not self.models and not self._is_adapter
 
     @contextmanager
     def loaded(self) -> Iterator[bool]:
-        """For the length of the block the reference is live, loaded anew where it must be; yields whether it
-        is.
-        """
+        """For the length of the block the reference is live, loaded anew where it must be; yields whether it is."""
         if not self.live and self._reload is not None:
             self._loaded = self._reload().to(self._policy.device).eval()
         try:
@@ -210,18 +245,13 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[Any]:
-        """A model that answers as the reference does, to be used inside the block. At step 0, or while
-        `live`.
-        """
-        model = self._loaded if self._loaded is not None else self._model
-        if model is not None:
-            yield model
-        elif self._is_adapter:
-            from trl.trainer.utils import use_adapter
+        """A model that answers as the reference does, to be used inside the block. At step 0, or while `live`."""
+        if self.models or not self._is_adapter:
+            yield (self.models or [self._policy])[-1]
+            return
+        from trl.trainer.utils import use_adapter
 
-            with use_adapter(self._policy, "ref" if "ref" in self._policy.peft_config else None):
-                yield self._policy
-        else:
+        with use_adapter(self._policy, "ref" if "ref" in self._policy.peft_config else None):
             yield self._policy
 
     @contextmanager
@@ -229,7 +259,11 @@ class Reference:
         """The reference after the start, loaded anew where it must be; ModelError where it is gone."""
         with self.loaded() as live:
             if not live:
-                raise ModelError(_LOST_REFERENCE.format(step=step, state_dir=self.state_dir))
+                raise ModelError(
+                    f"reference: measuring begins at step {step}, but the log-probabilities of step 0 are not in "
+                    f"state_dir={self.state_dir} and the start model is gone; pass Reference(trainer, reload=...), a "
+                    "function that loads the start model"
+                )
             with self.active() as model:
                 yield model
 
@@ -237,10 +271,6 @@ class Reference:
     def models(self) -> list[Any]:
         """The reference's own weights, where it has any beside the policy's."""
         return [each for each in (self._model, self._loaded) if each is not None]
-
-    @property
-    def _is_adapter(self) -> bool:
-        return self._model is None and is_peft_model(self._policy)
 
     def save(self, name: str, values: dict[str, Any]) -> None:
         """Keep values in the state directory, replacing them in one step (main process only)."""
@@ -253,8 +283,7 @@ class Reference:
 
     def load(self, name: str, fingerprint: str) -> dict[str, Any] | None:
         """Values kept under this name, or None where there are none with the same `fingerprint` entry."""
-        path = self.state_dir / f"{name}.pt" if self.state_dir is not None else None
-        if path is None or not path.exists():
+        if self.state_dir is None or not (path := self.state_dir / f"{name}.pt").exists():
             return None
         values: dict[str, Any] = torch.load(path, weights_only=True)
         return values if values["fingerprint"] == fingerprint else None
@@ -262,13 +291,19 @@ class Reference:
     def check_start(self, logratios: Tensor, tokens: Tensor, *, as_trained: bool = False) -> float:
         """The largest |policy − reference| in nats at step 0; ModelError where it shows another reference.
 
-        Limits: 1e-3 nats a sequence in fp32, .01 nats a token otherwise (padding and rounding stay below).
-        Shapes (sequences,) twice; `as_trained` as in `measuring`.
+        Limits: 1e-3 nats a sequence in fp32, .01 nats a token otherwise (padding and rounding stay below). Shapes
+        (sequences,) twice; `as_trained` as in `measuring`.
         """
         largest = float(logratios.abs().max())
         if self.is_start and not self.agrees(logratios, tokens, as_trained=as_trained):
             limit = "1e-3 nats a sequence (fp32)" if self.is_fp32(as_trained) else ".01 nats a token"
-            raise ModelError(_WRONG_REFERENCE.format(largest=largest, limit=limit))
+            raise ModelError(
+                f"reference: at step 0 it must give the same log-probabilities as the policy, within {limit}, but they "
+                f"differ by up to {largest:.3g} nats, so drift and rewards would be measured from another model than "
+                "the one training starts from. Usual causes: a policy edited, merged or resized in memory while the "
+                "reference is loaded from its path (pass ref_model), an adapter that does not start at zero, NaN "
+                "weights. If another reference is meant, say so: Reference(trainer, model=..., is_start=False)."
+            )
         return largest
 
     def agrees(self, differences: Tensor, tokens: Tensor, *, as_trained: bool = False) -> bool:
@@ -281,17 +316,3 @@ class Reference:
         plain = not as_trained or self.trainer.accelerator.mixed_precision == "no"
         weights = (p for model in [self._policy, *self.models] for p in model.parameters())
         return plain and all(p.dtype == torch.float32 for p in weights)
-
-
-_LOST_REFERENCE = (
-    "reference: measuring begins at step {step}, but the log-probabilities of step 0 are not in "
-    "state_dir={state_dir} and the start model is gone; pass Reference(trainer, reload=...), a function that "
-    "loads the start model"
-)
-_WRONG_REFERENCE = (
-    "reference: at step 0 it must give the same log-probabilities as the policy, within {limit}, but they "
-    "differ by up to {largest:.3g} nats, so drift and rewards would be measured from another model than the "
-    "one training starts from. Usual causes: a policy edited, merged or resized in memory while the "
-    "reference is loaded from its path (pass ref_model), an adapter that does not start at zero, NaN "
-    "weights. If another reference is meant, say so: Reference(trainer, model=..., is_start=False)."
-)

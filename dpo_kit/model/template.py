@@ -6,8 +6,6 @@ without this one's environment, each in `SECONDS` of its processor's time. What 
 `DPO_KIT_CACHE`, by template and chats. A template that writes the date gets one date for a whole run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -66,7 +64,17 @@ def refuse_hostile_template(tokenizer: Any, chats: Iterable[Chat]) -> None:
         options = {"tools": tools, "add_generation_prompt": prompting, **context.get("chat_template_kwargs", {})}
         by_template.setdefault(tokenizer.get_chat_template(tools=tools), []).append([messages, options])
     for template, asked in by_template.items():
-        _refuse_hostile({"template": template, "tokens": tokenizer.special_tokens_map, "chats": asked})
+        tried = {"template": template, "tokens": tokenizer.special_tokens_map, "chats": asked}
+        limits = {"seconds": SECONDS, "memory": MEMORY, "size": SIZE}
+        known = cache_folder("templates") / _hash(json.dumps([tried, limits, version("transformers")], default=str))
+        if known.exists():
+            continue
+        if fault := _try(tried | limits):
+            raise ModelError(
+                f"the chat template (sha256 {_hash(template)}) {fault}: it is not used. Take the template of the "
+                "model's maker, or leave the row out if it alone is strange"
+            )
+        write_text(known, "")
 
 
 def _templates(tokenizer: Any) -> list[str]:
@@ -74,42 +82,23 @@ def _templates(tokenizer: Any) -> list[str]:
     return list(given.values()) if isinstance(given, dict) else [given] if isinstance(given, str) else given
 
 
-def _refuse_hostile(tried: dict[str, Any]) -> None:
-    limits = {"seconds": SECONDS, "memory": MEMORY, "size": SIZE}
-    known = cache_folder("templates") / _hash(json.dumps([tried, limits, version("transformers")], default=str))
-    if known.exists():
-        return
-    if fault := _try(tried | limits):
-        raise ModelError(
-            f"the chat template (sha256 {_hash(tried['template'])}) {fault}: it is not used. Take the template of the "
-            "model's maker, or leave the row out if it alone is strange"
-        )
-    write_text(known, "")
-
-
 def _try(given: dict[str, Any]) -> str | None:
     """What the process that renders has to say; None where all is well."""
     patience = STARTING + SECONDS * 2 + 0.05 * len(given["chats"])
-    process = subprocess.Popen(
-        [sys.executable, "-P", str(Path(__file__).with_name("render.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={name: os.environ[name] for name in KEPT if name in os.environ} | OFFLINE,
-    )
-    with process:
-        try:
-            said, errors = process.communicate(json.dumps(given, default=str), timeout=patience)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return f"did not render {len(given['chats'])} chats in {patience:.0f} s"
-    done = said.count(".") if process.returncode else len(said) - len(said.lstrip("."))
-    place = f"(chat {done + 1} of {len(given['chats'])})"
-    if process.returncode == -signal.SIGPROF:
+    asked, count = json.dumps(given, default=str), len(given["chats"])
+    command = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]
+    env = {name: os.environ[name] for name in KEPT if name in os.environ} | OFFLINE
+    try:
+        ran = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=patience, env=env)
+    except subprocess.TimeoutExpired:
+        return f"did not render {count} chats in {patience:.0f} s"
+    said = ran.stdout
+    done = said.count(".") if ran.returncode else len(said) - len(said.lstrip("."))
+    place = f"(chat {done + 1} of {count})"
+    if ran.returncode == -signal.SIGPROF:
         return f"takes more than {SECONDS:g} s over one chat {place}"
-    if process.returncode:
-        last = (errors.strip().splitlines() or ["killed"])[-1]
+    if ran.returncode:
+        last = (ran.stderr.strip().splitlines() or ["killed"])[-1]
         return f"ends the process that renders it: {last} {place}"
     return f"{said[done:]} {place}" if said[done:] else None
 

@@ -1,4 +1,4 @@
-"""Token ids of prompts and completions: read here once for every method, measure and judge.
+"""Token ids of prompts and completions: read here once for every method, measure and judge, and cut here.
 
 A chat's ids are those of the tokenizer's own `apply_chat_template` over prompt and answer, tools and template arguments
 in; the completion starts where they first differ from those of the prompt alone (TRL's rule,
@@ -7,10 +7,14 @@ its ORPO and CPO add a BOS and an EOS that the template does not write (huggingf
 double those that a raw text, or the tokenizer, has written already.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise, takewhile
 from operator import eq, itemgetter
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,38 +22,63 @@ from dpo_kit.model.chats import Messages, Prompt, prompt_of
 from dpo_kit.model.control_tokens import MARKS, has_marks, is_neutral, neutral_chat
 from dpo_kit.model.turns import outer_tokens
 
+Ids = TypeVar("Ids", list[int], range)
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completions: Sequence[Prompt]
-) -> tuple[list[int], list[list[int]]]:
-    """Token ids of one prompt and of its completions (EOS in), before truncation.
 
-    `prompt` and `completions` are all text or all chat messages. Several completions share one prompt, the
-    longest that is a prefix of each. Returns `(prompt_ids, [completion_ids, ...])`, in the order given.
+@dataclass(frozen=True)
+class Truncation:
+    """How TRL's trainers cut a prompt with its completion to `max_length` tokens (None: not at all): they keep the
+    start, or the end where `mode` is "keep_end".
     """
-    return encode_rows(tokenizer, [prompt], [completions])[0]
+
+    max_length: int | None
+    mode: str = "keep_start"
+
+    @classmethod
+    def of(cls, trl: Any) -> Truncation:
+        """That of TRL's arguments, an object or the `trl` block; ORPO and CPO have no mode: they keep the start."""
+        given = SimpleNamespace(**trl) if isinstance(trl, Mapping) else trl
+        return cls(given.max_length, getattr(given, "truncation_mode", None) or "keep_start")
+
+    def cut(self, prompt: Ids, completion: Ids) -> tuple[Ids, Ids]:
+        """What is left of both; nothing of the completion where the prompt alone fills `max_length`."""
+        if self.max_length is None:
+            return prompt, completion
+        if self.mode == "keep_start":
+            return prompt[: self.max_length], completion[: max(0, self.max_length - len(prompt))]
+        gone = len(prompt) + len(completion) - self.max_length
+        return prompt[max(0, gone) :], completion[max(0, gone - len(prompt)) :]
 
 
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[Sequence[Prompt]]
 ) -> list[tuple[list[int], list[list[int]]]]:
-    """`encode` for many rows at once: one call of the tokenizer for all prompts, one for all completions.
+    """Token ids of prompts and of their completions (EOS in), before truncation: one call of the tokenizer for each.
 
-    `completions[i]` are the completions of `prompts[i]`. All rows are text, or all are chat messages.
+    `completions[i]` are the completions of `prompts[i]`, which share one prompt, the longest that is a prefix of each.
+    All rows are text, or all are chat messages. Returns `(prompt_ids, [completion_ids, ...])` of each.
     """
-    if not prompts:
-        return []
-    prompt_ids = encode_prompts(tokenizer, prompts)
-    wholes = [_join(tokenizer, prompt, each) for prompt, row in zip(prompts, completions, strict=True) for each in row]
-    whole_ids = _ids(tokenizer, wholes, prompting=False)
-    bounds = accumulate((len(row) for row in completions), initial=0)
-    return [_split(ids, whole_ids[start:end]) for ids, (start, end) in zip(prompt_ids, pairwise(bounds), strict=True)]
+    eos = tokenizer.eos_token or ""
+    wholes: list[Any] = []
+    for prompt, row in zip(prompts, completions, strict=True):
+        for answer in row:
+            if isinstance(answer, str):
+                wholes.append(f"{prompt}{answer}{'' if answer.rstrip().endswith(eos) else eos}")
+            else:
+                wholes.append([*prompt, *answer])
+    prompt_ids, whole_ids = encode_prompts(tokenizer, prompts), _ids(tokenizer, wholes, prompting=False)
+    encoded = []
+    bounds = pairwise(accumulate((len(row) for row in completions), initial=0))
+    for ids, (first, end) in zip(prompt_ids, bounds, strict=True):
+        start = min((common_prefix_length(ids, whole) for whole in whole_ids[first:end]), default=len(ids))
+        encoded.append((ids[:start], [whole[start:] for whole in whole_ids[first:end]]))
+    return encoded
 
 
 def ids_of_rows(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], answers: Sequence[str]
 ) -> list[tuple[list[int], list[list[int]]]]:
-    """The ids that prepared rows carry (data/ids.py), or those of rows as TRL's trainers take them, read here."""
+    """The ids that prepared rows carry (data/shape.py), or those of rows as TRL's trainers take them, read here."""
     if rows and "ids" in rows[0]:
         return [(row["ids"]["prompt"].tolist(), [row["ids"][name].tolist() for name in answers]) for row in rows]
     return encode_rows(tokenizer, [prompt_of(row) for row in rows], [[row[name] for name in answers] for row in rows])
@@ -61,35 +90,9 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
 
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of an answer: without its end, with all that the model itself writes (`<think>`, `<tool_call>`), also
-    where those are special tokens.
-    """
+    """The text of an answer without its end, with what the model itself writes (`<think>`), special tokens too."""
     outer = set(tokenizer.convert_tokens_to_ids(list(outer_tokens(tokenizer))))
     return str(tokenizer.decode([token for token in ids if token not in outer]))
-
-
-def truncate(prompt_ids: Sequence[int], completion_ids: list[int], max_length: int | None) -> list[int]:
-    """The part of the completion that TRL trains on: prompt and completion cut at `max_length`
-    (`keep_start`).
-
-    Empty when the prompt alone fills `max_length` tokens; `None` cuts nothing.
-    """
-    if max_length is None:
-        return completion_ids
-    return completion_ids[: max(0, max_length - len(prompt_ids))]
-
-
-def truncate_both(
-    prompt_ids: list[int], completion_ids: list[int], max_length: int | None, mode: str = "keep_start"
-) -> tuple[list[int], list[int]]:
-    """Prompt and completion as TRL trains on them under `truncation_mode` ("keep_start" or "keep_end")."""
-    if max_length is None:
-        return prompt_ids, completion_ids
-    if mode == "keep_start":
-        return prompt_ids[:max_length], truncate(prompt_ids, completion_ids, max_length)
-    kept = (prompt_ids + completion_ids)[-max_length:]
-    start = max(0, len(kept) - len(completion_ids))
-    return kept[:start], kept[start:]
 
 
 def common_prefix_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:
@@ -97,19 +100,18 @@ def common_prefix_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(bool, map(eq, ids, other_ids)))
 
 
-def _join(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> Prompt:
-    if not isinstance(completion, str):
-        return [*prompt, *completion]  # type: ignore[list-item]
-    eos = tokenizer.eos_token or ""
-    return f"{prompt}{completion}" if completion.rstrip().endswith(eos) else f"{prompt}{completion}{eos}"
-
-
 def _ids(tokenizer: Any, inputs: Sequence[Any], *, prompting: bool) -> list[list[int]]:
-    if not inputs:
-        return []
-    if isinstance(inputs[0], str):
-        return _raw_ids(tokenizer, inputs)
-    return encode_chats(tokenizer, inputs, prompting=prompting)
+    """Of chats, or of text that is rendered already: with the BOS that the tokenizer adds, unless the text begins with
+    it, and without the EOS that it adds, since a prompt goes on and an answer has its own.
+    """
+    if not inputs or not isinstance(inputs[0], str):
+        return encode_chats(tokenizer, inputs, prompting=prompting) if inputs else []
+    (plain,), (whole,) = _text_ids(tokenizer, ["a"]), _text_ids(tokenizer, ["a"], add_special_tokens=True)
+    at = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+    end = -1 if whole[at + len(plain) :] == [tokenizer.eos_token_id] else None
+    twice = tokenizer.bos_token if whole[:at] == [tokenizer.bos_token_id] else None
+    ids = _text_ids(tokenizer, inputs, add_special_tokens=True)
+    return [own[1 if twice and text.startswith(twice) else 0 : end] for text, own in zip(inputs, ids, strict=True)]
 
 
 def encode_chats(tokenizer: Any, chats: Sequence[Messages], *, prompting: bool = False) -> list[list[int]]:
@@ -123,9 +125,7 @@ def encode_chats(tokenizer: Any, chats: Sequence[Messages], *, prompting: bool =
 
 
 def render(tokenizer: Any, chats: Sequence[Messages], *, prompting: bool) -> list[str]:
-    """What the template writes for each chat, with a generation prompt where a model is asked; control tokens that are
-    to stay text are marked (see control_tokens.py).
-    """
+    """What the template writes for each chat; control tokens that are to stay text are marked (control_tokens.py)."""
     texts: list[str] = []
     for context, group in groupby((neutral_chat(tokenizer, chat) for chat in chats), itemgetter(1)):
         batch = [messages for messages, _ in group]
@@ -136,28 +136,8 @@ def render(tokenizer: Any, chats: Sequence[Messages], *, prompting: bool) -> lis
 
 def render_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
     """Prompts as text for a server that encodes them itself and knows no marks."""
-    rendered = (
-        render(tokenizer, [prompt], prompting=True)[0] if isinstance(prompt, list) else prompt for prompt in prompts
-    )
-    return [text.replace(MARKS[0], "").replace(MARKS[1], "") for text in rendered]
-
-
-def _raw_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of text that is rendered already: with the BOS that the tokenizer adds, unless the text begins with it, and
-    without the EOS that it adds, since a prompt goes on and an answer has its own.
-    """
-    before, after = _added(tokenizer)
-    end = -1 if after == [tokenizer.eos_token_id] else None
-    twice = tokenizer.bos_token if before == [tokenizer.bos_token_id] else None
-    ids = _text_ids(tokenizer, texts, add_special_tokens=True)
-    return [own[1 if twice and text.startswith(twice) else 0 : end] for text, own in zip(texts, ids, strict=True)]
-
-
-def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer itself sets before and after a text."""
-    (plain,), (whole,) = _text_ids(tokenizer, ["a"]), _text_ids(tokenizer, ["a"], add_special_tokens=True)
-    start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
-    return whole[:start], whole[start + len(plain) :]
+    texts = (each if isinstance(each, str) else render(tokenizer, [each], prompting=True)[0] for each in prompts)
+    return [text.replace(MARKS[0], "").replace(MARKS[1], "") for text in texts]
 
 
 def _text_ids(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
@@ -168,8 +148,3 @@ def _text_ids(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool 
     backend.no_truncation()
     backend.no_padding()
     return [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
-
-
-def _split(prompt_ids: list[int], whole_ids: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    start = min((common_prefix_length(prompt_ids, ids) for ids in whole_ids), default=len(prompt_ids))
-    return prompt_ids[:start], [ids[start:] for ids in whole_ids]

@@ -2,8 +2,6 @@
 open and end a turn, which of them ends an answer, and what of a chat the template leaves out.
 """
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,35 +56,31 @@ def pattern_of(tokens: Any) -> re.Pattern[str]:
 
 def leaves_out(tokenizer: Any, part: str) -> bool:
     """Whether the template passes over a `part` of `PARTS` in silence. One that it refuses is not left out."""
-    messages, context = PARTS[part]
 
     def passes_over(own: Any) -> bool:
-        try:
+        messages, context = PARTS[part]
+        with suppress(Exception):  # a template may raise anything; so it will on the rows, which are then named
             return SAID not in own.apply_chat_template(messages, tokenize=False, **context)
-        except Exception:  # a template may raise anything; so it will on the rows, which are then named
-            return False
+        return False
 
     return _kept(tokenizer, part, passes_over)
 
 
 def written_today(tokenizer: Any) -> list[Any]:
     """What answers that are kept depend on beside weights and prompt: the template, and what it writes on this day."""
-    try:
+    today = None
+    with suppress(Exception):  # a template may raise anything
         today = tokenizer.apply_chat_template(PLAIN[0], tokenize=False) if tokenizer.chat_template else None
-    except Exception:  # a template may raise anything
-        today = None
     return [tokenizer.chat_template, today]
 
 
 def stop_ids(tokenizer: Any, model: Any = None) -> list[int]:
-    """The tokens that end an answer: the tokenizer's EOS, the template's own end of an answer, and those that the
-    model's configs name.
-    """
+    """The tokens that end an answer: the tokenizer's EOS, the template's own end, those of the model's configs."""
     end = turns_of(tokenizer).end
     own = [tokenizer.eos_token_id, *([] if end is None else [tokenizer.convert_tokens_to_ids(end)])]
     configs = [] if model is None else [model.config.get_text_config(), model.generation_config]
-    named = [token for config in configs for token in ends_of(config)]
-    return sorted({token for token in (*own, *ends_of(tokenizer), *named) if token is not None})
+    named = [token for config in (tokenizer, *configs) for token in ends_of(config)]
+    return sorted({*own, *named} - {None})
 
 
 def ends_of(config: Any) -> list[int]:
@@ -102,22 +96,20 @@ def end_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 def outer_tokens(tokenizer: Any) -> set[str]:
     """Control tokens that are no part of an answer's text: those of turns, and with which texts begin, end and pad."""
-    return {
-        *turns_of(tokenizer).tokens,
-        *end_tokens(tokenizer),
-        *filter(None, (tokenizer.bos_token, tokenizer.pad_token)),
-    }
+    own = (tokenizer.bos_token, tokenizer.pad_token)
+    return {*turns_of(tokenizer).tokens, *end_tokens(tokenizer), *filter(None, own)}
 
 
 def _learn(tokenizer: Any) -> Turns:
     if not tokenizer.chat_template:
         return Turns(frozenset(), None)
+    unknown = Turns(frozenset(), tokenizer.eos_token)
     try:
         asked, answered, again = (tokenizer.apply_chat_template(chat, tokenize=False) for chat in PLAIN)
     except Exception:  # a template may raise anything
-        return Turns(frozenset(), tokenizer.eos_token)
+        return unknown
     if ASKED not in asked or SAID not in answered or SAID not in again:
-        return Turns(frozenset(), tokenizer.eos_token)
+        return unknown
     pieces, is_control = control_pattern(tokenizer).findall, control_pattern(tokenizer).fullmatch
     split = re.compile(f"({control_pattern(tokenizer).pattern})").split
     after, between = split(asked.rpartition(ASKED)[2]), split(again.partition(ASKED)[2].partition(SAID)[0])

@@ -1,10 +1,4 @@
-"""The run directory: what its files are called and how they are written. Standard library only.
-
-A run directory is the only thing that passes between training, sweeps, evaluation and export; `result.json` is
-written last, so that it means "this run has ended, and this is how".
-"""
-
-from __future__ import annotations
+"""The run directory: what its files are called. result.json is written last: "this run has ended, and this is how"."""
 
 import secrets
 from pathlib import Path

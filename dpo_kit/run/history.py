@@ -1,6 +1,5 @@
-"""metrics.jsonl: one JSON object per log event, the record that all else is drawn from. Standard library only.
-
-Strict JSON, readable by any parser: a value that is not finite is written as null and named under `non_finite`
+"""metrics.jsonl: one JSON object per log event, the record that all else is drawn from. Strict JSON, readable by any
+parser: a value that is not finite is written as null and named under `non_finite`
 ({"loss": null, "non_finite": {"loss": "nan"}}); `read_metrics` gives the float back.
 """
 

@@ -1,7 +1,5 @@
 """95 % intervals of a share that was counted. Standard library; scipy where an exact interval is asked for."""
 
-from __future__ import annotations
-
 import math
 from statistics import NormalDist
 

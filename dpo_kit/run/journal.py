@@ -1,9 +1,4 @@
-"""An append-only file of keyed rows that survives a kill at any moment: no row lost, none twice.
-
-What cost time or money to get is written here the moment it is there. Standard library and filelock only.
-"""
-
-from __future__ import annotations
+"""An append-only file of keyed rows, of what cost time or money, that survives a kill: no row lost, none twice."""
 
 import hashlib
 import json
@@ -11,7 +6,7 @@ import logging
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
@@ -21,10 +16,9 @@ log = logging.getLogger(__name__)
 
 
 class Journal:
-    """The rows of the JSONL file at `path` by their key; to be closed, or used in a `with`.
-
-    A last line that a kill cut off is removed on opening. Threads may share a journal, processes may not: ConfigError
-    where another one holds it. DataError names a line that is damaged.
+    """The rows of the JSONL file at `path` by their key; to be closed, or used in a `with`. Threads may share it,
+    processes may not: ConfigError where another one holds it. DataError names a line that is damaged; a last one that a
+    kill cut off is removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +72,7 @@ class Journal:
         self._file.close()
         self._process.release()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

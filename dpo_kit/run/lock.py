@@ -1,11 +1,8 @@
 """One writer per directory: a second start is refused, the lock of a writer that died is recovered.
 
-The system's own lock decides where the file system has it, else filelock's marker file. `.lock` says who holds it, in
-two lines (process, host), so that a refusal names the holder, and one on another host is not overlooked where locks do
-not cross hosts.
+The system's own lock decides where the file system has it, else filelock's marker file. `.lock` says in two lines
+(process, host) who holds it: a refusal names the holder, and one on another host counts where locks do not cross hosts.
 """
-
-from __future__ import annotations
 
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """The measures of a run in one table, and which of them only measure rounding. Standard library only."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,67 +7,84 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measure:
-    """A quantity as metrics.jsonl, result.json and wandb have it under `key`, and how people read it.
-
-    label: its row in tables, with the unit. form: its format. short: its name beside a progress bar, where it has one.
-    """
+    """A quantity as metrics.jsonl, result.json and wandb have it under `key`, and how people read it."""
 
     key: str
-    label: str
-    form: str
-    short: str = ""
+    label: str  # in the tables of a run and of an evaluation, before its unit; "": it has no row there
+    unit: str = ""
+    form: str = ".2f"
+    short: str = ""  # where a table is narrow, or says the rest above
+    bar: str = ""  # beside a progress bar
+    title: str = ""  # in pictures
+
+    @property
+    def row(self) -> str:
+        """The label with its unit."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+    @property
+    def column(self) -> str:
+        """The short name with its unit."""
+        return f"{self.short}, nats" if self.short and self.unit.startswith("nats") else self.short
 
 
 FLOOR, KL_FLOOR = "probe/floor_nats", "probe/kl_floor_nats"  # what rounding alone makes; not there in float32
+PER_ANSWER, DRIFT = "nats per answer", "KL drift (nats per answer)"
+REWARD, RATIO = "Implicit reward, β·log-ratio (nats)", "Log-ratio to the reference (nats)"
 MEASURES = (
-    Measure("probe/accuracy", "held-out accuracy", ".3f", "accuracy"),
-    Measure("probe/auc", "held-out AUC", ".3f", "auc"),
-    Measure("probe/margin_nats", "preference margin, nats", ".2f", "margin"),
-    Measure("probe/class_gap_nats", "class gap, nats", ".2f", "class gap"),
-    Measure("probe/reward_chosen", "implicit reward, chosen", ".2f"),
-    Measure("probe/reward_rejected", "implicit reward, rejected", ".2f"),
-    Measure("probe/kl_forward_rb_nats", "KL forward, nats per answer", ".2f", "KL"),
-    Measure("probe/kl_forward_k1_nats", "KL forward (k1), nats per answer", ".2f", "KL"),
-    Measure("probe/kl_reverse_rb_nats", "KL reverse, nats per answer", ".2f"),
-    Measure("probe/kl_reverse_k1_nats", "KL reverse (k1), nats per answer", ".2f"),
-    Measure(FLOOR, "rounding of an answer, nats", ".3f"),
-    Measure(KL_FLOOR, "KL of rounding, nats per answer", ".2g"),
-    Measure("gold/reward", "gold reward of fresh samples", ".2f"),
-    Measure("gold/capability", "capability, share right", ".3f"),
-)  # in the order in which tables show them
+    Measure("probe/accuracy", "held-out accuracy", "", ".3f", "accuracy", "accuracy", "Accuracy on held-out pairs"),
+    Measure("probe/auc", "held-out AUC", "", ".3f", "AUC", "auc", "AUC on held-out answers"),
+    Measure("probe/margin_nats", "preference margin", "nats", ".2f", "margin", "margin", "Preference margin (nats)"),
+    Measure("probe/class_gap_nats", "class gap", "nats", ".2f", "", "class gap", "Class gap of log-ratios (nats)"),
+    Measure("probe/reward_chosen", "implicit reward, chosen", title=REWARD),
+    Measure("probe/reward_rejected", "implicit reward, rejected", title=REWARD),
+    Measure("probe/logratio_chosen_nats", "", title=RATIO),
+    Measure("probe/logratio_rejected_nats", "", title=RATIO),
+    Measure("probe/kl_forward_rb_nats", "KL forward", PER_ANSWER, ".2f", "KL forward", "KL", DRIFT),
+    Measure("probe/kl_forward_k1_nats", "KL forward (k1)", PER_ANSWER, ".2f", "KL forward", "KL", DRIFT),
+    Measure("probe/kl_reverse_rb_nats", "KL reverse", PER_ANSWER, ".2f", "KL reverse", "", DRIFT),
+    Measure("probe/kl_reverse_k1_nats", "KL reverse (k1)", PER_ANSWER, ".2f", "KL reverse", "", DRIFT),
+    Measure("probe/displacement", "", short="displaced"),
+    Measure("held_out_rows", "", "", ".0f", "held-out rows"),
+    Measure(FLOOR, "rounding of an answer", "nats", ".3f", "rounding of an answer"),
+    Measure(KL_FLOOR, "KL of rounding", PER_ANSWER, ".2g", "KL of rounding"),
+    Measure("probe/sample_tokens", "", "", ".1f", "tokens"),
+    Measure("gold/reward", "gold reward of fresh samples", short="gold reward", title="Gold reward of fresh samples"),
+    Measure("win_rate", "win rate, ties counting half", "", ".3f", "win rate", "", "win rate"),
+    Measure("win_rate_without_ties", "win rate without ties", "", ".3f", "… with ties dropped", "", "ties dropped"),
+    Measure("win_rate_length_controlled_without_difficulty", "win rate at equal length", "", ".3f",
+            "… at equal length (instruction difficulty left out)", "", "at equal length"),
+    Measure("gold/capability", "capability", "share right", ".3f", "capability", "", "Capability (share right)"),
+    Measure("probe/saturation", "", short="saturation"),
+    Measure("seconds", "", "", ".0f", "seconds"),
+)  # fmt: skip  # in the order in which tables show them
+MEASURE = {measure.key: measure for measure in MEASURES}
+WIN_RATES = tuple(key for key in MEASURE if key.startswith("win_rate"))
 LOGRATIOS = {side: f"probe/logratio_{side}_nats" for side in ("chosen", "rejected")}
-REWARDS = {f"probe/reward_{side}": key for side, key in LOGRATIOS.items()} | {
-    "probe/reward_margin": "probe/margin_nats"
-}
-OF_A_SIDE = {"probe/displacement": LOGRATIOS["chosen"]} | {
-    key: name for side, name in LOGRATIOS.items() for key in (name, f"probe/reward_{side}")
-}
-OF_BOTH = tuple(
-    f"probe/{name}"
-    for name in ("accuracy", "auc", "margin_nats", "class_gap_nats", "reward_margin", "saturation", "both_down")
-)
-CHANCE = {"probe/margin_nats": 0.0, "probe/accuracy": 0.5, "probe/class_gap_nats": 0.0, "probe/auc": 0.5}
+REWARDS = {"probe/reward_margin": "probe/margin_nats"} | {f"probe/reward_{side}": LOGRATIOS[side] for side in LOGRATIOS}
+OF_A_SIDE = {"probe/displacement": LOGRATIOS["chosen"]} | {key: key for key in LOGRATIOS.values()}
+OF_A_SIDE |= {f"probe/reward_{side}": key for side, key in LOGRATIOS.items()}
+CHANCE = {"probe/accuracy": 0.5, "probe/auc": 0.5, "probe/margin_nats": 0.0, "probe/class_gap_nats": 0.0}
+OF_BOTH = (*CHANCE, "probe/reward_margin", "probe/saturation", "probe/both_down")
 HELD_OUT = (
-    *(f"{name}{end}" for name in ("accuracy", "auc", "margin_nats", "class_gap_nats") for end in ("", "_low", "_high")),
+    *(f"{key.removeprefix('probe/')}{end}" for key in CHANCE for end in ("", "_low", "_high")),
     "logratio_chosen_nats", "logratio_rejected_nats", "displacement", "both_down", "floor_nats",
 )  # fmt: skip  # what an evaluation knows of held-out rows, by the names that result.json has there
-
-
-def kl_keys(direction: str) -> tuple[str, str]:
-    """The keys of the KL per answer, `forward` or `reverse`: Rao-Blackwell (rb), and k1 of the drawn tokens alone."""
-    return f"probe/kl_{direction}_rb_nats", f"probe/kl_{direction}_k1_nats"
+# the keys of the KL per answer: Rao-Blackwell (rb), and k1 of the drawn tokens alone
+KLS = {way: (f"probe/kl_{way}_rb_nats", f"probe/kl_{way}_k1_nats") for way in ("forward", "reverse")}
+ESTIMATES = (*KLS["forward"], *KLS["reverse"])
 
 
 def kl_key(direction: str, measured: Container[str]) -> str:
     """The key that the KL is read from: rb where it is among the `measured` keys (it costs more), else k1."""
-    rb, k1 = kl_keys(direction)
+    rb, k1 = KLS[direction]
     return rb if rb in measured else k1
 
 
 def learned(values: Mapping[str, Any]) -> bool | None:
     """Whether an interval of the held-out rows lies above what chance gives; None where none was measured."""
-    lows = [(low, chance) for key, chance in CHANCE.items() if (low := values.get(f"{key}_low")) is not None]
-    return any(low > chance for low, chance in lows) if lows else None
+    above = [low > chance for key, chance in CHANCE.items() if (low := values.get(f"{key}_low")) is not None]
+    return any(above) if above else None
 
 
 def moved_nats(values: Mapping[str, Any]) -> float | None:
@@ -86,7 +101,7 @@ def in_rounding(key: str, values: Mapping[str, Any]) -> bool:
     moves an answer. What is told of both (accuracy, margin, …) is rounding where neither side has moved further and no
     interval lies above chance: over many pairs a difference can be surer than one answer is.
     """
-    if key in (*kl_keys("forward"), *kl_keys("reverse")):
+    if key in ESTIMATES:
         value, floor = values.get(key), values.get(KL_FLOOR)
         return value is not None and floor is not None and value < floor
     floor, side = values.get(FLOOR), values.get(OF_A_SIDE.get(key, ""))
@@ -100,12 +115,13 @@ def in_rounding(key: str, values: Mapping[str, Any]) -> bool:
 
 def floor_of(key: str, values: Mapping[str, Any]) -> float:
     """What rounding alone makes, in the unit of `key`; 0 in float32, and where no such number is known."""
-    if key in (*kl_keys("forward"), *kl_keys("reverse")):
+    floor, nats = values.get(FLOOR) or 0.0, values.get(REWARDS.get(key, ""))
+    if key in ESTIMATES:
         return values.get(KL_FLOOR) or 0.0
     if key in REWARDS:  # beta times nats
-        reward, nats = values.get(key), values.get(REWARDS[key])
-        return (values.get(FLOOR) or 0.0) * reward / nats if reward and nats else 0.0
-    return (values.get(FLOOR) or 0.0) if key in (*REWARDS.values(), "probe/class_gap_nats") else 0.0
+        reward = values.get(key)
+        return floor * reward / nats if reward and nats else 0.0
+    return floor if key in (*REWARDS.values(), "probe/class_gap_nats") else 0.0
 
 
 def rounding_text(values: Mapping[str, Any]) -> str:

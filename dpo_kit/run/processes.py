@@ -1,7 +1,5 @@
 """Several processes that train one run together, started by torchrun or `accelerate launch`. No torch until needed."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Sequence
@@ -31,7 +29,6 @@ def rank() -> int:
 
 def agree(overrides: Sequence[str], proposed: str) -> list[str]:
     """What a process of several adds to the command line: one run directory for all, and only the first one's log.
-
     `proposed` is the directory that this process would take by itself. ConfigError where nothing shares it.
     """
     added = [] if is_writer() else QUIET

@@ -1,12 +1,9 @@
 """Keep secret values out of everything that is written or sent. Standard library only.
 
 A value is taken for a secret when its key says so (`hub_token`, `api_key`, `password`, ...), when its shape does
-(Hugging Face, OpenAI and Anthropic, W&B, AWS, GitHub, GitLab, Slack, Google keys, JSON web tokens, private keys,
-credentials in a URL), or when it is the value of an environment variable with such a name. Names of environment
-variables (`api_key_env`) and special tokens (`pad_token`) are no secrets.
-
-A config or a command line that holds one is refused before anything is written; the rest of this file redacts, for
-texts that come from elsewhere.
+(`_SHAPES`, credentials in a URL), or when it is the value of an environment variable with such a name. Names of
+environment variables (`api_key_env`) and special tokens (`pad_token`) are no secrets. A config or a command line that
+holds one is refused before anything is written; texts from elsewhere are redacted.
 """
 
 import logging
@@ -77,10 +74,9 @@ def environment_secrets() -> list[str]:
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """`value` (nested dicts, lists, scalars) as plain containers with every secret replaced by `<redacted>`.
-
-    Under a secret-named key every string goes, and so does a number where the key names a password; under any other
-    key what looks like a token does.
+    """`value` (nested dicts, lists, scalars) as plain containers with every secret replaced by `<redacted>`. Under a
+    secret-named key every string goes, and so does a number where the key names a password and no count of tokens
+    (`num_tokens: 7`, `max_tokens=7,8`); under any other key what looks like a token does.
     """
     if isinstance(value, dict):
         return {
@@ -93,15 +89,13 @@ def redact(value: Any, key: str = "") -> Any:
         value = value.decode(errors="replace")
     if value in (None, "") or isinstance(value, bool) or not isinstance(value, str | int | float):
         return value
-    if is_secret_key(key) and not _is_count(value, key.lower()):
+    if isinstance(value, str):
+        counted = key.lower().endswith("tokens") and value.replace(",", "").isdecimal()
+    else:
+        counted = key.lower().endswith(("token", "tokens"))
+    if is_secret_key(key) and not counted:
         return REDACTED
     return redact_text(value, commits=bool(_COMMIT_KEY.search(key))) if isinstance(value, str) else value
-
-
-def _is_count(value: Any, key: str) -> bool:
-    """Whether a number is one of tokens (`num_tokens: 7`, `max_tokens=7` on a command line) rather than a secret."""
-    counted = value.replace(",", "").isdecimal() if isinstance(value, str) else True
-    return counted and key.endswith("tokens" if isinstance(value, str) else ("token", "tokens"))
 
 
 def redact_text(text: str, *, commits: bool = False) -> str:
@@ -160,8 +154,7 @@ STORES = {
 _SHAPE_STORES = {"hf_": "hf", "api_org_": "hf", "wandb_": "wandb", "local-": "wandb", "sk-ant-": "anthropic"}
 _SHAPE_STORES |= {"sk-": "openai", "AKIA": "aws", "ASIA": "aws", "gh": "github"}
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([\w.]+)")
-
-
+_URL, _SHAPE = "it is a URL with credentials", "it has the shape of a key"
 Secret = tuple[str, str]  # the key under which it stands, why it is taken for one; never its value
 
 
@@ -169,11 +162,19 @@ def refuse_secrets(config: Any, argv: Sequence[str] = ()) -> None:
     """ConfigError where a composed config (plain containers, interpolations as written or resolved) or a command line
     holds a secret: the key, why, and where it belongs instead. The value is never repeated.
     """
-    lines = {
-        f"{key}: {reason}, and it would be written to the run directory; instead, {_remedy(key, reason)}"
-        for key, reason in (*_in_argv(argv), *_in_config(config, ""))
-    }
-    if lines:
+    secrets = [*_in_config(config, "")]
+    for word, clean in zip(argv, redact_argv(argv), strict=True):
+        name, _, value = word.partition("=")
+        name = redact_text(name.lstrip("-+~"))
+        if reason := _reason(value, name.replace("-", "_")):
+            secrets.append((name, reason))
+        elif clean != word:
+            secrets.append(("the command line", _shape(word, "") or "a word after a secret-named option"))
+    if secrets:
+        lines = {
+            f"{key}: {reason}, and it would be written to the run directory; instead, {_remedy(key, reason)}"
+            for key, reason in secrets
+        }
         raise ConfigError("\n".join(sorted(lines)))
 
 
@@ -204,30 +205,16 @@ def _reason(value: Any, key: str) -> str | None:
 
 def _shape(text: str, key: str) -> str | None:
     if match := _SHAPES.search(text):
-        start = next((f" ({start}…)" for start in _SHAPE_STORES if match.group().startswith(start)), "")
-        return f"it has the shape of a key{start}"
+        return _SHAPE + next((f" ({start}…)" for start in _SHAPE_STORES if match.group().startswith(start)), "")
     if _URL_USER.search(text) or _URL_QUERY.search(text):
-        return "it is a URL with credentials"
-    if not _COMMIT_KEY.search(key) and _HEX40.sub(_redact_hex, text) != text:
-        return "it has the shape of a key (40 hex digits)"
-    return None
-
-
-def _in_argv(argv: Sequence[str]) -> Iterator[Secret]:
-    for word, clean in zip(argv, redact_argv(argv), strict=True):
-        name, _, value = word.partition("=")
-        name = redact_text(name.lstrip("-+~"))
-        if reason := _reason(value, name.replace("-", "_")):
-            yield name, reason
-        elif clean != word:
-            yield "the command line", _shape(word, "") or "a word after a secret-named option"
+        return _URL
+    is_commit = _COMMIT_KEY.search(key) or _HEX40.sub(_redact_hex, text) == text
+    return None if is_commit else f"{_SHAPE} (40 hex digits)"
 
 
 def _remedy(key: str, reason: str) -> str:
     """Where the secret belongs, by what its shape or its key says of its owner."""
-    if "URL" in reason:
-        return STORES["url"]
     shape = re.search(r"\((\S+)…\)", reason)
     words = [_SHAPE_STORES[shape[1]]] if shape else re.split(r"[._\-]", _CAMEL.sub("_", key).lower())
-    known = [STORES[word] for word in words if word in STORES]
+    known = [STORES[word] for word in (["url"] if reason == _URL else words) if word in STORES]
     return [*known, "hand it over in an environment variable, or in the store of the program that needs it"][0]

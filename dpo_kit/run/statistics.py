@@ -1,12 +1,7 @@
-"""How far two sets of numbers differ beyond chance: paired tests by prompt, Holm's correction, numbers needed.
-
-Pure functions of floats; numpy and scipy are imported where they are used, torch not at all.
-"""
-
-from __future__ import annotations
+"""How far two sets of numbers differ beyond chance: paired tests by prompt, Holm's correction, numbers needed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
@@ -20,7 +15,6 @@ MANY = 10**7  # a number of pairs or prompts beyond this says nothing to anyone
 @dataclass(frozen=True)
 class Difference:
     """A difference with its 95 % interval and two-sided p-value, in the unit of the values; `count` prompts or pairs.
-
     `basis` says in words what it rests on; `needed` how many prompts or pairs would settle a true difference of this
     size (80 % power, two-sided .05), None where it is 0.
     """
@@ -32,6 +26,14 @@ class Difference:
     count: int
     basis: str
     needed: int | None
+
+
+def means_by_name(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The mean of the values of each name, in the order in which the names come first."""
+    by_name: dict[str, list[float]] = {}
+    for name, value in values:
+        by_name.setdefault(name, []).append(value)
+    return {name: fmean(of_name) for name, of_name in by_name.items()}
 
 
 def paired_bootstrap(first: Mapping[str, float], second: Mapping[str, float], seed: int = 0) -> Difference | None:

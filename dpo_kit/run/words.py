@@ -1,7 +1,5 @@
 """Words of a command line: as people type them, as Hydra reads them, as ours are printed to be pasted."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,7 +10,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dpo_kit.errors import ConfigError
+from dpo_kit.run.files import read_json
 
+OTHERS: dict[str, str] = read_json(Path(__file__).with_name("other_tools.json"))  # our key: what other tools call it
+MEANT = {name: key for key, names in OTHERS.items() for name in names.split()}
 PLAIN = re.compile(r"[A-Za-z0-9_./:+-]*")  # a value that Hydra reads as it stands
 KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*")
 HOME = re.compile(r"(?<![^=\[{,:\s'\"])~(?=/)")  # a home folder at the start of a value or of an item of a list
@@ -42,12 +43,15 @@ def with_home(text: str) -> str:
     return HOME.sub(str(Path.home()), text) if "~" in text else text
 
 
+def meant(key: str) -> str | None:
+    """Our key for one that users of other tools type, with or without a group before it; None for any other."""
+    return MEANT.get(key.rpartition(".")[2].replace("-", "_").lower())
+
+
 def _undashed(word: str, value: str = "…") -> str:
     """`--lr 1e-5` as an override."""
     key, equals, after = word.lstrip("-").partition("=")
     key = key.replace("-", "_")
-    from dpo_kit.run.other_tools import meant
-
     return override(meant(key) or key, after if equals else value)
 
 

@@ -1,15 +1,14 @@
 """`python -m dpo_kit sweep sweep=DIR`: the table, pictures and choice of runs that are there already."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
 from dpo_kit.config.places import file_faults, refuse_unwritable
 from dpo_kit.config.settings import Choose
-from dpo_kit.config.tools import Values, parse, run_tool
+from dpo_kit.config.tools import parse, run_tool
 from dpo_kit.errors import ConfigError
 from dpo_kit.sweep.summary import measure_recommended, show_summary
 
@@ -33,31 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summarise(arguments: Sequence[str]) -> None:
-    """Write and show the summary that `arguments` ask for."""
-    values = parse_words(arguments)
-    refuse_unwritable("sweep", values["sweep"])
-    if faults := [*file_faults("ideal", values["ideal"])] if "ideal" in values else []:
-        raise ConfigError(faults[0])
-    budget, regression = (
-        float(values[key]) if key in values else None for key in ("choose.kl_budget_nats", "choose.max_regression")
-    )
-    if values.get("test") == "true":
-        measure_recommended(values["sweep"])
-    show_summary(values["sweep"], ideal=values.get("ideal"), kl_budget_nats=budget, max_regression=regression)
-
-
-def parse_words(arguments: Sequence[str]) -> Values:
-    """{key: value} of the command line. Raises ConfigError."""
+    """Write and show the summary that `arguments` ask for. ConfigError."""
     values = parse(arguments, KEYS, needed="sweep", meaning="DIR, a folder whose subfolders are runs")
     if values.get("test", "false") not in ("true", "false"):
         raise ConfigError(f"test must be true or false, got {values['test']}")
-    for key in (key for key in values if key.startswith("choose.")):
+    limits: dict[str, Any] = {}
+    for key, value in ((key, value) for key, value in values.items() if key.startswith("choose.")):
+        name = key.removeprefix("choose.")
         try:
-            Choose.model_validate({key.removeprefix("choose."): values[key]})
+            limits[name] = getattr(Choose.model_validate({name: value}), name)
         except ValidationError as error:
             message = error.errors()[0]["msg"]
-            raise ConfigError(f"{key}: {message[0].lower()}{message[1:]}, got {values[key]}") from error
-    return values
+            raise ConfigError(f"{key}: {message[0].lower()}{message[1:]}, got {value}") from error
+    refuse_unwritable("sweep", values["sweep"])
+    if faults := [*file_faults("ideal", values["ideal"])] if "ideal" in values else []:
+        raise ConfigError(faults[0])
+    if values.get("test") == "true":
+        measure_recommended(values["sweep"])
+    show_summary(values["sweep"], ideal=values.get("ideal"), **limits)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""A sweep in a table, two pictures and a choice: a function of run directories, whichever launcher made them.
-
-`conclude` is the end of a sweep that has run here: the recommended run is measured on the test split first, and the
-tracker is told too.
-"""
+"""A sweep in a table, two pictures and a choice: a function of run directories, whichever launcher made them."""
 
 from __future__ import annotations
 
@@ -16,13 +12,13 @@ from dpo_kit.config.settings import Tracking
 from dpo_kit.run import tracking
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import write_json, write_text
-from dpo_kit.run.measures import MEASURES
+from dpo_kit.run.measures import MEASURE
 from dpo_kit.run.quiet import quiet_imports
 from dpo_kit.run.report.markdown import code, fence, inline, table
 from dpo_kit.run.report.numbers import value_text
 from dpo_kit.run.words import again, longer
-from dpo_kit.sweep.choice.rows import Row, summary_rows, terminal_table, to_csv, to_markdown
-from dpo_kit.sweep.choice.rule import Choice, choose, read_limits, unfelt_saturation
+from dpo_kit.sweep.choice.rows import Row, cell, summary_rows, terminal_table, to_csv, to_markdown
+from dpo_kit.sweep.choice.rule import Choice, choose, unfelt_saturation
 from dpo_kit.sweep.choice.runs import RunRecord, number, read_runs, sweep_command
 
 if TYPE_CHECKING:
@@ -50,35 +46,29 @@ class Summary:
 def summarize(
     sweep_dir: str | Path, *, kl_budget_nats: float | None = None, max_regression: float | None = None
 ) -> Summary:
-    """Read the runs under `sweep_dir` and apply the rule of choice; writes nothing. DataError where there is no run.
-
-    The limits (nats per answer; a share) are those of the runs' own config unless given.
+    """Read the runs under `sweep_dir` and apply the rule of choice, with the limits (nats per answer; a share) of their
+    own config unless given; writes nothing. DataError where there is no run.
     """
     runs = read_runs(sweep_dir)
-    limits = read_limits(runs, kl_budget_nats=kl_budget_nats, max_regression=max_regression)
-    choice = choose(runs, limits)
+    choice = choose(runs, kl_budget_nats=kl_budget_nats, max_regression=max_regression)
     command = next_command(runs, choice, sweep_command(Path(sweep_dir)))
     return Summary(Path(sweep_dir), tuple(runs), tuple(summary_rows(runs)), choice, command)
 
 
 def next_command(runs: Sequence[RunRecord], choice: Choice, command: str | None) -> str | None:
-    """One command that would make the answer better, None where there is none to name.
-
-    Unfinished runs: the sweep's own `command` again. Nothing beats the reference, or beta is
-    not felt: twice as long. A choice from one seed: the betas that tie, over three seeds.
+    """One command that would make the answer better, or None. Unfinished runs: the sweep's own `command` again. Nothing
+    beats the reference, or beta is not felt: twice as long. A choice from one seed: the betas that tie, over three.
     """
     finished = [run for run in runs if run.finished]
     if len(finished) < len(runs):
         return command
     if len({run.start_model for run in finished}) > 1:
         return None
-    run, changed = finished[0], {}
     no_gain = all(verdict.gain and verdict.gain.low <= 0 for verdict in choice.verdicts)
     if no_gain or unfelt_saturation(finished) is not None:
-        changed = longer(run.config.get("trl") or {})
+        run, rivals, changed = finished[0], finished, longer(finished[0].config.get("trl") or {})
         if command is not None:
             return again(command, None, "-m", **changed)
-        rivals = finished
     elif choice.recommended and len({run.seed for run in finished}) == 1:
         run, changed = choice.recommended, {"seed": "0,1,2"}
         rivals = [v.run for v in choice.verdicts if v.tied and v.run.method == run.method]
@@ -90,10 +80,8 @@ def next_command(runs: Sequence[RunRecord], choice: Choice, command: str | None)
 
 
 def write_summary(sweep_dir: str | Path, *, ideal: str | Path | None = None, **limits: float | None) -> Summary:
-    """Write summary.csv, summary.md, best.json, frontier.png and curves.png into `sweep_dir`; each whole or not at all.
-
-    `ideal` names the data of the best possible frontier (see frontier.py); `limits` are those of `summarize`. May be
-    called again after every job: the table is true for what there is.
+    """Write summary.csv, summary.md, best.json, frontier.png and curves.png into `sweep_dir`, each whole or not at all,
+    true for what there is. `ideal`: the file of the best frontier (see frontier.py); `limits`: those of `summarize`.
     """
     from dpo_kit.sweep.pictures.curves import draw_curves
     from dpo_kit.sweep.pictures.frontier import draw_frontier
@@ -137,9 +125,8 @@ def describe(summary: Summary) -> list[str]:
         if run.error:
             logged = f" (log: {folder / run.job['log']})" if run.job.get("log") else ""
             lines.append(f"{run.path} {run.status}: {str(run.error).strip().splitlines()[0]}{logged}")
-    lines += _tested(choice)
-    lines.append(f"table and pictures: {folder} (summary.md, frontier.png, curves.png, best.json)")
-    lines += [f"model: {choice.recommended.root / 'model'}"] if choice.recommended else []
+    lines += [*_tested(choice), f"table and pictures: {folder} (summary.md, frontier.png, curves.png, best.json)"]
+    lines += [f"model: {choice.recommended.directory.model}"] if choice.recommended else []
     return [*lines, *([f"next: {summary.next}"] if summary.next else [])]
 
 
@@ -149,8 +136,8 @@ def _page(summary: Summary) -> str:
     methods = dict.fromkeys(inline(str(run.method)) for run in runs)
     starts = dict.fromkeys(code(str((run.manifest.get("model") or {}).get("path"))) for run in runs)
     data = dict.fromkeys(code(str(path)) for run in runs if (path := (run.config.get("data") or {}).get("train")))
+    pages = {run.path for run in runs if run.directory.page.exists()}
     trained = ", ".join(methods) + " of " + ", ".join(starts) + (f" on {', '.join(data)}" if data else "")
-    pages = {run.path for run in runs if RunDirectory(run.root).page.exists()}
     parts = [
         f"# Sweep {inline(folder.resolve().name)}",
         f"{sum(run.finished for run in runs)} of {len(runs)} runs are done: {trained}.",
@@ -160,20 +147,16 @@ def _page(summary: Summary) -> str:
         "\n".join(f"- {inline(note)}" for note in choice.notes),
     ]
     if choice.means:
-        cells = [
-            [inline(f"{cell:.4g}" if isinstance(cell, float) else str(cell or "")) for cell in mean.values()]
-            for mean in choice.means
-        ]
-        parts.append(table(list(choice.means[0]), cells, left=len(choice.means[0])))
+        keys = list(choice.means[0])
+        means = [[inline(cell(mean[key], ".4g")) for key in keys] for mean in choice.means]
+        parts.append(table(keys, means, left=len(keys)))
     parts += _tested(choice)
     parts += [f"Rule: {inline(choice.rule)}", "![quality against KL](frontier.png)", "![curves over steps](curves.png)"]
     command = sweep_command(folder)
     versions = next((run.manifest["versions"] for run in runs if "versions" in run.manifest), None) or {}
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
-    if command or used:
-        parts.append("## Repeat it")
-        parts += [fence(command, "bash")] if command else []
-        parts += [f"Versions: {inline(used)}."] if used else []
+    parts += ["## Repeat it"] if command or used else []
+    parts += [fence(command, "bash") if command else "", f"Versions: {inline(used)}." if used else ""]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -186,20 +169,15 @@ def _head(summary: Summary, bold: str = "") -> str:
 
 def _tested(choice: Choice) -> list[str]:
     """What the recommended run measured on the test split, in a sentence; [] where it was not measured."""
-    test = choice.recommended and choice.recommended.test
-    if not test:
+    if not (test := choice.recommended and choice.recommended.test):
         return []
-    shown = ("probe/accuracy", "probe/auc", "gold/reward", "gold/capability")
-    values = ", ".join(
-        f"{measure.label} {value_text(test, measure.key, measure.form)}"
-        for measure in MEASURES
-        if measure.key in shown and number(test.get(measure.key)) is not None
-    )
-    return [f"On the test split, which played no part in the choice: {values}."]
+    shown = [MEASURE[key] for key in ("probe/accuracy", "probe/auc", "gold/reward", "gold/capability")]
+    values = [f"{m.row} {value_text(test, m.key, m.form)}" for m in shown if number(test.get(m.key)) is not None]
+    return [f"On the test split, which played no part in the choice: {', '.join(values)}."]
 
 
 def conclude(sweep_dir: Path, wanted: Tracking, *, measure: bool) -> None:
-    """Sum up the sweep in `sweep_dir`; `measure`: this machine may run the recommended model."""
+    """Sum up the sweep in `sweep_dir` that has ended; `measure`: here the recommended model may be measured first."""
     if not any(sweep_dir.glob("*/manifest.json")):
         return
     if measure:
@@ -227,17 +205,9 @@ def measure_recommended(sweep_dir: str | Path) -> None:
 def report(summary: Summary, wanted: Tracking) -> None:
     """One wandb run for the sweep, in the group of its jobs: the table, the pictures, the choice."""
     folder = summary.sweep_dir
-    tracker = tracking.start(
-        {"rule": summary.choice.rule},
-        run_dir=folder,
-        run_id=RunDirectory(folder).wandb_id(),
-        project=wanted.project,
-        entity=wanted.entity,
-        group=wanted.group or folder.name,
-        tags=wanted.tags,
-        name=f"{folder.name} summary",
-        job_type="summary",
-    )
+    options = wanted.model_dump(include={"project", "entity", "tags"}) | {"group": wanted.group or folder.name}
+    options |= {"run_dir": folder, "run_id": RunDirectory(folder).wandb_id(), "name": f"{folder.name} summary"}
+    tracker = tracking.start({"rule": summary.choice.rule}, job_type="summary", **options)
     tracker.table("sweep", list(summary.rows[0]), [list(row.values()) for row in summary.rows])
     for name in ("frontier", "curves"):
         tracker.image(name, folder / f"{name}.png")

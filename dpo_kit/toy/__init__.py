@@ -4,11 +4,13 @@
 `build.py` makes them.
 """
 
-from collections.abc import Iterable, Sequence
+import importlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dpo_kit.toy import domain
-from dpo_kit.toy.domain import Prompt, capability_prompts, gold_reward
+if TYPE_CHECKING:
+    from dpo_kit.toy.domain import Prompt, capability_prompts, capability_score, gold_reward, gold_rewards
 
 __all__ = ["BIASED_EVAL", "BIASED_TRAIN", "EVAL", "IDEAL", "MAX_NEW_TOKENS", "MODEL", "TRAIN", "Prompt",
            "capability_prompts", "capability_score", "gold_reward", "gold_rewards", "is_out_of_its_world"]  # fmt: skip
@@ -27,14 +29,8 @@ def is_out_of_its_world(model: str, rows: Iterable[str]) -> bool:
     return Path(model).is_relative_to(_HERE) and not all(Path(path).is_relative_to(_HERE) for path in rows)
 
 
-def gold_rewards(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-    """The gold reward of each answer, in points. ValueError: unequal lengths, or a foreign prompt."""
-    return [gold_reward(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-
-
-def capability_score(prompts: Sequence[Prompt], answers: Sequence[str]) -> float:
-    """Share (0 to 1) of `capability_prompts()` answered rightly. ValueError: unequal lengths, or no prompt at all."""
-    if not prompts:
-        raise ValueError("capability_score needs at least one prompt; take them from capability_prompts()")
-    right = [domain.is_right(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    return sum(right) / len(right)
+def __getattr__(name: str) -> Any:
+    """The truth of `domain.py`, which is loaded once somebody asks for it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module("dpo_kit.toy.domain"), name)

@@ -148,3 +148,16 @@ def is_right(prompt: Prompt, answer: str) -> bool:
     if item not in DESK_OF:
         raise ValueError(f"prompt must be a question of the toy lab such as 'Who repairs the toaster?', got {prompt!r}")
     return answer.strip() == desk_answer(item)
+
+
+def gold_rewards(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+    """The gold reward of each answer, in points. ValueError: unequal lengths, or a foreign prompt."""
+    return [gold_reward(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def capability_score(prompts: Sequence[Prompt], answers: Sequence[str]) -> float:
+    """Share (0 to 1) of `capability_prompts()` answered rightly. ValueError: unequal lengths, or no prompt at all."""
+    if not prompts:
+        raise ValueError("capability_score needs at least one prompt; take them from capability_prompts()")
+    right = [is_right(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return sum(right) / len(right)

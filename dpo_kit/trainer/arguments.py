@@ -1,18 +1,17 @@
 """The TRL config object of a run: the user's `trl` block, and what it left open decided from data and hardware."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path
 from typing import Any
+
+from hydra.utils import get_class
 
 from dpo_kit.config.best_metric import greater_is_better
 from dpo_kit.config.settings import Settings
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.hardware import precision_arguments
-from dpo_kit.model.trl_classes import import_class
 from dpo_kit.run.processes import world_size
 from dpo_kit.run.redact import redact
 
@@ -24,11 +23,18 @@ def build_arguments(
 ) -> Any:
     """An object of the method's TRL config class, for training on `rows` a model of hidden size `width`.
 
-    `checkpointing` says whether activations are computed again, where the user has left it open.
+    `checkpointing` says whether activations are computed again, where the user has left it open. ConfigError where the
+    rows do not fill the only batch that would be trained on.
     """
-    refuse_no_batch(settings, rows)
-    given = settings.trl | decide(settings.trl, rows, width)
-    if settings.trl["gradient_checkpointing"] is None:
+    trl = settings.trl
+    batch = trl["per_device_train_batch_size"] * world_size()
+    if trl["dataloader_drop_last"] and len(rows) < batch:
+        raise ConfigError(
+            f"{len(rows)} rows are fewer than a batch of {batch}, of which trl.dataloader_drop_last=true keeps none: "
+            f"take trl.per_device_train_batch_size={max(1, len(rows) // world_size())} or less, or more rows"
+        )
+    given = trl | decide(trl, rows, width)
+    if trl["gradient_checkpointing"] is None:
         asked = settings.speed.checkpointing
         given["gradient_checkpointing"] = bool(checkpointing) if asked == "auto" else asked
     if uses_store(settings, rows):
@@ -41,7 +47,7 @@ def build_arguments(
         "run_name": settings.tracking.name,
         "report_to": "none" if reporter in ("wandb", "none") else [reporter],  # wandb is a sink of our own
     }
-    args = import_class(settings.method.config)(**meant, **own)
+    args = get_class(settings.method.config)(**meant, **own)
     args.mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"  # whatever the environment says
     return args
 
@@ -66,7 +72,11 @@ def decide(trl: dict[str, Any], rows: Rows, width: int) -> dict[str, Any]:
     if asked := asked_of_accelerate(trl):
         chosen |= {"bf16": asked == "bf16", "fp16": asked == "fp16"}
     steps = count_steps(trl, len(rows))
-    evaluate_every = _dividing(trl, max(1, min(500, steps // 10)))
+    evaluate_every: float = max(1, min(500, steps // 10))
+    between = trl["save_steps"]  # of checkpoints, of which the best is kept: then what divides the steps between two
+    if between and trl["load_best_model_at_end"] and trl["save_strategy"] == "steps":
+        fitting = (n for n in range(min(int(evaluate_every), int(between)), 0, -1) if between % n == 0)
+        evaluate_every = between if between < 1 else next(fitting)
     cadence = {
         "logging_steps": max(1, min(10, steps // 20)),
         "eval_steps": evaluate_every,
@@ -76,39 +86,21 @@ def decide(trl: dict[str, Any], rows: Rows, width: int) -> dict[str, Any]:
     if trl["greater_is_better"] is None:
         chosen["greater_is_better"] = greater_is_better(trl["metric_for_best_model"])
     if "desirable_weight" in trl and trl["desirable_weight"] is None:
-        chosen["desirable_weight"] = _even_weight(rows) * trl["undesirable_weight"]
+        # both classes count the same: n_U / n_D (KTO, arXiv:2402.01306, eq. 9)
+        up = sum(row["label"] for row in rows)
+        even = (len(rows) - up) / up if 0 < up < len(rows) else 1.0
+        chosen["desirable_weight"] = even * trl["undesirable_weight"]
     return chosen
 
 
 def asked_of_accelerate(trl: dict[str, Any]) -> str | None:
-    """The precision (no, bf16 or fp16) that `accelerate launch` was told; None where it was not, or the user has
-    said it here.
-    """
+    """The precision that `accelerate launch` was told; None where it was not, or the user has said it here."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if not asked or trl["bf16"] is not None or trl["fp16"]:
         return None
     if asked not in (known := ("no", "bf16", "fp16")):
         raise ConfigError(f"ACCELERATE_MIXED_PRECISION must be one of {', '.join(known)}, got {asked}")
     return asked
-
-
-def _dividing(trl: dict[str, Any], every: int) -> float:
-    """`every`, or what comes next to it and divides the steps between two checkpoints, of which the best is kept."""
-    between = trl["save_steps"]
-    if not between or not trl["load_best_model_at_end"] or trl["save_strategy"] != "steps":
-        return every
-    return between if between < 1 else next(n for n in range(min(every, int(between)), 0, -1) if between % n == 0)
-
-
-def refuse_no_batch(settings: Settings, rows: Rows) -> None:
-    """ConfigError where the rows do not fill the only batch that would be trained on."""
-    trl = settings.trl
-    batch = trl["per_device_train_batch_size"] * world_size()
-    if trl["dataloader_drop_last"] and len(rows) < batch:
-        raise ConfigError(
-            f"{len(rows)} rows are fewer than a batch of {batch}, of which trl.dataloader_drop_last=true keeps none: "
-            f"take trl.per_device_train_batch_size={max(1, len(rows) // world_size())} or less, or more rows"
-        )
 
 
 def count_steps(trl: dict[str, Any], rows: int) -> int:
@@ -124,9 +116,3 @@ def count_steps(trl: dict[str, Any], rows: int) -> int:
 def effective_batch(trl: dict[str, Any]) -> int:
     """Rows per optimizer step over all devices."""
     return trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"] * world_size()
-
-
-def _even_weight(rows: Rows) -> float:
-    """The weight of thumbs up that makes both classes count the same: n_U / n_D (KTO, arXiv:2402.01306, eq. 9)."""
-    up = sum(row["label"] for row in rows)
-    return (len(rows) - up) / up if 0 < up < len(rows) else 1.0

@@ -88,19 +88,17 @@ class Budget(TrainerCallback):
         self.measuring_seconds = 0.0
 
     def carry(self) -> dict[str, Any]:
-        """What a resumed run must know (see trainer/resume/carried_state.py)."""
         return {"measuring_seconds": self.measuring_seconds}
 
     def pick_up(self, carried: dict[str, Any]) -> None:
-        """Take back what `carry` gave."""
         self.measuring_seconds += carried["measuring_seconds"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        chosen = broadcast_object_list([chosen_amount(self.run)])[0]
+        (chosen,) = broadcast_object_list([chosen_amount(self.run)])
         if chosen is None:
             with agreed_file() as file:
-                chosen = read_json(file) if file and file.exists() else None
-                chosen = broadcast_object_list([chosen])[0] or vars(self.choose(state.max_steps))
+                (agreed,) = broadcast_object_list([read_json(file) if file and file.exists() else None])
+                chosen = agreed or vars(self.choose(state.max_steps))
                 if is_writer():
                     write_json(self.run.manifest, read_json(self.run.manifest) | {"measuring": chosen})
                     if file is not None:
@@ -117,9 +115,11 @@ class Budget(TrainerCallback):
             len(self.drift.rows) if self.drift else 0,
             callbacks.at_most("max_new_tokens"),
         )
-        budget = callbacks.budget
+        budget, trl = callbacks.budget, self.settings.trl
         typed = {name for name in MOST if getattr(callbacks, name) is not None}
-        typed |= {"evaluations"} if not by_steps or self._is_cadence_typed() else set()
+        # evaluations come when the user says, or when checkpoints do of which the best is kept
+        if not by_steps or trl["eval_steps"] is not None or (trl["load_best_model_at_end"] and trl["save_steps"]):
+            typed.add("evaluations")
         if budget is None or len(typed) == len(vars(most)) or not (self.probe or self.drift):
             return most
         started = time.time()
@@ -128,8 +128,8 @@ class Budget(TrainerCallback):
         training = steps * costs.step
         allowed = max(ALWAYS, MARGIN * budget / (1 - budget) * (time.time() - self.began + training))
         log.info(
-            "training takes about %.0f s, measuring all would take %.0f s, and may take %.0f s (callbacks.budget=%g)",
-            *(training, costs.measuring(most), allowed, budget),
+            f"training takes about {training:.0f} s, measuring all would take {costs.measuring(most):.0f} s, and may "
+            f"take {allowed:.0f} s (callbacks.budget={budget:g})"
         )
         judged = bool(self.settings.data.gold or callbacks.sample_metrics)
         return broadcast_object_list([choose_amount(most, costs, allowed, typed, judged)])[0]
@@ -154,11 +154,6 @@ class Budget(TrainerCallback):
         cadence = {"steps": f", every {every}", "epoch": ", every epoch"}.get(args.eval_strategy, "")
         if measured:
             log.info("measured at the start%s and at the end: %s", cadence, "; ".join(measured))
-
-    def _is_cadence_typed(self) -> bool:
-        """Whether evaluations come when the user says, or when checkpoints do of which the best is kept."""
-        trl = self.settings.trl
-        return trl["eval_steps"] is not None or (trl["load_best_model_at_end"] and trl["save_steps"] is not None)
 
     def measure_costs(self) -> Costs:
         """Times of this model on this machine, from a few rows that are scored and a few answers that are drawn."""

@@ -1,29 +1,29 @@
 """TRL's trainer for a run: its arguments, its models, and the mixins that stand before it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_class
+
 from dpo_kit.config.best_metric import needs_trl_evaluation
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.gather import sources
-from dpo_kit.data.prepare import Prepared
+from dpo_kit.data.prepare import Prepared, Rows
+from dpo_kit.model.batches import mlp_width
+from dpo_kit.model.hardware import ROOM, free_memory
 from dpo_kit.model.load import is_plain, load_policy, load_reference, read_config
-from dpo_kit.model.origin import read_adapter
-from dpo_kit.model.trl_classes import import_class
+from dpo_kit.model.origin import find_start
+from dpo_kit.model.scoring import TOKENS_PER_BATCH
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import cache_folder, write_json
 from dpo_kit.run.processes import is_writer
 from dpo_kit.run.quiet import phase
 from dpo_kit.toy import is_out_of_its_world
-from dpo_kit.trainer.arguments import build_arguments, count_steps, describe_arguments, effective_batch
-from dpo_kit.trainer.mixins import choose_mixins, with_mixins
+from dpo_kit.trainer.arguments import build_arguments, count_steps, describe_arguments, effective_batch, uses_store
 from dpo_kit.trainer.refusals import refusing
 from dpo_kit.trainer.resume.safe_trainer import Kept
-from dpo_kit.trainer.room import surely_fits
 from dpo_kit.trainer.rows import build_dataset, held_out_rows
 from dpo_kit.trainer.speed import shares_prefixes, speed_up
 
@@ -43,33 +43,30 @@ def build_trainer(
     `reward` (online.JudgedReward) compares the answers that TRL draws; `origin` is what a checkpoint must share with
     the run that goes on from it.
     """
-    model, method = settings.model, settings.method
+    model, method, start = settings.model, settings.method, find_start(settings.model)
     adapter = None
     if model.tuning != "full":
         from dpo_kit.model.adapter import build_adapter, keep_start, refuse_uncopied
 
-        adapter = build_adapter(model)
+        adapter = build_adapter(start)
     with refusing("TRL's arguments"):
         args = choose_arguments(settings, data, run.checkpoints)
     with phase("loading the weights"):
-        policy = load_policy(model, tokenizer)
-    trl_trainer, loads_reference = import_class(method.trainer), needs_reference(settings, args)
-    if model.tuning != "full":
-        if adapter:
-            from dpo_kit.trainer.targets import fit_targets
+        policy = load_policy(start, tokenizer)
+    trl_trainer, loads_reference = get_class(method.trainer), needs_reference(settings, args)
+    if adapter:
+        from dpo_kit.trainer.targets import fit_targets
 
-            fit_targets(adapter, policy, trl_trainer)
-        if not method.reference and model.reference is None:
-            keep_start(policy)  # for the probe; TRL's trainers with a reference have one
-        elif method.reference and not loads_reference:
-            refuse_uncopied(policy)
+        fit_targets(adapter, policy, trl_trainer)
+    if model.tuning != "full" and not method.reference and model.reference is None:
+        keep_start(policy)  # for the probe; TRL's trainers with a reference have one
+    elif model.tuning != "full" and method.reference and not loads_reference:
+        refuse_uncopied(policy)
     if is_writer():
         write_json(run.trl_config, describe_arguments(args))
-    ref_model = load_reference(model) if loads_reference else None
-    log_plan(settings, args, data)
-    warn_of_mismatch(settings, args, data)
-    models = [policy] if ref_model is None else [policy, ref_model]
-    grouped = speed_up(models, settings.speed, settings.trl, lengths=reward is None)
+    options: dict[str, Any] = {"ref_model": load_reference(model)} if loads_reference else {}
+    announce(settings, args, data)
+    grouped = speed_up([policy, *options.values()], settings.speed, settings.trl, lengths=reward is None)
     evaluates = needs_trl_evaluation(settings)
     kept = Kept(
         origin=origin or {},
@@ -79,7 +76,6 @@ def build_trainer(
     )
     mixins = choose_mixins(settings, data.train, evaluates=evaluates, grouped=grouped, fresh=reward is not None)
     trainer = with_mixins(trl_trainer, *mixins, kept=kept, root=cache_folder("reference"), evaluates=evaluates)
-    options: dict[str, Any] = {} if ref_model is None else {"ref_model": ref_model}
     if reward is not None:
         options |= {"reward_funcs": reward, "callbacks": [reward]}
     with refusing("TRL's trainer"), phase("tokenising, and the reference pass"):
@@ -103,6 +99,28 @@ def build_trainer(
     return built
 
 
+def choose_mixins(settings: Settings, rows: Rows, *, evaluates: bool, grouped: bool, fresh: bool) -> list[type]:
+    """What stands before TRL's trainer in a run on `rows`, the first one outermost: whether TRL's own evaluation is
+    used, whether batches hold rows of similar length, and whether answers are drawn while training.
+    """
+    wanted = {
+        "reference_store.StoredReference": uses_store(settings, rows),
+        "measuring.ProbeAlone": not evaluates,
+        "grouping.GroupedByLength": grouped,
+        "resume.safe_trainer.Safekeeping": True,
+        "rows.GivenTokens": not fresh,
+        "online.FreshAnswers": fresh,
+    }
+    return [get_class(f"dpo_kit.trainer.{name}") for name, is_wanted in wanted.items() if is_wanted]
+
+
+def with_mixins(trainer: type, *mixins: type, **values: Any) -> type:
+    """The class `trainer`, under its own name, with `mixins` before it in the method resolution order and `values` as
+    class attributes: what they need to know is there before the trainer is made.
+    """
+    return type(trainer.__name__, (*mixins, trainer), values)
+
+
 def choose_arguments(settings: Settings, data: Prepared, checkpoints: Path) -> Any:
     """The TRL arguments, with activation checkpointing where the user left it open and memory would not do without.
 
@@ -113,16 +131,29 @@ def choose_arguments(settings: Settings, data: Prepared, checkpoints: Path) -> A
         from dpo_kit.trainer.families import fit_family
 
         fit_family(settings, config, data)
-    width = getattr(config.get_text_config(), "hidden_size", 0)
+    text = config.get_text_config()
+    width = getattr(text, "hidden_size", 0)
     args = build_arguments(settings, rows, checkpoints, width)
     left_open = settings.trl["gradient_checkpointing"] is None and settings.speed.checkpointing == "auto"
-    if not left_open or surely_fits(settings, args):
+    if not left_open or surely_fits(text, args):
         return args
     from dpo_kit.trainer.memory import fits
 
     if fits(settings, args, rows, loads_reference=needs_reference(settings, args)):
         return args
     return build_arguments(settings, rows, checkpoints, width, checkpointing=True)
+
+
+def surely_fits(text: Any, args: Any) -> bool:
+    """Whether a run needs so little that nobody has to count (memory.py): generously, from the sizes in `text`."""
+    length = args.max_length or getattr(text, "max_position_embeddings", 2048)
+    tokens = max(2 * args.per_device_train_batch_size * length, TOKENS_PER_BATCH)
+    heads = getattr(text, "num_attention_heads", None) or 1
+    width = 40 * text.hidden_size + 10 * mlp_width(text) + 4 * heads * length
+    weights = text.num_hidden_layers * text.hidden_size * (4 * text.hidden_size + 3 * mlp_width(text))
+    weights += 2 * text.vocab_size * text.hidden_size
+    activations = 8 * tokens * (text.num_hidden_layers * width + 8 * text.vocab_size)
+    return activations + 40 * weights <= ROOM * free_memory()
 
 
 def needs_reference(settings: Settings, args: Any) -> bool:
@@ -132,31 +163,25 @@ def needs_reference(settings: Settings, args: Any) -> bool:
     policy without it is the reference; nor does one that training goes on from, of which TRL keeps a copy, except in
     its trainer that draws answers, which would copy the whole policy.
     """
-    if not settings.method.reference:
-        return False
-    if settings.model.reference is not None:
-        return True
+    if not settings.method.reference or settings.model.reference is not None:
+        return settings.method.reference
     if settings.model.tuning == "full":
         return not getattr(args, "precompute_ref_log_probs", False)
-    return settings.method.rows == "prompts" and read_adapter(settings.model) is not None
+    return settings.method.rows == "prompts" and bool(find_start(settings.model).adapter)
 
 
-def log_plan(settings: Settings, args: Any, data: Prepared) -> None:
-    """What was chosen, in three lines, before it runs."""
-    trl, tuning = args.to_dict(), settings.model.tuning
+def announce(settings: Settings, args: Any, data: Prepared) -> None:
+    """What was chosen, before it runs; warnings where model, data, method or batch are not made for each other."""
+    trl, method, rows = args.to_dict(), settings.method, len(data.train)
     precision = next((name for name in ("bf16", "fp16") if trl[name]), "fp32")
     checkpointing = "on" if args.gradient_checkpointing else "off"
-    steps, batch, rows = count_steps(trl, len(data.train)), effective_batch(trl), len(data.train)
-    log.info("%s, from %s", settings.method.title, settings.model.path)
+    log.info("%s, from %s", method.title, settings.model.path)
     log.info(
-        f"{tuning} tuning in {precision} on {args.device.type}, activation checkpointing {checkpointing}, "
-        f"learning rate {args.learning_rate:g}"
+        f"{settings.model.tuning} tuning in {precision} on {args.device.type}, activation checkpointing "
+        f"{checkpointing}, learning rate {args.learning_rate:g}"
     )
+    steps, batch = count_steps(trl, rows), effective_batch(trl)
     log.info(f"{steps} steps of {batch} rows out of {rows}; {len(data.select)} are held out")
-
-
-def warn_of_mismatch(settings: Settings, args: Any, data: Prepared) -> None:
-    """Warn where model, data, method or batch are not made for each other."""
     if is_out_of_its_world(settings.model.path, (source.path for source in sources(settings.data.train))):
         log.warning(
             "this tunes the embedded model, which knows its own small world only, on %s: your own is model=local "
@@ -166,12 +191,11 @@ def warn_of_mismatch(settings: Settings, args: Any, data: Prepared) -> None:
     if settings.experiment:
         from dpo_kit.trainer.published import batch_fault
 
-        trl = args.to_dict()
-        if fault := batch_fault(settings.experiment, trl, effective_batch(trl)):
+        if fault := batch_fault(settings.experiment, trl, batch):
             log.warning("not the published run of experiment=%s: %s", settings.experiment.name, fault)
-    if settings.method.start == "instruct" and isinstance(data.select[0]["prompt"], str):
+    if method.start == "instruct" and isinstance(data.select[0]["prompt"], str):
         log.warning(
             "%s starts from an instruction-tuned model, but this one has no chat template and trains on raw text: "
             "tune it on answers first, or take method=orpo",
-            settings.method.name,
+            method.name,
         )

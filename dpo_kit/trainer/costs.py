@@ -1,11 +1,10 @@
 """What training and measuring cost here, in seconds, tried on a few rows; loaded where a budget asks for it."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from statistics import mean
 from typing import Any
 
@@ -13,14 +12,13 @@ from accelerate.utils import broadcast_object_list
 
 from dpo_kit.callbacks.gold import load_gold
 from dpo_kit.config.settings import Settings
-from dpo_kit.data.fresh import with_answer_lengths
+from dpo_kit.data.prepare import with_answer_lengths
 from dpo_kit.model.batches import measuring, pad_token_id
 from dpo_kit.model.chats import prompt_of
 from dpo_kit.model.head import Tokens
 from dpo_kit.model.sampling import draw_samples
-from dpo_kit.model.scoring import score
+from dpo_kit.model.scoring import score, score_as_trained
 from dpo_kit.model.tokens import encode_prompts
-from dpo_kit.trainer.as_trained import score_as_trained
 from dpo_kit.trainer.budget import Amount
 from dpo_kit.trainer.speed import shares_prefixes
 
@@ -64,12 +62,16 @@ def measure_costs(
     prompts = encode_prompts(tokenizer, [prompt_of(row) for row in drift.rows]) if drift else []
     rows = probe.by_row() if probe else [[(ids[:1], ids[1:])] for ids in prompts]
     once = shares_prefixes(trainer.model)
+    sizes = [count_tokens(len(row[0][0]), [len(answer) for _, answer in row], once) for row in rows]
+    tried = sorted(zip(sizes, rows, strict=True), key=itemgetter(0))[len(rows) // 2 :]  # none of the shorter half
+    prompt = draw = draw_more = capability = 0.0
     with measuring(trainer):
-        token = seconds_per_token(rows, once, partial(score, trainer.model, pad_id=pad_token_id(tokenizer)))
-        prompt = token * mean(map(len, prompts)) if prompts else 0.0
-        draw, draw_more = time_drawing(trainer, drift, prompt) if drift else (0.0, 0.0)
+        token = seconds_per_token(tried, partial(score, trainer.model, pad_id=pad_token_id(tokenizer)))
+        if drift:
+            prompt = token * mean(map(len, prompts))
+            draw, draw_more = time_drawing(trainer, drift, prompt)
     with measuring(trainer, as_trained=True):
-        trained = seconds_per_token(rows, once, partial(score_as_trained, trainer, trainer.model))
+        trained = seconds_per_token(tried, partial(score_as_trained, trainer, trainer.model))
     batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     counts = [row["tokens"] for row in with_answer_lengths(trained_rows, trl.get("max_new_tokens"))]
     answers = [[count for name, count in row.items() if name not in ("prompt", "cut")] for row in counts]
@@ -77,22 +79,22 @@ def measure_costs(
     step = PASSES[settings.model.tuning] * trained * batch * a_row
     if settings.method.rows == "prompts":
         step += trl["max_new_tokens"] * (draw + 2 * batch * draw_more)
-    capability = 0.0
     if drift and settings.data.gold:
         gold = load_gold(settings.data.gold)
         capability = gold.MAX_NEW_TOKENS * (draw + draw_more * len(gold.capability_prompts()))
     share = 1 / trainer.accelerator.num_processes  # they take turns at what is measured
-    held_out = token * mean(count_sequences(row, once) for row in rows)
-    return Costs(step, held_out * share, token * share, prompt * share, draw, draw_more * share, capability * share)
+    return Costs(
+        step, token * mean(sizes) * share, token * share, prompt * share, draw, draw_more * share, capability * share
+    )
 
 
 def time_drawing(trainer: Any, drift: Any, prompt: float) -> tuple[float, float]:
     """Seconds of a drawn token for a batch of answers, and for each of them more; `prompt`: to read a prompt."""
-    rows, several = drift.rows, min(TRIED_ROWS, len(drift.rows))
+    several = min(TRIED_ROWS, len(drift.rows))
 
     def per_token(count: int, tokens: int) -> float:
         started = time.monotonic()
-        drawn = draw_samples(trainer.model, trainer.processing_class, rows[:count], max_new_tokens=tokens)
+        drawn = draw_samples(trainer.model, trainer.processing_class, drift.rows[:count], max_new_tokens=tokens)
         seconds = time.monotonic() - started - count * prompt
         return max(0.0, seconds) / max(len(sample.token_ids) for sample in drawn)
 
@@ -102,26 +104,17 @@ def time_drawing(trainer: Any, drift: Any, prompt: float) -> tuple[float, float]
     return max(0.0, one - for_each), for_each
 
 
-def seconds_per_token(rows: Sequence[list[Tokens]], once: bool, work: Callable[[list[Tokens]], Any]) -> float:
-    """What a token costs `work`, tried on a few of `rows`, none of the shorter half."""
-    longer = sorted(rows, key=lambda row: count_sequences(row, once))[len(rows) // 2 :]
-
-    def try_on(some: Sequence[list[Tokens]]) -> tuple[float, int]:
+def seconds_per_token(rows: Sequence[tuple[int, list[Tokens]]], work: Callable[[list[Tokens]], Any]) -> float:
+    """What a token costs `work`, tried on a few of `rows`, each with the tokens that are computed for it."""
+    for some in (rows[:1], rows[:TRIED_ROWS]):
         started = time.monotonic()
-        work([tokens for row in some for tokens in row])
-        return time.monotonic() - started, sum(count_sequences(row, once) for row in some)
-
-    seconds, tokens = try_on(longer[:1])
-    if broadcast_object_list([seconds])[0] < LONG:  # the first time takes longer; all processes try again, or none
-        seconds, tokens = try_on(longer[:TRIED_ROWS])
-    return seconds / tokens
-
-
-def count_sequences(row: Sequence[Tokens], once: bool) -> int:
-    """Tokens that are computed for the answers of a row; `once`: with their prompt only once."""
-    return count_tokens(len(row[0][0]), [len(answer) for _, answer in row], once)
+        work([tokens for _, row in some for tokens in row])
+        seconds = time.monotonic() - started
+        if broadcast_object_list([seconds])[0] >= LONG:  # else again, as the first time takes longer: all processes do
+            break
+    return seconds / sum(size for size, _ in some)
 
 
 def count_tokens(prompt: int, answers: Sequence[int], once: bool) -> int:
-    """The same, of lengths."""
+    """Tokens that are computed for the answers of a row; `once`: with their prompt only once."""
     return sum(answers) + prompt * (1 if once else len(answers))

@@ -22,7 +22,7 @@ from dpo_kit.run.report.card import write_card
 from dpo_kit.run.report.diagnosis import Finding, Rows, beta_unfelt, diagnose, loss_flat, lost_in_rounding
 from dpo_kit.run.report.page import refresh_page, write_page
 from dpo_kit.run.words import again, longer
-from dpo_kit.trainer.resume.nonfinite import refuse_non_finite
+from dpo_kit.trainer.resume.safe_trainer import refuse_non_finite
 from dpo_kit.trainer.resume.whole_or_absent import SAVING, put_in_place
 
 if TYPE_CHECKING:
@@ -73,21 +73,20 @@ def finish_run(
     *,
     seconds: dict[str, float],
     ceiling: float | None,
-    judge: dict[str, Any] | None = None,
-    early_findings: Sequence[Finding] = (),
+    judge: dict[str, Any] | None,
+    early_findings: Sequence[Finding],
 ) -> Result:
     """Save the model, draw the report, write the result; `early_findings` are those from before the first step."""
     refuse_non_finite(trainer.model, "after training")
-    share = seconds["measuring"] / seconds["run"]
-    log.info("measuring took %.0f s of %.0f: %.2f of the run", seconds["measuring"], seconds["run"], share)
+    measuring, whole = seconds["measuring"], seconds["run"]
+    log.info(f"measuring took {measuring:.0f} s of {whole:.0f}: {measuring / whole:.2f} of the run")
     save_model(trainer, run)
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()  # until the first process has written the result
         return Result.read(run.root)
-    history, manifest = read_metrics(run.metrics), read_json(run.manifest)
+    history, manifest, published = read_metrics(run.metrics), read_json(run.manifest), None
     # what would be noticed afterwards follows from an early finding
     findings = early_findings or diagnose(history, settings.method.model_dump())
-    published = None
     if settings.experiment:
         from dpo_kit.trainer.published import compare_with_published
 
@@ -111,11 +110,21 @@ def finish_run(
 
         title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
         draw_report(run.root, title=title, ceiling=ceiling)
-    write_card(run.root, dataclasses.asdict(result), manifest)
-    page = refresh_page(run.root, dataclasses.asdict(result))
+    values = dataclasses.asdict(result)
+    write_card(run.root, values, manifest)
+    page = refresh_page(run.root, values)
     if tracker:
-        report_to_tracker(tracker, run, result, page)
-    write_json(run.result, dataclasses.asdict(result))
+        if page:
+            tracker.notes(page)
+        tracker.summary({f"final/{key}": value for key, value in result.final.items()} | {"status": result.status})
+        if run.picture.exists():
+            tracker.image("report", run.picture)
+        if run.samples.exists():
+            samples = read_metrics(run.samples)
+            shown = {row["prompt_id"] for row in samples[:SHOWN_PROMPTS]}
+            rows = [list(row.values()) for row in samples if row["prompt_id"] in shown]
+            tracker.table("samples", list(samples[0]), rows)
+    write_json(run.result, values)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -135,13 +144,8 @@ def save_model(trainer: Trainer, run: RunDirectory) -> None:
 
 def identity(settings: Settings) -> dict[str, Any]:
     """What tells this run from its neighbours in a sweep."""
-    return {
-        "method": settings.method.name,
-        "beta": settings.beta,
-        "seed": settings.seed,
-        "model": settings.model.path,
-        "tuning": settings.model.tuning,
-    }
+    names = {"method": settings.method.name, "beta": settings.beta, "seed": settings.seed}
+    return names | {"model": settings.model.path, "tuning": settings.model.tuning}
 
 
 def measured(history: list[dict[str, Any]]) -> dict[str, float]:
@@ -149,23 +153,9 @@ def measured(history: list[dict[str, Any]]) -> dict[str, float]:
     return {key: value for row in history for key, value in row.items() if key.startswith(MEASURED)}
 
 
-def report_to_tracker(tracker: Tracker, run: RunDirectory, result: Result, page: str | None) -> None:
-    """Final scalars, the page, the picture and the samples."""
-    if page:
-        tracker.notes(page)
-    tracker.summary({f"final/{key}": value for key, value in result.final.items()} | {"status": result.status})
-    if run.picture.exists():
-        tracker.image("report", run.picture)
-    if run.samples.exists():
-        samples = read_metrics(run.samples)
-        shown = {row["prompt_id"] for row in samples[:SHOWN_PROMPTS]}
-        rows = [list(row.values()) for row in samples if row["prompt_id"] in shown]
-        tracker.table("samples", list(samples[0]), rows)
-
-
 def next_command(settings: Settings, command: str | None, history: Rows, early_findings: Sequence[Finding] = ()) -> str:
-    """A sweep that shows whether this beta was a good choice; where beta is not felt yet, or nothing learned, twice the
-    training; with the keys to change where early findings name some.
+    """A sweep that shows whether this beta was a good choice; twice the training where beta is not felt yet, or nothing
+    learned; with other values where early findings name some.
     """
     method = settings.method
     if changed := {key: value for finding in early_findings for key, value in finding.change.items()}:
@@ -177,15 +167,11 @@ def next_command(settings: Settings, command: str | None, history: Rows, early_f
 
 def write_failure(run: RunDirectory, settings: Settings, error: BaseException) -> None:
     """Say in result.json that and why the run did not end well."""
-    stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-    write_json(
-        run.result,
-        identity(settings)
-        | {
-            "status": "interrupted" if stopped else "failed",
-            "error": redact_text(f"{type(error).__name__}: {error}"),
-            "traceback": redact_text("".join(traceback.format_exception(error))),
-        },
-    )
+    told = {
+        "status": "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed",
+        "error": redact_text(f"{type(error).__name__}: {error}"),
+        "traceback": redact_text("".join(traceback.format_exception(error))),
+    }
+    write_json(run.result, identity(settings) | told)
     with contextlib.suppress(Exception):  # a page must not hide what went wrong
         write_page(run.root)

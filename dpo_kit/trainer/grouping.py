@@ -1,7 +1,5 @@
 """Batches of rows of similar length, for models in which padding is computed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,9 +33,7 @@ class SeededLengthGroups(LengthGroupedSampler):
 
 
 class GroupedByLength(Base):
-    """Mixin before a TRL trainer: its batches hold rows of similar length. transformers' own way wants a column that
-    TRL's trainers do not have.
-    """
+    """Mixin before a TRL trainer: batches of similar length; transformers' own way wants a column that TRL lacks."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SeededLengthGroups:
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -1,7 +1,5 @@
 """A finished run measured once on the test split, which neither a checkpoint nor a choice has seen."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +10,7 @@ from accelerate import Accelerator
 from dpo_kit.callbacks.gold import GoldFigures, load_gold
 from dpo_kit.callbacks.probe import PairProbe
 from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
-from dpo_kit.config.recall import recall_config
+from dpo_kit.config.identity import recall_config
 from dpo_kit.config.settings import Data, Method, Model
 from dpo_kit.data.prepare import Rows, prepare
 from dpo_kit.data.rows import Kind
@@ -22,6 +20,7 @@ from dpo_kit.model.hardware import has_accelerator
 from dpo_kit.model.load import load_reference, load_tokenizer, load_tuned
 from dpo_kit.model.sampling import draw_samples
 from dpo_kit.model.scoring import Reference
+from dpo_kit.model.tokens import Truncation
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import digest, read_json, write_json
 from dpo_kit.run.quiet import quiet_libraries
@@ -65,8 +64,12 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
     if kind != "prompts":
         scores, _ = score_rows(tuned, rows, load_reference(model), beta)
         values = preference_metrics(scores, beta, method.saturation) | reward_metrics(scores, beta)
-    if gold := config["data"]["gold"]:
-        values |= _gold(tuned, rows, gold, manifest["measuring"]["max_new_tokens"])
+    if path := config["data"]["gold"]:
+        gold, prompts = load_gold(path), list({row["prompt_id"]: row for row in rows}.values())
+        length = manifest["measuring"]["max_new_tokens"]
+        with measuring(tuned):  # type: ignore[arg-type]
+            samples = draw_samples(tuned.model, tuned.processing_class, prompts, max_new_tokens=length)
+        values |= GoldFigures(gold, tuned)(0, samples)
     write_json(run.test, values)
     refresh_page(run.root)
     return values
@@ -90,13 +93,13 @@ def read_held_out(
     """The kind and the rows of a held-out split, read and cut as those of a run of `config` are; where its only
     rows are held-out ones (`data.train` is `data.eval`), nothing need be left to train on.
     """
-    trl = config["trl"]
+    truncation = Truncation.of(config["trl"])
     data = prepare(
         Data(**config["data"]),
         wanted=method.rows,
         tokenizer=tokenizer,
-        max_length=trl["max_length"],
-        truncation=trl.get("truncation_mode", "keep_start"),
+        max_length=truncation.max_length,
+        truncation=truncation.mode,
         seed=config["seed"],
         trains=config["data"]["train"] != config["data"]["eval"],
     )
@@ -118,11 +121,3 @@ def place(model: Any) -> Any:
     """`model` where it is fastest; 4-bit weights are there already."""
     fixed = getattr(model, "is_loaded_in_4bit", False)
     return model if fixed else model.to("cuda" if has_accelerator() else "cpu")
-
-
-def _gold(tuned: Tuned, rows: Rows, path: str, max_new_tokens: int) -> dict[str, float]:
-    gold = load_gold(path)
-    prompts = list({row["prompt_id"]: row for row in rows}.values())
-    with measuring(tuned):  # type: ignore[arg-type]
-        samples = draw_samples(tuned.model, tuned.processing_class, prompts, max_new_tokens=max_new_tokens)
-    return GoldFigures(gold, tuned)(0, samples)

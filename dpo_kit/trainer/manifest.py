@@ -1,7 +1,5 @@
 """What a run was made of: versions, config, data, weights; written before training, so that a failed run tells too."""
 
-from __future__ import annotations
-
 import platform
 import shlex
 import subprocess
@@ -15,29 +13,20 @@ from hydra.core.hydra_config import HydraConfig
 
 from dpo_kit.config.compose import own_folders
 from dpo_kit.config.identity import comparable
-from dpo_kit.config.settings import Model, Settings
+from dpo_kit.config.settings import Settings
 from dpo_kit.data.prepare import Prepared, Rows
 from dpo_kit.model.hardware import device_name, weight_dtype
-from dpo_kit.model.origin import base_of, find_parent, read_adapter
+from dpo_kit.model.origin import Start, find_parent, find_start
 from dpo_kit.model.template import stop_clock, template_hash, writes_date
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.run.files import digest, hash_weights, read_json
+from dpo_kit.run.files import digest, read_json
 from dpo_kit.run.processes import launcher, world_size
 from dpo_kit.run.redact import redact_argv
 from dpo_kit.trainer.arguments import asked_of_accelerate, effective_batch
 
-PACKAGES = (
-    "dpo-kit",
-    "trl",
-    "transformers",
-    "torch",
-    "datasets",
-    "accelerate",
-    "peft",
-    "bitsandbytes",
-    "hydra-core",
-    "wandb",
-)
+PACKAGES = "dpo-kit trl transformers torch datasets accelerate peft bitsandbytes hydra-core wandb"
+ADAPTER = ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora")  # of its options
+CONTENT = ("pair_id", "prompt", "chosen", "rejected", "completion", "label")
 
 
 def typed_command() -> str | None:
@@ -79,7 +68,7 @@ def build_manifest(
         "template_date": date,
         "command": command,
         "folder": str(Path.cwd()),  # what relative paths of the config start from
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES.split()}},
         "git": git_state(),
         "machine": {
             "system": platform.platform(),
@@ -98,39 +87,31 @@ def build_manifest(
             name: {"rows": len(rows), "sha256": digest(contents(rows))}
             for name, rows in (("train", data.train), ("select", data.select), ("test", data.test))
         },
-        "model": describe_start(settings.model, tokenizer),
+        "model": describe_start(find_start(settings.model), tokenizer),
     }
 
 
-def describe_start(model: Model, tokenizer: Any) -> dict[str, Any]:
-    """Which weights, template and code training starts from, and which run they come from where they are a run's."""
-    reference = {"reference_parent": find_parent("model.reference", model.reference)} if model.reference else {}
-    return {
+def describe_start(start: Start, tokenizer: Any) -> dict[str, Any]:
+    """Which weights, template and code training starts from, and which run they come from where they are a run's; of an
+    adapter that training goes on from its base, its options, and what it is measured against.
+    """
+    model, base, hashes = start.model, start.base, start.hashes
+    described = {
         "path": model.path,
         "revision": model.revision,
-        "sha256": hash_weights(model.path),
+        "sha256": hashes[model.path],
         "chat_template_sha256": template_hash(tokenizer),
         "remote_code": {"repository": model.path, "commit": model.revision} if model.trust_remote_code else None,
-        "parent": find_parent("model.path", model.path),
-        **reference,
-        **describe_adapter(model),
+        "parent": start.parent,
     }
-
-
-ADAPTER = ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora")
-
-
-def describe_adapter(model: Model) -> dict[str, Any]:
-    """`adapter`, where training goes on from one: its base, its options, and what it is measured against."""
-    if (found := read_adapter(model)) is None:
-        return {}
-    base = base_of(model)
-    weights = {"base": base.path, "base_revision": base.revision, "base_sha256": hash_weights(base.path)}
-    options = {name: found.get(name) for name in ADAPTER}
-    return {"adapter": weights | options | {"reference": model.reference or "the adapter as it started, on its base"}}
-
-
-CONTENT = ("pair_id", "prompt", "chosen", "rejected", "completion", "label")
+    if model.reference:
+        described["reference_parent"] = find_parent("model.reference", model.reference)
+    if start.adapter:
+        weights = {"base": base.path, "base_revision": base.revision, "base_sha256": hashes[base.path]}
+        options = {name: start.adapter.get(name) for name in ADAPTER}
+        against = model.reference or "the adapter as it started, on its base"
+        described["adapter"] = weights | options | {"reference": against}
+    return described
 
 
 def contents(rows: Rows) -> list[dict[str, Any]]:

@@ -1,32 +1,38 @@
-"""What is measured during a run and against which reference, and where the numbers go."""
+"""Step 0, what is measured during a run and against which reference, and where the numbers go."""
 
 from __future__ import annotations
 
+import json
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from hydra.utils import instantiate
+from torch import Tensor
+from transformers import TrainerCallback
 
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.prepare import Prepared
-from dpo_kit.model.load import load_reference
-from dpo_kit.model.scoring import Reference
+from dpo_kit.model.batches import measuring
+from dpo_kit.model.load import load_reference, rounded_share
+from dpo_kit.model.scoring import COLUMNS, Reference, column_logps, score_as_trained
 from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.report.diagnosis import Finding, held_back
+from dpo_kit.trainer.arguments import count_steps
 from dpo_kit.trainer.budget import Budget
 from dpo_kit.trainer.recorder import Recorder, show_progress
-from dpo_kit.trainer.rows import probe_rows
 from dpo_kit.trainer.speed import shares_prefixes
-from dpo_kit.trainer.start_check import StartCheck
 
 if TYPE_CHECKING:
     from dpo_kit.run.tracking import Tracker
 
 log = logging.getLogger(__name__)
+CHECKED = 16  # training rows, before the first step
 
 
 class ProbeAlone:
-    """Mixin before a TRL trainer: an evaluation during training is what its callbacks measure, in one pass over the
-    held-out rows where TRL's own loop would make a second one."""
+    """Mixin before a TRL trainer: an evaluation is what its callbacks measure, one pass instead of two."""
 
     def evaluate(self, eval_dataset: Any = None, **given: Any) -> dict[str, float]:
         """What the callbacks add to an evaluation's metrics; TRL's evaluation where it is asked for other rows."""
@@ -41,10 +47,24 @@ class ProbeAlone:
 def add_callbacks(
     trainer: Any, settings: Settings, data: Prepared, run: RunDirectory, tracker: Tracker | None, began: float
 ) -> None:
-    """Give `trainer` everything that measures and records; nothing of it changes training. `began`: see Budget."""
-    wanted = settings.callbacks
+    """Give `trainer` everything that measures and records, against the step-0 model or the one that `model.reference`
+    names; nothing of it changes training. `began`: see Budget.
+    """
+
+    def load() -> Any:
+        """The reference from its folder, computing as the policy does: else its values differ in the last bits."""
+        loaded = load_reference(settings.model)
+        if shares_prefixes(trainer.model):
+            from dpo_kit.trainer.prefix import share_prefixes
+
+            share_prefixes(loaded)
+        return loaded
+
+    wanted, is_start = settings.callbacks, settings.model.reference is None
     trainer.add_callback(Recorder(run.metrics, tracker))
-    reference = build_reference(trainer, settings, run)
+    lacks_other = not is_start and getattr(trainer, "ref_model", None) is None
+    other = load().to(trainer.model.device) if lacks_other else None
+    reference = Reference(trainer, model=other, reload=load, is_start=is_start, state_dir=run.probe_state)
     trainer.add_callback(StartCheck(trainer, reference))
     budget = Budget(trainer, settings, run, data.train, began)
     trainer.add_callback(budget)  # it decides how much is measured, so before those that do
@@ -53,7 +73,8 @@ def add_callbacks(
     elif wanted.preference_margin or wanted.implicit_reward or wanted.metrics:
         from dpo_kit.trainer.probing import add_probe
 
-        budget.probe = add_probe(trainer, settings, probe_rows(data, settings), run, reference)
+        rows = data.select[: wanted.at_most("pairs")]
+        budget.probe = add_probe(trainer, settings, rows, run, reference)
     if wanted.kl_drift:
         from dpo_kit.trainer.probing import add_drift
 
@@ -67,24 +88,58 @@ def add_callbacks(
     show_progress(trainer)
 
 
-def build_reference(trainer: Any, settings: Settings, run: RunDirectory) -> Reference:
-    """The step-0 model as the run's reference, or the other one that `model.reference` names."""
+class StartCheck(TrainerCallback):
+    """Step 0: policy and reference agree on a sample of the training rows, or nothing is trained (ModelError, limits:
+    Reference.check_start); how far another one, meant, is from it is said. A resumed run skips it.
 
-    def load() -> Any:
-        """From its folder, computing as the policy does: else its values differ in the last bits."""
-        loaded = load_reference(settings.model)
-        if shares_prefixes(trainer.model):
-            from dpo_kit.trainer.prefix import share_prefixes
+    The probe checks the same on held-out rows, where it is on; this looks at what the loss itself will read: TRL's
+    reference model, the policy without its adapter, or the stored columns.
+    """
 
-            share_prefixes(loaded)
-        return loaded
+    def __init__(self, trainer: Any, reference: Reference) -> None:
+        self.trainer, self.reference = trainer, reference
 
-    has_own_reference = getattr(trainer, "ref_model", None) is not None
-    needs_other = settings.model.reference is not None and not has_own_reference
-    return Reference(
-        trainer,
-        model=load().to(trainer.model.device) if needs_other else None,
-        reload=load,
-        is_start=settings.model.reference is None,
-        state_dir=run.probe_state,
-    )
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        dataset = self.trainer.train_dataset
+        given = bool(set(COLUMNS) & set(dataset.column_names))
+        if state.global_step > 0 or not (given or dataset.column_names == ["prompt"]):
+            return
+        sample = dataset.select(range(0, len(dataset), max(1, len(dataset) // CHECKED))[:CHECKED])
+        with measuring(self.trainer, *self.reference.models, as_trained=True):
+            differences, tokens = self._compare_given(sample) if given else self._compare_fresh(sample)
+        offset = self.reference.check_start(differences, tokens, as_trained=True)
+        if not self.reference.is_start:
+            log.info("the reference is another model: at step 0 it differs by up to %.3g nats an answer", offset)
+
+    def _compare_given(self, sample: Any) -> tuple[Tensor, Tensor]:
+        """Policy less reference on the answers of `sample`, and the tokens of each: (answers,) twice."""
+        policy = column_logps(self.trainer, sample, partial(score_as_trained, self.trainer, self.trainer.model))
+        theirs = {column: torch.tensor(sample[column]) for column in policy if column in sample.column_names}
+        if not theirs:  # none were stored
+            with self.reference.active() as model:
+                theirs = column_logps(self.trainer, sample, partial(score_as_trained, self.trainer, model))
+        answers = {column: name for name, column in COLUMNS.items()}
+        differences = torch.cat([policy[column] - theirs[column] for column in theirs])
+        return differences, torch.tensor([len(ids) for column in theirs for ids in sample[answers[column]]])
+
+    def _compare_fresh(self, sample: Any) -> tuple[Tensor, Tensor]:
+        """The same on answers of the policy, where it trains on those."""
+        from dpo_kit.model.sampling import draw_samples
+
+        tokenizer, length = self.trainer.processing_class, self.trainer.args.max_new_tokens
+        rows = [{"prompt": json.loads(row["prompt"])} for row in sample]
+        drawn = draw_samples(self.trainer.model, tokenizer, rows, max_new_tokens=length)
+        answers = [(each.prompt_ids, each.token_ids) for each in drawn]
+        policy = score_as_trained(self.trainer, self.trainer.model, answers)
+        with self.reference.active() as model:
+            differences = policy - score_as_trained(self.trainer, model, answers)
+        return differences, torch.tensor([len(ids) for _, ids in answers])
+
+
+def findings_before_training(trainer: Any, rows: int) -> list[Finding]:
+    """What will keep a run on `rows` rows from moving, said before its first step (see diagnosis.held_back)."""
+    steps = count_steps(trainer.args.to_dict(), rows)
+    findings = [*held_back(trainer.args, steps, rounded_share(trainer.model, trainer.args.learning_rate))]
+    for finding in findings:
+        log.warning("%s %s", finding.symptom, finding.remedy)
+    return findings

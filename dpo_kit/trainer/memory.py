@@ -4,8 +4,6 @@ Activations are counted, not looked up in a formula: a forward pass of fake tens
 under its autocast, tells every tensor that is kept for the backward pass.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import weakref
@@ -14,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from hydra.utils import get_class
+from peft import PeftConfig, get_peft_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,19 +24,18 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import disable_dropout_in_model
 
 from dpo_kit.config.settings import Callbacks, Model, Settings
-from dpo_kit.data.fresh import with_answer_lengths
+from dpo_kit.data.prepare import with_answer_lengths
 from dpo_kit.errors import ConfigError
-from dpo_kit.model.adapter import read_lora, refuse_uncopied
-from dpo_kit.model.batches import cache_width, mlp_width
-from dpo_kit.model.hardware import has_accelerator, weight_dtype
+from dpo_kit.model.adapter import build_adapter, refuse_uncopied
+from dpo_kit.model.batches import bare, cache_width, mlp_width
+from dpo_kit.model.hardware import ROOM, free_memory, has_accelerator, weight_dtype
 from dpo_kit.model.load import read_config
-from dpo_kit.model.origin import read_adapter
+from dpo_kit.model.origin import find_start
 from dpo_kit.model.predicted import TILE_BYTES
 from dpo_kit.model.sampling import DRAWN_AT_ONCE
-from dpo_kit.model.scoring import TOKENS_PER_BATCH
-from dpo_kit.model.trl_classes import import_class, uses_fused_head
+from dpo_kit.model.scoring import TOKENS_PER_BATCH, uses_fused_head
+from dpo_kit.model.tokens import Truncation
 from dpo_kit.trainer.prefix import WORTH, Layout, attend_row_by_row, in_autocast_dtype
-from dpo_kit.trainer.room import ROOM, free_memory
 from dpo_kit.trainer.speed import HEAD_TOKENS, SHARING
 from dpo_kit.trainer.targets import fit_targets
 
@@ -91,13 +89,19 @@ def estimate(model: Any, settings: Settings, args: Any, rows: Rows, *, loads_ref
     `loads_reference`: a reference model stays beside the policy. `shares`: each token is computed once.
     """
     rows = with_answer_lengths(rows, getattr(args, "max_new_tokens", None))
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    parameters = sum(_bytes(name, p, settings.model, model) for name, p in model.named_parameters())
+    weights = [p for p in model.parameters() if p.requires_grad]
+    trained = sum(p.numel() * p.element_size() for p in weights)
+    parameters = weight_bytes(model, settings.model)
     shape = worst_batch(rows, args.per_device_train_batch_size, shares, args)
-    answered = sum(own for _, own in shape)
     vocabulary = model.config.get_text_config().vocab_size
-    fused = uses_fused_head(import_class(settings.method.trainer))
-    padded = len(shape) * max(sum(row) for row in shape)
+    logits = int(LOGITS_COPIES * 4 * len(shape) * max(sum(row) for row in shape) * vocabulary)
+    if uses_fused_head(get_class(settings.method.trainer)):  # tiles, and the gradient of a head that is trained
+        at_once = min(sum(own for _, own in shape), TOKEN_CHUNK_SIZE if has_accelerator() else HEAD_TOKENS)
+        head = model.get_output_embeddings().weight
+        logits = HEAD_COPIES * 4 * at_once * min(vocabulary, HEAD_VOCABULARY) + 4 * head.numel() * head.requires_grad
+    copies = 0
+    if args.gradient_checkpointing and _autocast_dtype(args):  # autocast keeps them for the length of a forward pass
+        copies = sum(2 * p.numel() for p in weights if p.dim() == 2 and p.dtype == torch.float32)
     try:
         passes, (kept, recomputed) = peak_of_passes(model, shape, args), count_activations(model, shape, args)
     except Exception as error:  # whatever an architecture raises that cannot run without weights, or not in a flat row
@@ -110,9 +114,9 @@ def estimate(model: Any, settings: Settings, args: Any, rows: Rows, *, loads_ref
         optimizer=int(trained / 4 * optimizer_bytes(args.optim)),
         passes=passes,
         activations=kept,
-        copies=_cast_weights(model, args) if args.gradient_checkpointing else 0,
+        copies=copies,
         recomputed=recomputed,
-        logits=_head(model, answered, vocabulary) if fused else int(LOGITS_COPIES * 4 * padded * vocabulary),
+        logits=logits,
         measuring=_measuring(settings.callbacks, model, parameters, settings.model.tuning == "full", rows),
         libraries=0 if has_accelerator() else LIBRARIES + (PRIMITIVES if args.bf16 else 0),
     )
@@ -142,71 +146,61 @@ def estimate_by_layers(settings: Settings, args: Any, rows: Rows, *, loads_refer
     except Exception:  # an adapter, or a pattern in the config, that names layers by number
         return count(whole)
     drawn_on = Memory(**{name: one[name] + (layers - 1) * (two[name] - one[name]) for name in one})
-    weights = sum(_bytes(name, weight, settings.model, whole) for name, weight in whole.named_parameters())
-    return drawn_on if drawn_on.parameters == weights else count(whole)  # whose layers are not alike
+    alike = drawn_on.parameters == weight_bytes(whole, settings.model)
+    return drawn_on if alike else count(whole)
 
 
 def build_weightless(settings: Settings, args: Any, layers: int | None = None) -> Any:
-    """The policy without weights, with its adapter, ready for a training step; of its first `layers` alone where given.
-    ModelError where it has no config.
-    """
-    model = settings.model
-    config = read_config(model)
+    """The policy without weights, ready for a training step; of its first `layers` alone where given. ModelError."""
+    model, start = settings.model, find_start(settings.model)
+    config = read_config(start)
     if layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     half = _autocast_dtype(args) if model.tuning == "qlora" else None  # 4-bit weights compute in half precision
-    dtype = half or weight_dtype(model.dtype, model.tuning)
     with torch.device("meta"):
-        bare: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if adapter := read_lora(model):
-            from peft import get_peft_model
-
-            fit_targets(adapter, bare, import_class(settings.method.trainer))
+        plain: Any = AutoModelForCausalLM.from_config(config, dtype=half or weight_dtype(model.dtype, model.tuning))
+        policy = plain
+        adapter: Any = build_adapter(start)
+        if start.adapter:
+            adapter = PeftConfig.from_pretrained(model.path, revision=model.revision or "main")
+            adapter.inference_mode = False  # which every saved adapter has
+        if adapter:
+            fit_targets(adapter, plain, get_class(settings.method.trainer))
             try:
-                policy: Any = get_peft_model(bare, adapter)
+                policy = get_peft_model(plain, adapter)
             except ValueError as error:
                 raise ConfigError(f"model.lora: PEFT refuses it for this model: {error}") from error
-            goes_on = read_adapter(model) is not None
-            if goes_on and model.reference is None and settings.method.rows != "prompts":
+            if start.adapter and model.reference is None and settings.method.rows != "prompts":
                 if settings.method.reference:
                     refuse_uncopied(policy)
                 policy.add_adapter("ref", adapter)
-        else:
-            policy = bare
     if args.gradient_checkpointing:
-        bare.activation_checkpointing_enable({"use_reentrant": False})
+        plain.activation_checkpointing_enable({"use_reentrant": False})
         if adapter:
-            bare.enable_input_require_grads()
+            plain.enable_input_require_grads()
     if args.disable_dropout:
         disable_dropout_in_model(policy)
-    return _on_a_cpu(policy.train())
-
-
-def _on_a_cpu(model: Any) -> Any:
-    """`model` with fake tensors of a CPU, which autocast knows, in place of those of the meta device."""
-    fakes: dict[Tensor, Any] = {}
+    fakes: dict[Tensor, Any] = {}  # of a CPU, which autocast knows, in place of those of the meta device
     with FAKE:
-        for tensors in (each for module in model.modules() for each in (module._parameters, module._buffers)):
+        for tensors in (each for module in policy.modules() for each in (module._parameters, module._buffers)):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor not in fakes:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype)
                     trained = isinstance(tensor, torch.nn.Parameter)
                     fakes[tensor] = torch.nn.Parameter(fake, tensor.requires_grad) if trained else fake
                 tensors[name] = fakes.get(tensor)
-    return model
+    return policy.train()
 
 
 def count_activations(model: Any, shape: Shape, args: Any) -> tuple[int, int]:
-    """Bytes that a forward pass over a batch of `shape` keeps for the backward pass, and those of one layer where
-    layers are computed again there, else 0.
-    """
+    """Bytes that a forward pass over a batch of `shape` keeps, and those of one layer that is computed again."""
     kept = _kept_by(model, shape, _autocast_dtype(args))
     if not args.gradient_checkpointing:
         return kept, 0
-    _bare(model).activation_checkpointing_disable()
+    bare(model).activation_checkpointing_disable()
     whole = _kept_by(model, shape, _autocast_dtype(args))
     return kept, whole // model.config.get_text_config().num_hidden_layers
 
@@ -249,10 +243,6 @@ def _autocast_dtype(args: Any) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def _bare(model: Any) -> Any:
-    return model.get_base_model() if is_peft_model(model) else model
-
-
 def _kept_by(model: Any, shape: Shape, dtype: torch.dtype | None) -> int:
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
@@ -271,13 +261,13 @@ def _kept_by(model: Any, shape: Shape, dtype: torch.dtype | None) -> int:
 def _run(model: Any, shape: Shape, dtype: torch.dtype | None) -> Tensor:
     """The hidden states of a batch of `shape` under autocast to `dtype`, by the attention that it has in training."""
     plain = len(set(shape)) == 1  # rows of one length, none of which shares anything: as padded ones are computed
-    _bare(model).set_attn_implementation(FUSED if plain or has_accelerator() else SHARING)
+    bare(model).set_attn_implementation(FUSED if plain or has_accelerator() else SHARING)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         ids = torch.zeros(1, sum(own for _, own in shape), dtype=torch.long)
         layout = Layout(ids, ids, ids[0], shape, keys=None, query_ends=ids[0], key_ends=ids[0])
         mask = torch.ones(1, 1, 1, 1)  # 4-D: used as it is
         given = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "use_cache": False, "layout": layout}
-        return _bare(model).base_model(**given).last_hidden_state
+        return bare(model).base_model(**given).last_hidden_state
 
 
 def _attend(
@@ -287,9 +277,8 @@ def _attend(
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         square = query.shape[-2] == key.shape[-2]
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, square, scale=scale)[
-            0
-        ]
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, 0.0, square, scale=scale)[0]
 
     queries, keys, values = (x.transpose(1, 2) for x in in_autocast_dtype(query, key, value))
     with torch.autocast(query.device.type, enabled=False):
@@ -313,10 +302,10 @@ def worst_batch(rows: Rows, size: int, shares: bool, args: Any) -> Shape:
 
 
 def batch_shape(lengths: Sequence[dict[str, int]], shares: bool, max_length: int | None) -> Shape:
-    """The rows of a batch, of which chosen and rejected share their prompt; padded to the longest where that costs
-    little more, or where nothing is shared."""
-    names = [name for name in lengths[0] if name not in ("prompt", "cut")]
-    rows = [_cut(each["prompt"], each[name], max_length) for name in names for each in lengths]
+    """The rows of a batch; padded to the longest where that costs little more, or where nothing is shared."""
+    names, cut = [name for name in lengths[0] if name not in ("prompt", "cut")], Truncation(max_length).cut
+    cuts = [cut(range(each["prompt"]), range(each[name])) for name in names for each in lengths]
+    rows = [(len(prompt), len(answer)) for prompt, answer in cuts]
     longest = max(prompt + answer for prompt, answer in rows)
     own = [(0, p + a) if index < len(lengths) else (p, a) for index, (p, a) in enumerate(rows)]
     if shares and sum(tokens for _, tokens in own) <= WORTH * longest * len(rows):
@@ -329,31 +318,14 @@ def optimizer_bytes(name: str) -> float:
     return next((size for part, size in OPTIMIZER_BYTES.items() if part in str(name).lower()), 8.0)
 
 
-def _cut(prompt: int, answer: int, max_length: int | None) -> tuple[int, int]:
-    longest = max_length or prompt + answer
-    return min(prompt, longest), min(answer, max(0, longest - prompt))
-
-
-def _bytes(name: str, weight: Tensor, model: Model, policy: Any) -> int:
-    """Of one weight as it is loaded: 4-bit where it is quantised."""
-    outside = ("embed", "lm_head", "norm", "lora_")
-    quantised = model.tuning == "qlora" and weight.dim() == 2 and not any(part in name for part in outside)
-    size = 4 if weight.requires_grad else weight_dtype(model.dtype, model.tuning).itemsize
-    return int(weight.numel() * (FOUR_BIT if quantised else size))
-
-
-def _cast_weights(model: Any, args: Any) -> int:
-    """The half-precision copies that autocast keeps of trained fp32 matrices for the length of a forward pass."""
-    matrices = (p for p in model.parameters() if p.requires_grad and p.dim() == 2 and p.dtype == torch.float32)
-    return sum(2 * p.numel() for p in matrices) if _autocast_dtype(args) else 0
-
-
-def _head(model: Any, tokens: int, vocabulary: int) -> int:
-    """TRL's fused LM head: tiles of logits, and the gradient of a head that is trained."""
-    at_once = TOKEN_CHUNK_SIZE if has_accelerator() else HEAD_TOKENS
-    tile = 4 * min(tokens, at_once) * min(vocabulary, HEAD_VOCABULARY)
-    head = model.get_output_embeddings().weight
-    return HEAD_COPIES * tile + (4 * head.numel() if head.requires_grad else 0)
+def weight_bytes(policy: Any, model: Model) -> int:
+    """Of all weights as they are loaded: 4-bit where they are quantised."""
+    total, outside = 0, ("embed", "lm_head", "norm", "lora_")
+    for name, weight in policy.named_parameters():
+        quantised = model.tuning == "qlora" and weight.dim() == 2 and not any(part in name for part in outside)
+        size = 4 if weight.requires_grad else weight_dtype(model.dtype, model.tuning).itemsize
+        total += int(weight.numel() * (FOUR_BIT if quantised else size))
+    return total
 
 
 def _measuring(wanted: Callbacks, model: Any, parameters: int, reloads: bool, rows: Rows) -> int:

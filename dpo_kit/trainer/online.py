@@ -6,8 +6,6 @@
 The judge is shown every two answers in both orders. Where it does not decide, a seeded coin does, and that is counted.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections import Counter
@@ -60,50 +58,40 @@ class JudgedReward(TrainerCallback):
         """
         half, texts = len(prompts) // 2, [text_of(each) for each in completions]
         matches = list(zip(prompts[:half], texts[:half], texts[half:], strict=True))
-        outcomes = self._outcomes(matches)
-        points = [
-            float(outcome == "win" if outcome in DECIDED else self._first_by_coin(trainer_state.global_step, *match))
-            for outcome, match in zip(outcomes, matches, strict=True)
-        ]
+        asked = [match for match in matches if match[1] != match[2]]  # equal answers are not shown to the judge
+        verdicts = iter(compare(self.judge, *map(list, zip(*asked, strict=True))) if asked else ())
+        outcomes: list[str] = ["identical" if a == b else next(verdicts).outcome for _, a, b in matches]
+        if "unjudged" in outcomes and (reason := self.judge.spend().get("stopped")):
+            key = reason.partition("=")[0]
+            shared = f" (which {world_size()} processes share)" if world_size() > 1 else ""
+            remedy = f"raise judge.{key}{shared}" if key in BUDGET else "once it answers"
+            raise TrainingError(
+                f"{self.judge.name} gives no more verdicts ({reason}), and coins alone teach nothing: {remedy}, and "
+                "the same command goes on from the last checkpoint, and asks nothing twice"
+            )
+        points = []
+        for outcome, (prompt, first, second) in zip(outcomes, matches, strict=True):
+            won = outcome == "win"
+            if outcome in COINS:  # thrown anew at every step, for the answer whose text comes first, wherever it stands
+                low, high = sorted((first, second))
+                won = toss_coin(self.seed, trainer_state.global_step, prompt, low, high) == (first == low)
+            points.append(float(won))
         self.counts.update(outcomes)
         scores = self.judge.scores(prompts, texts) or ()
         coins = sum(outcome in COINS for outcome in outcomes)
         self.latest = [len(outcomes), coins, outcomes.count("identical"), len(scores), sum(scores)]
         return [*points, *(1 - each for each in points)]
 
-    def _outcomes(self, matches: Sequence[tuple[Prompt, str, str]]) -> list[str]:
-        """What becomes of the first answer of each match; equal answers are not shown to the judge."""
-        asked = [match for match in matches if match[1] != match[2]]
-        verdicts = iter(compare(self.judge, *map(list, zip(*asked, strict=True))) if asked else ())
-        outcomes: list[str] = ["identical" if a == b else next(verdicts).outcome for _, a, b in matches]
-        if "unjudged" in outcomes and (reason := self.judge.spend().get("stopped")):
-            key = reason.partition("=")[0]
-            remedy = f"raise judge.{key}{_shared()}" if key in BUDGET else "once it answers"
-            raise TrainingError(
-                f"{self.judge.name} gives no more verdicts ({reason}), and coins alone teach nothing: {remedy}, and "
-                "the same command goes on from the last checkpoint, and asks nothing twice"
-            )
-        return outcomes
-
-    def _first_by_coin(self, step: int, prompt: Prompt, first: str, second: str) -> bool:
-        """Thrown anew at every step, for the answer whose text comes first, wherever it stands."""
-        low, high = sorted((first, second))
-        return toss_coin(self.seed, step, prompt, low, high) == (first == low)
-
     def figures(self, accelerator: Any) -> dict[str, float]:
-        """Of the last call in all processes: the share of coins, of identical answers, and the judge's mean score where
-        it has a scale.
-        """
+        """Of the last call in all processes: shares of coins and identical answers, and the judge's mean score."""
         matches, tossed, identical, scored, total = _over_processes(self.latest, accelerator)
         figures = {"judge/coin_share": tossed / matches, "judge/identical_share": identical / matches}
         return figures | ({"judge/score": total / scored} if scored else {})
 
     def carry(self) -> dict[str, Any]:
-        """What a resumed run must know."""
         return {"counts": dict(self.counts)}
 
     def pick_up(self, carried: dict[str, Any]) -> None:
-        """Take back what `carry` gave."""
         self.counts = Counter(carried["counts"])
 
     def summary(self, accelerator: Any) -> dict[str, Any]:
@@ -128,7 +116,7 @@ def _over_processes(values: Sequence[float], accelerator: Any) -> list[float]:
 def add_spends(spends: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the judges of several processes have spent together; of what is no number, the first that is there."""
     total = dict(spends[0])
-    for name, value in ((name, value) for each in spends[1:] for name, value in each.items()):
+    for name, value in (item for each in spends[1:] for item in each.items()):
         if isinstance(value, dict):
             total[name] = dict(Counter(total[name]) + Counter(value))
         else:
@@ -152,32 +140,17 @@ def open_judged_reward(settings: JudgeSettings, seed: int, run: RunDirectory) ->
         yield JudgedReward(judge, seed)
 
 
-def _shared() -> str:
-    return f" (which {world_size()} processes share)" if world_size() > 1 else ""
-
-
-class GivenIds:
-    """Stands in for a tokenizer whose ids are known."""
-
-    def __init__(self, tokenizer: Any, ids: list[list[int]]) -> None:
-        self.pad_id, self.ids = pad_token_id(tokenizer), ids
-
-    def __call__(self, text: Any, **_: Any) -> dict[str, torch.Tensor]:
-        ids, mask = pad_batch(self.ids, self.pad_id, torch.device("cpu"), "left")
-        return {"input_ids": ids, "attention_mask": mask}
-
-
 class FreshAnswers(Base):
-    """Mixin before TRL's OnlineDPOTrainer: prompts (as JSON) are read as everywhere, and gradients do not grow with
-    accumulation.
-    """
+    """Mixin before TRL's OnlineDPOTrainer: prompts (as JSON) are read as everywhere; gradients are means."""
 
     processing_class: Any
 
     def _generate(self, model: Any, prompts: Sequence[str], images: Any = None) -> Any:
         """TRL renders prompts without their tools and reads raw text without the BOS that all other trainers add."""
         tokenizer = self.processing_class
-        self.processing_class = GivenIds(tokenizer, encode_prompts(tokenizer, list(map(json.loads, prompts))))
+        encoded = encode_prompts(tokenizer, list(map(json.loads, prompts)))
+        ids, mask = pad_batch(encoded, pad_token_id(tokenizer), torch.device("cpu"), "left")
+        self.processing_class = lambda text, **_: {"input_ids": ids, "attention_mask": mask}
         try:
             with without_router_logits(self.accelerator.unwrap_model(model)):
                 return super()._generate(model, prompts, images)
@@ -191,18 +164,17 @@ class FreshAnswers(Base):
         self, prompts: Sequence[str], completions: Any, completion_ids_list: Sequence[list[int]], **given: Any
     ) -> torch.Tensor:
         """TRL's own texts lack what a model writes in special tokens (`<think>`)."""
-        texts = [decode_answer(self.processing_class, ids) for ids in completion_ids_list]
-        rewards = super()._calculate_rewards_from_functions(
-            list(map(json.loads, prompts)), texts, completion_ids_list, **given
+        texts, asked = (
+            [decode_answer(self.processing_class, ids) for ids in completion_ids_list],
+            map(json.loads, prompts),
         )
-        for reward in self.reward_funcs:
-            if isinstance(reward, JudgedReward):
-                for key, value in reward.figures(self.accelerator).items():
-                    self.stats.setdefault(key, []).append(value)
+        rewards = super()._calculate_rewards_from_functions(list(asked), texts, completion_ids_list, **given)
+        for reward in (each for each in self.reward_funcs if isinstance(each, JudgedReward)):
+            for key, value in reward.figures(self.accelerator).items():
+                self.stats.setdefault(key, []).append(value)
         return rewards
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's step does not divide its loss by the number of accumulated batches, as transformers' own does: so that
-        the gradient would be their sum. Accelerate divides here."""
+        """TRL's step does not divide its loss by the number of accumulated batches: accelerate does it here."""
         self.accelerator.gradient_accumulation_steps = self.current_gradient_accumulation_steps
         return super().training_step(model, inputs, *args, **kwargs)

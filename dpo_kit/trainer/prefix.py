@@ -12,13 +12,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from packaging.version import Version
 from peft import PromptLearningConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -28,19 +27,21 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo_kit.model.batches import bare
 from dpo_kit.trainer.speed import SHARING
 
 log = logging.getLogger(__name__)
 WORTH = 0.95  # of the padded slots: above it, gathering costs what it saves
 STEP = 32  # tokens: products in bf16 come in sizes of a multiple, as a CPU's library (oneDNN) takes a millisecond and
 # 0.7 MB for its code for each new shape, and keeps a thousand of them
-AGREES = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 5e-2,
-    torch.float16: 1e-2,
-}  # largest difference of hidden states, relative
-HALVES = (torch.bfloat16, torch.float16)
-GROUPS_HEADS = Version(torch.__version__) >= Version("2.13")  # varlen_attn takes fewer key heads than query heads
+AGREES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # largest difference of states, relative
+LONGEST = 1024  # tokens of a row whose scores are kept for the backward pass; beyond it they would outweigh all else
+BLOCK = 256  # queries at a time: each block leaves out the keys after it, and what it holds stays in the cache
+INEXACT = {
+    "softcap": "its attention scores are capped",
+    "s_aux": "its attention has sinks",
+    "position_bias": "its attention adds a bias of positions",
+}  # by what an architecture hands to its attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,11 @@ class Layout:
     """A batch of N padded rows of L slots as one flat row of its T distinct tokens.
 
     ids, positions: (1, T); source: (N * L,), the flat place of every slot (any place for padding); rows: of each row
-    how many tokens it shares with the row N/2 before it, and how many of its own stand in the flat row, in the order of
-    rows. Tokens after these belong to no row.
+    how many tokens it shares with the row N/2 before it, and how many of its own stand in the flat row, one row after
+    the other. Tokens after these belong to no row.
 
-    For one attention call over the R rows that have own tokens: keys (K,), the flat places of each row's whole
-    beginning and own tokens, row after row, or None where no row shares any, so that keys stand as queries do;
-    query_ends, key_ends: (R + 1,) int32, where each row's queries and keys end.
+    For one attention call over the R rows that have own tokens: keys (K,), the flat places of each row's beginning and
+    own tokens, or None where no row shares any; query_ends, key_ends: (R + 1,) int32, where those of each row end.
     """
 
     ids: Tensor
@@ -81,16 +81,9 @@ class Layout:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Layout:
         """On `device`, as accelerate moves a batch."""
-        move = functools.partial(torch.Tensor.to, device=device, non_blocking=non_blocking)
-        return Layout(
-            ids=move(self.ids),
-            positions=move(self.positions),
-            source=move(self.source),
-            rows=self.rows,
-            keys=None if self.keys is None else move(self.keys),
-            query_ends=move(self.query_ends),
-            key_ends=move(self.key_ends),
-        )
+        tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
+        moved: dict[str, Any] = {name: each.to(device, non_blocking=non_blocking) for name, each in tensors.items()}
+        return dataclasses.replace(self, **moved)
 
 
 def build_layout(ids: Tensor, mask: Tensor) -> Layout:
@@ -107,14 +100,12 @@ def build_layout(ids: Tensor, mask: Tensor) -> Layout:
     half = len(ids) // 2
     whole = torch.where(kept, place, place.roll(half, 0)) if half else place
     slots = torch.arange(ids.shape[1]).expand_as(ids)
-    count = int(kept.sum())
-    padding = torch.arange(ids.numel()).view_as(ids) % max(
-        1, count
-    )  # spread: their zero gradients do not queue for one
-    own = kept.sum(1).tolist()
-    rows = tuple(zip(shared.tolist(), own, strict=True))
+    # padding is spread over all tokens: its zero gradients do not queue for one
+    padding = torch.arange(ids.numel()).view_as(ids) % max(1, int(kept.sum()))
+    rows = tuple(zip(shared.tolist(), kept.sum(1).tolist(), strict=True))
     seen = real & (kept.sum(1) > 0)[:, None]
-    ends = [list(accumulate(lengths, initial=0)) for lengths in zip(*_busy(rows), strict=True)] or [[0], [0]]
+    busy = [(own, shared + own) for shared, own in rows if own]  # queries and keys of each row that has own tokens
+    ends = [list(accumulate(lengths, initial=0)) for lengths in zip(*busy, strict=True)] or [[0], [0]]
     layout = Layout(
         ids=ids[kept][None],
         positions=slots[kept][None],
@@ -125,11 +116,6 @@ def build_layout(ids: Tensor, mask: Tensor) -> Layout:
         key_ends=torch.tensor(ends[1], dtype=torch.int32),
     )
     return layout if device.type == "cpu" else layout.to(device)
-
-
-def _busy(rows: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
-    """Queries and keys of each row that has own tokens."""
-    return [(own, shared + own) for shared, own in rows if own]
 
 
 class LaidOut:
@@ -189,17 +175,10 @@ def attend(
         return way(queries, keys, values, layout, scale, sliding_window), None
 
 
-INEXACT = {
-    "softcap": "its attention scores are capped",
-    "s_aux": "its attention has sinks",
-    "position_bias": "its attention adds a bias of positions",
-}
-
-
 def takes_one_call(query: Tensor, value: Tensor) -> bool:
     """Whether PyTorch has a FlashAttention kernel for rows of any length on this device, in this dtype and width."""
-    width = query.shape[-1]
-    fits = query.dtype in HALVES and width == value.shape[-1] and width <= 256 and width % 8 == 0
+    width, half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
+    fits = half and width == value.shape[-1] and width <= 256 and width % 8 == 0
     return fits and query.is_cuda and agrees_at_once(query.device, query.dtype, width, query.shape[1] // value.shape[1])
 
 
@@ -236,13 +215,10 @@ def attend_at_once(
     query, key, value = queries.squeeze(0), keys.squeeze(0), values.squeeze(0)  # views, backwards too
     if layout.keys is not None:  # a token is in at most two rows: its two gradients add up with one rounding
         key, value = key.index_select(0, layout.keys), value.index_select(0, layout.keys)
-    if not GROUPS_HEADS and key.shape[1] < query.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    grouped: dict[str, Any] = {"enable_gqa": key.shape[1] < query.shape[1]} if GROUPS_HEADS else {}
-    longest = layout.longest
-    left = window - 1 if window and window < longest[1] else -1
+    left = window - 1 if window and window < layout.longest[1] else -1
+    grouped: dict[str, Any] = {"enable_gqa": key.shape[1] < query.shape[1], "window_size": (left, 0), "scale": scale}
     ends = (layout.query_ends, layout.key_ends)
-    seen: Any = varlen_attn(query, key, value, *ends, *longest, scale=scale, window_size=(left, 0), **grouped)
+    seen: Any = varlen_attn(query, key, value, *ends, *layout.longest, **grouped)
     return seen[None]
 
 
@@ -260,12 +236,15 @@ def attend_row_by_row(
     if groups > 1:
         keys, values = (x.repeat_interleave(groups, 2) for x in (keys, values))
     lengths = [*(own for _, own in layout.rows), layout.rest]
+    # split, not sliced, off the whole: their gradient is one cat
     parts = [x.split(lengths, 1)[:-1] for x in (queries, keys, values)]
     attended = []
     for row, (shared, own) in enumerate(layout.rows):
         if own:
-            key, value = (_whole_row(part, row, shared).transpose(1, 2) for part in parts[1:])
-            seen = (kernel or attend_row)(parts[0][row].transpose(1, 2), key, value, scale, window)
+            first = row - len(layout.rows) // 2
+            whole = [torch.cat((x[first][:, :shared], x[row]), 1) if shared else x[row] for x in parts[1:]]
+            query, key, value = (x.transpose(1, 2) for x in (parts[0][row], *whole))
+            seen = (kernel or attend_row)(query, key, value, scale, window)
             attended.append(seen.transpose(1, 2))
     return torch.cat([*attended, queries.new_zeros(1, layout.rest, *queries.shape[2:])], 1)
 
@@ -277,34 +256,18 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(each.to(torch.get_autocast_dtype(kind)) for each in tensors)
 
 
-def _whole_row(parts: Sequence[Tensor], row: int, shared: int) -> Tensor:
-    """(1, shared + own, heads, width). The parts are split, not sliced, off the whole: their gradient is one cat."""
-    return torch.cat((parts[row - len(parts) // 2][:, :shared], parts[row]), 1) if shared else parts[row]
-
-
 def attend_row(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Causal attention of the last tokens of a row to all of it, or to the last `window` tokens up to each.
 
     query (1, heads, own, width), key and value (1, heads, shared + own, width); as query.
     """
     own, whole = query.shape[-2], key.shape[-2]
-    if (window and window < whole) or (query.device.type == "cpu" and pays_in_blocks(query, key)):
+    on_cpu, half = query.device.type == "cpu", query.dtype == torch.bfloat16
+    if (window and window < whole) or (on_cpu and whole <= LONGEST and (half or own < whole)):
         return attend_in_blocks(query, key, value, scale, min(window or whole, whole))
     if own == whole:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     return scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(own, whole), scale=scale)
-
-
-LONGEST = 1024  # tokens of a row whose scores are kept for the backward pass; beyond it they would outweigh all else
-
-
-def pays_in_blocks(query: Tensor, key: Tensor) -> bool:
-    """Whether `attend_in_blocks` is the better way on a CPU."""
-    own, whole = query.shape[-2], key.shape[-2]
-    return whole <= LONGEST and (query.dtype == torch.bfloat16 or own < whole)
-
-
-BLOCK = 256  # queries at a time: each block leaves out the keys after it, and what it holds stays in the cache
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
@@ -340,14 +303,14 @@ AttentionMaskInterface.register(SHARING, sdpa_mask)
 
 def share_prefixes(model: PreTrainedModel) -> None:
     """Make the backbone of `model` compute each distinct token of a batch once. Ask `why_not` first."""
-    bare = _bare(model)
-    bare.set_attn_implementation(SHARING)
-    backbone = bare.base_model
+    bare(model).set_attn_implementation(SHARING)
+    backbone = bare(model).base_model
     backbone.forward = functools.wraps(backbone.forward)(functools.partial(_forward, backbone.forward))
 
 
-def _bare(model: Any) -> Any:
-    return model.get_base_model() if is_peft_model(model) else model
+# what has, brought or asked for, the shape of the padded batch
+BROUGHT = ("position_ids", "past_key_values", "inputs_embeds", "use_cache", "cache_position")
+WANTED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def _forward(
@@ -358,33 +321,21 @@ def _forward(
     **options: Any,
 ) -> Any:
     plain = functools.partial(original, input_ids=input_ids, attention_mask=attention_mask, **options)
-    if (
-        input_ids is None
-        or attention_mask is None
-        or attention_mask.shape != input_ids.shape
-        or _asks_for_more(options)
-    ):
+    if input_ids is None or attention_mask is None or attention_mask.shape != input_ids.shape:
+        return plain()
+    if any(options.get(name) is not None and options[name] is not False for name in BROUGHT + WANTED):
         return plain()
     layout = layout or build_layout(input_ids, attention_mask)
     if layout.ids.numel() > WORTH * input_ids.numel():
         return plain()
     if layout.ids.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         layout = layout.fill_up(2 * STEP)
-    taken = {
-        "attention_mask": attention_mask[:1, None, None, :1],
-        "position_ids": layout.positions,
-    }  # 4-D: used as it is
+    mask = attention_mask[:1, None, None, :1]  # 4-D: used as it is
+    taken = {"attention_mask": mask, "position_ids": layout.positions}
     outputs = original(**options | taken, input_ids=layout.ids, layout=layout)
     hidden = outputs.last_hidden_state.squeeze(0).index_select(0, layout.source)
     outputs.last_hidden_state = hidden.view(*input_ids.shape, -1)
     return outputs
-
-
-def _asks_for_more(options: dict[str, Any]) -> bool:
-    """Whether the caller brings or wants something that has the shape of the padded batch."""
-    brought = ("position_ids", "past_key_values", "inputs_embeds", "use_cache", "cache_position")
-    wanted = ("output_hidden_states", "output_attentions", "output_router_logits")
-    return any(options.get(name) is not None and options[name] is not False for name in brought + wanted)
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -405,44 +356,34 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "its adapter puts virtual tokens before the prompt"
     if config._attn_implementation not in ("sdpa", SHARING):
         return f"its attention is {config._attn_implementation}, not sdpa"
-    return _tried_out(model)
+    return _tried_out(bare(model))
 
 
 @torch.no_grad()
-def _tried_out(model: PreTrainedModel) -> str | None:
+def _tried_out(model: Any) -> str | None:
     """Two random pairs both ways; and since they are shorter than most windows, what window each layer asks for."""
-    bare = _bare(model)
-    before = bare.config._attn_implementation
+    config, before = model.config.get_text_config(), model.config._attn_implementation
     windows: list[int | None] = []
     try:
-        ids, mask = _random_pairs(bare)
-        expected = bare.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        bare.set_attn_implementation(SHARING)
-        flat = _forward(bare.base_model.forward, ids, mask, windows=windows, use_cache=False).last_hidden_state
+        # rows (4, 24) whose rows 0 and 2, 1 and 3 begin alike, with padding on the right
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(0, vocabulary, (4, 24), generator=torch.Generator().manual_seed(0))
+        ids[2:, :12] = ids[:2, :12]
+        mask = (torch.arange(24) < torch.tensor([24, 15, 18, 20])[:, None]).long().to(model.device)
+        ids = ids.to(model.device)
+        expected = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        model.set_attn_implementation(SHARING)
+        flat = _forward(model.base_model.forward, ids, mask, windows=windows, use_cache=False).last_hidden_state
     except NotImplementedError as error:
         return str(error)
     except Exception as error:  # whatever an architecture raises where it cannot take a flat row
         return f"it refuses a flat row ({type(error).__name__})"
     finally:
-        bare.set_attn_implementation(before)
-    if windows != _windows(bare.config.get_text_config()):
+        model.set_attn_implementation(before)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    if windows != [window if kind == "sliding_attention" else None for kind in kinds]:
         return "its layers do not ask for the sliding windows of its config"
     difference = (expected - flat)[mask.bool()].abs().max() / expected[mask.bool()].abs().max()
     agrees = bool(difference <= AGREES.get(expected.dtype, 1e-4))
     return None if agrees else "its hidden states differ in a flat row"
-
-
-def _windows(config: Any) -> list[int | None]:
-    """Of each layer, how many tokens it sees at the most."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _random_pairs(model: Any) -> tuple[Tensor, Tensor]:
-    """Rows (4, 24) whose rows 0 and 2, 1 and 3 begin alike, with padding on the right, and their mask."""
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (4, 24), generator=draw)
-    ids[2:, :12] = ids[:2, :12]
-    mask = (torch.arange(24) < torch.tensor([24, 15, 18, 20])[:, None]).long()
-    return ids.to(model.device), mask.to(model.device)

@@ -1,7 +1,5 @@
 """A run beside the published one that it repeats: what was reached there, what here, and in what the two differ."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -47,23 +45,32 @@ def compare_with_published(manifest: Mapping[str, Any], history: Sequence[Mappin
     if not (given := manifest["config"].get("experiment")):
         return None
     experiment = Experiment(**given)
-    final = {key: value for row in history for key, value in row.items() if value is not None}
+    final, figures = {key: value for row in history for key, value in row.items() if value is not None}, []
+    for key, values in experiment.expected.items():
+        ends = bounds(final, key) if key in final else None
+        interval = dict(zip(("low", "high"), ends, strict=True)) if ends else {}
+        figures.append({"key": key, "expected": list(values), "measured": final.get(key), **interval})
     return {
         "name": experiment.name,
         "source": experiment.source,
         "expected_from": experiment.expected_from,
         "differs": list(_differences(manifest, experiment)),
-        "figures": [_figure(key, values, final) for key, values in experiment.expected.items()],
+        "figures": figures,
     }
 
 
 def _differences(manifest: Mapping[str, Any], experiment: Experiment) -> Iterator[str]:
-    """Another batch, another kind of start, and each key of the resolved config that is not as the recipe has it."""
-    config = manifest["config"]
+    """Another batch, another kind of start, and each key of the resolved config that is not as the recipe has it:
+    `experiment=<name>` and nothing else, unchecked; from the run's own --config-dir too.
+    """
+    config, flag = manifest["config"], "--config-dir="
     if batch := batch_fault(experiment, config["trl"], manifest["effective_batch"]):
         yield batch
     try:
-        recipe = _compose_recipe(experiment.name, manifest.get("command"))
+        words = shlex.split(manifest.get("command") or "")
+        own = [word.removeprefix(flag) for word in words if word.startswith(flag)]
+        search = [f"hydra.searchpath=[file://{folder}]" for folder in own]
+        recipe = compose_unchecked([*search, f"experiment={experiment.name}"])
         if OmegaConf.is_missing(recipe.model, "path"):
             recipe.model.path = config["model"]["path"]
             if "adapter" in manifest["model"]:
@@ -73,22 +80,7 @@ def _differences(manifest: Mapping[str, Any], experiment: Experiment) -> Iterato
         yield f"experiment={experiment.name} alone cannot be composed here, to compare with ({error})"
 
 
-def _compose_recipe(name: str, command: str | None) -> Any:
-    """The config of `experiment=<name>` and nothing else, unchecked; from the run's own --config-dir too."""
-    flag = "--config-dir="
-    own = [word.removeprefix(flag) for word in shlex.split(command or "") if word.startswith(flag)]
-    search = [f"hydra.searchpath=[file://{folder}]" for folder in own]
-    return compose_unchecked([*search, f"experiment={name}"])
-
-
 def _counted(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a resolved config in which a repetition must not differ."""
-    return {
-        key: value for key, value in flatten(config).items() if key.startswith(NOT_SAME) or not key.startswith(SAME)
-    }
-
-
-def _figure(key: str, expected: Sequence[float], final: Mapping[str, Any]) -> dict[str, Any]:
-    ends = bounds(final, key) if key in final else None
-    interval = dict(zip(("low", "high"), ends, strict=True)) if ends else {}
-    return {"key": key, "expected": list(expected), "measured": final.get(key), **interval}
+    flat = flatten(config)
+    return {key: value for key, value in flat.items() if key.startswith(NOT_SAME) or not key.startswith(SAME)}

@@ -61,7 +61,7 @@ class Progress(ProgressCallback):
     """A bar with the figures that matter behind it; where the output is no terminal a line with them now and then."""
 
     # the loss of training, all else on held-out rows and in nats
-    SHOWN: ClassVar = {"loss": "loss"} | {measure.key: measure.short for measure in MEASURES if measure.short}
+    SHOWN: ClassVar = {"loss": "loss"} | {measure.key: measure.bar for measure in MEASURES if measure.bar}
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,9 +99,11 @@ class Progress(ProgressCallback):
             first, began = self.began
             per_step = (self.last_line - began) / max(1, state.global_step - first)
             minutes, seconds = divmod(round(per_step * (state.max_steps - state.global_step)), 60)
-            figures = ", ".join(f"{name} {value}" for name, value in self.figures().items())
-            where = (state.global_step, state.max_steps, figures, per_step, minutes, seconds)
-            log.info("step %d of %d: %s; %.2g s a step with measuring, %d:%02d left", *where)
+            log.info(
+                f"step {state.global_step} of {state.max_steps}: "
+                f"{', '.join(f'{name} {value}' for name, value in self.figures().items())}; "
+                f"{per_step:.2g} s a step with measuring, {minutes}:{seconds:02d} left"
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:

@@ -5,8 +5,7 @@ sequence is addressed by its own token ids, under a reference that is addressed 
 whatever else a loss takes from it is worked out from these values, so nothing can be stale.
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import json
 import logging
@@ -31,13 +30,14 @@ from torch import Tensor
 from dpo_kit.errors import ModelError
 from dpo_kit.model.batches import measuring
 from dpo_kit.model.head import Tokens
-from dpo_kit.model.scoring import Reference
-from dpo_kit.trainer.as_trained import column_logps, score_as_trained
+from dpo_kit.model.scoring import Reference, column_logps, score_as_trained
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 4096  # sequences between two writes, so that a killed pass loses little
 RECHECKED = 4
+VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "architectures")
+"""Fields of a model's config that say nothing about its outputs."""
 
 
 class Store:
@@ -88,17 +88,12 @@ class StoredReference:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """TRL hashes all weights for its own cache, on one core: 20 s with a model of 7B. The store has its own key."""
-        home: Any = next(
-            sys.modules[base.__module__] for base in type(self).__mro__ if base.__module__.startswith("trl.")
-        )
-        hash_module = getattr(home, "hash_module", None)
-        if hash_module is not None:
-            home.hash_module = lambda module: ""
-        try:
+        homes = [sys.modules[base.__module__] for base in type(self).__mro__ if base.__module__.startswith("trl.")]
+        with contextlib.ExitStack() as put_back:
+            for home in {home for home in homes if hasattr(home, "hash_module")}:
+                put_back.callback(setattr, home, "hash_module", home.hash_module)
+                home.hash_module = lambda module: ""  # type: ignore[attr-defined]
             super().__init__(*args, **kwargs)
-        finally:
-            if hash_module is not None:
-                home.hash_module = hash_module
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """`dataset` with the reference's columns; overrides the trainer's method of the same name."""
@@ -119,66 +114,51 @@ class StoredReference:
 def reference_logps(trainer: Any, sequences: Sequence[Tokens], root: Path, name: str) -> tuple[list[float], Path]:
     """Summed completion log-probability of each sequence under `trainer`'s reference at step 0, in nats; its folder.
 
-    Read from the store under `root` where it has them, computed and stored otherwise. ModelError where the reference
-    gives a value that is not finite.
+    Read from the store under `root` where it has them, once a sample of that agrees with the live reference; computed,
+    longest first, and stored part by part otherwise. ModelError where the reference gives a value that is not finite.
     """
     reference = Reference(trainer)
-    wanted = {_address(tokens): tokens for tokens in sequences}
+    addresses = [_address(tokens) for tokens in sequences]
+    wanted = dict(zip(addresses, sequences, strict=True))
     with measuring(trainer, *reference.models, as_trained=True), reference.active() as model:
         store = Store(root / reference_key(trainer, model))
         store.folder.mkdir(parents=True, exist_ok=True)
         with store.lock:
-            values = _checked(store, trainer, model, reference, wanted)
+            values, seconds = store.read()
+            hits = [address for address in wanted if address in values]
+            sample = hits[:: max(1, len(hits) // RECHECKED)][:RECHECKED]
+            if sample:
+                again = score_as_trained(trainer, model, [wanted[address] for address in sample])
+                stored = torch.tensor([values[address] for address in sample], dtype=torch.float64)
+                tokens = torch.tensor([len(wanted[address][1]) for address in sample])
+                if reference.agrees(again - stored, tokens, as_trained=True):
+                    saved = seconds * len(hits) / len(values)
+                    log.info(
+                        "reference: %d of %d sequences from the store, %.1f s saved", len(hits), len(wanted), saved
+                    )
+                else:
+                    values = {}
+                    for file in store.folder.glob("*.safetensors"):
+                        store.set_aside(file)
             missing = [address for address in wanted if address not in values]
-            values |= _computed(store, trainer, model, wanted, missing, name)
-    return [values[_address(tokens)] for tokens in sequences], store.folder
-
-
-def _checked(
-    store: Store, trainer: Any, model: Any, reference: Reference, wanted: dict[bytes, Tokens]
-) -> dict[bytes, float]:
-    """What the store holds, once a sample of it agrees with the live reference; nothing where it does not."""
-    values, seconds = store.read()
-    hits = [address for address in wanted if address in values]
-    if not hits:
-        return {}
-    sample = hits[:: max(1, len(hits) // RECHECKED)][:RECHECKED]
-    again = score_as_trained(trainer, model, [wanted[address] for address in sample])
-    stored = torch.tensor([values[address] for address in sample], dtype=torch.float64)
-    tokens = torch.tensor([len(wanted[address][1]) for address in sample])
-    if not reference.agrees(again - stored, tokens, as_trained=True):
-        for file in store.folder.glob("*.safetensors"):
-            store.set_aside(file)
-        return {}
-    saved = seconds * len(hits) / len(values)
-    log.info("reference: %d of %d sequences from the store, %.1f s saved", len(hits), len(wanted), saved)
-    return values
-
-
-def _computed(
-    store: Store, trainer: Any, model: Any, wanted: dict[bytes, Tokens], missing: list[bytes], name: str
-) -> dict[bytes, float]:
-    """The values of the `missing` sequences, longest first, written part by part."""
-    values: dict[bytes, float] = {}
-    started = time.perf_counter()
-    missing = sorted(missing, key=lambda address: -sum(map(len, wanted[address])))
-    for part in _parts(missing, AT_ONCE):
-        since = time.perf_counter()
-        logps = score_as_trained(trainer, model, [wanted[address] for address in part], f"reference pass, {name}")
-        if not bool(logps.isfinite().all()):
-            raise ModelError(
-                "the reference gives log-probabilities that are not finite: its weights are broken; copy "
-                "model.path (or model.reference) again, or take model.dtype=float32"
-            )
-        store.write(part, logps, time.perf_counter() - since)
-        values |= zip(part, logps.tolist(), strict=True)
-    if missing:
-        log.info("reference: %d sequences computed in %.1f s", len(missing), time.perf_counter() - started)
-    return values
-
-
-def _parts(items: list[bytes], size: int) -> Iterator[list[bytes]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+            missing.sort(key=lambda address: -sum(map(len, wanted[address])))
+            started = since = time.perf_counter()
+            for first in range(0, len(missing), AT_ONCE):
+                part = missing[first : first + AT_ONCE]
+                rows = [wanted[address] for address in part]
+                logps = score_as_trained(trainer, model, rows, f"reference pass, {name}")
+                if not bool(logps.isfinite().all()):
+                    raise ModelError(
+                        "the reference gives log-probabilities that are not finite: its weights are broken; copy "
+                        "model.path (or model.reference) again, or take model.dtype=float32"
+                    )
+                now = time.perf_counter()
+                store.write(part, logps, now - since)
+                values |= zip(part, logps.tolist(), strict=True)
+                since = time.perf_counter()
+            if missing:
+                log.info("reference: %d sequences computed in %.1f s", len(missing), since - started)
+    return [values[address] for address in addresses], store.folder
 
 
 def _address(tokens: Tokens) -> bytes:
@@ -193,11 +173,16 @@ def reference_key(trainer: Any, model: Any) -> str:
     Under PEFT the weights are the base's, under the names they have without an adapter, so that full and LoRA tuning
     of one model share a key.
     """
+
+    def digest(tensor: Tensor) -> str:
+        flat = tensor.detach().contiguous().cpu().reshape(-1)
+        return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
     total = hashlib.sha256()
     weights = sorted(_base_weights(model))
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter: as many at once as there are cores
-        for (name, tensor), digest in zip(weights, pool.map(_digest, (each for _, each in weights)), strict=True):
-            total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {digest}".encode())
+        for (name, tensor), hashed in zip(weights, pool.map(digest, (each for _, each in weights)), strict=True):
+            total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashed}".encode())
     config = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE}
     for name, module in model.named_modules():  # of an adapter that training goes on from
         if isinstance(module, LoraLayer) and "ref" in module.scaling:
@@ -207,30 +192,12 @@ def reference_key(trainer: Any, model: Any) -> str:
     return total.hexdigest()[:32]
 
 
-def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
-
-
-VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "architectures")
-"""Fields of a model's config that say nothing about its outputs."""
-
-
 def _base_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """The weights that answer as the reference, each under the name it has in a model without adapter."""
     prefix = model.base_model.prefix if is_peft_model(model) else None
     for name, tensor in model.state_dict().items():
         own = prefix is not None and (prefix in name or ".modules_to_save." in name)
-        if not own or OF_REFERENCE.search(
-            name
-        ):  # TRL's copy of an adapter that training goes on from belongs to the reference
-            yield _plain_name(name), tensor
-
-
-OF_REFERENCE = re.compile(r"\.ref(\.|$)")
-
-
-def _plain_name(name: str) -> str:
-    for wrapped, plain in (("base_model.model.", ""), (".base_layer.", "."), (".original_module.", ".")):
-        name = name.replace(wrapped, plain)
-    return name
+        if not own or re.search(r"\.ref(\.|$)", name):  # TRL's copy of an adapter that training goes on from
+            for wrapped, plain in (("base_model.model.", ""), (".base_layer.", "."), (".original_module.", ".")):
+                name = name.replace(wrapped, plain)
+            yield name, tensor

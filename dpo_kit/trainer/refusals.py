@@ -1,7 +1,5 @@
 """What a library raises of its own, told with the keys that were typed; its traceback is in the log."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re
@@ -23,32 +21,30 @@ def refusing(what: str) -> Iterator[None]:
     except (DpoKitError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ConfigError(f"{what} refuse {blamed(error)}{where_told(error)}") from error
+        raise ConfigError(f"{what} refuse {blamed(error)}") from error
 
 
 def explain_stop(error: Exception, step: int) -> TrainingError:
     """What stopped training in a library, with the keys that may be the cause."""
     when = f"at step {step + 1}" if step else "before its first step"
-    return TrainingError(f"training stopped {when}; typed: {blamed(error)}{where_told(error)}")
+    return TrainingError(f"training stopped {when}; typed: {blamed(error)}")
 
 
 def blamed(error: Exception) -> str:
-    """The overrides that `error` may be about, all where it names none, and what it says."""
+    """The overrides that `error` may be about, all where it names none, and what it says; its traceback goes to the log
+    of the run alone, and where that is stands behind.
+    """
+    logging.getLogger("traceback").warning("%s", error, exc_info=error)
     text = f"{type(error).__name__}: {str(error).strip()}"
-    typed = typed_words()
-    named = [word for word in typed if set(re.findall(r"\w{4,}", word)) & set(re.findall(r"\w{4,}", text))]
-    return f"{' '.join(redact_argv(named or typed)) or 'this config'}: {text}"
+    typed, words = typed_words(), re.compile(r"\w{4,}").findall
+    named = [word for word in typed if {*words(word)} & {*words(text)}]
+    told = f"{' '.join(redact_argv(named or typed)) or 'this config'}: {text}"
+    if not HydraConfig.initialized():
+        return told
+    hydra = HydraConfig.get()
+    return f"{told} (traceback: {Path(hydra.runtime.output_dir) / hydra.job.name}.log)"
 
 
 def typed_words() -> list[str]:
     """The overrides of this run that were typed; none from Python."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def where_told(error: Exception) -> str:
-    """The traceback goes to the log of the run alone; where that is."""
-    logging.getLogger("traceback").warning("%s", error, exc_info=error)
-    if not HydraConfig.initialized():
-        return ""
-    hydra = HydraConfig.get()
-    return f" (traceback: {Path(hydra.runtime.output_dir) / hydra.job.name}.log)"

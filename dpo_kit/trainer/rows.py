@@ -1,7 +1,5 @@
 """A run's rows: read, reported, and as TRL is given them."""
 
-from __future__ import annotations
-
 import json
 import logging
 from typing import Any
@@ -13,22 +11,25 @@ from dpo_kit.config.settings import Settings
 from dpo_kit.data.prepare import Prepared, Rows, prepare
 from dpo_kit.data.rows import ANSWERS, Kind
 from dpo_kit.errors import ConfigError
+from dpo_kit.model.tokens import Truncation
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import write_json, write_jsonl
 from dpo_kit.run.redact import redact
 
 log = logging.getLogger(__name__)
+Base: Any = object  # in use, a trainer follows in the method resolution order
 AT_ONCE = 10_000  # rows whose ids are Python's integers at a time
 
 
 def read_data(settings: Settings, tokenizer: Any) -> Prepared:
     """Rows for training and measuring, checked. Raises DataError."""
+    truncation = Truncation.of(settings.trl)
     return prepare(
         settings.data,
         wanted=settings.method.rows,
         tokenizer=tokenizer,
-        max_length=settings.trl["max_length"],
-        truncation=settings.trl.get("truncation_mode", "keep_start"),
+        max_length=truncation.max_length,
+        truncation=truncation.mode,
         seed=settings.seed,
         fresh_tokens=settings.trl.get("max_new_tokens", 0),
     )
@@ -63,25 +64,18 @@ def report_data(data: Prepared, run: RunDirectory) -> None:
         log.info("rows dropped: %s", ", ".join(reasons))
 
 
-def probe_rows(data: Prepared, settings: Settings) -> Rows:
-    """The held-out rows that an evaluation takes at most (see budget.py)."""
-    return data.select[: settings.callbacks.at_most("pairs")]
-
-
 def held_out_rows(data: Prepared, settings: Settings) -> Rows:
     """The rows of the probe, for TRL's own evaluation: in the form that the method's trainer takes."""
-    rows = probe_rows(data, settings)
+    rows = data.select[: settings.callbacks.at_most("pairs")]
     if settings.method.rows in (data.kind, "prompts"):
         return rows
-    from dpo_kit.data.interleave import interleave, unpair
+    from dpo_kit.data.prepare import interleave, unpair
 
     return interleave(unpair(rows), settings.seed)
 
 
 def build_dataset(rows: Rows, kind: Kind) -> Dataset:
-    """What TRL is given, in the order of `rows`: token ids and labels; or prompts alone as JSON, since a table of chats
-    would give every call the arguments of all.
-    """
+    """What TRL is given: token ids and labels; or prompts as JSON, as a table would mix their chats' arguments."""
     if kind == "prompts":
         return Dataset.from_list([{"prompt": json.dumps(row["prompt"])} for row in rows])
     names, labels = ("prompt", *ANSWERS[kind]), ("label",) if kind == "unary" else ()
@@ -92,3 +86,30 @@ def build_dataset(rows: Rows, kind: Kind) -> Dataset:
         return Dataset.from_dict(ids | {name: [row[name] for row in part] for name in labels}, Features(types))
 
     return concatenate_datasets([table(rows[start : start + AT_ONCE]) for start in range(0, len(rows), AT_ONCE)])
+
+
+class GivenTokens(Base):
+    """Mixin before a TRL trainer: `prompt_ids` and the ids of the answers are trained as they are.
+
+    TRL's trainers read texts each in its own way: ORPO and CPO add a BOS and an EOS that the chat template does not
+    write (huggingface/trl#1591, #4481) and leave out tools. Each has one of the two methods below.
+    """
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """DPO and KTO: nothing is left to do but KTO's mismatched pairs, each answer with the prompt of the next row of
+        its batch, as TRL makes them."""
+        if not getattr(self, "calculate_KL", False) or "KL_completion_ids" in dataset.column_names:
+            return dataset
+        size, answers = args.per_device_train_batch_size, dataset["completion_ids"][:]
+        batches = [answers[start : start + size] for start in range(0, len(answers), size)]
+        return dataset.add_column("KL_completion_ids", [ids for batch in batches for ids in [batch[-1], *batch[:-1]]])
+
+    def tokenize_row(self, row: Any, *_: Any) -> Any:
+        """ORPO and CPO: whole sequences, cut at `max_length`, with labels where the answer is."""
+        prompt = row["prompt_ids"]
+        made = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        for name in ("chosen", "rejected"):
+            ids = (prompt + row[f"{name}_ids"])[: self.max_length]
+            made[f"{name}_input_ids"], made[f"{name}_attention_mask"] = ids, [1] * len(ids)
+            made[f"{name}_labels"] = ([-100] * len(prompt) + ids[len(prompt) :])[: self.max_length]
+        return made

@@ -1,14 +1,11 @@
 """What makes TRL's trainers faster without changing what they train; each choice is printed."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
@@ -17,6 +14,7 @@ from trl.trainer import utils as trl_utils
 
 from dpo_kit.config.settings import Speed
 from dpo_kit.errors import ConfigError
+from dpo_kit.model.batches import bare
 from dpo_kit.model.hardware import has_accelerator
 
 log = logging.getLogger(__name__)
@@ -36,37 +34,30 @@ def speed_up(models: Sequence[PreTrainedModel], speed: Speed, trl: dict[str, Any
         fit_head_to_cpu()
     elif {fuse_norms(model) for model in models} == {True}:
         log.info("each RMSNorm is one kernel")
-    shared = speed.share_prefix is not False and _compute_each_token_once(models, speed)
-    padded = speed.share_prefix is not False and not shared
+    padded, said = False, "padding is computed, and a pair's prompt twice: speed.share_prefix=false"
+    if speed.share_prefix is not False:
+        from dpo_kit.trainer.prefix import share_prefixes, why_not
+
+        said = "each token of a batch is computed once: no padding, a pair's prompt not twice"
+        if reason := next((reason for model in models if (reason := why_not(model))), None):
+            if speed.share_prefix is True:
+                raise ConfigError(
+                    f"speed.share_prefix=true cannot be had with this model: {reason}; auto leaves it off"
+                )
+            log.info("a prompt cannot be computed once for both answers: %s", reason)
+            padded, said = True, "padding is computed, and a pair's prompt twice"
+        for model in models if not padded else ():
+            share_prefixes(model)
     grouped = speed.group_by_length
     if grouped == "auto":
         grouped = lengths and padded and trl.get("train_sampling_strategy") != "sequential"
-    said = "each token of a batch is computed once: no padding, a pair's prompt not twice"
-    if not shared:
-        said = f"padding is computed, and a pair's prompt twice{'' if padded else ': speed.share_prefix=false'}"
     log.info("%s; batches of %s", said, "similar length" if grouped else "whatever length")
     return grouped
 
 
-def _compute_each_token_once(models: Sequence[PreTrainedModel], speed: Speed) -> bool:
-    """Whether every one of `models` can; if so, they do."""
-    from dpo_kit.trainer.prefix import share_prefixes, why_not
-
-    reason = next((reason for model in models if (reason := why_not(model))), None)
-    if reason and speed.share_prefix is True:
-        raise ConfigError(f"speed.share_prefix=true cannot be had with this model: {reason}; auto leaves it off")
-    if reason:
-        log.info("a prompt cannot be computed once for both answers: %s", reason)
-        return False
-    for model in models:
-        share_prefixes(model)
-    return True
-
-
 def shares_prefixes(model: Any) -> bool:
     """Whether each token of a batch is computed once in `model`."""
-    bare = model.get_base_model() if is_peft_model(model) else model
-    return bare.config._attn_implementation == SHARING
+    return bare(model).config._attn_implementation == SHARING
 
 
 def score_labelled_positions_only() -> None:
@@ -74,17 +65,12 @@ def score_labelled_positions_only() -> None:
 
     Where there is no Triton it scores every position, prompt and padding too, to spare Neuron devices recompilations.
     """
-    trl_utils._use_triton = _is_not_neuron
-
-
-def _is_not_neuron(device: Any) -> bool:
-    return device.type != "neuron"
+    trl_utils._use_triton = lambda device: device.type != "neuron"
 
 
 def count_weights_once(model: Any) -> None:
     """Let transformers, which counts a model's weights anew at every batch for `total_flos`, remember their number."""
-    bare = model.get_base_model() if is_peft_model(model) else model
-    bare.num_parameters = functools.cache(bare.num_parameters)
+    bare(model).num_parameters = functools.cache(bare(model).num_parameters)
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """What a new LoRA is put on: modules that the model has, and that training reaches. Loaded for such adapters alone."""
 
-from __future__ import annotations
-
 import logging
 import re
 from typing import Any
@@ -11,7 +9,7 @@ from transformers import PreTrainedModel
 
 from dpo_kit.errors import ConfigError, did_you_mean
 from dpo_kit.model.bypassed import bypassed, short_names
-from dpo_kit.model.trl_classes import uses_fused_head
+from dpo_kit.model.scoring import uses_fused_head
 
 log = logging.getLogger(__name__)
 
@@ -35,17 +33,16 @@ def fit_targets(adapter: LoraConfig, policy: PreTrainedModel, trainer: type) -> 
             f"model.lora.target_modules puts an adapter on {named[0]}, whose weights this model also reads past the "
             "module, so that the adapter would not be trained there: take it out; all-linear leaves it out by itself"
         )
-    modules = [name for name, _ in policy.named_modules()]
+    modules, touched = dict(policy.named_modules()), set()
     for key in ("target_modules", "modules_to_save"):
-        for wanted in _names(getattr(adapter, key)):
+        # a string is a pattern or all-linear, which PEFT itself refuses where it fits nothing
+        names = [] if isinstance(given := getattr(adapter, key), str) else sorted(given or [])
+        touched |= {"lm_head", "embed_tokens"} & {*names}
+        for wanted in names:
             if not any(_is_target(name, [wanted]) for name in modules):
-                own = {
-                    name.rpartition(".")[2] for name, module in policy.named_modules() if [*module.parameters(False)]
-                }
-                meant = did_you_mean(wanted, sorted(own), f": it has {', '.join(sorted(own))}", count=2)
+                own = sorted({name.rpartition(".")[2] for name, each in modules.items() if [*each.parameters(False)]})
+                meant = did_you_mean(wanted, own, f": it has {', '.join(own)}", count=2)
                 raise ConfigError(f"model.lora.{key}: this model has no module {wanted}{meant}")
-    touched = {name for key in ("target_modules", "modules_to_save") for name in _names(getattr(adapter, key))}
-    touched &= {"lm_head", "embed_tokens"}
     if touched and policy.config.get_text_config().tie_word_embeddings and not adapter.ensure_weight_tying:
         log.warning(
             "model.lora puts an adapter on %s, one of two embeddings that this model ties: they will differ after "
@@ -59,8 +56,3 @@ def _is_target(name: str, targets: Any) -> bool:
     if isinstance(targets, str):
         return targets != "all-linear" and bool(re.fullmatch(targets, name))
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
-
-
-def _names(value: Any) -> list[str]:
-    """Names of modules. A string is a pattern or all-linear, which PEFT itself refuses where it fits nothing."""
-    return [] if isinstance(value, str) else sorted(value or [])

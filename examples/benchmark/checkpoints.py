@@ -119,7 +119,7 @@ def build(path, tuning, kind, folder, steps, every):
 
     from dpo_kit.run.quiet import quiet_libraries
     from dpo_kit.toy import MODEL, TRAIN
-    from dpo_kit.trainer.mixins import with_mixins
+    from dpo_kit.trainer.build import with_mixins
     from dpo_kit.trainer.recorder import show_progress
     from dpo_kit.trainer.resume.safe_trainer import Safekeeping
 

@@ -3,7 +3,7 @@
     python examples/benchmark/crowd.py [repeats=3] [pairs=64] [limit=300] [out=FILE]
 
 Whole processes on prompt-heavy pairs (see speed.py), in fp32: stock `trl dpo`, dpo_kit with threads that wait as
-OpenMP comes (they spin), and dpo_kit as it sets them (run/cores.py). The other programs train a small network with
+OpenMP comes (they spin), and dpo_kit as it sets them (run/quiet.py). The other programs train a small network with
 PyTorch as it comes. Medians of `repeats` runs, the kinds taken in turns; a run is stopped after `limit` seconds.
 """
 

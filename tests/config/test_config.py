@@ -246,12 +246,12 @@ def test_the_schema_speaks_of_the_pinned_trl():
 
 
 def test_another_trl_is_read_once_and_cached(tmp_path, monkeypatch):
-    from dpo_kit.config import derive_schema, trl_schema
+    from dpo_kit.config import trl_schema
 
     calls = []
     monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path))
     monkeypatch.setattr(trl_schema, "installed_versions", lambda: {"trl": "1.99", "transformers": "5.99"})
-    monkeypatch.setattr(derive_schema, "derive_schema", lambda: calls.append(1) or {"versions": "new", "classes": {}})
+    monkeypatch.setattr(trl_schema, "derive_schema", lambda: calls.append(1) or {"versions": "new", "classes": {}})
     for _ in range(2):
         trl_schema.load_schema.cache_clear()
         assert trl_schema.load_schema()["versions"] == "new"
@@ -260,10 +260,10 @@ def test_another_trl_is_read_once_and_cached(tmp_path, monkeypatch):
 
 
 def test_the_checked_in_schema_is_what_the_installed_trl_says():
-    """Fails at a TRL upgrade: run `python -m dpo_kit.config.derive_schema`, read the difference, then golden/."""
+    """Fails at a TRL upgrade: run `python -m dpo_kit.config.trl_schema`, read the difference, then golden/."""
     import json
 
-    from dpo_kit.config.derive_schema import PINNED_FILE, pinned_schema
+    from dpo_kit.config.trl_schema import PINNED_FILE, pinned_schema
 
     assert json.loads(json.dumps(pinned_schema())) == json.loads(PINNED_FILE.read_text())
 
@@ -273,8 +273,11 @@ def test_what_only_trl_s_code_says_is_declared_as_it_stands_there():
     import ast
     import importlib
     import inspect
+    import json
 
-    from dpo_kit.config.derive_schema import COMPARED, CONFIG_CLASSES, SMOOTHED
+    from dpo_kit.config.trl_schema import BY_HAND, PINNED_FILE
+
+    stated = json.loads(PINNED_FILE.read_text())["classes"]
 
     def name(node):
         return getattr(node, "attr", None) or getattr(node, "id", None)
@@ -282,9 +285,9 @@ def test_what_only_trl_s_code_says_is_declared_as_it_stands_there():
     def strings(test):
         return {c.value for c in test.comparators if isinstance(c, ast.Constant) and isinstance(c.value, str)}
 
-    compared, smoothed = {key: set() for key in COMPARED}, {}
-    for path in CONFIG_CLASSES:
-        module, cls = path.rsplit(".", 1)
+    compared, smoothed = {key: set() for key in BY_HAND}, {cls: set() for cls in stated}
+    for cls, of in stated.items():
+        module = of["path"].removesuffix(f".{cls}")
         module = getattr(importlib.import_module(module), cls).__module__
         sources = [
             inspect.getsource(importlib.import_module(of)) for of in (module, module.replace("_config", "_trainer"))
@@ -295,9 +298,9 @@ def test_what_only_trl_s_code_says_is_declared_as_it_stands_there():
             if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and name(node.test.left) == "loss_type":
                 read = {name(inner) for statement in node.body for inner in ast.walk(statement)}
                 if isinstance(node.test.ops[0], ast.Eq) and {"logsigmoid", "label_smoothing"} <= read:
-                    smoothed.setdefault(cls, set()).update(strings(node.test))
-    assert compared == {key: set(values) for key, values in COMPARED.items()}
-    assert smoothed == {key: set(values) for key, values in SMOOTHED.items()}
+                    smoothed[cls].update(strings(node.test))
+    assert compared == {key: set(stated["DPOConfig"]["fields"][key]["choices"]) for key in BY_HAND}
+    assert smoothed == {cls: set(of["smoothed_losses"]) for cls, of in stated.items()}
 
 
 def test_composed_trl_fields_build_trl_s_own_config_object(tmp_path):

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.utils import get_class
 
 from dpo_kit.config.compose import CONF, check, compose
 from dpo_kit.config.identity import comparable
 from dpo_kit.config.settings import Experiment
 from dpo_kit.errors import ConfigError
-from dpo_kit.model.trl_classes import import_class
 from dpo_kit.run.report.page import sentences
 from dpo_kit.trainer.published import batch_fault, compare_with_published
 
@@ -66,7 +66,7 @@ def test_a_recipe_holds_what_its_source_states(name):
 def test_a_recipe_composes_to_trl_s_config(name, tmp_path):
     settings = check(compose([f"experiment={name}", *START.get(name, [])]))
     given = {key: value for key, value in settings.trl.items() if value is not None} | {"bf16": False, "use_cpu": True}
-    args = import_class(settings.method.config)(output_dir=str(tmp_path), **given)
+    args = get_class(settings.method.config)(output_dir=str(tmp_path), **given)
     recipe = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
     assert {key: getattr(args, key) for key in recipe["trl"]} == {key: given[key] for key in recipe["trl"]}
 

@@ -21,7 +21,7 @@ from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.data import __main__ as preparing
 from dpo_kit.data.build import pairs
 from dpo_kit.data.curate import modes
-from dpo_kit.data.curate.options import Convert, Curate
+from dpo_kit.data.options import Convert, Curate
 from dpo_kit.errors import DpoKitError
 from dpo_kit.evaluate import __main__ as evaluation
 from dpo_kit.evaluate.options import Alpaca, Domain, Evaluate, Harness, MTBench, WinRate

@@ -17,7 +17,7 @@ from dpo_kit.config.extensions import call_metrics, own_faults
 from dpo_kit.config.settings import Callbacks
 from dpo_kit.errors import ConfigError
 from dpo_kit.export.script import write_reproduction
-from dpo_kit.model.random_state import forked_random
+from dpo_kit.model.batches import forked_random
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics, series
 from dpo_kit.run.report.numbers import result_rows

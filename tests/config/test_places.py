@@ -19,7 +19,7 @@ from dpo_kit.config.tools import refuse_existing, refuse_foreign, refuse_no_file
 from dpo_kit.data.__main__ import main as data_tool
 from dpo_kit.errors import ConfigError, DataError, ModelError
 from dpo_kit.evaluate import __main__ as evaluation
-from dpo_kit.evaluate.candidate import Candidate
+from dpo_kit.evaluate.job import Candidate
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.files import cache_folder, write_json
 from dpo_kit.toy import MODEL

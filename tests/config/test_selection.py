@@ -13,7 +13,7 @@ from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
 from dpo_kit.config.best_metric import greater_is_better, kind_fault, measured_keys, needs_trl_evaluation
 from dpo_kit.config.compose import check
 from dpo_kit.config.settings import Callbacks
-from dpo_kit.data.interleave import unpair
+from dpo_kit.data.prepare import unpair
 from dpo_kit.data.read import read_source
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory

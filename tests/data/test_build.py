@@ -19,12 +19,11 @@ import pytest
 from dpo_kit import toy
 from dpo_kit.config.settings import Build, Data
 from dpo_kit.data.__main__ import compose_tool
-from dpo_kit.data.build.pairing import OUTCOMES, pair_answers
-from dpo_kit.data.build.pairs import build_pairs, show_build
+from dpo_kit.data.build.pairs import OUTCOMES, build_pairs, pair_answers, show_build
 from dpo_kit.data.build.prompts import read_prompts
 from dpo_kit.errors import BuildError, ConfigError, DataError
 from dpo_kit.judge.answers import Answer
-from dpo_kit.judge.llm import fence
+from dpo_kit.judge.open import fence
 from tests.judge.test_judges import parts
 from tests.scripted_server import Turn, scripted_server, unreliable
 
@@ -433,7 +432,7 @@ def test_tools_stand_in_a_column_of_the_pairs_and_before_the_judge():
     judge.decide = lambda shown: seen.extend(shown) or Ranked.decide(judge, shown)
     (pair,) = pair_answers(judge, [asked], [[Answer("a", False, "m"), Answer("b", False, "m")]], build(), 0).pairs
     assert pair["tools"] == tools and pair["prompt"] == [{"role": "user", "content": "Rain?"}]
-    assert fence(seen[0], "x").startswith('<<<message x>>>\ntools: {"name": "weather"}\n\nuser: Rain?\n')
+    assert fence(seen[0].parts, "x").startswith('<<<message x>>>\ntools: {"name": "weather"}\n\nuser: Rain?\n')
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
 import pytest
 
 from dpo_kit.data.curate.convert import convert
-from dpo_kit.data.curate.options import Convert
 from dpo_kit.data.forms import recognise
+from dpo_kit.data.options import Convert
 from dpo_kit.data.read import Fault, Row
 from dpo_kit.errors import ConfigError
 

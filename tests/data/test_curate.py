@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from dpo_kit.data.curate.options import Curate
 from dpo_kit.data.curate.rules import Setting, curate
-from dpo_kit.data.ids import add_ids
+from dpo_kit.data.options import Curate
 from dpo_kit.data.prepare import keep_signal
+from dpo_kit.data.shape import add_ids
 from dpo_kit.errors import ConfigError, DataError
 from tests.preferences import labels, pairs, tokenizer, words
 

@@ -136,7 +136,7 @@ def test_what_is_wrong_is_refused_with_the_remedy(tool, words, message):
 
 
 def test_help_names_every_option(capsys):
-    from dpo_kit.data.curate.options import Convert, Curate
+    from dpo_kit.data.options import Convert, Curate
 
     assert main(["--help"]) == 0
     said = capsys.readouterr().out

@@ -8,8 +8,7 @@ import typing
 import pytest
 
 from dpo_kit.config.settings import FormName
-from dpo_kit.data.forms import recognise
-from dpo_kit.data.other_forms import FORMS, TABLE
+from dpo_kit.data.forms import FORMS, TABLE, recognise
 from dpo_kit.data.read import Fault, Row, Tie
 from dpo_kit.data.rows import ANSWERS
 from dpo_kit.data.shape import Shape
@@ -88,7 +87,7 @@ FORM_ROWS = [
 
 def read(*rows, columns=None, asked=None, typed=True, bare=False):
     """The form of `rows`, and what training makes of each."""
-    from dpo_kit.data.other_forms import best_and_worst
+    from dpo_kit.data.forms import best_and_worst
 
     items = [Row(f"x:{number}", row, typed) for number, row in enumerate(rows, start=1)]
     match = recognise("x", items, columns or {}, asked, bare=bare)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl.data_utils import maybe_apply_chat_template
 
 from dpo_kit.model.tokens import encode_rows
-from dpo_kit.trainer.given_tokens import GivenTokens
+from dpo_kit.trainer.rows import GivenTokens
 from tests import styles, tiny
 
 ROWS = [

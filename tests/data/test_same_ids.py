@@ -11,13 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_kit.data.ids import add_ids
+from dpo_kit.data.shape import add_ids
 from dpo_kit.model.chats import prompt_of
 from dpo_kit.model.control_tokens import neutralised
 from dpo_kit.model.tokens import encode_prompts, encode_rows, ids_of_rows
 from dpo_kit.model.turns import turns_of
-from dpo_kit.trainer.given_tokens import GivenTokens
-from dpo_kit.trainer.rows import build_dataset
+from dpo_kit.trainer.rows import GivenTokens, build_dataset
 from tests import styles
 
 WORDS = [

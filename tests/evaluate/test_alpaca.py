@@ -17,8 +17,8 @@ from dpo_kit.evaluate.benchmarks.alpaca import (
     read_instructions,
     run_alpaca,
 )
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker
 from dpo_kit.evaluate.options import Alpaca
+from dpo_kit.evaluate.part import Speaker
 
 ECHO = Speaker("policy", lambda prompts, temperature: [f" Answer to {prompt} " for prompt in prompts])
 PLAIN = Speaker("reference", lambda prompts, temperature: ["I do not know." for _ in prompts])

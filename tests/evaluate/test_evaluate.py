@@ -17,14 +17,13 @@ from dpo_kit import compose, toy, train
 from dpo_kit.config.compose import check
 from dpo_kit.config.identity import comparable
 from dpo_kit.errors import ConfigError, DataError, EvaluationError, JudgeError, ModelError
-from dpo_kit.evaluate import parts
+from dpo_kit.evaluate import evaluation
 from dpo_kit.evaluate.__main__ import main, work
-from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.evaluate.job import plan
-from dpo_kit.evaluate.win_rate.comparison import write_samples
-from dpo_kit.evaluate.win_rate.rates import Compared
+from dpo_kit.evaluate.job import Candidate, plan
+from dpo_kit.evaluate.part import Note, Part
+from dpo_kit.evaluate.win_rate import Compared, write_samples
 from dpo_kit.judge.answers import Answer
-from dpo_kit.judge.verdicts import PICK_ME, Verdict
+from dpo_kit.judge.verdicts import FAKES, Verdict
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json, write_jsonl
 from dpo_kit.run.report.markdown import fence
@@ -244,7 +243,11 @@ def sensible(number, body):
     (_, _), (_, first), (_, second) = shown_parts(body)
 
     def worth(text):
-        return (bool(text.strip()) and PICK_ME[:30] not in text and "aspects" not in text, "sorry" in text, -len(text))
+        return (
+            bool(text.strip()) and FAKES["pick me"][:30] not in text and "aspects" not in text,
+            "sorry" in text,
+            -len(text),
+        )
 
     better = (worth(first) > worth(second)) - (worth(first) < worth(second))
     return Turn(f"Clear.\nVERDICT: {dict(zip((1, 0, -1), ('1', 'TIE', '2'), strict=True))[better]}")
@@ -344,20 +347,17 @@ def test_a_sweep_is_evaluated_on_the_select_split_with_one_set_of_reference_answ
 def test_a_further_part_is_one_entry_of_the_table(run, monkeypatch, capsys):
     gate = {"passed": False, "worst_task": "sums", "difference": -0.2, "low": -0.3, "high": -0.1, "limit": 0.03}
 
-    class Extra(parts.Part):
+    class Extra(Part):
         def measure(self, job):
             return {"status": "done", "gate": gate, "at": str(job.policy.name)}
 
         def headline(self, found):
             return {"gate": found["gate"]}
 
-        def lines(self, found):
-            return [("gate", "failed", "")]
+        def tell(self, found):
+            return [("gate", "failed", ""), Note("GATE FAILED", first=True)]
 
-        def warnings(self, found):
-            return ["GATE FAILED"]
-
-    monkeypatch.setitem(parts.PARTS, "benchmarks", Extra())
+    monkeypatch.setitem(evaluation.PARTS, "benchmarks", Extra())
     work([f"run={run}", "parts=[win_rate,benchmarks]"])
     assert capsys.readouterr().out.splitlines()[0] == "GATE FAILED"
     assert result_of(run)["gate"] == gate and result_of(run)["win_rate"] is not None
@@ -393,7 +393,7 @@ def test_the_tracker_s_run_is_resumed_by_its_id(run, monkeypatch):
 )
 def test_no_answer_gets_out_of_its_fence(text, tmp_path):
     answers = (Answer(text, False, "m"), Answer("other", True, "n"))
-    compared = Compared("p", "Which `one`?", 0, *answers, Verdict("loss", "second", "first"))
+    compared = Compared("p", "Which `one`?", 0, *answers, Verdict("second", "first"))
     write_samples(tmp_path / "samples.md", [compared] * 2, policy="p|o<b>l", opponent="ref")
     tokens = MarkdownIt().parse((tmp_path / "samples.md").read_text())
     fences = [token.content for token in tokens if token.type == "fence"]

@@ -14,15 +14,14 @@ from transformers import LlamaForCausalLM
 from dpo_kit import compose, toy
 from dpo_kit.config.compose import CONF, check
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate import parts
+from dpo_kit.evaluate import win_rate
 from dpo_kit.evaluate.__main__ import work
-from dpo_kit.evaluate.benchmarks import harness
-from dpo_kit.evaluate.benchmarks.dialogue import models_of
+from dpo_kit.evaluate.benchmarks import gate
 from dpo_kit.evaluate.benchmarks.gate import compare_task, decide_gate
-from dpo_kit.evaluate.candidate import Candidate
-from dpo_kit.evaluate.job import GROUPS, plan
+from dpo_kit.evaluate.job import GROUPS, Candidate, plan
 from dpo_kit.evaluate.options import Alpaca, Domain, Harness
-from dpo_kit.evaluate.win_rate.rates import Compared, win_rates
+from dpo_kit.evaluate.part import models_of
+from dpo_kit.evaluate.win_rate import Compared, win_rates
 from dpo_kit.judge.answers import Answer
 from dpo_kit.judge.verdicts import Verdict
 from dpo_kit.run.files import read_json, write_json, write_jsonl
@@ -215,7 +214,7 @@ def constructed(wins):
     def measure(job):
         answers = Answer("a", False, "m"), Answer("b", False, "m")
         won = [number < wins[job.policy.name] for number in range(40)]
-        verdicts = [Verdict("win", "first", "second") if each else Verdict("loss", "second", "first") for each in won]
+        verdicts = [Verdict("first", "second") if each else Verdict("second", "first") for each in won]
         compared = [Compared(str(n), f"prompt {n}", 0, *answers, verdict) for n, verdict in enumerate(verdicts)]
         rows = [{"prompt_id": each.prompt_id, "points": each.verdict.points} for each in compared]
         write_jsonl(job.folder / "verdicts.jsonl", rows)
@@ -236,7 +235,7 @@ def test_a_run_whose_gate_failed_is_rejected_even_where_its_win_rate_is_the_high
     sweep = tmp_path / "sweep"
     for name in ("strong", "sane"):
         shutil.copytree(trained, sweep / name)
-    monkeypatch.setattr(parts, "measure_win_rate", constructed({"strong": 39, "sane": 30}))
+    monkeypatch.setattr(win_rate, "measure_win_rate", constructed({"strong": 39, "sane": 30}))
     work([f"sweep={sweep}", "parts=[win_rate]"])
     assert read_json(sweep / "best.json")["recommended"] == "strong"
 
@@ -248,7 +247,7 @@ def test_a_run_whose_gate_failed_is_rejected_even_where_its_win_rate_is_the_high
         )
         return {"harness": "0", "tasks": [vars(task)], "gate": decide_gate([task], options.max_regression)}
 
-    monkeypatch.setattr(harness, "run_harness", run_harness)
+    monkeypatch.setattr(gate, "run_harness", run_harness)
     capsys.readouterr()
     work([f"sweep={sweep}", "parts=[win_rate,gate]"])
     best, shown = read_json(sweep / "best.json"), capsys.readouterr().out

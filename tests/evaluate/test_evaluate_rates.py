@@ -10,7 +10,7 @@ from scipy import stats
 from dpo_kit.callbacks import metrics
 from dpo_kit.callbacks.scores import Scores
 from dpo_kit.evaluate.preferences import compare_preferences, describe_calibration, describe_preferences
-from dpo_kit.evaluate.win_rate.rates import Compared, read_verdict, win_rates
+from dpo_kit.evaluate.win_rate import Compared, read_verdict, win_rates
 from dpo_kit.judge.answers import Answer
 from dpo_kit.judge.verdicts import Verdict
 from dpo_kit.run.statistics import needed_against_half
@@ -27,7 +27,7 @@ RAW = {
 def compared(outcome, prompt="p", draw=0, gap=0):
     texts = ("a" * (50 + max(0, gap)), "b" * (50 + max(0, -gap)))
     answers = [Answer(text, False, "m") for text in texts]
-    return Compared(prompt, prompt, draw, *answers, Verdict(outcome, *RAW[outcome]))
+    return Compared(prompt, prompt, draw, *answers, Verdict(*RAW[outcome]))
 
 
 def rows(outcomes):
@@ -125,7 +125,7 @@ def test_the_length_controlled_rate_recovers_what_was_planted(theta):
 def test_the_fit_of_length_is_the_maximum_of_its_likelihood():
     found = verdicts_with_a_bias(0.3, -1.0, 400, 3)
     points = torch.tensor([each.verdict.points for each in found])
-    gaps = torch.tensor([float(each.length_gap) for each in found])
+    gaps = torch.tensor([float(len(each.policy.text) - len(each.opponent.text)) for each in found])
     inputs = np.tanh(gaps.numpy() / gaps.numpy().std())
 
     def loss(weights):

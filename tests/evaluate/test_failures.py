@@ -7,8 +7,8 @@ import random
 import pytest
 
 from dpo_kit.data.report.text_rules import is_refusal
-from dpo_kit.evaluate.behaviour import failures
-from dpo_kit.evaluate.behaviour.failures import (
+from dpo_kit.evaluate import behaviour
+from dpo_kit.evaluate.behaviour import (
     RULES,
     Contest,
     analyze_failures,
@@ -103,8 +103,8 @@ def rows():
 
 
 def test_losses_are_counted_against_wins_and_prompts_are_collected_by_urgency(tmp_path, monkeypatch):
-    monkeypatch.setattr(failures, "EXAMPLES", 2)
-    monkeypatch.setattr(failures, "COLLECTED", 18)
+    monkeypatch.setattr(behaviour, "EXAMPLES", 2)
+    monkeypatch.setattr(behaviour, "COLLECTED", 18)
     result = analyze_failures(rows(), tmp_path)
     assert result["outcomes"] == {"loss": 20, "win": 20, "tie": 3}
     longer, *rest = result["groups"]

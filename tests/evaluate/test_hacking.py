@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from dpo_kit.evaluate.behaviour.failures import Contest
-from dpo_kit.evaluate.behaviour.hacking import MEASURES, compare_styles, watch_hacking, watch_rewards
+from dpo_kit.evaluate.behaviour import MEASURES, Contest, compare_styles, watch_hacking, watch_rewards
 
 
 def history(gold, proxy, half=0.05, key="probe/reward_margin"):

@@ -8,8 +8,8 @@ import pytest
 from dpo_kit import compose, train
 from dpo_kit.config.compose import check
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.benchmarks.harness import run_harness
-from dpo_kit.evaluate.candidate import Candidate
+from dpo_kit.evaluate.benchmarks.gate import run_harness
+from dpo_kit.evaluate.job import Candidate
 from dpo_kit.evaluate.options import Harness
 from dpo_kit.toy.domain import DESK_OF, DESKS, QUESTIONS, desk_answer
 from tests.small import few_pairs

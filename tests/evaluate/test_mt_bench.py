@@ -11,7 +11,6 @@ from dpo_kit import compose
 from dpo_kit.config.compose import check
 from dpo_kit.config.settings import LLMJudge
 from dpo_kit.errors import DataError
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker, local_speaker
 from dpo_kit.evaluate.benchmarks.mt_bench import (
     Grade,
     Question,
@@ -22,8 +21,9 @@ from dpo_kit.evaluate.benchmarks.mt_bench import (
     run_mt_bench,
     summarize_grades,
 )
-from dpo_kit.evaluate.candidate import Candidate
+from dpo_kit.evaluate.job import Candidate
 from dpo_kit.evaluate.options import MTBench
+from dpo_kit.evaluate.part import Speaker, local_speaker
 from dpo_kit.judge.answers import Asking
 from dpo_kit.judge.server import Reply
 from dpo_kit.run.journal import Journal

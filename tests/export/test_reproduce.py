@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from hydra.utils import get_class
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
@@ -16,7 +17,7 @@ from dpo_kit.config import trl_schema
 from dpo_kit.config.compose import check
 from dpo_kit.export.__main__ import main
 from dpo_kit.export.script import write_reproduction
-from dpo_kit.model.trl_classes import import_class, uses_fused_head
+from dpo_kit.model.scoring import uses_fused_head
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
@@ -113,7 +114,7 @@ def test_the_arguments_of_a_run_can_be_given_back_to_trl_as_they_are(finished_ru
     written = read_json(finished_run / "trl_config.json")
     assert written["hub_token"] is None and written["pad_token"] == "<|end|>"
     cfg = check(compose(QUICK))
-    again = import_class(cfg.method.config)(**written)
+    again = get_class(cfg.method.config)(**written)
     assert sorted(describe_arguments(again).items(), key=str) == sorted(written.items(), key=str)
 
 

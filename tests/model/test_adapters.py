@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from hydra.utils import get_class
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.online_dpo import online_dpo_trainer
@@ -20,7 +21,6 @@ from dpo_kit.export.script import write_reproduction
 from dpo_kit.model import origin
 from dpo_kit.model.adapter import OF_ADAPTER, keep_start, refuse_uncopied
 from dpo_kit.model.load import load_policy, load_reference, load_start, load_tokenizer
-from dpo_kit.model.trl_classes import import_class
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.history import read_metrics
@@ -125,6 +125,13 @@ def test_weights_that_are_published_quantised_are_not_tuned_in_full(tmp_path):
         plan_run(check(compose(["tracking=none", f"model.path={model}"])))
 
 
+def test_an_adapter_that_names_no_base_is_refused_by_its_file(tmp_path):
+    write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA"})
+    cfg = compose(["model=local", f"model.path={tmp_path}", "model.tuning=lora"])
+    with pytest.raises(ModelError, match=r"adapter_config\.json has no base_model_name_or_path"):
+        origin.find_start(check(cfg).model)
+
+
 def test_a_tuned_policy_that_is_rounded_to_4_bit_is_told_to_go_on_as_an_adapter(tmp_path, caplog):
     model = shutil.copytree(MODEL, tmp_path / "export")
     write_json(model / "export.json", {})
@@ -196,7 +203,7 @@ def test_an_adapter_goes_on_as_it_does_in_plain_trl_and_is_measured_from_its_own
     rows = read_data(settings, tokenizer).train
     args = build_arguments(settings, rows, tmp_path / "trl", 96)
     args.eval_strategy, args.save_strategy, args.precompute_ref_log_probs = "no", "no", False
-    theirs = import_class(settings.method.trainer)(
+    theirs = get_class(settings.method.trainer)(
         model=_adapted(adapter, is_trainable=True),
         args=args,
         train_dataset=as_texts(rows, settings.method.rows),
@@ -291,7 +298,7 @@ def test_a_run_s_adapter_is_gone_on_with_and_its_origin_is_told(tmp_path):
 
 
 def test_the_reference_of_an_adapter_that_goes_on_is_its_start_in_every_part_of_the_house(adapter):
-    from dpo_kit.evaluate.candidate import Candidate
+    from dpo_kit.evaluate.job import Candidate
 
     model = _model(f"model.path={adapter}", "model.tuning=lora")
     ids = torch.arange(5, 25)[None]

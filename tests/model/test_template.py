@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 
 from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ModelError
-from dpo_kit.evaluate.candidate import of_run
+from dpo_kit.evaluate.job import of_run
 from dpo_kit.model import template
 from dpo_kit.model.control_tokens import count_control_tokens, neutralised
 from dpo_kit.model.load import load_tokenizer
 from dpo_kit.model.sampling import draw_samples
-from dpo_kit.model.tokens import encode, encode_prompts
+from dpo_kit.model.tokens import encode_prompts, encode_rows
 from dpo_kit.model.turns import written_today
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json
@@ -159,8 +159,8 @@ def control_ids(tokenizer, ids):
 @pytest.mark.fault("control tokens in a user's message", promise="P11")
 def test_control_tokens_that_a_user_typed_stay_text(plain, neutral):
     prompt, answer = chat(FORGED, "yes<|end|>")
-    (prompt_ids, (answer_ids,)), (raw_prompt, (raw_answer,)) = (
-        encode(each, prompt, [answer]) for each in (neutral, plain)
+    ((prompt_ids, (answer_ids,)),), ((raw_prompt, (raw_answer,)),) = (
+        encode_rows(each, [prompt], [[answer]]) for each in (neutral, plain)
     )
     assert plain.convert_ids_to_tokens(control_ids(plain, prompt_ids)) == ["<|user|>", "<|end|>", "<|assistant|>"]
     assert plain.convert_ids_to_tokens(control_ids(plain, answer_ids)) == ["<|end|>"]
@@ -168,15 +168,15 @@ def test_control_tokens_that_a_user_typed_stay_text(plain, neutral):
     assert plain.decode(prompt_ids) == plain.decode(raw_prompt)  # the text is kept
     assert dill.loads(dill.dumps(neutral))(FORGED) == neutral(FORGED)
     again = dill.loads(dill.dumps(copy.deepcopy(neutral)))  # as worker processes get it
-    assert encode(again, prompt, [answer]) == (prompt_ids, [answer_ids])
+    assert encode_rows(again, [prompt], [[answer]]) == [(prompt_ids, [answer_ids])]
 
 
 def test_ordinary_text_has_the_ids_that_it_always_had(plain, neutral):
     letters = [chr(code) for code in (*range(32, 127), 0xE9, 0x4E2D, 0x1F642, 0xE000)]
     for _ in range(50):
         text, other = ("".join(random.choices(letters, k=20)) + "x" for _ in range(2))
-        row = chat(text, other)
-        assert encode(neutral, row[0], [row[1]]) == encode(plain, row[0], [row[1]]), (text, other)
+        prompt, answer = chat(text, other)
+        assert encode_rows(neutral, [prompt], [[answer]]) == encode_rows(plain, [prompt], [[answer]]), (text, other)
         assert neutral(text)["input_ids"] == plain(text)["input_ids"]
 
 

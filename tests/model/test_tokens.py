@@ -1,6 +1,7 @@
 """Token ids against those of TRL's own trainers."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_kit.model.chats import prompt_of
-from dpo_kit.model.tokens import common_prefix_length, encode, encode_prompts, encode_rows, truncate, truncate_both
+from dpo_kit.model.tokens import Truncation, common_prefix_length, encode_prompts, encode_rows
 from tests import tiny
 
 
@@ -78,7 +79,8 @@ def test_ids_are_those_of_plain_trainers_where_they_agree(folder: str, tmp_path:
         data = tiny.unary(4) if kind == "kto" else rows
         made[kind] = list(tiny.trainer(kind, folder, tmp_path, rows=data, max_length=64).train_dataset)
     for index, row in enumerate(rows):
-        prompt, (chosen, rejected) = encode(tiny.tokenizer(), row["prompt"], [row["chosen"], row["rejected"]])
+        answers = [row["chosen"], row["rejected"]]
+        ((prompt, (chosen, rejected)),) = encode_rows(tiny.tokenizer(), [row["prompt"]], [answers])
         dpo, kto = made["dpo"][index], made["kto"][index]
         assert (dpo["prompt_ids"], dpo["chosen_ids"], dpo["rejected_ids"]) == (prompt, chosen, rejected)
         assert (kto["prompt_ids"], kto["completion_ids"]) == (prompt, chosen)
@@ -89,14 +91,14 @@ def test_ids_are_those_of_plain_trainers_where_they_agree(folder: str, tmp_path:
 
 def test_tokens_that_merge_across_the_boundary_shorten_the_prompt() -> None:
     tokenizer = merging_tokenizer()
-    prompt, (merged,) = encode(tokenizer, "sleep run", ["ning"])
+    ((prompt, (merged,)),) = encode_rows(tokenizer, ["sleep run"], [["ning"]])
     assert len(prompt) < len(tokenizer("sleep run")["input_ids"])
     assert prompt + merged == tokenizer("sleep running<eos>")["input_ids"]
 
 
 def test_eos_is_appended_once() -> None:
     tokenizer = tiny.tokenizer()
-    _, (without, with_eos) = encode(tokenizer, "red", [" cat", " cat<eos>"])
+    ((_, (without, with_eos)),) = encode_rows(tokenizer, ["red"], [[" cat", " cat<eos>"]])
     assert without == with_eos == [*tokenizer(" cat")["input_ids"], tokenizer.eos_token_id]
 
 
@@ -108,9 +110,16 @@ def test_truncation_is_the_collators(mode: str, max_length: int | None) -> None:
     batch = collator([{"prompt_ids": prompt, "chosen_ids": completion, "rejected_ids": completion}])
     mask = batch["completion_mask"][0].bool()
     expected = (batch["input_ids"][0][~mask].tolist(), batch["input_ids"][0][mask].tolist())
-    assert truncate_both(prompt, completion, max_length, mode) == expected
-    if mode == "keep_start":
-        assert truncate(prompt, completion, max_length) == expected[1]
+    truncation = Truncation(max_length, mode)
+    assert truncation.cut(prompt, completion) == expected
+    lengths = tuple(map(len, truncation.cut(range(len(prompt)), range(len(completion)))))
+    assert lengths == tuple(map(len, expected))
+
+
+def test_a_trainer_without_a_truncation_mode_keeps_the_start() -> None:
+    for given in ({"max_length": 4}, {"max_length": 4, "truncation_mode": None}):
+        assert Truncation.of(given) == Truncation.of(SimpleNamespace(**given)) == Truncation(4, "keep_start")
+    assert Truncation.of({"max_length": 4, "truncation_mode": "keep_end"}) == Truncation(4, "keep_end")
 
 
 def test_a_chat_prompt_ends_in_the_generation_prompt() -> None:

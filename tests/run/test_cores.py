@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 import dpo_kit
-from dpo_kit.run import cores, quiet
-from dpo_kit.run.cores import CROWDED_SPINS, SPINS, share_cores, used_cores
+from dpo_kit.run import quiet
+from dpo_kit.run.quiet import CROWDED_SPINS, SPINS, share_cores, used_cores
 
 
 class Share(NamedTuple):
@@ -30,7 +30,7 @@ def before_torch(monkeypatch):
 
 @pytest.mark.parametrize(("used", "spins"), [(0.0, SPINS), (0.5, SPINS), (0.6, CROWDED_SPINS), (2.0, CROWDED_SPINS)])
 def test_threads_sleep_soon_where_others_use_a_quarter_of_the_cores(before_torch, used, spins, caplog):
-    before_torch.setattr(cores, "used_cores", lambda: (2, used))
+    before_torch.setattr(quiet, "used_cores", lambda: (2, used))
     caplog.set_level("INFO")
     share_cores()
     assert os.environ["GOMP_SPINCOUNT"] == str(spins)
@@ -42,7 +42,7 @@ def test_threads_sleep_soon_where_others_use_a_quarter_of_the_cores(before_torch
 @pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "active")])
 def test_what_the_environment_says_of_waiting_stays(before_torch, name, value):
     before_torch.setenv(name, value)
-    before_torch.setattr(cores, "used_cores", lambda: pytest.fail("nobody needs to look"))
+    before_torch.setattr(quiet, "used_cores", lambda: pytest.fail("nobody needs to look"))
     share_cores()
     assert os.environ[name] == value and len(os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}) == 1
 

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from dpo_kit.callbacks.scores import Scores
 from dpo_kit.data.report.picture import draw_data_report
-from dpo_kit.evaluate.behaviour.failures import Contest, analyze_failures
-from dpo_kit.evaluate.behaviour.hacking import watch_hacking
+from dpo_kit.evaluate.behaviour import Contest, analyze_failures, watch_hacking
 from dpo_kit.evaluate.picture import draw_evaluation
 from dpo_kit.evaluate.preferences import describe_preferences
 from dpo_kit.run.report.drawing import count_text

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -21,11 +22,10 @@ from dpo_kit.config.compose import compose, compose_unchecked
 from dpo_kit.errors import ConfigError, SweepError
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import write_json
+from dpo_kit.sweep.launch.job import device_slots, visible_devices
 from dpo_kit.sweep.launch.launcher import Job, threads_per_job
-from dpo_kit.sweep.launch.live_table import Board, format_seconds, label_jobs
 from dpo_kit.sweep.launch.plan import plan_sweep, split_jobs
-from dpo_kit.sweep.launch.record import JobRecord, Progress
-from dpo_kit.sweep.launch.starters import device_slots, visible_devices
+from dpo_kit.sweep.launch.progress import Board, JobRecord, Progress, format_seconds, label_jobs
 from tests.conftest import ROOT
 from tests.small import few_pairs
 
@@ -228,6 +228,23 @@ def test_the_table_fits_100_columns_and_keeps_its_widths(tmp_path):
     after = console.export_text()
     assert "1234/5000" in after and "0.710" in after
     assert after.splitlines()[2].rstrip() == before.splitlines()[2].rstrip()
+
+
+def test_without_a_terminal_each_running_job_says_now_and_then_how_far_it_is(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "dpo_kit.sweep")
+    board = Board(tmp_path, [record(1, state="running"), record(2)])
+    board.drawn -= 60
+    board.tick()
+    write_json(tmp_path / "run1" / "trl_config.json", {"max_steps": 48})
+    rows = [{"step": 0, "time": time.time() - 150}, {"step": 24, "time": time.time(), "probe/accuracy": 0.645}]
+    (tmp_path / "run1" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    board.drawn -= 60
+    board.tick()
+    board.tick()  # at once again: silent
+    assert [line.partition(": ")[2] for line in caplog.messages] == [
+        "before its first step",
+        "step 24 of 48, held-out accuracy 0.645, 2 min left",
+    ]
 
 
 def test_a_job_is_called_by_what_tells_it_from_the_others():
@@ -467,11 +484,11 @@ def test_a_warm_job_imports_nothing_that_takes_time(tmp_path):
     words = few_pairs(tmp_path / "pairs.jsonl")
     script = (
         "import sys, dpo_kit.sweep.launch.warm; before = set(sys.modules)\n"
-        "from dpo_kit import compose, train; from dpo_kit.trainer.arguments import import_class\n"
+        "from dpo_kit import compose, train; from hydra.utils import get_class\n"
         "from dpo_kit.config.compose import CONF\n"
         f"train(compose({words!r}), {str(tmp_path / 'run')!r})\n"
         "methods = [file.stem for file in (CONF / 'method').glob('*.yaml')]\n"
-        "[import_class(compose([f'method={name}']).method.trainer) for name in methods]\n"
+        "[get_class(compose([f'method={name}']).method.trainer) for name in methods]\n"
         "heavy = ('torch', 'trl', 'transformers', 'datasets', 'matplotlib', 'peft', 'accelerate', 'wandb', 'pandas')\n"
         "print(*[m for m in set(sys.modules) - before if m.split('.')[0] in heavy])"
     )

@@ -2,11 +2,11 @@
 
 import pytest
 from datasets import Dataset
+from hydra.utils import get_class
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_kit.config.compose import check, compose
-from dpo_kit.model.trl_classes import import_class
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
 from dpo_kit.trainer.rows import prepare_data
@@ -71,7 +71,7 @@ def _losses_of_plain_trl(cfg, own, tuning, folder):
     settings = check(cfg)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     data = prepare_data(settings, tokenizer)
-    args = import_class(settings.method.config)(
+    args = get_class(settings.method.config)(
         output_dir=str(folder / "trl"),
         report_to="none",
         seed=0,
@@ -85,7 +85,7 @@ def _losses_of_plain_trl(cfg, own, tuning, folder):
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0, target_modules="all-linear")
     columns = ("prompt", "completion", "label") if settings.method.rows == "unary" else ("prompt", "chosen", "rejected")
-    trainer = import_class(settings.method.trainer)(
+    trainer = get_class(settings.method.trainer)(
         model=AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32"),
         args=args,
         train_dataset=Dataset.from_list([{name: row[name] for name in columns} for row in data.train]),

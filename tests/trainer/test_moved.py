@@ -9,11 +9,10 @@ import pytest
 
 from dpo_kit.config.compose import check, compose
 from dpo_kit.config.data_files import find_files
-from dpo_kit.config.recall import recall_config
+from dpo_kit.config.identity import recall_config
 from dpo_kit.errors import DataError, ModelError
-from dpo_kit.evaluate.candidate import of_path
 from dpo_kit.evaluate.evaluation import next_command
-from dpo_kit.evaluate.job import plan, share_template
+from dpo_kit.evaluate.job import of_path, plan, share_template
 from dpo_kit.run.files import write_json
 from dpo_kit.toy import EVAL, MODEL
 from dpo_kit.trainer.held_out import refuse_other_rows

@@ -29,13 +29,11 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
-from dpo_kit.trainer.build import build_trainer
-from dpo_kit.trainer.measuring import ProbeAlone
-from dpo_kit.trainer.mixins import with_mixins
+from dpo_kit.trainer.build import build_trainer, with_mixins
+from dpo_kit.trainer.measuring import ProbeAlone, StartCheck
 from dpo_kit.trainer.online import FreshAnswers, JudgedReward, add_spends, open_judged_reward
 from dpo_kit.trainer.resume.which_rows import find_rows
 from dpo_kit.trainer.rows import prepare_data, read_data
-from dpo_kit.trainer.start_check import StartCheck
 from dpo_kit.training import train
 from tests import scored_by_text, tiny
 from tests.scripted_server import Turn, scripted_server

@@ -15,7 +15,7 @@ from dpo_kit.config.compose import check
 from dpo_kit.config.settings import Speed
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.hardware import precision_arguments, training_precision
-from dpo_kit.trainer import memory, room
+from dpo_kit.trainer import build, memory
 from dpo_kit.trainer.build import choose_arguments
 from dpo_kit.trainer.prefix import share_prefixes
 from dpo_kit.trainer.speed import (
@@ -200,7 +200,7 @@ def test_a_cpu_trains_wide_models_in_bf16_where_it_multiplies_it(able, width, pr
 def test_activations_are_computed_again_where_memory_would_not_do_or_asked(words, free, on, monkeypatch, tmp_path):
     settings = check(compose(words))
     rows = [{"tokens": {"prompt": 20, "chosen": 10, "rejected": 8}}] * 40
-    for module in (room, memory):
+    for module in (build, memory):
         monkeypatch.setattr(module, "free_memory", lambda: free)
     assert choose_arguments(settings, SimpleNamespace(train=rows), tmp_path).gradient_checkpointing is on
 

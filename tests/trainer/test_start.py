@@ -16,9 +16,9 @@ from dpo_kit.run.directory import RunDirectory
 from dpo_kit.toy import TRAIN
 from dpo_kit.trainer import reference_store as reference
 from dpo_kit.trainer.build import build_trainer
+from dpo_kit.trainer.measuring import StartCheck
 from dpo_kit.trainer.reference_store import StoredReference
 from dpo_kit.trainer.rows import prepare_data
-from dpo_kit.trainer.start_check import StartCheck
 from dpo_kit.training import train
 from tests import tiny
 

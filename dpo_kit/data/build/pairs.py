@@ -10,26 +10,28 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
 from dpo_kit.config.identity import list_differences
-from dpo_kit.config.settings import COST_ONLY, Endpoint, LLMJudge, LocalAnswers
-from dpo_kit.data.build.pairing import OUTCOMES, Paired, different, pair_answers
-from dpo_kit.data.build.plan import Plan, check_plan
+from dpo_kit.config.settings import COST_ONLY, Build, Endpoint, LLMJudge, LocalAnswers
 from dpo_kit.data.build.prompts import Prompts, read_prompts
 from dpo_kit.data.build.rated import pair_by_votes
 from dpo_kit.data.gather import sources
+from dpo_kit.data.options import Plan, check_plan
 from dpo_kit.errors import BuildError, ConfigError
 from dpo_kit.judge.answers import Answer, Asking, draw_answers
 from dpo_kit.judge.open import judge_identity, open_judge
 from dpo_kit.judge.review import ReviewSheet
 from dpo_kit.judge.server import refuse_silent
-from dpo_kit.judge.verdicts import Shown, run_controls, summarize_verdicts
+from dpo_kit.judge.verdicts import Judge, Prompt, Shown, Verdict, compare, run_controls, summarize_verdicts, toss_coin
+from dpo_kit.model.chats import answer_text, prompt_of, split_context
 from dpo_kit.run.files import hash_weights, read_json, write_json, write_jsonl
 from dpo_kit.run.journal import Journal, key_of
 from dpo_kit.run.redact import redact
@@ -38,13 +40,17 @@ from dpo_kit.toy import is_out_of_its_world
 
 log = logging.getLogger(__name__)
 Given = list[list[Answer | None]]  # for each prompt, the answers of all sources
+OUTCOMES = ("pair", "tie", "order-dependent", "intransitive", "identical", "empty", "failed")
+"""What becomes of a prompt. intransitive: the answer with most wins loses to the one with fewest; empty: fewer than two
+answers have text; failed: an answer or a verdict is missing, so that the same command may still bring it."""
+UNDECIDED = ("tie", "order-dependent")
 
 
 def build_pairs(cfg: DictConfig) -> dict[str, Any]:
-    """Build what `cfg` (model, data, judge, build, seed) describes, or what is missing of it; the build's report.
+    """Build what `cfg` (model, data, judge, build, seed) describes, or what is missing of it; the build's report, whose
+    `status` is done, partial (an answer or verdict failed: the same command tries again) or waiting (for people).
 
-    Raises ConfigError, DataError and ModelError. `status` in the report says whether the build is done, partial (an
-    answer or verdict failed: the same command tries again) or waiting (for people).
+    Raises ConfigError, DataError and ModelError.
     """
     since = time.perf_counter()
     plan = check_plan(cfg)
@@ -66,9 +72,8 @@ def _build_from_prompts(plan: Plan) -> dict[str, Any]:
     files = [source.path for source in sources(plan.build.prompts or plan.data.train)]
     local = [source.path for source in plan.build.answers if isinstance(source, LocalAnswers)]
     if any(is_out_of_its_world(path, files) for path in local):
-        log.warning(
-            "the embedded model answers, which knows its own small world only: your own is model=local model.path=…"
-        )
+        yours = "your own is model=local model.path=…"
+        log.warning("the embedded model answers, which knows its own small world only: %s", yours)
     identity: dict[str, Any] = {"seed": plan.seed}  # all that the pairs depend on, not what changes speed or cost only
     identity["build"] = plan.build.model_dump(exclude={"review", "answers"})
     identity["build"]["answers"] = [source.model_dump(exclude=set(COST_ONLY)) for source in plan.build.answers]
@@ -105,14 +110,15 @@ def _build_from_prompts(plan: Plan) -> dict[str, Any]:
         report["review"] = None if plan.judge.kind == "human" else sheet.check(judged, plan.build.review)
         comparisons = (
             {
-                "prompt": compared.prompt,
-                "a": compared.a.text,
-                "b": compared.b.text,
-                "source_a": compared.a.source,
-                "source_b": compared.b.source,
-                **dataclasses.asdict(compared.verdict),
+                "prompt": prompt,
+                "a": a.text,
+                "b": b.text,
+                "source_a": a.source,
+                "source_b": b.source,
+                "outcome": verdict.outcome,
             }
-            for compared in paired.comparisons
+            | dataclasses.asdict(verdict)
+            for prompt, a, b, verdict in paired.comparisons
         )
         write_jsonl(folder / "comparisons.jsonl", comparisons)
         write_jsonl(folder / "pairs.jsonl", paired.pairs)
@@ -155,6 +161,110 @@ def _report(plan: Plan, read: Prompts, answers: Given, paired: Paired) -> dict[s
     }
 
 
+# --- pairing -----------------------------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """Two answers to a prompt and the verdict on the first (`a`)."""
+
+    prompt: Prompt
+    a: Answer
+    b: Answer
+    verdict: Verdict
+
+    def turned(self) -> Comparison:
+        """The same with both answers in each other's place."""
+        return Comparison(self.prompt, self.b, self.a, self.verdict.turned())
+
+
+@dataclass
+class Paired:
+    """All comparisons, the pairs, and the number of prompts by outcome."""
+
+    comparisons: list[Comparison] = field(default_factory=list)
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    coins: Counter[str] = field(default_factory=Counter)
+    cut: int = 0  # pairs whose chosen answer was cut
+
+
+def pair_answers(
+    judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]], build: Build, seed: int
+) -> Paired:
+    """Let `judge` compare the different answers of each prompt, and make pairs as `build` says."""
+    paired = Paired()
+    matches: list[list[tuple[Prompt, Answer, Answer]]] = []  # of each prompt
+    for prompt, given in zip(prompts, answers, strict=True):
+        texts = [answer.text for answer in given if answer is not None and answer.text.strip()]
+        if None in given or len(set(texts)) < 2:
+            paired.outcomes["failed" if None in given else "empty" if len(texts) < 2 else "identical"] += 1
+        else:
+            matches.append([(prompt, a, b) for a, b in combinations(different(given), 2)])
+    every = [match for group in matches for match in group]
+    texts_of_a, texts_of_b = [a.text for _, a, _ in every], [b.text for _, _, b in every]
+    verdicts = iter(compare(judge, [prompt for prompt, _, _ in every], texts_of_a, texts_of_b))
+    for group in matches:
+        comparisons = [Comparison(*match, next(verdicts)) for match in group]
+        paired.comparisons += comparisons
+        if any(compared.verdict.outcome == "unjudged" for compared in comparisons):
+            paired.outcomes["failed"] += 1
+            continue
+        chosen = comparisons if build.pairs == "all" else [_best_and_worst(paired, comparisons, seed)]
+        pairs = [pair for compared in chosen for pair in _pairs(paired, compared, build, seed)]
+        paired.pairs += pairs
+        undecided = [compared.verdict.outcome for compared in chosen if compared.verdict.outcome in UNDECIDED]
+        paired.outcomes["pair" if pairs else undecided[0] if undecided else "intransitive"] += 1
+    asked = [prompt_of(pair) for pair in paired.pairs]
+    for name in ("chosen", "rejected"):  # where the judge has a scale
+        scores = judge.scores(asked, [answer_text(pair[name]) for pair in paired.pairs])
+        for pair, score in zip(paired.pairs, scores or [], strict=False):
+            pair[f"score_{name}"] = score
+    return paired
+
+
+def different(answers: Sequence[Answer | None]) -> list[Answer]:
+    """The answers that have text, each text once."""
+    return list({a.text: a for a in reversed(answers) if a is not None and a.text.strip()}.values())[::-1]
+
+
+def _best_and_worst(paired: Paired, comparisons: list[Comparison], seed: int) -> Comparison:
+    """The answer with most points (win 1, undecided ½) against the one with fewest; equal points by coin."""
+    points: defaultdict[str, float] = defaultdict(float)
+    for _, a, b, verdict in comparisons:
+        points[a.text] += verdict.points or 0.0
+        points[b.text] += 1 - (verdict.points or 0.0)
+    prompt = comparisons[0].prompt
+    ranked = sorted(points, key=lambda text: (-points[text], key_of(seed, prompt, text)))
+    best, worst = ranked[0], ranked[-1]
+    if len(ranked) > 2 and (points[best] == points[ranked[1]] or points[worst] == points[ranked[-2]]):
+        paired.coins["equally many wins"] += 1
+    between = next(compared for compared in comparisons if {compared.a.text, compared.b.text} == {best, worst})
+    return between if between.a.text == best else between.turned()
+
+
+def _pairs(paired: Paired, compared: Comparison, build: Build, seed: int) -> Iterator[dict[str, Any]]:
+    """The pair that a comparison gives, if it gives one."""
+    if compared.verdict.outcome == "loss" and build.pairs == "all":
+        compared = compared.turned()
+    outcome = compared.verdict.outcome
+    if outcome in UNDECIDED and build.undecided == "coin":
+        paired.coins[outcome] += 1
+        if toss_coin(seed, compared.prompt, *sorted((compared.a.text, compared.b.text))):
+            compared = compared.turned()
+    elif outcome != "win":
+        return
+    prompt, context = split_context(compared.prompt)
+    paired.cut += compared.a.cut
+    yield context | {
+        "prompt": prompt,
+        "chosen": compared.a.in_form_of(prompt),
+        "rejected": compared.b.in_form_of(prompt),
+        "verdict": outcome,
+        "source_chosen": compared.a.source,
+        "source_rejected": compared.b.source,
+    }
+
+
 # --- what is shown -----------------------------------------------------------------------------------------------
 
 
@@ -177,10 +287,10 @@ def show_build(report: dict[str, Any], words: Sequence[str] = ()) -> None:
         counts = f"{answers['cut']} of {answers['there']} at build.max_new_tokens={answers['max_new_tokens']}"
         lines.append(("answers cut", f"{counts}, {answers['cut_and_chosen']} of them chosen: raise it"))
     if judge := report.get("judge"):
-        lines.append(("judge", judge["name"]))
         keys = ("order_agreement", "first_position_rate", "unparsable_rate")
-        shares = zip(("orders agree", "first place", "unparsable"), keys, strict=True)
-        lines.append(("", ", ".join(f"{name} {judge[key]:.0%}" for name, key in shares if judge[key] is not None)))
+        shares = zip(("orders agree", "first place", "unparsable"), map(judge.get, keys), strict=True)
+        told = ", ".join(f"{name} {share:.0%}" for name, share in shares if share is not None)
+        lines += [("judge", judge["name"]), ("", told)]
     if agreement := report.get("agreement"):
         alpha = agreement["krippendorff_alpha"]
         lines.append(("raters", f"{agreement['raters']}, alpha {'undefined' if alpha is None else f'{alpha:.3f}'}"))
@@ -194,19 +304,16 @@ def show_build(report: dict[str, Any], words: Sequence[str] = ()) -> None:
     for name, value in lines:
         table.add_row(name, escape(value))
     console.print(table)
-    folder = Path(report["folder"])
+    folder, follows = Path(report["folder"]), None
     if report["status"] == "waiting":
         sheet = folder / "review*.csv"
-        remedy = f"next: fill in the column better of {sheet} (1, 2 or tie), then the same command"
-        console.print(remedy, soft_wrap=True, markup=False)
+        follows = f"fill in the column better of {sheet} (1, 2 or tie), then the same command"
     elif report["pairs"]:
-        console.print(f"next: {training(words, folder / 'pairs.jsonl')}", soft_wrap=True, markup=False)
+        follows = training(words, folder / "pairs.jsonl")
+    if follows:
+        console.print(f"next: {follows}", soft_wrap=True, markup=False)
     if report["status"] == "partial":
-        reasons: Counter[str] = Counter()
-        for cost in spent:
-            reasons.update(cost["failed"])
+        reasons = sum((Counter(cost["failed"]) for cost in spent), Counter[str]())
         why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-        raise BuildError(
-            f"{report['prompts']['failed']} of {report['prompts']['in']} prompts lack an answer or a verdict ({why}); "
-            f"what is there is in {report['folder']}/pairs.jsonl, and the same command asks for the rest"
-        )
+        lack = f"{counted['failed']} of {counted['in']} prompts lack an answer or a verdict ({why})"
+        raise BuildError(f"{lack}; what is there is in {folder}/pairs.jsonl, and the same command asks for the rest")

@@ -1,16 +1,13 @@
 """Prompts to build pairs from: a column of a file, each prompt once, every row accounted for."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_kit.config.settings import Data
-from dpo_kit.data.context import read_context
 from dpo_kit.data.gather import refuse_malformed, sources
 from dpo_kit.data.read import Fault, Row, read_source
-from dpo_kit.data.rows import normalise
+from dpo_kit.data.rows import normalise, read_context
 from dpo_kit.data.shape import Shape
 from dpo_kit.errors import DataError
 from dpo_kit.model.chats import as_messages
@@ -39,10 +36,9 @@ def read_prompts(path: str | None, data: Data, limit: int | None) -> Prompts:
         if isinstance(row, Fault):
             faults.append(row)
             continue
-        prompt, values = row.values["prompt"], row.values
-        if values.get("system") or read_context(values) or shape.template_kwargs:  # text stays where nothing is added
-            prompt = as_messages(prompt)
-        prompt = prompt if isinstance(prompt, str) else shape.prompt(prompt, values)
+        values, prompt = row.values, row.values["prompt"]
+        if not isinstance(prompt, str) or values.get("system") or read_context(values) or shape.template_kwargs:
+            prompt = shape.prompt(as_messages(prompt), values)  # text stays where nothing is added
         key = digest(prompt)
         if key in prompts:
             left_out["repeated"] += 1
@@ -54,8 +50,6 @@ def read_prompts(path: str | None, data: Data, limit: int | None) -> Prompts:
         refuse_malformed(faults)
     left_out.update(fault.reason for fault in faults)
     if not prompts:
-        raise DataError(
-            f"{path or data.train} has no prompt to build pairs from: a row needs text or messages under the "
-            "column prompt"
-        )
+        needed = "a row needs text or messages under the column prompt"
+        raise DataError(f"{path or data.train} has no prompt to build pairs from: {needed}")
     return Prompts(list(prompts.values()), dict(left_out))

@@ -4,8 +4,6 @@ A row is `prompt`, `answer_a`, `answer_b` and either `votes` (a list, or {rater:
 vote). A vote is a, b or tie; null is none.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,10 +29,7 @@ class Rated:
 
 
 def pair_by_votes(path: str, data: Data) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The pairs that the raters of the file at `path` agree on, and a report. DataError names a row that is at fault.
-
-    A pair carries `agreement`, the share of votes for its chosen answer, and `votes`, their number.
-    """
+    """Pairs that raters agree on, with `agreement` (share of votes) and `votes` (count), and a report. DataError."""
     items = read_votes(path, data)
     outcomes: Counter[str] = Counter()
     pairs = []
@@ -64,10 +59,8 @@ def read_votes(path: str, data: Data) -> list[Rated]:
         known = items.setdefault(key_of(read.prompt, read.answer_a, read.answer_b), read)
         if known is not read:
             if twice := sorted(set(known.votes) & set(read.votes)):
-                raise DataError(
-                    f"{row.place}: rater {twice[0]!r} votes a second time on the same two answers: "
-                    "keep one of the votes"
-                )
+                amiss = f"rater {twice[0]!r} votes a second time on the same two answers: keep one of the votes"
+                raise DataError(f"{row.place}: {amiss}")
             known.votes |= read.votes
     return list(items.values())
 
@@ -76,29 +69,25 @@ def _item(row: Row, values: dict[str, Any]) -> Rated:
     for name in ("prompt", "answer_a", "answer_b"):
         value = values.get(name)
         if not (isinstance(value, str) and value.strip()) and not (isinstance(value, list) and value):
-            raise DataError(
-                f"{row.place}: {name} must be text or chat messages, got {value!r:.60}; columns: {', '.join(values)} "
-                "(map others with data.columns)"
-            )
+            amiss = f"{name} must be text or chat messages, got {value!r:.60}"
+            raise DataError(f"{row.place}: {amiss}; columns: {', '.join(values)} (map others with data.columns)")
     given = values.get("votes")
     if isinstance(given, list):
         given = {f"rater {number}": vote for number, vote in enumerate(given, start=1)}
     if not isinstance(given, dict):
         if "vote" not in values or values.get("rater") is None:
-            raise DataError(
-                f"{row.place}: needs votes (a list, or an object of raters) or rater and vote; columns: "
-                f"{', '.join(values)}"
-            )
+            needed = "votes (a list, or an object of raters) or rater and vote"
+            raise DataError(f"{row.place}: needs {needed}; columns: {', '.join(values)}")
         given = {values["rater"]: values["vote"] or None}
+    a, b = values["answer_a"], values["answer_b"]
+    turned: dict[str, Vote] = {}
+    if key_of(b) < key_of(a):  # files may always have the better one in the same column
+        a, b, turned = b, a, {"a": "b", "b": "a"}
     votes: dict[str, Vote] = {}
     for rater, vote in given.items():
         word = str(vote).strip().lower()
         if vote is not None and word not in CODES:
             raise DataError(f"{row.place}: a vote is a, b or tie, got {vote!r}{did_you_mean(word, CODES)}")
-        votes |= {str(rater): word} if vote is not None else {}  # type: ignore[dict-item]
-    a, b = values["answer_a"], values["answer_b"]
-    if key_of(b) < key_of(a):  # files may always have the better one in the same column
-        turned: dict[Vote, Vote] = {"a": "b", "b": "a"}
-        a, b = b, a
-        votes = {rater: turned.get(vote, vote) for rater, vote in votes.items()}
+        if vote is not None:
+            votes[str(rater)] = turned.get(word, word)  # type: ignore[arg-type]
     return Rated(values["prompt"], a, b, votes)

@@ -1,7 +1,5 @@
 """What each mode of `python -m dpo_kit data` reads, does, writes and shows."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -14,14 +12,13 @@ from typing import Any
 
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.curate.convert import convert
-from dpo_kit.data.curate.options import Tool
 from dpo_kit.data.curate.rules import Setting, curate
 from dpo_kit.data.gather import Gathered, eval_sources, gather, read_rows, refuse_malformed, sources
+from dpo_kit.data.options import Tool
 from dpo_kit.data.prepare import keep_signal, split
 from dpo_kit.data.read import Fault
-from dpo_kit.data.report.advice import warn
 from dpo_kit.data.report.duplicates import held_prompts, read_benchmark
-from dpo_kit.data.report.inspect import inspect
+from dpo_kit.data.report.inspect import inspect, warn
 from dpo_kit.data.report.picture import draw_data_report, show_report
 from dpo_kit.data.report.preference import measure_preference, reference_margins
 from dpo_kit.data.rows import Rows
@@ -46,8 +43,8 @@ def check_data(settings: Settings, tool: Tool) -> None:
     _write_rows(out / "dropped_rows.jsonl", map(vars, gathered.faults))
     title = f"{report['rows']['train']:,} {'pairs' if gathered.kind == 'pairs' else 'rows'} to train on"
     draw_data_report(out / "data_report.png", report, title=title)
-    words = [word for word in tool.words if not word.startswith(("mode=", "out="))]
     show_report(report, title=title)
+    words = [word for word in tool.words if not word.startswith(("mode=", "out="))]
     _say_end(out, f"{command(*words, 'mode=curate', tool='data')}, or train: {training(tool.words)}")
     if data.on_bad_row == "fail":
         refuse_malformed(malformed)
@@ -73,17 +70,12 @@ def curate_data(settings: Settings, tool: Tool) -> None:
     after = _inspect(replace(gathered, faults=left_out), [curated.kept], [], settings, held)
     after["warnings"] = [warning for warning in after["warnings"] if warning["about"] != "dropped_by_reason"]  # meant
     rejects = [vars(fault) for fault in faults]
-    rejects += [
-        {"place": fault.place, "reason": fault.reason, "found": fault.found, "row": row["_values"]}
-        for row, fault in curated.left_out
-    ]
+    for row, fault in curated.left_out:
+        rejects.append({"place": fault.place, "reason": fault.reason, "found": fault.found, "row": row["_values"]})
     out = tool.claim_folder()
-    files = {
-        "curated.jsonl": _write_rows(out / "curated.jsonl", (row["_values"] for row in curated.kept)),
-        "rejects.jsonl": _write_rows(out / "rejects.jsonl", rejects),
-    }
+    files = {"curated.jsonl": (row["_values"] for row in curated.kept), "rejects.jsonl": rejects}
     counts = {"read": gathered.read, "kept": len(curated.kept), "left_out": _by_reason(left_out)}
-    _write_manifest(out, settings, tool, files, counts)
+    _write_with_manifest(out, settings, tool, files, counts)
     write_json(out / "data_report.json", {"before": before, "after": after})
     title = f"{len(curated.kept):,} of {gathered.read:,} rows kept"
     draw_data_report(out / "data_report.png", after, title=title, before=before)
@@ -110,10 +102,6 @@ def convert_data(settings: Settings, tool: Tool) -> None:
     for source, match, _ in read:
         _say(f"{source.path} is read as {match}")
     out = tool.claim_folder()
-    files = {
-        "converted.jsonl": _write_rows(out / "converted.jsonl", rows),
-        "rejects.jsonl": _write_rows(out / "rejects.jsonl", map(vars, faults)),
-    }
     places = {fault.place for fault in faults}
     counts = {
         "read": len(used | places),
@@ -123,7 +111,7 @@ def convert_data(settings: Settings, tool: Tool) -> None:
         "made_twice": converted.repeated,
         "faults": _by_reason(faults),
     }
-    _write_manifest(out, settings, tool, files, counts)
+    _write_with_manifest(out, settings, tool, {"converted.jsonl": rows, "rejects.jsonl": map(vars, faults)}, counts)
     title = f"{len(rows):,} rows of {len(used):,}"
     table = Table("left out", "rows", title=title, title_justify="left")
     for reason, count in _by_reason(faults).items():
@@ -132,12 +120,8 @@ def convert_data(settings: Settings, tool: Tool) -> None:
     _say_end(out, command("data=jsonl", override("data.train", out / "converted.jsonl"), tool="data"))
 
 
-MODES: dict[str, Callable[[Settings, Tool], None]] = {
-    "check": check_data,
-    "curate": curate_data,
-    "convert": convert_data,
-}
-
+MODES: dict[str, Callable[[Settings, Tool], None]]
+MODES = {"check": check_data, "curate": curate_data, "convert": convert_data}
 
 # --- what they share ---------------------------------------------------------------------------------------------
 
@@ -160,52 +144,43 @@ def _limit(settings: Settings) -> tuple[int | None, str]:
 def _inspect(
     gathered: Gathered, train: list[Rows], held_out: Rows, settings: Settings, held: Sequence[str] = ()
 ) -> dict[str, Any]:
-    report = inspect(
-        gathered,
-        train,
-        held_out,
-        wanted=settings.method.rows,
-        max_length=settings.trl["max_length"],
-        benchmark=settings.data.benchmark,
-        held=held,
-        thorough=gathered.kind != "prompts",  # near-duplicates are told by answers
-    )
-    if is_out_of_its_world(settings.model.path, (source.path for source in sources(settings.data.train))):
+    data, limit = settings.data, settings.trl["max_length"]
+    thorough = gathered.kind != "prompts"  # near-duplicates are told by answers
+    options: dict[str, Any] = {"wanted": settings.method.rows, "max_length": limit, "benchmark": data.benchmark}
+    report = inspect(gathered, train, held_out, held=held, thorough=thorough, **options)
+    if is_out_of_its_world(settings.model.path, (source.path for source in sources(data.train))):
         report["warnings"].insert(0, warn("other tokens"))
     return report
 
 
 def _margins(rows: Rows, gathered: Gathered, settings: Settings, tokenizer: Any) -> list[tuple[float, float]]:
     if gathered.kind == "unary":
-        raise ConfigError(
-            "data.reference_margin and curate.hardest compare two answers, but these rows have one: leave them out"
-        )
+        what = "data.reference_margin and curate.hardest compare two answers"
+        raise ConfigError(f"{what}, but these rows have one: leave them out")
     return reference_margins(rows, settings, tokenizer)
 
 
-def _write_manifest(
-    out: Path, settings: Settings, tool: Tool, files: dict[str, dict[str, Any]], counts: dict[str, Any]
+def _write_with_manifest(
+    out: Path, settings: Settings, tool: Tool, files: dict[str, Iterable[Any]], counts: dict[str, Any]
 ) -> None:
-    """What went in, what was asked for and what came out, with hashes of the content; the same for the same input."""
+    """The rows of `files`, and what went in, was asked for and came out, with hashes: the same for the same input."""
     data, inputs = settings.data, dict[str, str | None]()
     for source in (*sources(data.train), *eval_sources(data)):  # None for folders and hub data sets
         path = Path(source.path)
         inputs[source.path] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    write_json(
-        out / "manifest.json",
-        {
-            "mode": tool.mode,
-            "options": getattr(tool, tool.mode).model_dump(by_alias=True),
-            "data": data.model_dump(),
-            "seed": settings.seed,
-            "model": settings.model.path,
-            "max_length": settings.trl["max_length"],
-            "inputs": inputs,
-            "counts": counts,
-            "outputs": files,
-            "versions": {name: version(name) for name in ("dpo-kit", "datasketch", "numpy")},
-        },
-    )
+    manifest = {
+        "mode": tool.mode,
+        "options": getattr(tool, tool.mode).model_dump(by_alias=True),
+        "data": data.model_dump(),
+        "seed": settings.seed,
+        "model": settings.model.path,
+        "max_length": settings.trl["max_length"],
+        "inputs": inputs,
+        "counts": counts,
+        "outputs": {name: _write_rows(out / name, rows) for name, rows in files.items()},
+        "versions": {name: version(name) for name in ("dpo-kit", "datasketch", "numpy")},
+    }
+    write_json(out / "manifest.json", manifest)
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -221,8 +196,7 @@ def _by_reason(faults: Iterable[Fault]) -> dict[str, int]:
 
 
 def _say_end(out: Path, next_command: str) -> None:
-    _say(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
-    _say(f"next: {next_command}")
+    _say(f"written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}\nnext: {next_command}")
 
 
 def _say(text: str) -> None:

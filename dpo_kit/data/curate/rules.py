@@ -4,8 +4,6 @@ The result depends on the rows, the options and the seed, never on the order of 
 their content first, and whatever is drawn is drawn by such a hash.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -15,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo_kit.data.curate.options import Curate
+from dpo_kit.data.options import Curate
 from dpo_kit.data.read import Fault
-from dpo_kit.data.report.duplicates import content_keys, find_copies, find_leaks, rank
+from dpo_kit.data.report.duplicates import find_copies, find_leaks
 from dpo_kit.data.report.figures import agreement_of, scores_of
 from dpo_kit.data.report.near import find_near, near_leaks, sketch
 from dpo_kit.data.rows import Kind, Rows
@@ -48,27 +46,25 @@ class Setting:
 
 def curate(rows: Rows, setting: Setting) -> Curated:
     """Apply every filter that is on to `rows`, as `keep_signal` leaves them. Raises ConfigError, DataError."""
-    for name in ("balance_length", "hardest"):
-        if setting.kind == "unary" and getattr(setting.options, name):
-            raise ConfigError(f"curate.{name} compares two answers, but these rows have one: leave it out")
     options = setting.options
-    filters: tuple[tuple[Callable[[Rows, Setting], LeftOut], Any], ...] = (
-        (_leaks, options.drop_leaks and setting.held),
-        (_contradictions, options.drop_contradictions),
-        (_disagreement, True),
-        (_ratings, True),
-        (_duplicates, options.drop_duplicates),
-        (_sources, options.per_source),
-        (_lengths, options.balance_length),
-        (_hardest, options.hardest),
-    )
+    for name in ("balance_length", "hardest"):
+        if setting.kind == "unary" and getattr(options, name):
+            raise ConfigError(f"curate.{name} compares two answers, but these rows have one: leave it out")
+    filters: dict[Callable[[Rows, Setting], LeftOut], Any] = {
+        _leaks: options.drop_leaks and setting.held,
+        _contradictions: options.drop_contradictions,
+        _disagreement: True,
+        _ratings: True,
+        _duplicates: options.drop_duplicates,
+        _sources: options.per_source,
+        _lengths: options.balance_length,
+        _hardest: options.hardest,
+    }
     curated = Curated(sorted(rows, key=lambda row: row_hash(row["_values"])), [])
-    for find, is_on in filters:
-        reasons = find(curated.kept, setting) if is_on else {}
-        for index in sorted(reasons):
-            row = curated.kept[index]
-            curated.left_out.append((row, Fault(row["_place"], *reasons[index])))
-        curated.kept = [row for index, row in enumerate(curated.kept) if index not in reasons]
+    for find in (find for find, is_on in filters.items() if is_on):
+        reasons, kept = find(curated.kept, setting), curated.kept
+        curated.left_out += [(kept[index], Fault(kept[index]["_place"], *reasons[index])) for index in sorted(reasons)]
+        curated.kept = [row for index, row in enumerate(kept) if index not in reasons]
     if not curated.kept:
         counts = Counter(fault.reason for _, fault in curated.left_out)
         counted = ", ".join(f"{reason}: {n}" for reason, n in counts.items())
@@ -97,9 +93,7 @@ def _leaks(rows: Rows, setting: Setting) -> LeftOut:
 
 def _contradictions(rows: Rows, setting: Setting) -> LeftOut:
     """Rows whose two answers stand with the other label too: both sides, since nothing says which is right."""
-    keys = content_keys(rows, setting.kind)
-    order = rank(rows, keys)
-    _, groups = find_copies(rows, setting.kind, keys, order)
+    order, _, groups = find_copies(rows, setting.kind)
     _, near, _ = find_near(rows, setting.kind, sketch(rows, setting.kind)[0], order)
     left_out: LeftOut = {}
     for group in (*groups, *near):
@@ -122,21 +116,17 @@ def _disagreement(rows: Rows, setting: Setting) -> LeftOut:
 
 def _ratings(rows: Rows, setting: Setting) -> LeftOut:
     options, left_out = setting.options, {}
-    for index, row in enumerate(rows):
-        if (scores := scores_of(row)) is None:
-            continue
-        chosen, rejected = scores
+    rated = ((index, *scores) for index, row in enumerate(rows) if (scores := scores_of(row)) is not None)
+    for index, chosen, rejected in rated:
         reason = None
         if chosen == rejected:
             reason = "tie" if options.drop_ties else None
         elif options.min_gap is not None and chosen - rejected < options.min_gap:
             reason = "rated the other way round" if chosen < rejected else "ratings too close"
         elif options.min_ratio is not None:
-            if min(scores) < 0:
-                raise DataError(
-                    f"{row['_place']}: {min(scores):g}, a rating below zero, has no ratio to another: leave out "
-                    "curate.min_ratio"
-                )
+            if (least := min(chosen, rejected)) < 0:
+                amiss = f"{least:g}, a rating below zero, has no ratio to another: leave out curate.min_ratio"
+                raise DataError(f"{rows[index]['_place']}: {amiss}")
             reason = "ratio of ratings too small" if chosen < options.min_ratio * rejected else None
         if reason:
             left_out[index] = (reason, f"{chosen:g} against {rejected:g}")
@@ -145,9 +135,7 @@ def _ratings(rows: Rows, setting: Setting) -> LeftOut:
 
 def _duplicates(rows: Rows, setting: Setting) -> LeftOut:
     """Copies and near-duplicates of a row that stays: the one with the surest label, then by content."""
-    keys = content_keys(rows, setting.kind)
-    order = rank(rows, keys)
-    copies, _ = find_copies(rows, setting.kind, keys, order)
+    order, copies, _ = find_copies(rows, setting.kind)
     rest = [index for index in order if index not in copies]
     near, _, _ = find_near(rows, setting.kind, sketch(rows, setting.kind)[0], rest)
     left_out = {index: ("copy of another row", rows[first]["_place"]) for index, first in copies.items()}
@@ -161,8 +149,8 @@ def _sources(rows: Rows, setting: Setting) -> LeftOut:
         if column not in row:
             raise ConfigError(f"curate.source={column}: {row['_place']} has no such column")
         by_source[str(row[column])].append(index)
-    over = [(name, index) for name, those in by_source.items() for index in _drawn(rows, those, setting.seed)[cap:]]
-    return {index: (f"more than curate.per_source={cap} rows of its source", name) for name, index in over}
+    reason = f"more than curate.per_source={cap} rows of its source"
+    return {i: (reason, name) for name, of in by_source.items() for i in _drawn(rows, of, setting.seed)[cap:]}
 
 
 def _lengths(rows: Rows, setting: Setting) -> LeftOut:

@@ -1,19 +1,14 @@
-"""What stands in the data twice: copies, pairs that contradict each other, prompts that training shares with what it
-will be measured on (near.py: what is nearly so).
-"""
-
-from __future__ import annotations
+"""What stands in the data twice: copies, contradictions, prompts shared with what is measured on (near.py: nearly)."""
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_kit.data.context import BESIDE
 from dpo_kit.data.read import read_whole
 from dpo_kit.data.report.figures import agreement_of
 from dpo_kit.data.report.text_rules import words_of
-from dpo_kit.data.rows import ANSWERS, Kind, Rows
+from dpo_kit.data.rows import ANSWERS, BESIDE, Kind, Rows
 from dpo_kit.errors import DataError
 from dpo_kit.model.chats import text_of
 
@@ -21,45 +16,29 @@ LEAST_TURN = 6  # words of a turn that is compared by itself; everybody says "Pl
 COLUMNS = ("prompt", "question", "instruction", "turns", "input", "text", "messages")
 
 
-def content_keys(rows: Rows, kind: Kind) -> list[tuple[str, ...]]:
-    """Hashes of each row's texts: (prompt with the columns beside it, chosen, rejected) or (prompt, completion)."""
-    return [
-        (_hash(beside(row) + text_of(row["prompt"])), *(_hash(text_of(row[n])) for n in ANSWERS[kind])) for row in rows
-    ]
+def find_copies(rows: Rows, kind: Kind) -> tuple[list[int], dict[int, int], list[list[int]]]:
+    """An order of the rows (not the file's: the surest label first, then by content), {each copy: the first row in it
+    with equal texts}, and groups of rows with equal texts whose labels contradict each other.
+    """
+    keys = []
+    for row in rows:
+        texts = (beside(row) + text_of(row["prompt"]), *(text_of(row[name]) for name in ANSWERS[kind]))
+        hashes = tuple(hashlib.blake2b(text.encode(), digest_size=12).hexdigest() for text in texts)
+        keys.append((-(agreement_of(row) or 0.0), hashes))
+    order = sorted(range(len(rows)), key=keys.__getitem__)
+    verdicts: dict[tuple[str, ...], dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index in order:
+        prompt, *answers = keys[index][1]
+        verdict = rows[index]["label"] if kind == "unary" else tuple(answers)
+        verdicts[prompt, *sorted(answers)][verdict].append(index)
+    first = {index: same[0] for sides in verdicts.values() for same in sides.values() for index in same[1:]}
+    crossed = [[index for same in sides.values() for index in same] for sides in verdicts.values() if len(sides) > 1]
+    return order, first, crossed
 
 
 def beside(row: dict[str, Any]) -> str:
     """The columns of a row that belong to its prompt, as text."""
     return "".join(f"{row[name]}\n" for name in BESIDE if row.get(name))
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def rank(rows: Rows, keys: list[tuple[str, ...]]) -> list[int]:
-    """Indices with the surest label first, then by content: an order that does not depend on the file's."""
-    sure = [-(agreement_of(row) or 0.0) for row in rows]
-    return sorted(range(len(rows)), key=lambda index: (sure[index], keys[index]))
-
-
-def find_copies(
-    rows: Rows, kind: Kind, keys: list[tuple[str, ...]], order: Sequence[int]
-) -> tuple[dict[int, int], list[list[int]]]:
-    """Rows with equal texts: {each copy: its first in `order`}, and groups whose labels contradict each other."""
-    first: dict[int, int] = {}
-    contradictions: list[list[int]] = []
-    verdicts: dict[tuple[str, ...], dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for index in order:
-        prompt, *answers = keys[index]
-        verdict = rows[index]["label"] if kind == "unary" else tuple(answers)
-        verdicts[prompt, *sorted(answers)][verdict].append(index)
-    for sides in verdicts.values():
-        for original, *more in sides.values():
-            first |= dict.fromkeys(more, original)
-        if len(sides) > 1:
-            contradictions.append([index for side in sides.values() for index in side])
-    return first, contradictions
 
 
 def read_benchmark(path: str) -> list[str]:
@@ -68,9 +47,8 @@ def read_benchmark(path: str) -> list[str]:
     for row in read_whole("data.benchmark", path):
         column = next((name for name in COLUMNS if row.values.get(name)), None)
         if column is None:
-            raise DataError(
-                f"data.benchmark: {row.place} has none of the columns {', '.join(COLUMNS)}: name its prompts prompt"
-            )
+            has = f"has none of the columns {', '.join(COLUMNS)}: name its prompts prompt"
+            raise DataError(f"data.benchmark: {row.place} {has}")
         prompts += turns_of(row.values[column])
     return prompts
 
@@ -86,7 +64,7 @@ def turns_of(prompt: Any) -> list[str]:
         return [prompt]
     texts = [item for item in prompt if isinstance(item, str)]
     users = (item for item in prompt if isinstance(item, dict) and item.get("role") == "user")
-    return [text for text in [*texts, *(str(message.get("content") or "") for message in users)] if text]
+    return [text for text in (*texts, *(str(message.get("content") or "") for message in users)) if text]
 
 
 def find_leaks(train: Rows, prompts: Sequence[str]) -> dict[int, str]:

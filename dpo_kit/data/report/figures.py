@@ -1,7 +1,5 @@
 """What the columns of the rows say: lengths, rater agreement, score gaps, sources, classes. Pure functions of rows."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +12,6 @@ from dpo_kit.data.rows import ANSWERS, Kind, Rows
 
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 SOURCES = ("source", "dataset", "subset", "category", "domain", "task", "topic", "language", "chosen_model")
-ENOUGH, USUAL = 5_000, (10_000, 100_000)  # rows that preference tuning can do with, and those that it usually takes
 
 
 def lengths(rows: Rows, kind: Kind) -> dict[str, Any]:
@@ -33,9 +30,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def agreement_of(row: dict[str, Any]) -> float | None:
-    """The share of raters (or a judge's probability) that stands behind the label: `agreement`, else from `votes`.
-
-    `votes` is a list with a vote each (true, 1 or "chosen" for the label) or {"chosen": n, "rejected": m}.
+    """The share of raters (or a judge's probability) behind the label: `agreement`, else of `votes`, a list of votes
+    (true, 1 or "chosen" for the label) or {"chosen": n, "rejected": m}.
     """
     share, votes = number(row.get("agreement")), row.get("votes")
     if share is None and isinstance(votes, dict):
@@ -87,22 +83,14 @@ def measure_scores(rows: Rows) -> dict[str, Any] | None:
     gaps = [scores[0] - scores[1] for row in rows if (scores := scores_of(row)) is not None]
     if not gaps:
         return None
-    return {
-        "rows": len(gaps),
-        "gap": spread(gaps),
-        "ties": fmean([gap == 0 for gap in gaps]),
-        "reversed": fmean([gap < 0 for gap in gaps]),
-    }
+    ties, turned = fmean([gap == 0 for gap in gaps]), fmean([gap < 0 for gap in gaps])
+    return {"rows": len(gaps), "gap": spread(gaps), "ties": ties, "reversed": turned}
 
 
 def measure_balance(rows: Rows) -> dict[str, Any]:
     """For each column that names a source or a category: how many values it has, and the largest with their rows."""
     counts = {name: Counter(str(row[name]) for row in rows if row.get(name) is not None) for name in SOURCES}
-    return {
-        name: {"values": len(counted), "largest": dict(counted.most_common(10))}
-        for name, counted in counts.items()
-        if counted
-    }
+    return {name: {"values": len(of), "largest": dict(of.most_common(10))} for name, of in counts.items() if of}
 
 
 def measure_classes(rows: Rows) -> dict[str, Any]:

@@ -5,13 +5,10 @@ index of NEAR or more; two rows are when each of their fields is. MinHash (datas
 training text) proposes candidates, the exact index decides, so nothing is called a duplicate by chance.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,15 +28,52 @@ CROWD = 50  # members of a bucket that each further one is compared with
 CHUNK = 2000
 SAMPLE = 2000  # pairs whose two answers are compared with each other
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xBF58476D1CE4E5B9], np.uint64)
-
-
 Hashes = tuple[np.ndarray, np.ndarray]  # MinHash values of whole rows and of their prompts, (rows, PERMUTATIONS) each
 
 
 def sketch(rows: Rows, kind: Kind) -> Hashes:
     """The MinHash values of all rows, with a bar on a terminal."""
-    fields = ([words_of(text_of(row[name])) for name in ("prompt", *ANSWERS[kind])] for row in rows)
-    return _sketch(fields, len(rows))
+    from datasketch import MinHash
+
+    of_rows: np.ndarray = np.empty((len(rows), PERMUTATIONS), np.uint32)
+    of_prompts: np.ndarray = np.empty_like(of_rows)
+    factors, shifts = MinHash(num_perm=PERMUTATIONS).permutations
+    with bar(len(rows), "hashing", "row") as progress:
+        for start in range(0, len(rows), CHUNK):
+            part = slice(start, start + CHUNK)
+            shingles, starts = _hash_shingles(rows[part], ("prompt", *ANSWERS[kind]))
+            for number, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
+                least = np.minimum.reduceat(shingles * factor + shift, starts)
+                of_prompts[part, number] = least[::2]
+                of_rows[part, number] = np.minimum(least[::2], least[1::2])
+            progress.update(len(starts) // 2)
+    return of_rows, of_prompts
+
+
+@lru_cache(maxsize=1_000_000)
+def _hash_word(word: str) -> int:
+    """The same number for a word on every machine."""
+    return zlib.crc32(word.encode())
+
+
+def _hash_shingles(rows: Rows, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the three-word shingles of the fields `names`, row by row; where each prompt and its answers begin."""
+    words: list[int] = []
+    sizes = []  # shingles of each field; one of fewer than three words is filled up and has one
+    for row in rows:
+        for text in (words_of(text_of(row[name])) for name in names):
+            words += [*map(_hash_word, text), *[0] * (3 - len(text))]
+            sizes.append(max(1, len(text) - 2))
+    numbers = np.array(words, np.uint64)
+    mixed = numbers[:-2] * _MIX[0] + numbers[1:-1] * _MIX[1] + numbers[2:] * _MIX[2]
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX[3]
+    shingles = (mixed >> np.uint64(32)).astype(np.uint32)
+    per_row = np.array(sizes).reshape(len(rows), -1)
+    ends = np.cumsum(per_row.ravel() + 2)  # in words: the two windows before an end reach into the next field
+    within = np.ones(len(numbers), bool)
+    within[ends - 1] = within[ends - 2] = False
+    halves = np.stack([per_row[:, 0], per_row[:, 1:].sum(1)], axis=1).ravel()
+    return shingles[within[: len(shingles)]], np.concatenate([[0], np.cumsum(halves)[:-1]])
 
 
 def find_near(
@@ -53,15 +87,17 @@ def find_near(
 
     def same(index: int, other: int) -> bool:
         row, earlier = rows[index], rows[other]
-        if not _near(row["prompt"], earlier["prompt"]) or beside(row) != beside(earlier):
+
+        def near(mine: str, theirs: str) -> bool:
+            return jaccard(text_of(row[mine]), text_of(earlier[theirs])) >= NEAR
+
+        if not near("prompt", "prompt") or beside(row) != beside(earlier):
             return False
+        straight = all(near(name, name) for name in ANSWERS[kind])
         if kind == "unary":
-            straight = _near(row["completion"], earlier["completion"])
             crossed = straight and row["label"] != earlier["label"]
         else:
-            straight = _near(row["chosen"], earlier["chosen"]) and _near(row["rejected"], earlier["rejected"])
-            crossed = not straight and _near(row["chosen"], earlier["rejected"])
-            crossed = crossed and _near(row["rejected"], earlier["chosen"])
+            crossed = not straight and near("chosen", "rejected") and near("rejected", "chosen")
         if crossed:
             contradictions.append((other, index))
         return straight and not crossed
@@ -122,61 +158,10 @@ def jaccard(one: str, other: str) -> float:
     return both / (len(first) + len(second) - both)
 
 
-def _near(one: Any, other: Any) -> bool:
-    return jaccard(text_of(one), text_of(other)) >= NEAR
-
-
 @lru_cache(maxsize=20_000)
 def _shingles(text: str) -> frozenset[tuple[str, ...]]:
     words = words_of(text)
     return frozenset(zip(words, words[1:], words[2:], strict=False)) if len(words) > 2 else frozenset([tuple(words)])
-
-
-def _sketch(rows: Iterable[list[list[str]]], count: int) -> Hashes:
-    """`rows` are lists of fields, each a list of words; the first field is the prompt."""
-    from datasketch import MinHash
-
-    of_rows: np.ndarray = np.empty((count, PERMUTATIONS), np.uint32)
-    of_prompts: np.ndarray = np.empty_like(of_rows)
-    factors, shifts = MinHash(num_perm=PERMUTATIONS).permutations
-    rows = iter(rows)
-    with bar(count, "hashing", "row") as progress:
-        for start in range(0, count, CHUNK):
-            part = slice(start, start + CHUNK)
-            shingles, starts = _hash_shingles(list(islice(rows, CHUNK)))
-            for number, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
-                least = np.minimum.reduceat(shingles * factor + shift, starts)
-                of_prompts[part, number] = least[::2]
-                of_rows[part, number] = np.minimum(least[::2], least[1::2])
-            progress.update(len(starts) // 2)
-    return of_rows, of_prompts
-
-
-@lru_cache(maxsize=1_000_000)
-def _hash_word(word: str) -> int:
-    """The same number for a word on every machine."""
-    return zlib.crc32(word.encode())
-
-
-def _hash_shingles(rows: list[list[list[str]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all three-word shingles, row by row, and where each row's prompt and its answers begin among them."""
-    words: list[int] = []
-    sizes = []  # shingles of each field; one of fewer than three words is filled up and has one
-    for row in rows:
-        for text in row:
-            words.extend(map(_hash_word, text))
-            words.extend([0] * (3 - len(text)))
-            sizes.append(max(1, len(text) - 2))
-    numbers = np.array(words, np.uint64)
-    mixed = numbers[:-2] * _MIX[0] + numbers[1:-1] * _MIX[1] + numbers[2:] * _MIX[2]
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX[3]
-    shingles = (mixed >> np.uint64(32)).astype(np.uint32)
-    per_row = np.array(sizes).reshape(len(rows), -1)
-    ends = np.cumsum(per_row.ravel() + 2)  # in words: the two windows before an end reach into the next field
-    within = np.ones(len(numbers), bool)
-    within[ends - 1] = within[ends - 2] = False
-    halves = np.stack([per_row[:, 0], per_row[:, 1:].sum(1)], axis=1).ravel()
-    return shingles[within[: len(shingles)]], np.concatenate([[0], np.cumsum(halves)[:-1]])
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------
@@ -187,7 +172,7 @@ def near_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray) -> dict[
     if not prompts:
         return {}
     held, leaks = list(dict.fromkeys(prompts)), dict[int, str]()
-    _, values_held = _sketch(([words_of(text), []] for text in held), len(held))
+    _, values_held = sketch([{"prompt": text, "completion": ""} for text in held], "unary")
     lsh, minhash = build_index(values_held, PROMPT_BANDS, range(len(held)))
     for text, rows in zip(*group_by_prompt(train), strict=True):
         near = (held[index] for index in sorted(lsh.query(minhash(values[rows[0]]))))

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.data.report.advice import SHORTCUT
+from dpo_kit.data.report.inspect import SHORTCUT
 from dpo_kit.run.report.drawing import BLUE, FEW, GREY, ORANGE, OVER_THE_LINE, count_text, draw_level, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LIGHT, BEFORE = "#B5CFE3", "#BBBBBB"
-TEXT = 16
+LIGHT, BEFORE, TEXT = "#B5CFE3", "#BBBBBB", 16
 Report = dict[str, Any]
 Bar = tuple[str, float, str, str]  # label, value, what is written beside it, colour
 Draw = Callable[["Axes", Report, Report | None], None]
@@ -26,11 +25,11 @@ REPEATS = {
     "leaks": "prompts shared with held-out rows",
     "benchmark": "prompts shared with the benchmark",
 }
-DIVERSITY = {
-    "prompts": "different prompts",
-    "clusters": "of them unlike each other",
-    "opening_words": "different openings",
-}
+DIVERSITY = (
+    ("prompts", "different prompts"),
+    ("clusters", "of them unlike each other"),
+    ("opening_words", "different openings"),
+)
 
 
 def draw_data_report(path: Path, report: Report, *, title: str, before: Report | None = None) -> Path:
@@ -81,10 +80,8 @@ def _panels(report: Report, before: Report | None) -> Iterator[tuple[str, list[B
         bars.append(_bar("dropped: other reasons", rest, ORANGE))
     yield "Rows", bars
     bars = []
-    for name, label in REPEATS.items():
-        rows = report[name]["rows"] if name in report else 0
-        is_asked = name in report and (name != "benchmark" or report[name]["prompts"])
-        if is_asked and (rows or name != "near_contradictions"):
+    for name, label, rows in _repeats(report):
+        if rows or name != "near_contradictions":
             old = f" (before {before[name]['rows']:,})" if before and name in before else ""
             bars.append((label, rows, f"{rows:,}{old}", ORANGE if rows else BLUE))
     yield "Repeats and leaks (rows)", bars
@@ -94,15 +91,21 @@ def _panels(report: Report, before: Report | None) -> Iterator[tuple[str, list[B
         yield "Labels", [_bar("thumbs up", classes["desirable"]), _bar("thumbs down", classes["undesirable"])]
     yield f"Tokens ({count_text([_pairs(report)], 'rows')})", _draw_lengths
     if agreement := report["agreement"]:
-        was = before["agreement"]["mean"] if before and before["agreement"] else None
-        note = f" (before {was:.2f})" if was else ""
-        yield f"Rater agreement: {agreement['mean']:.2f}{note}", _draw_agreement
+        was = before and before["agreement"] and before["agreement"]["mean"]
+        yield f"Rater agreement: {agreement['mean']:.2f}{f' (before {was:.2f})' if was else ''}", _draw_agreement
     if report["balance"]:
         column, values = next(iter(report["balance"].items()))
         largest = list(values["largest"].items())[:5]
         yield f"Rows by {column} ({values['values']:,} in all)", [_bar(str(name)[:40], n) for name, n in largest]
     if diversity := report.get("diversity"):
-        yield "Prompts", [_bar(label, diversity[name]) for name, label in DIVERSITY.items()]
+        yield "Prompts", [_bar(label, diversity[name]) for name, label in DIVERSITY]
+
+
+def _repeats(report: Report) -> Iterator[tuple[str, str, int]]:
+    """Key, label and number of rows of all that was looked for."""
+    for name, label in REPEATS.items():
+        if name in report and (name != "benchmark" or report[name]["prompts"]):
+            yield name, label, report[name]["rows"]
 
 
 def _bar(label: str, count: int, color: str = BLUE) -> Bar:
@@ -211,9 +214,8 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, tokens in report["tokens"].items():
         yield f"tokens of {name}, median (95 %)", f"{tokens['median']:,.0f} ({tokens['p95']:,.0f})"
     yield f"rows cut at max_length {report['max_length']}", f"{report['cut_at_max_length']:,}"
-    for name in REPEATS:
-        if name in report and (name != "benchmark" or report[name]["prompts"]):
-            yield f"rows: {name.replace('_', '-')}", f"{report[name]['rows']:,}"
+    for name, _, count in _repeats(report):
+        yield f"rows: {name.replace('_', '-')}", f"{count:,}"
     for name, rule in deciding(report.get("shortcuts", {})).items():
         yield f"accuracy of: {name}", f"{rule['accuracy']:.3f} [{rule['low']:.3f}, {rule['high']:.3f}]"
     if raters := report["agreement"]:

@@ -1,7 +1,5 @@
 """What the untrained reference itself prefers: a pair that it already ranks as labelled teaches little."""
 
-from __future__ import annotations
-
 import statistics
 from typing import Any
 
@@ -17,18 +15,17 @@ def reference_margins(rows: Rows, settings: Settings, tokenizer: Any) -> list[tu
     from dpo_kit.model.hardware import has_accelerator
     from dpo_kit.model.load import load_reference
     from dpo_kit.model.scoring import score
-    from dpo_kit.model.tokens import truncate_both
+    from dpo_kit.model.tokens import Truncation
     from dpo_kit.run.quiet import quiet_libraries
 
     quiet_libraries()
     model = load_reference(settings.model)
     if has_accelerator() and settings.model.tuning != "qlora":
         model = model.to("cuda")  # type: ignore[arg-type]
-    limit, mode = settings.trl["max_length"], settings.trl.get("truncation_mode") or "keep_start"
-    sequences = []
+    cut, sequences = Truncation.of(settings.trl).cut, []
     for row in rows:
         prompt, *answers = (row["ids"][name].tolist() for name in ("prompt", "chosen", "rejected"))
-        sequences += [truncate_both(prompt, answer, limit, mode) for answer in answers]
+        sequences += [cut(prompt, answer) for answer in answers]
     with torch.no_grad():
         logps = score(model, sequences, pad_id=tokenizer.pad_token_id, description="asking the reference").tolist()
     by_token = [logp / max(1, len(answer)) for logp, (_, answer) in zip(logps, sequences, strict=True)]

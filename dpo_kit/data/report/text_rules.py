@@ -4,8 +4,6 @@ A policy learns what separates chosen from rejected, whatever it is. A rule that
 than half of the time is such a difference (length: arXiv:2310.03716; lists, bold, refusals and more: arXiv:2409.11704).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,37 +16,21 @@ from dpo_kit.run.intervals import wilson
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # scripts without spaces: every character is a word
 _ITEM = re.compile(r"(?:^|\n)[ \t]*(?:[-*•+]|\d{1,2}[.)])[ \t]+\S")
-_HEADING = re.compile(r"(?:^|\n)#{1,6} |\*\*\S|\n\|")
+_HEADING = re.compile(r"(?:^|\n)#{1,6} |\*\*\S|\n\|")  # or a bold word, or a row of a table
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:unable|not able)|i(?:'m| am) sorry,? but|i (?:can(?:no|')t|won't|will not|must decline)"
     r"|as an? (?:ai|language model)|i do(?:n't| not) feel comfortable)"
 )
 _SCRIPTS = {
-    "Cyrillic": re.compile(r"[\u0400-\u052f]"),
-    "Greek": re.compile(r"[\u0370-\u03ff]"),
-    "Arabic": re.compile(r"[\u0600-\u06ff]"),
-    "Hebrew": re.compile(r"[\u0590-\u05ff]"),
-    "Devanagari": re.compile(r"[\u0900-\u097f]"),
-    "Thai": re.compile(r"[\u0e00-\u0e7f]"),
-    "Hangul": re.compile(r"[\uac00-\ud7af]"),
-    "Japanese": re.compile(r"[\u3040-\u30ff]"),
-    "Han": re.compile(r"[\u4e00-\u9fff]"),
-}
+    "Cyrillic": "\u0400-\u052f", "Greek": "\u0370-\u03ff", "Arabic": "\u0600-\u06ff", "Hebrew": "\u0590-\u05ff",
+    "Devanagari": "\u0900-\u097f", "Thai": "\u0e00-\u0e7f", "Hangul": "\uac00-\ud7af", "Japanese": "\u3040-\u30ff",
+    "Han": "\u4e00-\u9fff",
+}  # fmt: skip
 
 
 def list_items(text: str) -> int:
     """Bulleted and numbered lines."""
     return len(_ITEM.findall(text))
-
-
-def markdown_signs(text: str) -> int:
-    """Headings, bold words and rows of tables."""
-    return len(_HEADING.findall(text)) if "**" in text or "#" in text or "|" in text else 0
-
-
-def code_blocks(text: str) -> int:
-    """Pairs of fences."""
-    return text.count("```") // 2
 
 
 def is_refusal(text: str) -> bool:
@@ -60,7 +42,7 @@ def script_of(text: str) -> str:
     """The script that most letters beyond Latin belong to; Latin where there are hardly any."""
     if text.isascii():
         return "Latin"
-    counts = {name: len(letters.findall(text)) for name, letters in _SCRIPTS.items()}
+    counts = {name: len(re.findall(f"[{letters}]", text)) for name, letters in _SCRIPTS.items()}
     name = max(counts, key=counts.__getitem__)
     return name if 3 * counts[name] > len(text.split()) else "Latin"
 
@@ -74,8 +56,8 @@ def words_of(text: str) -> list[str]:
 RULES: dict[str, Callable[[str, str], float]] = {
     "longer (characters)": lambda answer, prompt: len(answer),
     "more list items": lambda answer, prompt: list_items(answer),
-    "more markdown": lambda answer, prompt: markdown_signs(answer),
-    "more code blocks": lambda answer, prompt: code_blocks(answer),
+    "more markdown": lambda answer, prompt: len(_HEADING.findall(answer)),
+    "more code blocks": lambda answer, prompt: answer.count("```") // 2,
     "no refusal": lambda answer, prompt: not is_refusal(answer),
     "the prompt's script": lambda answer, prompt: script_of(answer) == script_of(prompt),
 }
@@ -99,12 +81,11 @@ def measure_shortcuts(rows: Rows) -> dict[str, dict[str, float]]:
 
 def edge_cases(row: dict[str, Any], answers: Sequence[str]) -> list[str]:
     """What makes a row unusual, by name."""
-    prompt = row["prompt"]
-    text = text_of(prompt)
-    replies = [text_of(row[name]) for name in answers]
+    text, replies = text_of(row["prompt"]), [text_of(row[name]) for name in answers]
+    roles = [] if isinstance(row["prompt"], str) else [message["role"] for message in row["prompt"]]
     holds = {
-        "several turns": not isinstance(prompt, str) and sum(message["role"] == "user" for message in prompt) > 1,
-        "system prompt": not isinstance(prompt, str) and prompt[0]["role"] in ("system", "developer"),
+        "several turns": roles.count("user") > 1,
+        "system prompt": roles[:1] in (["system"], ["developer"]),
         "prompt of one or two words": len(text.split(None, 2)) < 3,
         "very long prompt": len(text) > 4000,
         "script other than Latin": script_of(text) != "Latin",

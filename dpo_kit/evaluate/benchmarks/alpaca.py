@@ -4,8 +4,6 @@ The package (`alpaca-eval`, unchanged since 2024) is no dependency: it runs in a
 weighted annotator needs a judge with log-probabilities and a key. Rates here are shares, 0 to 1; its own are percent.
 """
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +14,9 @@ from typing import Any
 
 from dpo_kit.data.read import read_whole
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker, asked, difference_lines, speakers_of
 from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.options import Alpaca
-from dpo_kit.evaluate.part import Found, Line, Part, line
+from dpo_kit.evaluate.part import Found, Line, Note, Part, Speaker, asked, line, speakers_of
 from dpo_kit.run.files import write_json
 from dpo_kit.run.intervals import Z95
 from dpo_kit.run.statistics import paired_bootstrap
@@ -28,36 +25,64 @@ PROMPTS = 805  # of AlpacaEval: its length control knows the difficulty of these
 KEYS = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator", "preference")
 
 
-def run_alpaca(policy: Speaker, reference: Speaker, options: Alpaca, folder: Path, shared: Path) -> dict[str, Any]:
+class AlpacaEval(Part):
+    """AlpacaEval 2; waiting until the policy's outputs are annotated."""
+
+    def check(self, job: Job) -> None:
+        read_instructions(asked(job.options.alpaca_eval))
+
+    def measure(self, job: Job) -> Found:
+        options = asked(job.options.alpaca_eval)
+        with speakers_of(job, options.max_new_tokens) as speakers:
+            return run_alpaca(*speakers, options, job.folder, job.shared)
+
+    def headline(self, found: Found) -> Found:
+        if not (result := found["policy"]):
+            return {}
+        rates = {"alpaca_eval_win_rate": result, "alpaca_eval_win_rate_length_controlled": result["length_controlled"]}
+        ends = {"": "win_rate", "_low": "low", "_high": "high"}
+        return {f"{name}{end}": rate.get(key) for name, rate in rates.items() for end, key in ends.items()}
+
+    def tell(self, found: Found) -> Iterator[Line | Note]:
+        if result := found["policy"]:
+            yield line(f"AlpacaEval against {result['baseline']}, {result['n']:,} prompts", result, "win_rate")
+            if result["length_controlled"]["win_rate"] is not None:
+                yield line("… length-controlled", result["length_controlled"], "win_rate")
+            if test := found["difference"]:
+                yield line("… less the reference's", test, "value", "+.3f")
+        for name, model in found["models"].items():
+            if not model["result"]:
+                yield Note(f"AlpacaEval: the answers of {name} wait for their annotation: {model['command']}")
+
+
+def run_alpaca(policy: Speaker, reference: Speaker, options: Alpaca, folder: Path, shared: Path) -> Found:
     """Outputs of both for AlpacaEval, and its verdict on them once its command has run (which only the user does).
 
-    {models: {name: {outputs, command, result}}, difference}: `result` is as `read_annotations` gives it (None before),
-    `difference` policy − reference against the same baseline, by instruction (None before both are annotated). The
-    policy's files lie in `folder`/alpaca_eval, the reference's in `shared`/alpaca_eval, so that a sweep pays for those
-    once. ConfigError or DataError where instructions or annotations cannot be had.
+    {status: done | waiting, policy: its result, prompts, models: {name: {outputs, command, result}}, difference}:
+    `result` is as `read_annotations` gives it (None before), `difference` policy − reference against the same baseline,
+    by instruction (None before both are annotated). The policy's files lie in `folder`/alpaca_eval, the reference's in
+    `shared`/alpaca_eval, so that a sweep pays for those once. ConfigError or DataError where instructions or
+    annotations cannot be had.
     """
-    asked = read_instructions(options)
+    instructions = read_instructions(options)
+    prompts = [row["instruction"] for row in instructions]
     models, points = {}, []
     for speaker, place in ((policy, folder), (reference, shared)):
         outputs = place / "alpaca_eval" / speaker.name / "model_outputs.json"
-        answers = speaker.answer([row["instruction"] for row in asked], options.temperature)
         rows = [
-            {
-                "instruction": row["instruction"],
-                "output": answer.strip(),
-                "generator": speaker.name,
-                "dataset": row.get("dataset", "own"),
-            }
-            for row, answer in zip(asked, answers, strict=True)
-        ]
+            {"instruction": row["instruction"], "output": answer.strip(), "generator": speaker.name,
+             "dataset": row.get("dataset", "own")}
+            for row, answer in zip(instructions, speaker.answer(prompts, options.temperature), strict=True)
+        ]  # fmt: skip
         write_json(outputs, rows)
         annotations = annotations_file(outputs.parent, options)
         result = read_annotations(annotations, rows) if annotations.exists() else None
         points.append(result.pop("points") if result else {})
-        command = alpaca_command(outputs, options, len(asked))
+        command = alpaca_command(outputs, options, len(prompts))
         models[speaker.name] = {"outputs": str(outputs), "command": command, "result": result}
-    difference = paired_bootstrap(points[0], points[1])
-    return {"prompts": len(asked), "models": models, "difference": asdict(difference) if difference else None}
+    ours, difference = models[policy.name]["result"], paired_bootstrap(points[0], points[1])
+    return {"status": "done" if ours else "waiting", "policy": ours, "prompts": len(prompts), "models": models,
+            "difference": difference and asdict(difference)}  # fmt: skip
 
 
 def read_instructions(options: Alpaca) -> list[dict[str, Any]]:
@@ -84,10 +109,9 @@ def read_instructions(options: Alpaca) -> list[dict[str, Any]]:
 
 
 def alpaca_command(outputs: Path, options: Alpaca, prompts: int) -> str:
-    """The shell command that has `outputs` annotated by AlpacaEval's package, against its own baseline.
-
-    Without its 805 prompts the length control has nothing to stand on and is left out. The package's own leaderboard
-    is not written to, and a name that is in it is annotated again.
+    """The shell command that has `outputs` annotated by AlpacaEval's package, against its own baseline. Without its 805
+    prompts the length control has nothing to stand on and is left out. The package's own leaderboard is not written to,
+    and a name that is in it is annotated again.
     """
     words = ["alpaca_eval", "--model_outputs", str(outputs), "--annotators_config", options.annotators_config]
     words += ["--output_path", str(outputs.parent), "--is_overwrite_leaderboard", "True"]
@@ -103,7 +127,7 @@ def annotations_file(folder: Path, options: Alpaca) -> Path:
     return folder / (options.annotators_config if named else "") / "annotations.json"
 
 
-def read_annotations(path: Path, outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def read_annotations(path: Path, outputs: Sequence[Mapping[str, Any]]) -> Found:
     """Win rate with n and 95 % interval (bootstrap by instruction) of an annotations.json on `outputs`.
 
     {baseline, annotator, n, unannotated, wins, draws, losses, win_rate, low, high, better, length_controlled, points}.
@@ -134,27 +158,21 @@ def read_annotations(path: Path, outputs: Sequence[Mapping[str, Any]]) -> dict[s
         raise DataError(f"{path} has {len(points)} preferences: an interval needs two at least")
     first = rows[0].values
     return {
-        "baseline": first["generator_1"],
-        "annotator": first["annotator"],
-        "n": found.count,
-        "unannotated": len(outputs) - found.count,
+        "baseline": first["generator_1"], "annotator": first["annotator"],
+        "n": found.count, "unannotated": len(outputs) - found.count,
         "wins": sum(value > 0.5 for value in points.values()),
         "draws": sum(value == 0.5 for value in points.values()),
         "losses": sum(value < 0.5 for value in points.values()),
-        "win_rate": found.value + 0.5,
-        "low": found.low + 0.5,
-        "high": found.high + 0.5,
-        "better": found.low > 0,
+        "win_rate": found.value + 0.5, "low": found.low + 0.5, "high": found.high + 0.5, "better": found.low > 0,
         "length_controlled": _length_controlled(path.with_name("leaderboard.csv"), first["generator_2"], points),
         "points": points,
-    }
+    }  # fmt: skip
 
 
-def _length_controlled(leaderboard: Path, name: str, points: Mapping[str, float]) -> dict[str, Any]:
-    """The package's own length-controlled rate, with an interval that the package does not give.
-
-    Its lc_standard_error is the spread of its model's predictions over instructions, no sampling error. The interval
-    takes the raw rate's standard error over to the logit of this rate; what the fit of the length adds is left out.
+def _length_controlled(leaderboard: Path, name: str, points: Mapping[str, float]) -> Found:
+    """The package's own length-controlled rate, with an interval that the package does not give. Its lc_standard_error
+    is the spread of its model's predictions over instructions, no sampling error. The interval takes the raw rate's
+    standard error over to the logit of this rate; what the fit of the length adds is left out.
     """
     rows = read_whole("leaderboard", str(leaderboard)) if leaderboard.exists() else []
     row = next((row.values for row in rows if row.values.get("") == name), None)
@@ -169,41 +187,3 @@ def _length_controlled(leaderboard: Path, name: str, points: Mapping[str, float]
     logit, half = math.log(rate / (1 - rate)), Z95 * standard_error / (raw * (1 - raw))
     low, high = (1 / (1 + math.exp(-(logit + sign * half))) for sign in (-1, 1))
     return {"win_rate": rate, "n": count, "low": low, "high": high, "interval": "raw standard error, logit scale"}
-
-
-class AlpacaEval(Part):
-    """AlpacaEval 2; waiting until the policy's outputs are annotated."""
-
-    def check(self, job: Job) -> None:
-        read_instructions(asked(job.options.alpaca_eval))
-
-    def measure(self, job: Job) -> Found:
-        options = asked(job.options.alpaca_eval)
-        with speakers_of(job, options.max_new_tokens) as speakers:
-            found = run_alpaca(*speakers, options, job.folder, job.shared)
-            result = found["models"][speakers[0].name]["result"]
-        return {"status": "done" if result else "waiting", "policy": result, **found}
-
-    def headline(self, found: Found) -> Found:
-        if not (result := found["policy"]):
-            return {}
-        rates = {"alpaca_eval_win_rate": result, "alpaca_eval_win_rate_length_controlled": result["length_controlled"]}
-        return {
-            f"{name}{end and '_'}{end}": rate.get(end or "win_rate")
-            for name, rate in rates.items()
-            for end in ("", "low", "high")
-        }
-
-    def lines(self, found: Found) -> Iterator[Line]:
-        if result := found["policy"]:
-            label = f"AlpacaEval against {result['baseline']}, {result['n']:,} prompts"
-            yield line(label, result["win_rate"], result["low"], result["high"])
-            controlled = result["length_controlled"]
-            if controlled["win_rate"] is not None:
-                yield line("… length-controlled", controlled["win_rate"], controlled["low"], controlled["high"])
-            yield from difference_lines(found, "+.3f")
-
-    def notes(self, found: Found) -> Iterator[str]:
-        for name, model in found["models"].items():
-            if not model["result"]:
-                yield f"AlpacaEval: the answers of {name} wait for their annotation: {model['command']}"

@@ -3,12 +3,11 @@
 sacrebleu and rouge-score compute BLEU and ROUGE; here they are paired by row and given intervals.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,45 +15,79 @@ import numpy as np
 from dpo_kit.config.limits import missing_package
 from dpo_kit.data.read import read_whole
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker, asked, speakers_of
 from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.options import Domain
-from dpo_kit.evaluate.part import Found, Line, Part, line
+from dpo_kit.evaluate.part import Found, Line, Note, Part, Speaker, asked, line, speakers_of
 from dpo_kit.model.chats import Prompt
 from dpo_kit.run.files import write_jsonl
 
 DRAWS = 2000
 MOST_LABELS = 1000  # the table of what was said for what is as large as its square
 NO_LABEL = "(none)"  # what stands for an answer in which no label was found
+Metrics = Callable[[Any], dict[str, float]]  # of the rows with the given numbers, of which several may be the same
 
 
-def run_domain(policy: Speaker, reference: Speaker, options: Domain, folder: Path) -> dict[str, Any]:
-    """{kind, n, figures: [as of `bootstrap_figures`], unrecognised: {model: answers without a label}}.
+class DomainPart(Part):
+    """A labelled file of one's own."""
 
-    The answers are written to `folder`/domain.jsonl. DataError names a row that is not {prompt, label | reference}.
+    def check(self, job: Job) -> None:
+        read_labelled(asked(job.options.domain))
+
+    def measure(self, job: Job) -> Found:
+        options = asked(job.options.domain)
+        with speakers_of(job, options.max_new_tokens) as speakers:
+            return run_domain(*speakers, options, job.folder)
+
+    def headline(self, found: Found) -> Found:
+        """domain_accuracy, _low, _high (of the policy), _difference, _difference_low, _difference_high; so for each."""
+        keys = {"": "policy", "_low": "policy_low", "_high": "policy_high", "_difference": "difference",
+                "_difference_low": "low", "_difference_high": "high"}  # fmt: skip
+        return {
+            f"domain_{re.sub('[^a-z0-9]+', '_', figure['metric'].lower()).strip('_')}{end}": figure[key]
+            for figure in found["figures"]
+            for end, key in keys.items()
+        }
+
+    def tell(self, found: Found) -> Iterator[Line | Note]:
+        for figure in found["figures"]:
+            form = ".1f" if figure["metric"] == "BLEU" else ".3f"
+            of_policy = figure | {"low": figure["policy_low"], "high": figure["policy_high"]}
+            yield line(f"{figure['metric']}, {figure['n']:,} rows of one's own", of_policy, "policy", form)
+            yield line("… less the reference's", figure, "difference", f"+{form}")
+        if count := found["unrecognised_of_policy"]:
+            yield Note(
+                f"{count} of {found['n']} answers name no label, or several, and count as wrong: read domain.jsonl, or "
+                "set domain.pattern."
+            )
+
+
+def run_domain(policy: Speaker, reference: Speaker, options: Domain, folder: Path) -> Found:
+    """{status, unrecognised_of_policy, kind, n, figures: [as of `bootstrap_figures`], unrecognised: {model: n}}. The
+    answers are written to `folder`/domain.jsonl. DataError names a row that is not {prompt, label | reference}.
     """
     speakers = (policy, reference)
     kind, prompts, expected = read_labelled(options)
     answers = [speaker.answer(prompts, options.temperature) for speaker in speakers]
     unrecognised = {}
-    metrics: list[LabelMetrics | TextMetrics]
     if kind == "labels":
         targets = [normalise(target) for target in expected]
         labels = sorted(set(targets))
         read = [[find_label(answer, labels, options.pattern) for answer in side] for side in answers]
         unrecognised = {speaker.name: side.count(NO_LABEL) for speaker, side in zip(speakers, read, strict=True)}
-        metrics = [LabelMetrics(side, targets, labels) for side in read]
+        metrics = [label_metrics(side, targets, labels) for side in read]
     else:
         read = [[extract(answer, options.pattern) for answer in side] for side in answers]
-        metrics = [TextMetrics(side, expected) for side in read]
-    rows = []
-    for prompt, target, *both in zip(prompts, expected, *answers, *read, strict=True):
-        sides = zip(speakers, both[:2], both[2:], strict=True)
-        said = {speaker.name: {"answer": answer, "read_as": reading} for speaker, answer, reading in sides}
-        rows.append({"prompt": prompt, "target": target, **said})
+        metrics = [text_metrics(side, expected) for side in read]
+    rows = [
+        {"prompt": prompt, "target": target, policy.name: {"answer": ours, "read_as": our_reading},
+         reference.name: {"answer": theirs, "read_as": their_reading}}
+        for prompt, target, ours, theirs, our_reading, their_reading
+        in zip(prompts, expected, *answers, *read, strict=True)
+    ]  # fmt: skip
     write_jsonl(folder / "domain.jsonl", rows)
     figures = bootstrap_figures(metrics[0], metrics[1], len(prompts))
-    return {"kind": kind, "n": len(prompts), "figures": figures, "unrecognised": unrecognised}
+    return {"status": "done", "unrecognised_of_policy": unrecognised.get(policy.name, 0), "kind": kind,
+            "n": len(prompts), "figures": figures, "unrecognised": unrecognised}  # fmt: skip
 
 
 def read_labelled(options: Domain) -> tuple[str, list[Prompt], list[str]]:
@@ -83,9 +116,6 @@ def read_labelled(options: Domain) -> tuple[str, list[Prompt], list[str]]:
     return kind, prompts[: options.limit], targets[: options.limit]
 
 
-# --- reading answers ---------------------------------------------------------------------------------------------
-
-
 def normalise(text: str) -> str:
     """A text as it is compared: one case, one width, single spaces, no quotes or full stop around it."""
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
@@ -111,120 +141,68 @@ def extract(answer: str, pattern: str | None) -> str:
     return (matches[-1].group(matches[-1].re.groups) or "") if matches else ""
 
 
-# --- metrics: made of all answers, called with the numbers of some rows, of which several may be the same ----------
+def label_metrics(read: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> Metrics:
+    """Accuracy, and precision, recall and F1 averaged over the labels that occur (0 for one whose denominator is 0, as
+    scikit-learn has it); an answer without a label counts as wrong.
+    """
+    codes = {label: number for number, label in enumerate([*labels, NO_LABEL])}
+    size = len(codes)
+    cells = np.array([codes[target] * size + codes[label] for target, label in zip(targets, read, strict=True)])
 
-
-class LabelMetrics:
-    """Accuracy, and precision, recall and F1 averaged over the labels; an answer without a label counts as wrong."""
-
-    names = ("accuracy", "precision (macro)", "recall (macro)", "F1 (macro)")
-
-    def __init__(self, read: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> None:
-        codes = {label: number for number, label in enumerate([*labels, NO_LABEL])}
-        self.size = len(codes)
-        pairs = zip(targets, read, strict=True)
-        self.cells = np.array([codes[target] * self.size + codes[label] for target, label in pairs])
-
-    def __call__(self, rows: Any) -> list[float]:
-        """Averages are over labels that occur; 0 for one whose denominator is 0, as scikit-learn has it."""
-        table = np.bincount(self.cells[rows], minlength=self.size**2).reshape(self.size, self.size)  # target, answer
+    def measure(rows: Any) -> dict[str, float]:
+        table = np.bincount(cells[rows], minlength=size**2).reshape(size, size)  # target, answer
         right = np.diag(table)[:-1]
         answered, expected = table.sum(0)[:-1], table.sum(1)[:-1]
         met = answered + expected > 0
-        denominators = (answered, expected, (answered + expected) / 2)
-        averages = [float(np.mean(right[met] / np.maximum(below[met], 0.5))) for below in denominators]
-        return [float(right.sum() / len(rows)), *averages]
+        below = {"precision (macro)": answered, "recall (macro)": expected, "F1 (macro)": (answered + expected) / 2}
+        macro = {name: float(np.mean(right[met] / np.maximum(count[met], 0.5))) for name, count in below.items()}
+        return {"accuracy": float(right.sum() / len(rows)), **macro}
+
+    return measure
 
 
-class TextMetrics:
+def text_metrics(read: Sequence[str], targets: Sequence[str]) -> Metrics:
     """Exact match, BLEU (0 to 100, sacrebleu's defaults) and ROUGE-1, -2, -L (F-measure)."""
+    for package in ("sacrebleu", "rouge_score"):
+        if fault := missing_package("the domain metric", package):
+            raise ConfigError(fault)
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
 
-    names = ("exact match", "BLEU", "ROUGE-1", "ROUGE-2", "ROUGE-L")
+    pairs = list(zip(read, targets, strict=True))
+    exact = np.array([float(normalise(text) == normalise(target)) for text, target in pairs])
+    bleu = BLEU(effective_order=True)  # of single rows; the counts are the same
+    scores = [bleu.sentence_score(text, [target]) for text, target in pairs]
+    counts = np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])
+    kinds = ("rouge1", "rouge2", "rougeL")
+    # words of any script, lower case: rouge-score's own tokenizer knows a to z and 0 to 9 only
+    words = SimpleNamespace(tokenize=lambda text: re.findall(r"[^\W_]+", text.lower()))
+    scorer = RougeScorer(kinds, tokenizer=words)
+    of_rows = [scorer.score(target, text) for text, target in pairs]
+    rouge = {f"ROUGE-{kind[5:]}": np.array([row[kind].fmeasure for row in of_rows]) for kind in kinds}
 
-    def __init__(self, read: Sequence[str], targets: Sequence[str]) -> None:
-        for package in ("sacrebleu", "rouge_score"):
-            if fault := missing_package("the domain metric", package):
-                raise ConfigError(fault)
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu.metrics.bleu import BLEU
+    def measure(rows: Any) -> dict[str, float]:
+        total = counts[rows].sum(0).tolist()
+        score = BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method="exp").score
+        means = {name: float(values[rows].mean()) for name, values in rouge.items()}
+        return {"exact match": float(exact[rows].mean()), "BLEU": float(score), **means}
 
-        pairs = list(zip(read, targets, strict=True))
-        self.exact = np.array([float(normalise(text) == normalise(target)) for text, target in pairs])
-        bleu = BLEU(effective_order=True)  # of single rows; the counts are the same
-        scores = [bleu.sentence_score(text, [target]) for text, target in pairs]
-        self.counts = np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])
-        kinds = ("rouge1", "rouge2", "rougeL")
-        scorer = RougeScorer(kinds, tokenizer=_Words())
-        rouge = [scorer.score(target, text) for text, target in pairs]
-        self.rouge = [np.array([score[kind].fmeasure for score in rouge]) for kind in kinds]
-
-    def __call__(self, rows: Any) -> list[float]:
-        from sacrebleu.metrics.bleu import BLEU
-
-        total = self.counts[rows].sum(0).tolist()
-        bleu = BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method="exp").score
-        return [float(self.exact[rows].mean()), float(bleu), *(float(values[rows].mean()) for values in self.rouge)]
-
-
-class _Words:
-    """Words of any script, lower case (rouge-score's own tokenizer knows a to z and 0 to 9 only)."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
+    return measure
 
 
-def bootstrap_figures(
-    policy: LabelMetrics | TextMetrics, reference: LabelMetrics | TextMetrics, count: int
-) -> list[dict[str, Any]]:
+def bootstrap_figures(policy: Metrics, reference: Metrics, count: int) -> list[Found]:
     """Every metric of both models over `count` rows; `difference` is policy − reference, `low` to `high` its interval.
-
     95 % intervals are bootstraps over rows (2,000 percentile draws), in which the metric is computed anew each time.
     """
     generator, everything = np.random.default_rng(0), np.arange(count)
     drawn = (generator.integers(count, size=count) for _ in range(DRAWS))
-    draws = np.array([[policy(rows), reference(rows)] for rows in drawn])  # the same rows for both: paired
-    columns = [policy(everything), reference(everything)]
+    both = (policy, reference)
+    draws = np.array([[list(metrics(rows).values()) for metrics in both] for rows in drawn])  # the same rows: paired
+    columns = [list(metrics(everything).values()) for metrics in both]
     for values in (draws[:, 0], draws[:, 0] - draws[:, 1]):
         columns += np.quantile(values, [0.025, 0.975], axis=0).tolist()
     return [
         {"metric": name, "policy": ours, "policy_low": ours_low, "policy_high": ours_high, "reference": theirs,
          "difference": ours - theirs, "low": low, "high": high, "n": count}
-        for name, ours, theirs, ours_low, ours_high, low, high in zip(policy.names, *columns, strict=True)
+        for name, ours, theirs, ours_low, ours_high, low, high in zip(policy(everything), *columns, strict=True)
     ]  # fmt: skip
-
-
-class DomainPart(Part):
-    """A labelled file of one's own."""
-
-    def check(self, job: Job) -> None:
-        read_labelled(asked(job.options.domain))
-
-    def measure(self, job: Job) -> Found:
-        options = asked(job.options.domain)
-        with speakers_of(job, options.max_new_tokens) as speakers:
-            found = run_domain(*speakers, options, job.folder)
-            return {"status": "done", "unrecognised_of_policy": found["unrecognised"].get(speakers[0].name, 0), **found}
-
-    def headline(self, found: Found) -> Found:
-        """domain_accuracy, _low, _high (of the policy), _difference, _difference_low, _difference_high; so for each."""
-        keys = {"": "policy", "_low": "policy_low", "_high": "policy_high", "_difference": "difference",
-                "_difference_low": "low", "_difference_high": "high"}  # fmt: skip
-        return {
-            f"domain_{re.sub('[^a-z0-9]+', '_', figure['metric'].lower()).strip('_')}{end}": figure[key]
-            for figure in found["figures"]
-            for end, key in keys.items()
-        }
-
-    def lines(self, found: Found) -> Iterator[Line]:
-        for figure in found["figures"]:
-            form = ".1f" if figure["metric"] == "BLEU" else ".3f"
-            label = f"{figure['metric']}, {figure['n']:,} rows of one's own"
-            yield line(label, figure["policy"], figure["policy_low"], figure["policy_high"], form)
-            yield line("… less the reference's", figure["difference"], figure["low"], figure["high"], f"+{form}")
-
-    def notes(self, found: Found) -> Iterator[str]:
-        if count := found["unrecognised_of_policy"]:
-            yield (
-                f"{count} of {found['n']} answers name no label, or several, and count as wrong: read domain.jsonl, or "
-                "set domain.pattern."
-            )

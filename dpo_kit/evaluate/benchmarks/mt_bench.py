@@ -4,10 +4,7 @@ Questions, answers and judgements have FastChat's formats, so that its tools rea
 verdict are our own: scores compare between models graded here, not with published ones.
 """
 
-from __future__ import annotations
-
 import re
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,16 +15,15 @@ from typing import Any, TypeGuard
 from dpo_kit.config.settings import LLMJudge
 from dpo_kit.data.read import read_whole
 from dpo_kit.errors import ConfigError, DataError
-from dpo_kit.evaluate.benchmarks.dialogue import Speaker, asked, difference_lines, speakers_of
 from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.options import MTBench
-from dpo_kit.evaluate.part import Found, Line, Part, line
-from dpo_kit.judge.llm import fence_parts, last_line
-from dpo_kit.judge.server import Reply, Request, Server
+from dpo_kit.evaluate.part import Found, Line, Note, Part, Speaker, asked, line, speakers_of
+from dpo_kit.judge.open import fenced, read_last_line
+from dpo_kit.judge.server import Reply, Server
 from dpo_kit.model.chats import Prompt
 from dpo_kit.run.files import write_jsonl
 from dpo_kit.run.journal import Journal, key_of
-from dpo_kit.run.statistics import paired_bootstrap
+from dpo_kit.run.statistics import means_by_name, paired_bootstrap
 
 # FastChat's, fastchat/llm_judge/common.py
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
@@ -37,7 +33,7 @@ REFERENCED = ("math", "reasoning", "coding")
 UNPARSABLE = -1  # as FastChat writes it, and leaves it out of its means
 INSTRUCTIONS = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")  # the rubric, and how to answer
 TASKS = ("Grade the answer.", "Grade the answer to question 2, given all that was said before it.")
-_GRADE = re.compile(r"\[\[(10|[1-9])\]\]")
+GRADE = re.compile(r"\[\[(10|[1-9])\]\]")
 
 
 @dataclass(frozen=True)
@@ -66,12 +62,49 @@ class Grade:
     score: int | None
 
 
+class MTBenchPart(Part):
+    """MT-Bench, graded by the language model of `judge=llm`."""
+
+    def check(self, job: Job) -> None:
+        if not isinstance(job.options.judge, LLMJudge):
+            raise ConfigError(
+                "parts=[mt_bench] needs a language model that grades: add judge=llm "
+                "judge.base_url=http://localhost:8000/v1 judge.model=…"
+            )
+        read_questions(asked(job.options.mt_bench))
+
+    def measure(self, job: Job) -> Found:
+        options, judge = asked(job.options.mt_bench), job.options.judge
+        assert isinstance(judge, LLMJudge)
+        with speakers_of(job, options.max_new_tokens) as speakers:
+            return run_mt_bench(*speakers, options, judge, job.folder, job.shared)
+
+    def headline(self, found: Found) -> Found:
+        keys = {"": "mean", "_low": "low", "_high": "high", "_questions": "n"}
+        return {f"mt_bench{end}": found["policy"][key] for end, key in keys.items()}
+
+    def tell(self, found: Found) -> Iterator[Line | Note]:
+        grades = found["policy"]
+        labels = {f"MT-Bench, 1 to 10, {grades['n']:,} questions": grades}
+        labels |= {f"… {category}": of_category for category, of_category in grades["categories"].items()}
+        yield from (line(label, mean, "mean", ".2f") for label, mean in labels.items() if mean["mean"] is not None)
+        if test := found["difference"]:
+            yield line("… less the reference's", test, "value", "+.2f")
+        for key, what in (("unparsable", "cannot be read"), ("unjudged", "are missing")):
+            if count := sum(model[key] for model in found["models"].values()):
+                yield Note(f"MT-Bench: {count} grades {what}; the means are of the others.")
+        if found["without_reference"]:
+            yield Note(
+                f"MT-Bench: {found['without_reference']} questions were graded without a reference answer of theirs."
+            )
+
+
 def run_mt_bench(
     policy: Speaker, reference: Speaker, options: MTBench, judge: LLMJudge, folder: Path, shared: Path
-) -> dict[str, Any]:
+) -> Found:
     """Answers, judgements and means of both models; the same call goes on where an earlier one stopped.
 
-    {questions, status: done | partial, models: {name: {mean, low, high, n, turns, categories, unparsable,
+    {policy, questions, status: done | partial, models: {name: {mean, low, high, n, turns, categories, unparsable,
     unjudged}}, difference, without_reference, spend}; n counts graded questions, intervals are bootstraps by question.
     `folder`/mt_bench/{model_answer,model_judgment}/ are in FastChat's formats. Replies are kept in `shared`,
     so that a sweep pays for those on the reference once.
@@ -83,42 +116,29 @@ def run_mt_bench(
         for speaker in (policy, reference):
             answers = ask_questions(speaker, questions)
             rows = [
-                {
-                    "question_id": question.id,
-                    "answer_id": key_of(speaker.name, question.id, answers[question.id])[:22],
-                    "model_id": speaker.name,
-                    "choices": [{"index": 0, "turns": answers[question.id]}],
-                    "tstamp": time.time(),
-                }
-                for question in questions
-            ]
+                {"question_id": name, "answer_id": key_of(speaker.name, name, turns)[:22], "model_id": speaker.name,
+                 "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
+                for name, turns in answers.items()
+            ]  # fmt: skip
             write_jsonl(place / "model_answer" / f"{speaker.name}.jsonl", rows)
             graded[speaker.name] = grade_answers(server, judge, questions, answers)
             judgements += [
-                {
-                    "question_id": grade.question.id,
-                    "model": speaker.name,
-                    "judge": [judge.model, "single-dpo-kit-v1" + ("-multi-turn" if grade.turn > 1 else "")],
-                    "user_prompt": grade.prompt,
-                    "judgment": grade.judgment,
-                    "score": grade.score,
-                    "turn": grade.turn,
-                    "tstamp": time.time(),
-                }
-                for grade in graded[speaker.name]
-                if grade.score is not None
-            ]
+                {"question_id": grade.question.id, "model": speaker.name,
+                 "judge": [judge.model, "single-dpo-kit-v1" + ("-multi-turn" if grade.turn > 1 else "")],
+                 "user_prompt": grade.prompt, "judgment": grade.judgment, "score": grade.score, "turn": grade.turn,
+                 "tstamp": time.time()}
+                for grade in graded[speaker.name] if grade.score is not None
+            ]  # fmt: skip
         spend = server.spend()
     write_jsonl(place / "model_judgment" / f"{judge.model.replace('/', '_')}_single.jsonl", judgements)
     models = {name: summarize_grades(grades) for name, grades in graded.items()}
     return {
-        "questions": len(questions),
+        "policy": models[policy.name], "questions": len(questions),
         "status": "partial" if any(means["unjudged"] for means in models.values()) else "done",
-        "models": models,
-        "difference": compare_grades(*graded.values()),
+        "models": models, "difference": compare_grades(*graded.values()),
         "without_reference": sum(each.category in REFERENCED and not each.references for each in questions),
         "spend": spend,
-    }
+    }  # fmt: skip
 
 
 def read_questions(options: MTBench) -> list[Question]:
@@ -153,18 +173,17 @@ def ask_questions(speaker: Speaker, questions: Sequence[Question]) -> dict[int |
     """{question id: answers}: each turn asked after the answers to those before, at its category's temperature."""
     answers: dict[int | str, list[str]] = {question.id: [] for question in questions}
     for temperature in sorted({question.temperature for question in questions}):
-        for turn in (0, 1):
-            asked = [each for each in questions if each.temperature == temperature and turn < len(each.turns)]
-            prompts: list[Prompt] = [question.turns[0] for question in asked]  # a first turn is plain text
-            if turn:
-                said = [(*question.turns[:1], *answers[question.id], question.turns[1]) for question in asked]
-                roles = ("user", "assistant", "user")
-                prompts = [
-                    [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)] for texts in said
-                ]
-            drawn = speaker.answer(prompts, temperature) if asked else []
-            for question, answer in zip(asked, drawn, strict=True):
+        warm = [question for question in questions if question.temperature == temperature]
+        prompts: list[Prompt] = [question.turns[0] for question in warm]  # a first turn is plain text
+        while warm:
+            for question, answer in zip(warm, speaker.answer(prompts, temperature), strict=True):
                 answers[question.id].append(answer.strip())
+            warm = [question for question in warm if len(answers[question.id]) < len(question.turns)]
+            prompts = [
+                [{"role": "user", "content": question.turns[0]},
+                 {"role": "assistant", "content": answers[question.id][0]},
+                 {"role": "user", "content": question.turns[1]}] for question in warm
+            ]  # fmt: skip
     return answers
 
 
@@ -182,27 +201,20 @@ def grade_answers(
                 if question.category in REFERENCED and number < len(question.references):
                     parts[f"reference answer{label}"] = question.references[number]
                 parts[f"answer{label}"] = answers[question.id][number]
-            instructions = INSTRUCTIONS.format(task=TASKS[turn])
-            key = key_of("mt_bench", judge.model, instructions, judge.temperature, judge.max_tokens, parts)
-            text = f"{instructions}\n{fence_parts(parts, secrets.token_hex(8))}"
-            places.append((question, turn + 1, text))
-            requests.append(Request(key, [{"role": "user", "content": text}], judge.max_tokens, judge.temperature))
-    replies = server.ask(requests, "grades")
+            places.append((question, turn + 1))
+            requests.append(fenced(judge, "mt_bench", INSTRUCTIONS.format(task=TASKS[turn]), parts, parts))
     return [
-        Grade(*place, reply.text if reply else "", read_grade(reply))
-        for place, reply in zip(places, replies, strict=True)
+        Grade(*place, request.messages[0]["content"], reply.text if reply else "", read_grade(reply))
+        for place, request, reply in zip(places, requests, server.ask(requests, "grades"), strict=True)
     ]
 
 
 def read_grade(reply: Reply | None) -> int | None:
     """The grade on the last line that is not blank; −1 where that line is anything else, None without a reply."""
-    if reply is None:
-        return None
-    found = _GRADE.fullmatch(last_line(reply.text))
-    return int(found[1]) if found else UNPARSABLE
+    return int(read_last_line(reply.text, GRADE) or UNPARSABLE) if reply else None
 
 
-def summarize_grades(grades: Sequence[Grade]) -> dict[str, Any]:
+def summarize_grades(grades: Sequence[Grade]) -> Found:
     """Mean with interval over all turns, by turn and by category; what could not be read or was not judged counted."""
     categories = dict.fromkeys(grade.question.category for grade in grades)
     return _mean(grades) | {
@@ -213,7 +225,7 @@ def summarize_grades(grades: Sequence[Grade]) -> dict[str, Any]:
     }
 
 
-def _mean(grades: Sequence[Grade]) -> dict[str, Any]:
+def _mean(grades: Sequence[Grade]) -> Found:
     """{mean, low, high, n}: 95 % bootstrap over questions (turns of one are not independent); None below one grade."""
     import torch
 
@@ -231,53 +243,10 @@ def _known(grades: Sequence[Grade]) -> dict[tuple[int | str, int], int]:
     return {(g.question.id, g.turn): g.score for g in grades if g.score is not None and g.score != UNPARSABLE}
 
 
-def compare_grades(policy: Sequence[Grade], reference: Sequence[Grade]) -> dict[str, Any] | None:
+def compare_grades(policy: Sequence[Grade], reference: Sequence[Grade]) -> Found | None:
     """Policy − reference by question, over the turns that were graded for both; None below two such questions."""
     both = _known(policy), _known(reference)
-    means = []
-    for side in both:
-        by_question: dict[str, list[int]] = {}
-        for question, turn in both[0].keys() & both[1].keys():
-            by_question.setdefault(str(question), []).append(side[question, turn])
-        means.append({question: fmean(scores) for question, scores in by_question.items()})
+    common = both[0].keys() & both[1].keys()
+    means = [means_by_name((str(place[0]), side[place]) for place in common) for side in both]
     found = paired_bootstrap(means[0], means[1])
     return asdict(found) if found else None
-
-
-class MTBenchPart(Part):
-    """MT-Bench, graded by the language model of `judge=llm`."""
-
-    def check(self, job: Job) -> None:
-        if not isinstance(job.options.judge, LLMJudge):
-            raise ConfigError(
-                "parts=[mt_bench] needs a language model that grades: add judge=llm "
-                "judge.base_url=http://localhost:8000/v1 judge.model=…"
-            )
-        read_questions(asked(job.options.mt_bench))
-
-    def measure(self, job: Job) -> Found:
-        options, judge = asked(job.options.mt_bench), job.options.judge
-        assert isinstance(judge, LLMJudge)
-        with speakers_of(job, options.max_new_tokens) as speakers:
-            found = run_mt_bench(*speakers, options, judge, job.folder, job.shared)
-            return {"policy": found["models"][speakers[0].name], **found}
-
-    def headline(self, found: Found) -> Found:
-        keys = {"": "mean", "_low": "low", "_high": "high", "_questions": "n"}
-        return {f"mt_bench{end}": found["policy"][key] for end, key in keys.items()}
-
-    def lines(self, found: Found) -> Iterator[Line]:
-        grades = found["policy"]
-        labels = {f"MT-Bench, 1 to 10, {grades['n']:,} questions": grades}
-        labels |= {f"… {category}": of_category for category, of_category in grades["categories"].items()}
-        for label, mean in labels.items():
-            if mean["mean"] is not None:
-                yield line(label, mean["mean"], mean["low"], mean["high"], ".2f")
-        yield from difference_lines(found, "+.2f")
-
-    def notes(self, found: Found) -> Iterator[str]:
-        for key, what in (("unparsable", "cannot be read"), ("unjudged", "are missing")):
-            if count := sum(model[key] for model in found["models"].values()):
-                yield f"MT-Bench: {count} grades {what}; the means are of the others."
-        if found["without_reference"]:
-            yield f"MT-Bench: {found['without_reference']} questions were graded without a reference answer of theirs."

@@ -1,14 +1,14 @@
-"""What all pictures share: colours, and how a course, an interval, a floor and a small number are drawn. No torch;
-matplotlib is imported when a figure is made.
-"""
+"""What all pictures share: colours, and how a course, an interval, a floor and a small number are drawn."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence, Sized
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_kit.run.history import series
 from dpo_kit.run.measures import floor_of
 from dpo_kit.run.report.numbers import bounds, is_number
 
@@ -25,7 +25,6 @@ HATCHED: dict[str, Any] = {
 }  # fmt: skip  # what is no more than rounding
 FEW = 10  # pairs, prompts or answers: what is told of fewer is drawn hollow
 SCATTERED = 4  # points: up to so many have bars and dots between them, more of them a band and a line
-Ends = tuple[float, float]  # of an interval
 
 
 def new_figure(height: float) -> Figure:
@@ -72,12 +71,6 @@ def over_steps(axes: Axes) -> None:
     axes.locator_params(axis="x", nbins=4, integer=True)
 
 
-def intervals(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, Ends]:
-    """{step: 95 % interval} of `key`, at the steps at which it has one."""
-    measured = [row for row in rows if is_number(row.get(key))]
-    return {row.get("step", 0): ends for row in measured if (ends := bounds(row, key))}
-
-
 def joined(points: Sized, style: Any = "-") -> Any:
     """The style of the line through `points`: two are no course, so that no line joins them."""
     return style if len(points) > 2 else "none"
@@ -85,8 +78,8 @@ def joined(points: Sized, style: Any = "-") -> Any:
 
 def draw_course(
     axes: Axes,
-    points: Mapping[int, float],
-    ends: Mapping[int, Ends],
+    rows: Sequence[Mapping[str, Any]],
+    key: str,
     color: Any,
     *,
     dashed: bool = False,
@@ -94,10 +87,13 @@ def draw_course(
     shift: float = 0.0,
     alpha: float = 0.2,
 ) -> None:
-    """`points` over steps: two are not joined, a few by dots alone, as nothing is known in between; squares then stand
-    for `dashed`. `ends` are intervals: bars of a few (moved by `shift`, so that those of several courses do not hide
-    each other), else a band of `alpha`. `hollow` points rest on few pairs.
+    """`key` of `rows` over steps: two points are not joined, a few by dots alone, as nothing is known in between;
+    squares then stand for `dashed`. The intervals of a few are bars (moved by `shift`, so that those of several courses
+    do not hide each other), else a band of `alpha`. `hollow` points rest on few pairs.
     """
+    points = series(rows, key)
+    measured = (row for row in rows if is_number(row.get(key)))
+    ends = {row.get("step", 0): interval for row in measured if (interval := bounds(row, key))}
     scattered = len(points) <= SCATTERED
     steps = [step + shift * scattered for step in points]
     low, high = zip(*(ends.get(step, (value, value)) for step, value in points.items()), strict=True)
@@ -115,9 +111,8 @@ def draw_course(
 
 def draw_level(axes: Axes, value: float, lines: int, **style: Any) -> None:
     """An upright line at `value` beside the dots of so many `lines` (0, −1, …), with gaps for the labels above them."""
-    axes.vlines(
-        [value] * lines, [-line - 0.22 for line in range(lines)], [0.12 - line for line in range(lines)], **style
-    )
+    places = range(lines)
+    axes.vlines([value] * lines, [-line - 0.22 for line in places], [0.12 - line for line in places], **style)
 
 
 def draw_floor(axes: Axes, key: str, values: Mapping[str, Any]) -> str:
@@ -128,17 +123,28 @@ def draw_floor(axes: Axes, key: str, values: Mapping[str, Any]) -> str:
     return "hatched: rounding"
 
 
+def label_ends(
+    axes: Axes, ends: Sequence[tuple[float, str, Any]], *, gap: float, air: float = 0.0, **style: Any
+) -> None:
+    """Write each (height, text, color) of `ends` beside the panel, `gap` apart and `air` inside it (shares of it)."""
+    bottom, top = axes.get_ylim()
+    size, heights = top - bottom, [height for height, _, _ in ends]
+    placed = spread(heights, gap * size, bottom + air * size, top - air * size)
+    for (_, text, color), height in zip(ends, placed, strict=True):
+        axes.text(
+            1.03, height, text, transform=axes.get_yaxis_transform(), va="center", ha="left", fontsize=16,
+            fontweight="bold", color=color, **style,
+        )  # fmt: skip
+
+
 def spread(heights: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
     """`heights` moved as little as needed to be `gap` apart and, as far as they fit, within [bottom, top]."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
-    placed = [heights[index] for index in order]
+    placed = list(heights)
     for _ in range(200):
         placed = [min(max(height, bottom), top) for height in placed]
-        for low in range(len(placed) - 1):
-            lack = gap - (placed[low + 1] - placed[low])
+        for low, high in pairwise(order):
+            lack = gap - (placed[high] - placed[low])
             if lack > 1e-9:
-                placed[low], placed[low + 1] = placed[low] - lack / 2, placed[low + 1] + lack / 2
-    result = list(heights)
-    for index, height in zip(order, placed, strict=True):
-        result[index] = height
-    return result
+                placed[low], placed[high] = placed[low] - lack / 2, placed[high] + lack / 2
+    return placed

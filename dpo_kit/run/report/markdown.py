@@ -1,7 +1,5 @@
 """Texts from elsewhere inside Markdown pages: what stands in them is shown and does nothing; secrets are redacted."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

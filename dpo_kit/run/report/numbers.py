@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from dpo_kit.run.intervals import Z95
-from dpo_kit.run.measures import MEASURES, in_rounding, kl_key, kl_keys
+from dpo_kit.run.measures import KLS, MEASURES, in_rounding, kl_key
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,25 +39,22 @@ def range_text(ends: tuple[float, float] | None, form: str) -> str:
     return f"[{number_text(ends[0], form)}, {number_text(ends[1], form)}]" if ends else ""
 
 
-def measured_text(values: Mapping[str, Any], key: str, form: str = ".3f") -> str:
-    """A measured key, and whether that is rounding."""
-    return number_text(values[key], form) + (" (rounding)" if in_rounding(key, values) else "")
+def cells(values: Mapping[str, Any], key: str, form: str = ".3f") -> tuple[str, str]:
+    """A measured key, with "(rounding)" where it is no more, and its 95 % interval; empty where it has none."""
+    rounding = " (rounding)" if in_rounding(key, values) else ""
+    return number_text(values[key], form) + rounding, range_text(bounds(values, key), form)
 
 
 def value_text(values: Mapping[str, Any], key: str, form: str = ".3f") -> str:
-    """A measured key with its interval, where it has one, and whether that is rounding."""
-    return f"{measured_text(values, key, form)} {range_text(bounds(values, key), form)}".rstrip()
+    """`cells` in one text."""
+    return " ".join(cells(values, key, form)).rstrip()
 
 
 def labelled_rows(
     values: Mapping[str, Any], labels: Mapping[str, str], form: str = ".3f"
 ) -> list[tuple[str, str, str]]:
     """(label, value, 95 % interval) as texts for each key of `labels` that was measured."""
-    return [
-        (label, measured_text(values, key, form), range_text(bounds(values, key), form))
-        for key, label in labels.items()
-        if values.get(key) is not None
-    ]
+    return [(label, *cells(values, key, form)) for key, label in labels.items() if values.get(key) is not None]
 
 
 def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -65,17 +62,12 @@ def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     the user's own last. Of the two estimators of a KL the one that is read; "(rounding)" stands behind what is no more.
     """
     start, final = result.get("start") or {}, result.get("final") or {}
-    unread = {key for way in ("forward", "reverse") for key in kl_keys(way) if key != kl_key(way, final)}
-    shown = [(measure.key, measure.label, measure.form) for measure in MEASURES if measure.key not in unread]
+    unread = {key for way, keys in KLS.items() for key in keys if key != kl_key(way, final)}
+    shown = [(m.key, m.row, m.form) for m in MEASURES if m.label and m.key not in unread]
     shown += [(key, key.removeprefix("custom/"), ".3f") for key in final if key.startswith("custom/")]
     return [
-        (
-            label,
-            number_text(start.get(key), form),
-            measured_text(final, key, form),
-            range_text(bounds(final, key), form),
-        )
-        for key, label, form in shown
+        (row, number_text(start.get(key), form), *cells(final, key, form))
+        for key, row, form in shown
         if is_number(final.get(key))
     ]
 
@@ -84,13 +76,9 @@ def result_table(result: Mapping[str, Any]) -> Table:
     """The rows of `result_rows` for the terminal."""
     from rich.table import Table
 
-    table = Table(
-        title=f"{result['method']} · beta {result['beta']:g} · {result['steps']} steps",
-        caption=ceiling_line(result.get("final") or {}, result.get("ceiling")),
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("held-out measure")
+    title = f"{result['method']} · beta {result['beta']:g} · {result['steps']} steps"
+    caption = ceiling_line(result.get("final") or {}, result.get("ceiling"))
+    table = Table("held-out measure", title=title, caption=caption, title_justify="left", caption_justify="left")
     for name in ("start", "end", "95 % interval"):
         table.add_column(name, justify="right")
     for row in result_rows(result):

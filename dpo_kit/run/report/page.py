@@ -1,71 +1,40 @@
-"""report.md: a run on one page, for a code host, a tracker or a terminal. A pure function of the run directory.
-
-It says nothing that the files do not: written at the end of the run, and anew whenever more is known (an evaluation,
-the test split). Texts from elsewhere are escaped, secrets redacted.
+"""report.md: a run on one page, for a code host, a tracker or a terminal; a pure function of the run directory, written
+at the end and anew whenever more is known (an evaluation, the test split). Texts from elsewhere are escaped.
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_text
-from dpo_kit.run.measures import as_measured
+from dpo_kit.run.measures import MEASURE, WIN_RATES, as_measured
 from dpo_kit.run.redact import redact, redact_command
 from dpo_kit.run.report.markdown import code, fence, inline, table
-from dpo_kit.run.report.numbers import (
-    ceiling_line,
-    labelled_rows,
-    number_text,
-    range_text,
-    result_rows,
-    value_text,
-)  # fmt: skip
+from dpo_kit.run.report.numbers import ceiling_line, labelled_rows, number_text, range_text, result_rows, value_text
 
 log = logging.getLogger(__name__)
 SHOWN = 5  # differences from a published run in a sentence
-JUDGED = {
-    "accuracy": "held-out accuracy",
-    "auc": "held-out AUC",
-    "margin_nats": "preference margin, nats",
-    "win_rate": "win rate, ties counting half",
-    "win_rate_without_ties": "win rate without ties",
-    "win_rate_length_controlled_without_difficulty": "win rate at equal length",
-}
+JUDGED = {key: MEASURE[key].row for key in ("probe/accuracy", "probe/auc", "probe/margin_nats", *WIN_RATES)}
 
 
-@dataclass(frozen=True)
 class Facts:
-    """What the files of a run hold; empty where there is no such file."""
+    """What the files of `run` hold, secrets redacted; `result` stands for a result.json that is yet to be written."""
 
-    run: RunDirectory
-    result: dict[str, Any]
-    manifest: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    judged: dict[str, Any] = field(default_factory=dict)
-    test: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, run: RunDirectory, result: Mapping[str, Any] | None = None) -> None:
+        def read(file: Path) -> dict[str, Any]:
+            return redact(read_json(file)) if file.exists() else {}
 
-    @classmethod
-    def read(cls, run: RunDirectory, result: Mapping[str, Any] | None = None) -> Facts:
-        """Secrets redacted; `result` stands for a result.json that is yet to be written."""
-        files = {
-            "manifest": run.manifest,
-            "data": run.data_report,
-            "judged": run.evaluation / "result.json",
-            "test": run.test,
-        }
-        given = {name: redact(read_json(file)) for name, file in files.items() if file.exists()}
-        return cls(run=run, result=redact(dict(result or run.read_result() or {})), **given)
+        self.run, self.result = run, redact(dict(result or run.read_result() or {}))
+        self.manifest, self.data, self.test = read(run.manifest), read(run.data_report), read(run.test)
+        self.judged = read(run.evaluation / "result.json")
 
 
 def write_page(run_dir: str | Path, result: Mapping[str, Any] | None = None) -> str:
     """Write `run_dir`/report.md and return its text. `result` stands for a result.json that is yet to be written."""
     run = RunDirectory(Path(run_dir))
-    text = page_text(Facts.read(run, result))
+    text = page_text(Facts(run, result))
     write_text(run.page, text)
     return text
 
@@ -166,7 +135,7 @@ def _results(facts: Facts) -> Iterator[str]:
     if judged := facts.judged:
         folder = facts.run.evaluation
         yield f"## Evaluated against {inline(str(judged['opponent']))}, {judged['split']} split"
-        yield table(("measure", "value", "95 % interval"), labelled_rows(as_measured(judged), as_measured(JUDGED)))
+        yield table(("measure", "value", "95 % interval"), labelled_rows(judged | as_measured(judged), JUDGED))
         if failed := (judged.get("judge") or {}).get("controls_failed"):
             yield f"**The judge failed these controls: {inline(', '.join(map(str, failed)))}.**"
         parts = [f"{inline(name)} {inline(str(state))}" for name, state in judged["parts"].items()]
@@ -204,21 +173,21 @@ def _repeat(facts: Facts) -> Iterator[str]:
     yield "## Repeat it"
     if manifest.get("command"):
         yield fence(redact_command(manifest["command"]), "bash")
-    rows: list[tuple[str, str]] = []
     start, machine = manifest.get("model") or {}, manifest.get("machine") or {}
+    rows: dict[str, str] = {}
     if "config_hash" in manifest:
-        rows.append(("config", code(manifest["config_hash"])))
+        rows["config"] = code(manifest["config_hash"])
     if "path" in start:
         weights = start.get("sha256") or start.get("revision") or "of a revision that was not named"
-        rows.append(("start", f"{code(str(start['path']))}, weights {code(str(weights))}"))
+        rows["start"] = f"{code(str(start['path']))}, weights {code(str(weights))}"
     if "effective_batch" in manifest:
-        rows.append(("rows per optimizer step", str(manifest["effective_batch"])))
+        rows["rows per optimizer step"] = str(manifest["effective_batch"])
     if machine:
         named = ", ".join(f"{name} {machine[name]}" for name in ("device", "dtype", "world_size") if name in machine)
         seconds = (facts.result.get("seconds") or {}).get("train")
-        rows.append(("machine", inline(named) + (f", {seconds:g} s of training" if seconds is not None else "")))
+        rows["machine"] = inline(named) + (f", {seconds:g} s of training" if seconds is not None else "")
     if manifest.get("git"):
-        rows.append(("code", code(manifest["git"])))
+        rows["code"] = code(manifest["git"])
     if versions := manifest.get("versions"):
-        rows.append(("versions", inline(", ".join(f"{name} {version}" for name, version in versions.items()))))
-    yield table(("", ""), rows, left=2)
+        rows["versions"] = inline(", ".join(f"{name} {version}" for name, version in versions.items()))
+    yield table(("", ""), rows.items(), left=2)

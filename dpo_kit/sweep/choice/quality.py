@@ -4,24 +4,23 @@ Fresh samples decide (gold reward, else a judge's win rate). Held-out accuracy a
 (arXiv:2405.19534), so that a choice by it is provisional. A further measure is a subclass of `Quality` in `QUALITIES`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from dpo_kit.run.measures import MEASURE
 from dpo_kit.run.statistics import Difference, from_intervals, mcnemar, needed_against_half, paired_bootstrap
 from dpo_kit.sweep.choice.runs import RunRecord, number
 
 Interval = tuple[float, float, float]  # value, low, high; 95 %
-ENDS = ("", "_low", "_high")
 HALF: Interval = (0.5, 0.5, 0.5)
 
 
 class Quality:
     """One measure and its tests, None where a run lacks what they need; a share, ½ for the untrained policy."""
 
-    name: str
     key: str  # the metric along the way
+    name: str
     axis: str  # its name in a picture
     unit = "prompts"  # what `Difference.needed` counts
     test = "bootstrap"
@@ -29,15 +28,11 @@ class Quality:
 
     def read(self, run: RunRecord) -> Interval | None:
         """The measure at the end of `run`."""
-        return _interval(run.final(f"{self.key}{end}") for end in ENDS)
+        return read_interval(run.measured, self.key)
 
     def count(self, run: RunRecord) -> int:
         """How many prompts, pairs or answers it rests on; 0 where that is not known."""
         return 0
-
-    def in_rounding(self, run: RunRecord) -> bool:
-        """Whether the measure is no more than what rounding alone makes."""
-        return False
 
     def start(self, run: RunRecord) -> Interval | None:
         """The measure of the step-0 model."""
@@ -45,8 +40,7 @@ class Quality:
 
     def gain(self, run: RunRecord) -> Difference | None:
         """Final minus start: the interval of the final value, less one half."""
-        final = self.read(run)
-        if final is None:
+        if (final := self.read(run)) is None:
             return None
         low, high, needed = final[1] - 0.5, final[2] - 0.5, needed_against_half(final[0])
         return replace(from_intervals(final, HALF), low=low, high=high, needed=needed, basis="its interval")
@@ -64,13 +58,14 @@ class Quality:
 class GoldReward(Quality):
     """Mean gold reward of fresh answers."""
 
-    name, key, axis = "gold reward", "gold/reward", "gold reward of fresh samples"
+    key = "gold/reward"
+    name, axis = MEASURE[key].short, MEASURE[key].label
 
     def count(self, run: RunRecord) -> int:
         return len(run.gold_by_prompt())
 
     def start(self, run: RunRecord) -> Interval | None:
-        return _interval(run.start(f"{self.key}{end}") for end in ENDS)
+        return read_interval(run.result.get("start") or {}, self.key)
 
     def gain(self, run: RunRecord) -> Difference | None:
         """Final minus start, paired by prompt; by the two intervals where answers are not recorded by prompt."""
@@ -85,12 +80,13 @@ class GoldReward(Quality):
 class WinRate(Quality):
     """How often a judge prefers fresh answers to those of the opponent."""
 
-    name, key, axis = "win rate", "win_rate", "win rate of fresh samples against the reference"
+    key = "win_rate"
+    name, axis = MEASURE[key].short, "win rate of fresh samples against the reference"
 
     def read(self, run: RunRecord) -> Interval | None:
         """None while verdicts are missing: those that are there may be the easy ones."""
         whole = run.finished and (run.judged.get("parts") or {}).get("win_rate", "done") == "done"
-        return _interval(number(run.judged.get(f"{self.key}{end}")) for end in ENDS) if whole else None
+        return read_interval(run.judged, self.key) if whole else None
 
     def count(self, run: RunRecord) -> int:
         return int(number(run.judged.get("win_rate_prompts")) or 0)
@@ -103,33 +99,29 @@ class WinRate(Quality):
         return paired_bootstrap(first.points_by_prompt, second.points_by_prompt)
 
 
-class HeldOut(Quality):
-    """A measure of held-out rows: what `evaluate` found, where it took as many as the probe, else the probe."""
+class Accuracy(Quality):
+    """Share of held-out pairs ranked as labelled: by `evaluate`, where it took as many as the probe, else the probe."""
 
-    provisional = True
+    key = "probe/accuracy"
+    name, axis = MEASURE[key].label, MEASURE[key].title.lower()
+    unit, test, provisional = "pairs", "exact McNemar", True
 
     def count(self, run: RunRecord) -> int:
         return run.held_out_rows
-
-    def in_rounding(self, run: RunRecord) -> bool:
-        return run.in_rounding(self.key)
-
-
-class Accuracy(HeldOut):
-    """Share of held-out pairs ranked as labelled."""
-
-    name, key, axis = "held-out accuracy", "probe/accuracy", "accuracy on held-out pairs"
-    unit, test = "pairs", "exact McNemar"
 
     def pair(self, first: RunRecord, second: RunRecord) -> Difference | None:
         return mcnemar(first.pairs, second.pairs)
 
 
-class AUC(HeldOut):
+class AUC(Quality):
     """Share of (desirable, undesirable) held-out answers in the right order, for rows that are no pairs."""
 
-    name, key, axis = "held-out AUC", "probe/auc", "AUC on held-out answers"
-    unit, test = "answers", "the intervals of the AUC"
+    key = "probe/auc"
+    name, axis = MEASURE[key].label, MEASURE[key].title
+    unit, test, provisional = "answers", "the intervals of the AUC", True
+
+    def count(self, run: RunRecord) -> int:
+        return run.held_out_rows
 
 
 QUALITIES = (GoldReward(), WinRate(), Accuracy(), AUC())
@@ -140,6 +132,6 @@ def quality_of(runs: Sequence[RunRecord]) -> Quality:
     return next((quality for quality in QUALITIES if any(map(quality.read, runs))), QUALITIES[2])
 
 
-def _interval(ends: Iterable[float | None]) -> Interval | None:
-    value, low, high = ends
+def read_interval(values: Mapping[str, Any], key: str) -> Interval | None:
+    value, low, high = (number(values.get(f"{key}{end}")) for end in ("", "_low", "_high"))
     return None if value is None or low is None or high is None else (value, low, high)

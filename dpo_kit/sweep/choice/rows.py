@@ -7,7 +7,7 @@ import io
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.run.measures import FLOOR, KL_FLOOR
+from dpo_kit.run.measures import FLOOR, KL_FLOOR, KLS, MEASURE, Measure
 from dpo_kit.run.report.markdown import inline, table
 from dpo_kit.run.report.numbers import number_text, range_text
 from dpo_kit.sweep.choice.runs import RunRecord, number, swept_keys
@@ -15,36 +15,45 @@ from dpo_kit.sweep.choice.runs import RunRecord, number, swept_keys
 if TYPE_CHECKING:
     from rich.table import Table
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # its columns: FIRST, what is swept, "status", those of COLUMNS, "path" and "error"
 FIRST = ("method", "beta", "seed", "tuning")
-ENDS = ("", "_low", "_high")
-BOUNDED = ("accuracy", "auc", "margin_nats")  # with the ends of an interval
+ALONE, ERROR, ENDS = ("",), ("", "_se"), ("", "_low", "_high")
+COLUMNS = {  # name: its key in the table of measures (of a KL that of one estimator), and what stands beside the value
+    "accuracy": ("probe/accuracy", ENDS),
+    "auc": ("probe/auc", ENDS),
+    "margin_nats": ("probe/margin_nats", ENDS),
+    "kl_forward_nats": (KLS["forward"][0], ERROR),
+    "kl_reverse_nats": (KLS["reverse"][0], ERROR),
+    "displacement": ("probe/displacement", ALONE),
+    "held_out_rows": ("held_out_rows", ALONE),
+    "floor_nats": (FLOOR, ALONE),
+    "kl_floor_nats": (KL_FLOOR, ALONE),
+    "rounding": ("", ALONE),
+    "sample_tokens": ("probe/sample_tokens", ALONE),
+    "gold_reward": ("gold/reward", ENDS),
+    "win_rate": ("win_rate", ENDS),
+    "capability": ("gold/capability", ALONE),
+    "saturation": ("probe/saturation", ALONE),
+    "seconds": ("seconds", ALONE),
+}
 
 
 def summary_rows(runs: Sequence[RunRecord]) -> list[Row]:
-    """A row per run, in the order given; None where a value was not measured or the run has not ended well.
-
-    KL, margin: nats per answer and pair; `floor_nats`, `kl_floor_nats`: what rounding alone makes of them, and
-    `rounding` names the columns that are no more; `sample_tokens`: mean length of fresh answers; `seconds`: wall-clock.
+    """A row per run, in the order given; None where a value was not measured or the run has not ended well. KL, margin:
+    nats per answer and pair; `floor_nats`, `kl_floor_nats`: what rounding alone makes of them, and `rounding` names the
+    columns that are no more; `sample_tokens`: mean length of fresh answers; `seconds`: wall-clock.
     """
     swept, rows = swept_keys(runs), []
     for run in runs:
-        keys = {name: f"probe/{name}" for name in BOUNDED}
-        keys |= {f"kl_{way}_nats": run.kl_key(way) for way in ("forward", "reverse")}
-        keys |= {name: f"probe/{name}" for name in ("displacement", "saturation")}
-        rounding = [name for name in keys if run.final(keys[name]) is not None and run.in_rounding(keys[name])]
+        keys = {name: key for name, (key, _) in COLUMNS.items()} | {f"kl_{way}_nats": run.kl_key(way) for way in KLS}
+        rounding = [name for name, key in keys.items() if run.final(key) is not None and run.in_rounding(key)]
         row: Row = dict(zip(FIRST, (run.method, run.beta, run.seed, run.tuning), strict=True))
         row |= {key: values.get(run.path) for key, values in swept.items()} | {"status": run.status}
-        row |= {f"{name}{end}": run.final(f"{keys[name]}{end}") for name in BOUNDED for end in ENDS}
-        ways = ("kl_forward_nats", "kl_reverse_nats")
-        row |= {f"{name}{end}": run.final(f"{keys[name]}{end}") for name in ways for end in ("", "_se")}
-        row["displacement"] = run.final(keys["displacement"])
+        for name, (_, ends) in COLUMNS.items():
+            values = run.judged if name == "win_rate" else run.measured
+            row |= {f"{name}{end}": number(values.get(f"{keys[name]}{end}")) for end in ends}
         row["held_out_rows"] = run.held_out_rows if run.finished and run.held_out_rows else None
-        row |= {"floor_nats": run.final(FLOOR), "kl_floor_nats": run.final(KL_FLOOR)}
         row |= {"rounding": ", ".join(rounding) or None, "sample_tokens": run.tokens_per_answer}
-        row |= {f"gold_reward{end}": run.final(f"gold/reward{end}") for end in ENDS}
-        row |= {f"win_rate{end}": number(run.judged.get(f"win_rate{end}")) for end in ENDS}
-        row |= {"capability": run.final("gold/capability"), "saturation": run.final(keys["saturation"])}
         rows.append(row | {"seconds": run.seconds, "path": run.path, "error": run.error})
     return rows
 
@@ -58,37 +67,25 @@ def to_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-COLUMNS = (  # heading, what the cell holds, format; `_low`, `_high` or `_se` of it become an interval
-    ("accuracy", "accuracy", ".3f"),
-    ("AUC", "auc", ".3f"),
-    ("margin, nats", "margin_nats", ".2f"),
-    ("KL forward, nats", "kl_forward_nats", ".2f"),
-    ("KL reverse, nats", "kl_reverse_nats", ".2f"),
-    ("displaced", "displacement", ".2f"),
-    ("held-out rows", "held_out_rows", ".0f"),
-    ("rounding of an answer, nats", "floor_nats", ".3f"),
-    ("KL of rounding, nats", "kl_floor_nats", ".2g"),
-    ("tokens", "sample_tokens", ".1f"),
-    ("gold reward", "gold_reward", ".2f"),
-    ("win rate", "win_rate", ".3f"),
-    ("capability", "capability", ".3f"),
-    ("saturation", "saturation", ".2f"),
-    ("seconds", "seconds", ".0f"),
-)
-
-
 def to_markdown(rows: Sequence[Row], recommended: str | None, pages: Collection[str] = ()) -> str:
     """The rows as a Markdown table with intervals; the recommended run in bold, linked to its page where in `pages`."""
-    shown = [column for column in COLUMNS if any(row[column[1]] is not None for row in rows)]
-    leading = _leading(rows)
-    headings = [*leading, *(heading for heading, _, _ in shown), "path", "error"]
+    leading, shown = _leading(rows), _shown(rows)
+    headings = [*leading, *(measure.column for measure in shown.values()), "path", "error"]
     lines = []
     for row in rows:
-        cells = [*(_text(row[key]) for key in leading), *(_measured(row, key, form) for _, key, form in shown)]
+        cells = [cell(row[key]) for key in leading]
+        for name, measure in shown.items():
+            text = _number(row, name, measure.form) + " (rounding)" * _in_rounding(row, name)
+            low, high, error = (row.get(f"{name}{end}") for end in ("_low", "_high", "_se"))
+            if low is not None and high is not None:
+                text += f" {range_text((low, high), measure.form)}"
+            elif error is not None:
+                text += f" ± {number_text(error, measure.form)}"
+            cells.append(text if row[name] is not None else "")
         path = inline(row["path"])
         path = f"[{path}](<{row['path']}/report.md>)" if row["path"] in pages else path
         path = f"**{path}**" if row["path"] == recommended else path
-        lines.append([*map(inline, cells), path, inline(_text(row["error"]))])
+        lines.append([*map(inline, cells), path, inline(cell(row["error"]))])
     return table(headings, lines, left=len(headings)) + "\n"
 
 
@@ -96,26 +93,26 @@ def _leading(rows: Sequence[Row]) -> list[str]:
     return list(rows[0])[: list(rows[0]).index("status") + 1]
 
 
-def _measured(row: Row, key: str, form: str) -> str:
-    """A measured value with its 95 % interval or standard error; empty where it was not measured."""
-    if row[key] is None:
-        return ""
-    low, high, error = (row.get(f"{key}{end}") for end in ("_low", "_high", "_se"))
-    text = number_text(row[key], form) + (" (rounding)" if _in_rounding(row, key) else "")
-    if low is not None and high is not None:
-        return f"{text} {range_text((low, high), form)}"
-    return f"{text} ± {number_text(error, form)}" if error is not None else text
+def _shown(rows: Sequence[Row]) -> dict[str, Measure]:
+    """The columns that people read and some run has."""
+    measures = ((name, MEASURE.get(key)) for name, (key, _) in COLUMNS.items())
+    return {name: measure for name, measure in measures if measure and any(row[name] is not None for row in rows)}
 
 
-def _in_rounding(row: Row, key: str) -> bool:
-    return key in (row["rounding"] or "").split(", ")
+def _in_rounding(row: Row, name: str) -> bool:
+    return name in (row["rounding"] or "").split(", ")
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def _number(row: Row, name: str, form: str) -> str:
+    return "" if row[name] is None else number_text(row[name], form)
 
 
-SHORT = ("accuracy", "AUC", "KL reverse, nats", "gold reward", "win rate", "capability")
+def cell(value: Any, form: str = "g") -> str:
+    """A setting or a mean as text; empty where there is none."""
+    return "" if value is None else f"{value:{form}}" if isinstance(value, float) else str(value)
+
+
+DECIDE = ("accuracy", "auc", "kl_reverse_nats", "gold_reward", "win_rate", "capability")
 SWEPT = 3  # axes beside method and beta that a terminal has room for
 
 
@@ -124,24 +121,20 @@ def terminal_table(rows: Sequence[Row], recommended: str | None, title: str) -> 
     from rich.markup import escape
     from rich.table import Table
 
-    shown = [c for c in COLUMNS if c[0] in SHORT and any(row[c[1]] is not None for row in rows)]
+    shown = {name: measure for name, measure in _shown(rows).items() if name in DECIDE}
     leading = [key for key in _leading(rows) if key not in ("seed", "tuning") or len({row[key] for row in rows}) > 1]
     swept = [key for key in leading if key not in (*FIRST, "status")]
     leading = [key for key in leading if key not in swept[SWEPT:]]
     captions = ["→ recommended"] if recommended else []
     captions += [f"{len(swept) - SWEPT} more keys differ: summary.md has them"] if len(swept) > SWEPT else []
-    table = Table(title=escape(title), title_justify="left", caption="; ".join(captions) or None)
-    table.add_column("")
+    table = Table("", title=escape(title), title_justify="left", caption="; ".join(captions) or None)
     for key in leading:
         table.add_column(escape(key.removeprefix("trl.")), justify="left" if key in ("method", "status") else "right")
-    for heading, _, _ in shown:
-        table.add_column(heading.replace(" reverse, nats", "\nreverse").replace(" reward", ""), justify="right")
+    for measure in shown.values():
+        table.add_column(measure.short.replace(" reverse", "\nreverse").replace(" reward", ""), justify="right")
     for row in rows:
         mark = "→" if row["path"] == recommended else ""
-        cells = (
-            "rounding" if _in_rounding(row, key) else "" if row[key] is None else number_text(row[key], form)
-            for _, key, form in shown
-        )
+        cells = ("rounding" if _in_rounding(row, name) else _number(row, name, m.form) for name, m in shown.items())
         style = "bold" if mark else None if row["status"] == "done" else "dim"
-        table.add_row(mark, *(escape(_text(row[key])) for key in leading), *cells, style=style)
+        table.add_row(mark, *(escape(cell(row[key])) for key in leading), *cells, style=style)
     return table

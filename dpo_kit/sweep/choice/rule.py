@@ -4,14 +4,13 @@ Eligible runs beat the reference within a KL budget and without losing capabilit
 separate from the best tie with it, and of these the one nearest to the reference wins.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
 from dpo_kit.config.settings import Choose
+from dpo_kit.run.files import texts
 from dpo_kit.run.measures import rounding_text
 from dpo_kit.run.report.diagnosis import UNFELT
 from dpo_kit.run.statistics import Difference, holm
@@ -23,7 +22,12 @@ SLACK = 1e-9  # .90 − .87 is a little above .03 in floating point
 CUT = 0.05  # share of answers at the token limit from which a KL is called a lower bound
 
 
-@dataclass(frozen=True)
+def say(name: str, /, **values: Any) -> str:
+    """The sentence `name` of rule.yaml."""
+    return texts(__file__)[name].format(**values)
+
+
+@dataclass
 class Verdict:
     """What the rule says of one finished run. `why_not` is empty where it is eligible; `against_best` has Holm's p."""
 
@@ -57,51 +61,41 @@ class Choice:
     verdicts: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
     means: tuple[dict[str, Any], ...] = ()
-    within: tuple[tuple[str, Choice], ...] = ()
+    within: tuple[tuple[str, "Choice"], ...] = ()
 
     @property
     def rule(self) -> str:
         """The rule in words, with its limits."""
-        return (
-            f"Quality is the {self.quality.name}. Eligible: its 95 % interval beats the reference, reverse KL at most "
-            f"{self.limits.kl_budget_nats:g} nats per answer, capability loss at most {self.limits.max_regression:g}, "
-            f"no regression gate failed. Eligible runs that a paired test by prompt ({self.quality.test}, Holm at "
-            f"{LEVEL}) does not separate from the best tie with it; among them the lowest reverse KL wins."
-        )
+        limits = {"budget": self.limits.kl_budget_nats, "regression": self.limits.max_regression, "level": LEVEL}
+        return say("rule", quality=self.quality.name, test=self.quality.test, **limits)
 
     def to_json(self) -> dict[str, Any]:
         """The content of best.json: nats per answer for KL, the measure's own unit for quality."""
-        evidence = []
-        for verdict in self.verdicts:
-            run, (value, low, high) = verdict.run, verdict.quality or (None, None, None)
-            rounding = [key for key, known in run.measured.items() if known is not None and run.in_rounding(key)]
-            row: dict[str, Any] = {
-                "run": run.path, "method": run.method, "beta": run.beta, "seed": run.seed,
-                "quality": value, "quality_low": low, "quality_high": high, "gain": _difference(verdict.gain),
-                "kl_reverse_nats": run.kl_reverse, "rounding": rounding, "capability_loss": verdict.capability_loss,
-                "eligible": not verdict.why_not, "why_not": list(verdict.why_not),
-                "below_best": _difference(verdict.against_best), "tied_with_best": verdict.tied,
-            }  # fmt: skip
-            if cited := {key: run.judged[key] for key in CITED if key in run.judged}:
-                file = run.evaluation.relative_to(run.root) / "result.json"
-                row["evaluation"] = {"file": f"{run.path}/{file.as_posix()}", **cited}
-            if run is self.recommended and run.test:
-                row["test"] = {key: number(item) for key, item in run.test.items()}
-            evidence.append(row)
+        evidence = [self._evidence(verdict) for verdict in self.verdicts]
         content = {
-            "recommended": self.recommended.path if self.recommended else None,
-            "rule": self.rule,
-            "evidence": evidence,
-            "reason": self.reason,
-            "provisional": self.quality.provisional,
-            "needed": self.needed,
-            "needed_unit": self.quality.unit,
-            "quality": self.quality.name,
-            **self.limits.model_dump(),
-            "notes": list(self.notes),
-            "means_over_seeds": list(self.means),
-        }
+            "recommended": self.recommended.path if self.recommended else None, "rule": self.rule,
+            "evidence": evidence, "reason": self.reason, "provisional": self.quality.provisional,
+            "needed": self.needed, "needed_unit": self.quality.unit, "quality": self.quality.name,
+            **self.limits.model_dump(), "notes": list(self.notes), "means_over_seeds": list(self.means),
+        }  # fmt: skip
         return content | ({"within": {name: inner.to_json() for name, inner in self.within}} if self.within else {})
+
+    def _evidence(self, verdict: Verdict) -> dict[str, Any]:
+        run, (value, low, high) = verdict.run, verdict.quality or (None, None, None)
+        rounding = [key for key, known in run.measured.items() if known is not None and run.in_rounding(key)]
+        row: dict[str, Any] = {
+            "run": run.path, "method": run.method, "beta": run.beta, "seed": run.seed,
+            "quality": value, "quality_low": low, "quality_high": high, "gain": _difference(verdict.gain),
+            "kl_reverse_nats": run.kl_reverse, "rounding": rounding, "capability_loss": verdict.capability_loss,
+            "eligible": not verdict.why_not, "why_not": list(verdict.why_not),
+            "below_best": _difference(verdict.against_best), "tied_with_best": verdict.tied,
+        }  # fmt: skip
+        if cited := {key: run.judged[key] for key in CITED if key in run.judged}:
+            file = run.evaluation.relative_to(run.root) / "result.json"
+            row["evaluation"] = {"file": f"{run.path}/{file.as_posix()}", **cited}
+        if run is self.recommended and run.test:
+            row["test"] = {key: number(item) for key, item in run.test.items()}
+        return row
 
 
 CITED = (
@@ -113,81 +107,78 @@ CITED = (
 def _difference(test: Difference | None) -> dict[str, Any] | None:
     if test is None:
         return None
-    content = {"value": test.value, "low": test.low, "high": test.high, "p": test.p, "basis": test.basis}
+    content = {key: getattr(test, key) for key in ("value", "low", "high", "p", "basis")}
     return content | ({"count": test.count} if test.count else {})
 
 
-def read_limits(runs: Sequence[RunRecord], **given: float | None) -> Choose:
-    """KL budget and largest loss of capability: as given, else as the run started last says, else the defaults."""
-    latest: Mapping[str, Any] = max(
-        (run.manifest for run in runs), key=lambda manifest: str(manifest.get("started") or ""), default={}
-    )
-    return Choose(**{**(latest.get("choose") or {}), **{key: v for key, v in given.items() if v is not None}})
-
-
-def choose(runs: Sequence[RunRecord], limits: Choose) -> Choice:
-    """Apply the rule to `runs`. Those that have not finished well are passed over."""
+def choose(runs: Sequence[RunRecord], **given: float | None) -> Choice:
+    """Apply the rule to `runs`; those that have not finished well are passed over. KL budget and largest loss of
+    capability: as `given`, else as the run started last says, else the defaults.
+    """
+    manifests = (run.manifest for run in runs)
+    latest: Mapping[str, Any] = max(manifests, key=lambda manifest: str(manifest.get("started") or ""), default={})
+    limits = Choose(**(latest.get("choose") or {}) | {key: value for key, value in given.items() if value is not None})
     finished = [run for run in runs if run.finished]
-    models: dict[tuple[str, ...], list[RunRecord]] = {}
-    for run in finished:
-        models.setdefault(run.start_model, []).append(run)
+    models = by_model(finished)
     if len(models) < 2:
         choice = _choose_within(finished, limits)
     else:
-        names = [group[0].start_name for group in models.values()]
+        names = [group[0].start_name for group in models]
         if len(set(names)) < len(names):  # two folders of one name
             names = [f"{name} (model {place})" for place, name in enumerate(names, start=1)]
-        within = [(name, _choose_within(group, limits)) for name, group in zip(names, models.values(), strict=True)]
+        within = [(name, _choose_within(group, limits)) for name, group in zip(names, models, strict=True)]
         alone = [f"from {name}, {inner.recommended.path}" for name, inner in within if inner.recommended]
-        reason = (
-            f"The runs start from {len(models)} different models ({', '.join(names)}), and a KL to one reference "
-            "never compares with a KL to another: nothing is chosen across them."
-        )
-        reason += f" Within one model: {'; '.join(alone)}." if alone else ""
+        reason = say("different models", count=len(models), names=", ".join(names))
+        reason += say("within models", alone="; ".join(alone)) if alone else ""
         choice = Choice(None, quality_of(finished), limits, reason, None, within=tuple(within))
     return replace(choice, notes=tuple(_notes(runs, finished, choice)), means=_means(finished, choice.quality))
+
+
+def by_model(runs: Iterable[RunRecord]) -> list[list[RunRecord]]:
+    """The runs of each step-0 model, whose KLs compare."""
+    models: dict[tuple[str, ...], list[RunRecord]] = {}
+    for run in runs:
+        models.setdefault(run.start_model, []).append(run)
+    return list(models.values())
 
 
 def _choose_within(runs: Sequence[RunRecord], limits: Choose) -> Choice:
     """The choice among finished runs of one step-0 model: why, and the number that would settle what is not settled."""
     quality = quality_of(runs)
-    verdicts = _compare_with_best([judge(run, quality, limits) for run in runs], quality)
-    tied = [verdict for verdict in verdicts if verdict.tied]
+    verdicts = [judge(run, quality, limits) for run in runs]
     chosen, needed, unit = None, None, quality.unit
-    if tied:
+    if eligible := [verdict for verdict in verdicts if not verdict.why_not]:
+        best = max(eligible, key=lambda verdict: verdict.value)
+        rivals = [verdict for verdict in eligible if verdict is not best]
+        tests = [quality.compare(best.run, verdict.run) for verdict in rivals]
+        adjusted = iter(holm([test.p for test in tests if test]))
+        for verdict, test in zip(rivals, tests, strict=True):
+            verdict.against_best = test and replace(test, p=next(adjusted))
+            verdict.tied = not (verdict.against_best and verdict.against_best.p < LEVEL)
+        best.tied = True
+        tied = [verdict for verdict in eligible if verdict.tied]
         winner = min(tied, key=lambda verdict: (verdict.kl, -verdict.value, verdict.run.path))
-        best = max(tied, key=lambda verdict: verdict.value)
         chosen = winner.run
         drift = f"a reverse KL of {winner.kl:.2f} nats"
         if chosen.in_rounding(chosen.kl_reverse_key):
             drift = f"a reverse KL below the {winner.kl:.2g} nats that rounding alone makes"
         at = f"{quality.name} {_shown(winner.quality)} at {drift}"
-        others = sum(not verdict.why_not for verdict in verdicts) - 1
         if len(tied) == 1:
-            how = f"beats the other {others} eligible beyond chance" if others else "is the only eligible run"
+            how = f"beats the other {len(rivals)} eligible beyond chance" if rivals else "is the only eligible run"
             reason = f"{chosen.path} {how}: {at}."
         else:
-            reason = (
-                f"{len(tied)} eligible runs cannot be told apart by {quality.name}; of these {chosen.path} stays "
-                f"nearest to the reference: {at}."
-            )
-            needed = winner.against_best.needed if winner.against_best and winner is not best else None
-            if needed:
-                reason += (
-                    f" To tell it from the highest, {best.run.path} ({_shown(best.quality)}), would take about "
-                    f"{needed:,} {unit} if the difference is what it seems."
-                )
+            reason = say("cannot be told apart", count=len(tied), quality=quality.name, run=chosen.path, at=at)
+            needed = winner.against_best.needed if winner.against_best else None
+            shown = {"run": best.run.path, "shown": _shown(best.quality), "needed": needed, "unit": unit}
+            reason += say("to tell it", **shown) if needed else ""
     elif verdicts:
         faults = "; ".join(f"{verdict.run.path}: {', '.join(verdict.why_not)}" for verdict in verdicts)
         reason = f"No run is eligible. {faults}."
-        close = [v for v in verdicts if len(v.why_not) == 1 and not quality.in_rounding(v.run)]
+        close = [v for v in verdicts if len(v.why_not) == 1 and not v.run.in_rounding(quality.key)]
         ahead = [(v.gain, v.run) for v in close if v.gain and v.gain.low <= 0 < v.gain.value]
         gain, run = min(ahead, key=lambda pair: pair[0].needed or float("inf"), default=(None, None))
         if gain and run and (needed := gain.needed):
-            reason += (
-                f" The data are too few to tell: a gain such as that of {run.path} ({gain.value:+.3f}) "
-                f"would take about {needed:,} {unit}."
-            )
+            reason += say("too few", run=run.path, gain=gain.value, needed=needed, unit=unit)
     else:
         reason = "No run has ended well so far."
     return Choice(chosen, quality, limits, reason, needed, tuple(verdicts))
@@ -198,7 +189,7 @@ def judge(run: RunRecord, quality: Quality, limits: Choose) -> Verdict:
     reached, gain, faults = quality.read(run), quality.gain(run), []
     if reached is None or gain is None:
         faults.append(f"the {quality.name} was not measured")
-    elif quality.in_rounding(run):
+    elif run.in_rounding(quality.key):
         faults.append(f"the {quality.name} is rounding ({rounding_text(run.measured)})")
     elif gain.low <= 0:
         difference = f"{gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}]"
@@ -222,84 +213,47 @@ def judge(run: RunRecord, quality: Quality, limits: Choose) -> Verdict:
     return Verdict(run, reached, gain, loss, tuple(faults))
 
 
-def _compare_with_best(verdicts: list[Verdict], quality: Quality) -> list[Verdict]:
-    """Test each eligible run against the one of highest quality; those not separated (Holm) tie with it."""
-    eligible = [verdict for verdict in verdicts if not verdict.why_not]
-    if not eligible:
-        return verdicts
-    best = max(eligible, key=lambda verdict: verdict.value)
-    tests = {v.run.path: quality.compare(best.run, v.run) for v in eligible if v is not best}
-    made = {path: test for path, test in tests.items() if test is not None}
-    adjusted = holm([test.p for test in made.values()])
-    made = {path: replace(test, p=p) for (path, test), p in zip(made.items(), adjusted, strict=True)}
-    compared = []
-    for verdict in verdicts:
-        test = made.get(verdict.run.path)
-        separated = test is not None and test.p < LEVEL
-        tied = verdict is best or (verdict.run.path in tests and not separated)
-        compared.append(replace(verdict, against_best=test, tied=tied))
-    return compared
-
-
 def _shown(interval: Interval | None) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(*interval) if interval else "not measured"
 
 
-def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Choice) -> list[str]:
+def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Choice) -> Iterator[str]:
     """What a reader must know beside the choice, a sentence each."""
-    quality, notes = choice.quality, []
+    quality, best = choice.quality, choice.recommended
     if states := [run.status for run in runs if not run.finished]:
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        notes.append(f"{len(finished)} of {len(runs)} runs count here ({counts}).")
+        yield say("unfinished", finished=len(finished), all=len(runs), counts=counts)
     if finished and quality.provisional:
-        weaker = f"{quality.name} alone can prefer the weaker policy (arXiv:2405.19534)"
-        notes.append(f"Provisional: {weaker}; judge fresh samples.")
-    if len(finished) > 1 and len({run.seed for run in finished}) == 1:
-        notes.append("One seed: this ranks runs, not betas; another seed may order them differently.")
-    elif len(finished) > 1:
-        notes.append("Means over seeds stand beside the choice: they rank betas, the rule chooses a run.")
-    if lost := [run.path for run in finished if run.in_rounding("probe/accuracy")]:
-        notes.append(
-            f"Held-out answers of {', '.join(lost)} moved less than rounding alone moves one: their accuracy and "
-            "margin say nothing of beta. Train longer, or measure more finely with model.dtype=float32."
-        )
+        yield say("provisional", quality=quality.name)
+    if len(finished) > 1:
+        yield say("one seed" if len({run.seed for run in finished}) == 1 else "seeds")
+    if lost := ", ".join(run.path for run in finished if run.in_rounding("probe/accuracy")):
+        yield say("answers in rounding", runs=lost)
     if near := ", ".join(run.path for run in finished if run.in_rounding(run.kl_reverse_key)):
-        notes.append(f"The reverse KL of {near} lies below that of rounding alone: no drift is told, none is ranked.")
+        yield say("drift in rounding", runs=near)
     if evaluated := [run for run in finished if run.is_evaluated]:
         rows = sorted({run.held_out_rows for run in evaluated})
         took = f"{rows[0]:,}" + (f" to {rows[-1]:,}" if len(rows) > 1 else "")
-        notes.append(
-            f"Held-out measures of {len(evaluated)} of {len(finished)} runs are what evaluate found on {took} rows, "
-            "not what the probe did."
-        )
+        yield say("evaluated", evaluated=len(evaluated), finished=len(finished), took=took)
     if (saturation := unfelt_saturation(finished)) is not None:
-        notes.append(
-            f"Under-trained: beta not identified. Nothing saturates (at most {saturation:.2f} of 1), so that runs of "
-            "different beta differ by chance: train longer before reading an order into them."
-        )
+        yield say("under-trained", saturation=saturation)
     if len({((run.manifest.get("data") or {}).get("select") or {}).get("sha256") for run in finished}) > 1:
-        notes.append("The runs were measured on different held-out data: compare their values with care.")
+        yield say("different data")
     tests = [test for verdict in choice.verdicts for test in (verdict.gain, verdict.against_best) if test]
     if any(test.basis == "their intervals alone" for test in tests):
-        notes.append("Some runs have no answers by prompt: these were compared by their intervals alone.")
+        yield say("no answers")
     if quality.key == "win_rate":
         judged = [verdict.run for verdict in choice.verdicts if verdict.quality]
         if len({run.judged_by for run in judged}) > 1:
-            different = "The win rates come from different judges or opponents and are not compared"
-            notes.append(f"{different}: evaluate the sweep as a whole.")
+            yield say("different judges")
         judges = [verdict.run.judged.get("judge") or {} for verdict in choice.verdicts]
         if failed := {name for judge in judges for name in judge.get("controls_failed") or []}:
-            controls = ", ".join(sorted(failed))
-            notes.append(f"The judge failed its own controls ({controls}): do not trust the win rates.")
+            yield say("controls failed", controls=", ".join(sorted(failed)))
         if "test" in {run.judged.get("split") for run in judged}:
-            spent = "the winner has no untouched data left to report on"
-            notes.append(f"Win rates of the test split play a part in this choice: {spent}.")
-    best = choice.recommended
+            yield say("test split")
     share = best.final(f"{best.kl_reverse_key}_cut_share") if best else None
     if share is not None and share > CUT:
-        reached = f"{share:.0%} of the recommended run's answers reached callbacks.max_new_tokens"
-        notes.append(f"{reached}: its KL is a lower bound.")
-    return notes
+        yield say("cut answers", share=share)
 
 
 def unfelt_saturation(runs: Sequence[RunRecord]) -> float | None:
@@ -320,10 +274,10 @@ def _means(finished: Sequence[RunRecord], quality: Quality) -> tuple[dict[str, A
         return ()
     rounded = any(run.kl_floor for run in finished)
     means = []
-    for (method, beta, *others), group in groups.items():
+    for key, group in groups.items():
         values = [interval[0] for run in group if (interval := quality.read(run))]
         kls = [run.kl_reverse for run in group if run.kl_reverse is not None]
-        mean = {"method": method, "beta": beta, **dict(zip(extra, others, strict=True)), "seeds": len(group)}
+        mean = dict(zip(("method", "beta", *extra), key, strict=True)) | {"seeds": len(group)}
         mean["quality"] = fmean(values) if values else None
         mean["quality_sd_over_seeds"] = stdev(values) if len(values) > 1 else None
         mean["kl_reverse_nats"] = fmean(kls) if kls else None

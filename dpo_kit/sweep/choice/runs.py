@@ -1,13 +1,7 @@
-"""The runs of a sweep as their directories tell them: settings, state, final values, answers and pairs. No torch.
-
-A sweep directory holds one run per subfolder and, where our launcher wrote it, sweep.json with the state of each job.
-"""
-
-from __future__ import annotations
+"""The runs of a sweep as their directories tell them, one a subfolder, and sweep.json, where our launcher wrote it."""
 
 import json
 import logging
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -22,23 +16,22 @@ from dpo_kit.errors import DataError, did_you_mean
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import last_step, read_metrics, series
-from dpo_kit.run.measures import HELD_OUT, KL_FLOOR, in_rounding, kl_keys
+from dpo_kit.run.measures import HELD_OUT, KL_FLOOR, KLS, in_rounding
 from dpo_kit.run.redact import redact_argv
+from dpo_kit.run.report.numbers import is_number
 
 log = logging.getLogger(__name__)
 SELDOM_SWEPT = ("beta", "seed", "method", "trl.beta", "trl.seed", "trl.data_seed")  # shown anyway, or follow from these
 
 
 class RunRecord:
-    """One run of a sweep: what its files say, and what follows from them; {} or None where they do not say it.
-
-    `path` is relative to the sweep directory, `job` the launcher's entry in sweep.json. A file that cannot be read is
-    named in `fault` and does not stop the others.
+    """One run of a sweep: what its files say, and what follows from them; {} or None where they do not say it. `path`:
+    relative to the sweep directory, `job` the entry in sweep.json; `fault` names a file that cannot be read.
     """
 
     def __init__(self, sweep_dir: Path, path: str, job: Mapping[str, Any]) -> None:
         self.path, self.job, self.root = path, job, sweep_dir / path
-        run = RunDirectory(self.root)
+        self.directory = run = RunDirectory(self.root)
         beside = run.evaluation / "select"  # where evaluation/ holds the other split; a choice reads this one
         self.evaluation = beside if (beside / "result.json").exists() else run.evaluation
         files = (run.manifest, run.result, self.evaluation / "result.json", run.test)
@@ -93,9 +86,7 @@ class RunRecord:
 
     @cached_property
     def overrides(self) -> dict[str, str] | None:
-        """What was typed for this job, by key; None where it is not recorded. Not from Hydra's own record, which every
-        start writes anew, also one that is refused.
-        """
+        """What was typed for this job, by key; None where only Hydra recorded it: every start writes that anew."""
         typed = self.job.get("overrides")
         if typed is None and (command := self.manifest.get("command")):
             typed = [word for word in shlex.split(command) if "=" in word]
@@ -107,7 +98,7 @@ class RunRecord:
     @cached_property
     def history(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; none where the file is broken, which the log says."""
-        return _rows(RunDirectory(self.root).metrics)
+        return _rows(self.directory.metrics)
 
     def series(self, key: str) -> dict[int, float]:
         return series(self.history, key)
@@ -115,28 +106,26 @@ class RunRecord:
     @cached_property
     def answers(self) -> list[dict[str, Any]]:
         """The rows of samples.jsonl that name their prompt, as a test by prompt needs it."""
-        return [row for row in _rows(RunDirectory(self.root).samples) if row.get("prompt_id") is not None]
+        return [row for row in _rows(self.directory.samples) if row.get("prompt_id") is not None]
 
     def gold_by_prompt(self, *, at_start: bool = False) -> dict[str, float]:
         """Gold reward of the answer to each prompt at the last scoring (or at step 0); {} where not recorded."""
         rows = [row for row in self.answers if number(row.get("gold_reward")) is not None]
-        step = 0 if at_start else max((row["step"] for row in rows), default=0)
-        if not at_start and step == 0:
-            return {}
+        step = 0 if at_start else max({row["step"] for row in rows} - {0}, default=None)
         return {row["prompt_id"]: row["gold_reward"] for row in rows if row["step"] == step}
 
     @cached_property
     def probed(self) -> list[Mapping[str, Any]]:
         """The rows of the last scoring of the probe."""
-        return last_step(_rows(RunDirectory(self.root).probe))
+        return last_step(_rows(self.directory.probe))
 
     @cached_property
     def pairs(self) -> dict[str, tuple[str, float]]:
         """{pair_id: (prompt_id, margin in nats)} at the end; {} for rows that are no pairs."""
         rows = _rows(self.evaluation / "preferences.jsonl") if self.is_evaluated else self.probed
-        sides = ("logratio_chosen_nats", "logratio_rejected_nats")
-        whole = [row for row in rows if None not in (row.get(sides[0]), row.get(sides[1]))]
-        return {row["pair_id"]: (row["prompt_id"], row[sides[0]] - row[sides[1]]) for row in whole}
+        chosen, rejected = "logratio_chosen_nats", "logratio_rejected_nats"
+        whole = [row for row in rows if None not in (row.get(chosen), row.get(rejected))]
+        return {row["pair_id"]: (row["prompt_id"], row[chosen] - row[rejected]) for row in whole}
 
     @cached_property
     def points_by_prompt(self) -> dict[str, float]:
@@ -155,7 +144,7 @@ class RunRecord:
 
     def kl_key(self, direction: str) -> str:
         """The metric of the forward or reverse KL: Rao-Blackwell where it was affordable, else k1."""
-        rb, k1 = kl_keys(direction)
+        rb, k1 = KLS[direction]
         has_rb = self.final(rb) is not None or (self.final(k1) is None and self.series(rb))
         return rb if has_rb else k1
 
@@ -186,8 +175,7 @@ class RunRecord:
 
 def number(value: Any) -> float | None:
     """`value` where it is a finite number, else None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    return value if is_number(value) and not isinstance(value, bool) else None
 
 
 def _first_number(*values: Any) -> float | None:
@@ -222,11 +210,8 @@ def read_runs(sweep_dir: str | Path) -> list[RunRecord]:
     if not runs:
         inside = " (it is itself a run: give the folder above)" if RunDirectory(root).manifest.exists() else ""
         raise DataError(f"sweep={root} holds no run{inside}: a run is a subfolder with manifest.json")
-
-    def order(run: RunRecord) -> tuple[Any, ...]:
-        return run.method or "~", run.beta is None, run.beta or 0.0, run.seed is None, run.seed or 0.0, run.path
-
-    return sorted(runs, key=order)
+    runs.sort(key=lambda run: (run.seed is None, run.seed or 0, run.path))
+    return sorted(runs, key=lambda run: (run.method or "~", run.beta is None, run.beta or 0))
 
 
 def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
@@ -241,7 +226,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str | None]:
         value = read_json(path)
     except FileNotFoundError:
         return {}, None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         return {}, f"{path.name} cannot be read: {error}"
     return (value, None) if isinstance(value, dict) else ({}, f"{path.name} is not a JSON object")
 
@@ -258,9 +243,8 @@ def sweep_command(root: Path) -> str | None:
 
 
 def swept_keys(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
-    """{key: {run path: value}} of the keys beside method, beta and seed in which the runs differ.
-
-    From what was typed where that is recorded for every run, else from the configs of runs of the same method.
+    """{key: {run path: value}} of the keys beside method, beta and seed in which the runs differ: from what was typed
+    where that is recorded for every run, else from the configs of runs of the same method.
     """
     values = {run.path: run.overrides for run in runs if run.overrides is not None}
     groups = [list(values)]

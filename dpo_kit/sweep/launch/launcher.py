@@ -1,7 +1,6 @@
 """Run the jobs of a sweep, each in its own process: none can stop another, and a second start does what is missing."""
 
-from __future__ import annotations
-
+import contextlib
 import dataclasses
 import logging
 import os
@@ -22,12 +21,11 @@ from dpo_kit.config.compose import check, without_hydra
 from dpo_kit.config.identity import refuse_other_run
 from dpo_kit.errors import ConfigError, SweepError
 from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import write_json
 from dpo_kit.run.lock import only_writer
 from dpo_kit.sweep.choice.runs import read_jobs
-from dpo_kit.sweep.launch.job import INTERRUPTED, TERMINATED, JobFile, answer_path
-from dpo_kit.sweep.launch.live_table import Board, near
-from dpo_kit.sweep.launch.record import LOG, JobRecord, State, write_jobs
-from dpo_kit.sweep.launch.starters import Process, choose_starter, device_slots, send, visible_devices
+from dpo_kit.sweep.launch import job as jobs
+from dpo_kit.sweep.launch.progress import Board, JobRecord, State, near
 from dpo_kit.sweep.summary import refresh
 
 POLL_SECONDS = 0.1
@@ -43,14 +41,11 @@ class Job:
     cfg: DictConfig
     directory: Path
     value: Any = None
-    process: Process = dataclasses.field(init=False)  # this and the next two: once it has started
+    file: Path = dataclasses.field(init=False)  # this and the next three: once it has started
+    process: jobs.Process = dataclasses.field(init=False)
     slot: str = dataclasses.field(init=False)
     started: float = dataclasses.field(init=False)
     kill_at: float | None = None
-
-    @property
-    def file(self) -> Path:
-        return self.directory / ".job"
 
     def is_done(self) -> bool:
         """Whether its directory holds its finished run; then its value is that run's."""
@@ -67,13 +62,10 @@ class Job:
 
     def returned(self, error: SweepError) -> JobReturn:
         """What Hydra's sweepers expect; `error` stands for a job that did not end well."""
-        done = self.record.state == "done"
-        answer = (JobReturn if done else FailedReturn)(
-            overrides=self.record.overrides, cfg=without_hydra(self.cfg), working_dir=str(self.directory)
-        )
-        answer.status = JobStatus.COMPLETED if done else JobStatus.FAILED
-        answer.return_value = self.value if done else error
-        return answer
+        place: dict[str, Any] = {"cfg": without_hydra(self.cfg), "working_dir": str(self.directory)}
+        if self.record.state == "done":
+            return JobReturn(self.record.overrides, **place, status=JobStatus.COMPLETED, _return_value=self.value)
+        return FailedReturn(self.record.overrides, **place, status=JobStatus.FAILED, _return_value=error)
 
 
 class FailedReturn(JobReturn):
@@ -98,21 +90,15 @@ def threads_per_job(jobs: int) -> int | None:
 class Sweep:
     """Jobs waiting, running and ended; one thread, which looks at all of them ten times a second."""
 
-    def __init__(
-        self, options: dict[str, Any], config: DictConfig, context: HydraContext, task_function: TaskFunction
-    ) -> None:
-        self.options, self.config, self.context, self.task_function = options, config, context, task_function
+    def __init__(self, options: dict[str, Any], config: DictConfig, context: HydraContext, task: TaskFunction) -> None:
+        self.options, self.config, self.context, self.task = options, config, context, task
         self.sweep_dir = Path(str(config.hydra.sweep.dir)).absolute()
-        devices = list(visible_devices() if options["devices"] is None else options["devices"])
-        self.free = device_slots(devices, options["devices_per_job"], options["jobs"])
-        self.start = choose_starter(devices, list(options["command"]))
-        self.threads = threads_per_job(len(self.free)) if not devices else None
+        self.devices = list(jobs.visible_devices() if options["devices"] is None else options["devices"])
+        self.free = jobs.device_slots(self.devices, options["devices_per_job"], options["jobs"])
+        self.threads = threads_per_job(len(self.free)) if not self.devices else None
         self.jobs: list[Job] = []
-        self.waiting: list[Job] = []
-        self.running: list[Job] = []
         self.earlier: list[dict[str, Any]] = []  # jobs of earlier batches, as sweep.json has them
         self.summary_is_old = False
-        self.board: Board
 
     def launch(self, job_overrides: Sequence[Sequence[str]], first: int) -> Sequence[JobReturn]:
         """Run every job that is not done yet; the return values of all, in order. Raises ConfigError."""
@@ -120,17 +106,15 @@ class Sweep:
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         self.sweep_dir.mkdir(parents=True, exist_ok=True)
         with only_writer(self.sweep_dir):
-            by_directory: dict[Path, Job] = {}
             for number, words in enumerate(job_overrides, start=first):
                 job = self.compose(list(words), number)
-                if other := by_directory.get(job.directory):
+                if others := [other for other in self.jobs if other.directory == job.directory]:
+                    both = " and ".join(" ".join(each.record.overrides) for each in (job, *others))
                     raise ConfigError(
-                        f"hydra.sweep.subdir must differ between jobs, got {job.record.dir} for both "
-                        f"{' '.join(job.record.overrides)} and {' '.join(other.record.overrides)}: name in it what is "
-                        "swept"
+                        f"hydra.sweep.subdir must differ between jobs, got {job.record.dir} for both {both}: name in "
+                        "it what is swept"
                     )
-                by_directory[job.directory] = job
-            self.jobs = list(by_directory.values())
+                self.jobs.append(job)
             self.run(first)
         failed = [job.record for job in self.jobs if job.record.state != "done"]
         lines = [f"  job {r.number} {r.state}: {r.error}\n    log: {near(self.sweep_dir / r.log)}" for r in failed]
@@ -147,7 +131,7 @@ class Sweep:
         HydraConfig.instance().set_config(cfg)  # the name of the directory may ask for it
         subdir = str(cfg.hydra.sweep.subdir)
         method, beta, seed = (OmegaConf.select(cfg, key) for key in ("method.name", "beta", "seed"))
-        record = JobRecord(number, subdir, overrides, method, beta, seed, log=f"{subdir}/{LOG}")
+        record = JobRecord(number, subdir, overrides, method, beta, seed, log=f"{subdir}/job.log")
         return Job(record, cfg, self.sweep_dir / subdir)
 
     def run(self, first: int) -> None:
@@ -159,14 +143,12 @@ class Sweep:
                 job.record.state, job.record.before, job.record.exit_code = "done", True, 0
                 job.record.seconds = seconds.get(job.record.dir)
                 self.summary_is_old = True
-            else:
-                self.waiting.append(job)
         self._write()
         self.board = Board(self.sweep_dir, [job.record for job in self.jobs], Console())
         try:
-            while self.waiting or self.running or self.summary_is_old:
-                while self.waiting and self.free:
-                    self._start(self.waiting.pop(0))
+            while (waiting := self._all("waiting")) or self._all("running") or self.summary_is_old:
+                for job, slot in zip(waiting, list(self.free), strict=False):
+                    self._start(job, slot)
                 if self.summary_is_old:  # after the next job has started: drawing takes a second or two
                     self.summary_is_old = False
                     # an interrupt that lands in a finaliser or callback of a library would be lost: both wait
@@ -174,14 +156,14 @@ class Sweep:
                     refresh(self.sweep_dir)  # raises nothing
                     signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 now, minutes = time.monotonic(), self.options["timeout_minutes"]
-                for job in list(self.running):  # settle what has ended, end what is over its time
-                    code = job.process.poll()
+                for job in self._all("running"):  # settle what has ended, end what is over its time
+                    code = jobs.exit_code(job.process)
                     if code is not None:
                         self._settle(job, code)
                     elif job.kill_at is not None and now > job.kill_at:
-                        send(job.process, signal.SIGKILL)
+                        jobs.send(job.process, signal.SIGKILL)
                     elif job.kill_at is None and minutes and now > job.started + 60 * minutes:
-                        send(job.process, signal.SIGINT)
+                        jobs.send(job.process, signal.SIGINT)
                         job.kill_at = now + self.options["grace_seconds"]
                 self.board.tick()
                 time.sleep(POLL_SECONDS)
@@ -191,44 +173,47 @@ class Sweep:
         finally:
             self.board.close()
 
+    def _all(self, state: State) -> list[Job]:
+        return [job for job in self.jobs if job.record.state == state]
+
     def _write(self) -> None:
-        write_jobs(self.sweep_dir, self.earlier, [job.record for job in self.jobs])
+        """sweep.json with the jobs of earlier batches (a sweeper that learns asks for several) and of this one."""
+        records = [*self.earlier, *(dataclasses.asdict(job.record) for job in self.jobs)]
+        write_json(self.sweep_dir / "sweep.json", {"jobs": records})
 
     def _change(self, job: Job, state: State) -> None:
         job.record.state = state
         self._write()
         self.board.changed(job.record)
 
-    def _start(self, job: Job) -> None:
-        job.slot, job.started = self.free.pop(0), time.monotonic()
+    def _start(self, job: Job, slot: str) -> None:
+        self.free.remove(slot)
+        job.slot, job.started, job.file = slot, time.monotonic(), job.directory / ".job"
         name, grace = str(JobRuntime.instance().get("name")), self.options["grace_seconds"]
-        file = JobFile(self.task_function, job.cfg, self.context, name, os.getpid(), grace, self.threads)
+        file = jobs.JobFile(self.task, job.cfg, self.context, name, os.getpid(), grace, self.threads)
         job.directory.mkdir(parents=True, exist_ok=True)
-        answer_path(job.file).unlink(missing_ok=True)  # of an earlier start
+        jobs.answer_path(job.file).unlink(missing_ok=True)  # of an earlier start
         job.file.write_bytes(pickle.dumps(file))
         environment = {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", self.sweep_dir.name)}
         environment |= {"CUDA_VISIBLE_DEVICES": job.slot} if job.slot else {}
-        job.process = self.start(job.file, self.sweep_dir / job.record.log, environment)
-        self.running.append(job)
+        log_file, command = self.sweep_dir / job.record.log, self.options["command"]
+        job.process = jobs.start(job.file, log_file, environment, self.devices, command)
         self._change(job, "running")
 
     def _settle(self, job: Job, code: int, *, stopped: bool = False) -> None:
         """Take in how `job` ended, with exit code `code`; `stopped`: it was told to end with the sweep."""
-        send(job.process, signal.SIGKILL)  # what it started and left behind
-        self.running.remove(job)
+        jobs.send(job.process, signal.SIGKILL)  # what it started and left behind
         self.free.append(job.slot)
-        record, error, answered = job.record, None, True
+        record, error, answered = job.record, None, False
         state: State = "failed"
         record.exit_code, record.seconds = code, round(time.monotonic() - job.started, 1)
-        try:
-            job.value, error = pickle.loads(answer_path(job.file).read_bytes())
-        except (OSError, EOFError, pickle.UnpicklingError):
-            answered = False
+        with contextlib.suppress(Exception):  # half written, or of a class that is not here
+            (job.value, error), answered = pickle.loads(jobs.answer_path(job.file).read_bytes()), True
         if code == 0 and answered and error is None:
             state = "done"
         elif job.kill_at is not None:
             state, record.error = "timed out", f"ran longer than {self.options['timeout_minutes']:g} minutes"
-        elif stopped or code in (INTERRUPTED, TERMINATED, -signal.SIGINT, -signal.SIGTERM):
+        elif stopped or code in (jobs.INTERRUPTED, jobs.TERMINATED, -signal.SIGINT, -signal.SIGTERM):
             state, record.error = "interrupted", "interrupted; goes on from its newest checkpoint"
         elif error is not None:
             record.error = error
@@ -237,23 +222,24 @@ class Sweep:
             state, record.error = "killed", f"ended by {signal.Signals(-code).name}{often}"
         else:
             record.error = f"exited with code {code} before it was finished"
-        for path in (job.file, answer_path(job.file)):
+        for path in (job.file, jobs.answer_path(job.file)):
             path.unlink(missing_ok=True)
         self._change(job, state)
         self.summary_is_old = True
 
     def _stop(self) -> None:
         """SIGINT to every job, so that it saves; SIGKILL to those still there after a grace, or at a second Ctrl-C."""
-        for job in self.running:
-            send(job.process, signal.SIGINT)
+        running = self._all("running")
+        for job in running:
+            jobs.send(job.process, signal.SIGINT)
         until = time.monotonic() + self.options["grace_seconds"]
         try:
-            while time.monotonic() < until and any(job.process.poll() is None for job in self.running):
+            while time.monotonic() < until and any(jobs.exit_code(job.process) is None for job in running):
                 time.sleep(POLL_SECONDS)
         except (KeyboardInterrupt, SystemExit):
             log.info("ending the jobs at once")
-        for job in list(self.running):
-            send(job.process, signal.SIGKILL)
-            while (code := job.process.poll()) is None:
+        for job in running:
+            jobs.send(job.process, signal.SIGKILL)
+            while (code := jobs.exit_code(job.process)) is None:
                 time.sleep(POLL_SECONDS)
             self._settle(job, code, stopped=True)

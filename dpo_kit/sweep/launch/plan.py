@@ -1,7 +1,6 @@
 """What a command line is about to sweep: every job composed and checked, the directories named. Nothing is written."""
 
-from __future__ import annotations
-
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -45,9 +44,8 @@ class PlannedJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep that is about to run: the overrides that name its directories, where it writes, how it is tracked.
-
-    `local` says that its jobs run on this machine; `jobs` are those that are known before they run.
+    """A sweep that is about to run: the overrides that name its directories, where it writes, how it is tracked, if its
+    jobs run on this machine (`local`), and those that are known before they run.
     """
 
     named: list[str]
@@ -97,7 +95,7 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
     if plan.named and (plan.directory.is_dir() or jobs[0].settings.dry_run):
         jobs = [compose_job([*job.overrides, *plan.named], search, config_name) for job in jobs]
     if plan.directory.is_dir():
-        refuse_other_runs(plan.directory, jobs)
+        _refuse_other_runs(plan.directory, jobs)
     return replace(plan, jobs=jobs)
 
 
@@ -139,25 +137,22 @@ def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
 
 def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -> PlannedJob:
     """The job of `overrides`, checked."""
-    cfg = compose_unchecked([*search, *overrides], config_name, with_hydra=True)
-    try:
+    cfg, subdir = compose_unchecked([*search, *overrides], config_name, with_hydra=True), None
+    with contextlib.suppress(OmegaConfBaseException):  # speaks of the job's number, say
         subdir = str(cfg.hydra.sweep.subdir)
-    except OmegaConfBaseException:  # speaks of the job's number, say
-        subdir = None
     if subdir is not None and (Path(subdir).is_absolute() or ".." in Path(subdir).parts):
         raise ConfigError(f"hydra.sweep.subdir must stay inside hydra.sweep.dir, got {subdir}: name a plain folder")
     return PlannedJob(overrides, check(without_hydra(cfg)), subdir)
 
 
-def refuse_other_runs(directory: Path, jobs: Sequence[PlannedJob]) -> None:
+def _refuse_other_runs(directory: Path, jobs: Sequence[PlannedJob]) -> None:
     """ConfigError where the directory holds a run of another config, or an unfinished one that is none of `jobs`."""
+    planned = {job.subdir for job in jobs}
     for job in jobs:
         if job.subdir is not None:
             refuse_other_run(RunDirectory(directory / job.subdir), job.settings, "hydra.sweep.dir")
-    planned = {job.subdir for job in jobs}
-    if None in planned or not any(directory.glob("*/manifest.json")):
-        return
-    if left := [run.path for run in read_runs(directory) if not run.finished and run.path not in planned]:
+    runs = read_runs(directory) if None not in planned and any(directory.glob("*/manifest.json")) else []
+    if left := [run.path for run in runs if not run.finished and run.path not in planned]:
         raise ConfigError(
             f"hydra.sweep.dir={directory} holds {', '.join(left)}, not ended and no job of this command: "
             "give the command that it came from again, or choose another hydra.sweep.dir"

@@ -3,8 +3,6 @@
 Log-ratios, not implicit rewards: these are scaled by beta, so that those of two betas say nothing beside each other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,40 +14,36 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from dpo_kit.run.history import last_step, latest
-from dpo_kit.run.measures import LOGRATIOS, floor_of, kl_keys
+from dpo_kit.run.measures import KLS, LOGRATIOS, MEASURE, floor_of
 from dpo_kit.run.report import drawing
 from dpo_kit.run.report.drawing import DASHES, FEW, GREY
 from dpo_kit.sweep.choice.runs import RunRecord, name_lines
 
 LIGHTEST = 0.75  # of viridis: its yellow end is too pale on white
 APART = 0.02  # of the steps: between the bars of neighbouring runs, at most
-Keys = tuple[str, str | None]  # of the solid and of the dashed curve
 
 
 @dataclass(frozen=True)
 class Panel:
     """One quantity: its keys by falling preference, what the dashed ones are, and a level to compare with."""
 
-    title: str
-    options: tuple[Keys, ...]
+    options: tuple[tuple[str, str | None], ...]  # of the solid and of the dashed curve
     dashed: str = ""
     level: float = 0.0
     level_name: str = ""
 
 
 PANELS = (
-    Panel("Preference margin (nats)", (("probe/margin_nats", None), ("probe/class_gap_nats", None))),
-    Panel("Log-ratio to the reference (nats)", ((LOGRATIOS["chosen"], LOGRATIOS["rejected"]),), "rejected"),
-    Panel("Accuracy on held-out pairs", (("probe/accuracy", None), ("probe/auc", None)), "", 0.5, "dashed: chance"),
-    Panel("KL drift (nats per answer)", tuple(zip(kl_keys("forward"), kl_keys("reverse"), strict=True)), "reverse"),
+    Panel((("probe/margin_nats", None), ("probe/class_gap_nats", None))),
+    Panel(((LOGRATIOS["chosen"], LOGRATIOS["rejected"]),), "rejected"),
+    Panel((("probe/accuracy", None), ("probe/auc", None)), "", 0.5, "dashed: chance"),
+    Panel(tuple(zip(KLS["forward"], KLS["reverse"], strict=True)), "reverse"),
 )
-OF_UNARY = {"probe/class_gap_nats": "Class gap of log-ratios (nats)", "probe/auc": "AUC on held-out answers"}
 
 
 def draw_curves(sweep_dir: str | Path, runs: Sequence[RunRecord]) -> Path:
-    """Draw `sweep_dir`/curves.png, 1200 pixels wide, from metrics.jsonl; unfinished runs as far as they got.
-
-    Betas have colours of viridis, dark to light with rising beta, the same for every method.
+    """Draw `sweep_dir`/curves.png, 1200 pixels wide, from metrics.jsonl; unfinished runs as far as they got. Betas have
+    colours of viridis, dark to light with rising beta, the same for every method.
     """
     names = name_lines(runs)
     measured = [run for run in runs if run.history]
@@ -67,11 +61,11 @@ def draw_curves(sweep_dir: str | Path, runs: Sequence[RunRecord]) -> Path:
         grid = figure.add_gridspec(2, 2, left=0.065, right=0.92, top=upper, bottom=lower, wspace=0.38, hspace=0.6)
         for number, panel in enumerate(PANELS):
             _draw_panel(figure.add_subplot(grid[number]), panel, members, colors)
-    if not blocks:
-        figure.text(0.5, 0.45, "no run has measured anything yet", ha="center", fontsize=20, color=GREY)
-    else:
-        note = "bands and bars: 95 % intervals"
+    note = "bands and bars: 95 % intervals"
+    if blocks:
         figure.text(0.985, 1 - 0.15 / height, note, ha="right", va="top", fontsize=15, color=GREY)
+    else:
+        figure.text(0.5, 0.45, "no run has measured anything yet", ha="center", fontsize=20, color=GREY)
     return drawing.save(figure, Path(sweep_dir) / "curves.png")
 
 
@@ -93,8 +87,8 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunRecord], colors: Map
             if points := run.series(key):
                 is_dashed = key != keys[0]
                 drawing.draw_course(
-                    axes, points, drawing.intervals(run.history, key), colors[run.beta], dashed=is_dashed,
-                    hollow=0 < count < FEW, shift=apart * (place - (len(runs) - 1) / 2), alpha=0.12,
+                    axes, run.history, key, colors[run.beta], dashed=is_dashed, hollow=0 < count < FEW,
+                    shift=apart * (place - (len(runs) - 1) / 2), alpha=0.12,
                 )  # fmt: skip
                 if is_dashed:
                     dashed.append(len(points))
@@ -102,12 +96,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunRecord], colors: Map
                     ends.setdefault(run.beta, []).append(points[max(points)])
     note = f"{'squares' if max(dashed) <= drawing.SCATTERED else '- -'}: {panel.dashed}" if dashed else panel.level_name
     unit = "pairs" if any(run.pairs for run in runs) and not of_answers else "answers"
-    drawing.head(axes, OF_UNARY.get(first, panel.title), drawing.count_text(counts, unit), note, rounding)
+    drawing.head(axes, MEASURE[first].title, drawing.count_text(counts, unit), note, rounding)
     axes.margins(y=0.08)
-    bottom, top = axes.get_ylim()
-    heights = drawing.spread([fmean(values) for values in ends.values()], 0.1 * (top - bottom), bottom, top)
-    for beta, height in zip(ends, heights, strict=True):
-        axes.text(
-            1.03, height, f"β {beta:g}" if beta is not None else "?", transform=axes.get_yaxis_transform(),
-            color=colors[beta], fontsize=16, fontweight="bold", va="center", ha="left",
-        )  # fmt: skip
+    named = {beta: f"β {beta:g}" if beta is not None else "?" for beta in ends}
+    drawing.label_ends(axes, [(fmean(ends[beta]), named[beta], colors[beta]) for beta in ends], gap=0.1)

@@ -5,14 +5,13 @@ arXiv:2406.02900). Data of the best possible line, where the gold reward is know
 "best_of_n": [[n, KL, gold reward], …]}, KL in nats per answer.
 """
 
-from __future__ import annotations
-
+import contextlib
 import importlib.util
-import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,22 +19,44 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from dpo_kit.errors import DataError
 from dpo_kit.run.files import read_json
 from dpo_kit.run.intervals import Z95
+from dpo_kit.run.measures import KLS
 from dpo_kit.run.report.drawing import FEW, GREY, HATCHED, count_text, joined, new_figure, save
 from dpo_kit.sweep.choice.quality import Interval, Quality
-from dpo_kit.sweep.choice.rule import Choice
+from dpo_kit.sweep.choice.rule import Choice, by_model
 from dpo_kit.sweep.choice.runs import RunRecord, name_lines, number
-from dpo_kit.sweep.pictures.labels import MARKERS, PALETTE, Label, place_labels
 
 log = logging.getLogger(__name__)
+# Okabe-Ito, the well visible ones first; each with a marker of its own, so that colour is never alone
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SIDES = np.array([(1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)])
+DISTANCES = (7.0, 16.0, 30.0, 50.0, 80.0)  # pixels between a point and its label
+FAR = 40.0  # pixels from which on a thin line leads from the label to its point
+AIR = 5.0 * np.array([-1, -1, 1, 1])  # pixels kept around an obstacle
+SPACING = 8.0  # pixels along a line
 ROW = 0.33  # inches that a further row of the legend takes
 RING = 11.0  # pixels that the recommended run's ring takes around its point
 TICKS = (
     0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 2000, 5000
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text beside a point, in data units; `clear` pixels around the point are taken by what marks it."""
+
+    x: float
+    y: float
+    text: str
+    color: str
+    size: float = 15
+    bold: bool = False
+    clear: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,7 @@ class Point:
     run: RunRecord
     kl: Interval
     quality: Interval
+    hollow: bool  # it rests on few prompts or pairs, or is no more than rounding
 
 
 class Line:
@@ -53,29 +75,24 @@ class Line:
     def __init__(self, name: str, style: tuple[str, str], runs: Sequence[RunRecord], quality: Quality) -> None:
         self.name, (self.color, self.marker), self.runs = name, style, runs
         self.points: list[Point] = []
+        self.means: dict[float | None, tuple[float, float]] = {}  # (KL, quality) over the seeds of a beta
         for run in runs:
             value, kl = quality.read(run), run.kl_reverse
             if value is not None and kl is not None:
                 reach = Z95 * (run.final(f"{run.kl_reverse_key}_se") or 0.0)
-                self.points.append(Point(run, (kl, max(0.0, kl - reach), kl + reach), value))
-
-    def means(self) -> dict[float | None, tuple[float, float]]:
-        """{beta: (KL, quality)}, the mean over its seeds: the line's way."""
-        groups: dict[float | None, list[Point]] = {}
-        for point in self.points:
-            groups.setdefault(point.run.beta, []).append(point)
-        return {b: (fmean(p.kl[0] for p in group), fmean(p.quality[0] for p in group)) for b, group in groups.items()}
+                hollow = 0 < quality.count(run) < FEW or run.in_rounding(quality.key)
+                self.points.append(Point(run, (kl, max(0.0, kl - reach), kl + reach), value, hollow))
+        for beta in dict.fromkeys(point.run.beta for point in self.points):
+            group = [point for point in self.points if point.run.beta == beta]
+            self.means[beta] = fmean(point.kl[0] for point in group), fmean(point.quality[0] for point in group)
 
 
 def draw_frontier(
     sweep_dir: str | Path, runs: Sequence[RunRecord], choice: Choice, *, ideal: str | Path | None = None
 ) -> Path:
     """Draw `sweep_dir`/frontier.png, 1200 pixels wide; a panel for each step-0 model, as their KLs never compare."""
-    models: dict[tuple[str, ...], list[RunRecord]] = {}
-    for run in runs:
-        if run.manifest:
-            models.setdefault(run.start_model, []).append(run)
-    panels = list(models.values()) if len(models) > 1 else [list(runs)]
+    models = by_model(run for run in runs if run.manifest)
+    panels = models if len(models) > 1 else [list(runs)]
     names = name_lines(runs)
     styles = {
         name: (PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)])
@@ -91,8 +108,7 @@ def draw_frontier(
     for place, group in enumerate(panels):
         members = {name: tuple(run for run in group if names[run.path] == name) for name in styles}
         lines = [Line(name, styles[name], runs, choice.quality) for name, runs in members.items() if runs]
-        paths = {run.path for run in group}
-        within = (inner for _, inner in choice.within if inner.verdicts[0].run.path in paths)
+        within = (inner for _, inner in choice.within if inner.verdicts[0].run.path in {run.path for run in group})
         axes = figure.add_subplot(len(panels), 1, place + 1)
         inner = next(within, choice) if len(panels) > 1 else choice
         _draw_panel(axes, lines, inner, best)
@@ -110,40 +126,32 @@ def draw_frontier(
     return save(figure, Path(sweep_dir) / "frontier.png")
 
 
-def _legend_columns(names: Sequence[str] | Mapping[str, Any]) -> int:
+def _legend_columns(names: Collection[str]) -> int:
     """As many names as fit into a row of about 95 characters."""
     return max(1, min(len(names), 95 // (max(map(len, names), default=1) + 6)))
 
 
 def find_ideal(sweep_dir: Path, runs: Sequence[RunRecord], given: str | Path | None) -> dict[str, Any]:
     """The best possible frontier: from the file named, else ideal.json in the sweep or beside the gold module; or {}.
-
-    One that names its weights (`model_sha256`) holds for runs that start from these. DataError where the file named is
-    not there or not of that form.
+    One that names its weights (`model_sha256`) holds for runs that start from these. DataError: not of that form.
     """
-    if given:
-        return _read_ideal(Path(given))
-    places = [sweep_dir / "ideal.json"]
+    places = [Path(given)] if given else [sweep_dir / "ideal.json"]
     module = next((gold for run in runs if (gold := (run.config.get("data") or {}).get("gold"))), None)
-    try:
-        spec = importlib.util.find_spec(module) if module else None
-    except ImportError:
-        spec = None
-    places += [Path(spec.origin).parent / "ideal.json"] if spec and spec.origin else []
-    ideal = next((_read_ideal(path) for path in places if path.exists()), {})
-    weights = {(run.manifest.get("model") or {}).get("sha256") for run in runs if run.manifest}
-    return ideal if ideal.get("model_sha256") is None or weights == {ideal["model_sha256"]} else {}
-
-
-def _read_ideal(path: Path) -> dict[str, Any]:
-    try:
-        ideal = read_json(path)
-        curve = [(float(kl), float(gold)) for kl, gold in ideal.get("ideal") or []]
-        best_of = [(float(n), float(kl), float(gold)) for n, kl, gold in ideal.get("best_of_n") or []]
-    except (OSError, json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
-        form = '{"ideal": [[kl, gold], …], "best_of_n": [[n, kl, gold], …]}'
-        raise DataError(f"ideal={path} must hold {form}: {error}") from error
-    return {"ideal": curve, "best_of_n": best_of, "model_sha256": ideal.get("model_sha256")}
+    with contextlib.suppress(ImportError):
+        spec = importlib.util.find_spec(module) if module and not given else None
+        places += [Path(spec.origin).parent / "ideal.json"] if spec and spec.origin else []
+    for path in (path for path in places if given or path.exists()):
+        try:
+            ideal = read_json(path)
+            curve = [(float(kl), float(gold)) for kl, gold in ideal.get("ideal") or []]
+            best_of = [(float(n), float(kl), float(gold)) for n, kl, gold in ideal.get("best_of_n") or []]
+        except (OSError, AttributeError, TypeError, ValueError) as error:
+            form = '{"ideal": [[kl, gold], …], "best_of_n": [[n, kl, gold], …]}'
+            raise DataError(f"ideal={path} must hold {form}: {error}") from error
+        weights = {(run.manifest.get("model") or {}).get("sha256") for run in runs if run.manifest}
+        holds = given or ideal.get("model_sha256") is None or weights == {ideal["model_sha256"]}
+        return {"ideal": curve, "best_of_n": best_of} if holds else {}
+    return {}
 
 
 def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mapping[str, Any]) -> None:
@@ -175,31 +183,42 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mappin
     predictions = [label for line in lines for label in _draw_predictions(axes, line, quality)]
     widest = _limit_x(axes, [*seen, *(label.x for label in predictions)], budget)
     recommended = next((p for p in points if choice.recommended and p.run.path == choice.recommended.path), None)
-    labels = [*_point_labels(lines, recommended, choice.quality), *predictions]
+    labels, ring = [], None
+    if recommended:
+        ring = recommended.kl[0], recommended.quality[0]
+        text = "recommended" + ("\n(provisional)" if quality.provisional else "")
+        labels.append(Label(*ring, text, "black", 16, bold=True, clear=RING))
+    for line in lines:  # beta beside each point, once, at the mean over its seeds
+        lost = {point.run.beta for point in line.points if point.run.in_rounding(quality.key)}
+        for beta, mean in line.means.items():
+            text = (f"β {beta:g}" if beta is not None else "?") + (" (rounding)" if beta in lost else "")
+            labels.append(Label(*mean, text, line.color, clear=RING if mean == ring else 0))
+    labels += predictions
     labels += [Label(0, reference[0], "reference", GREY, clear=5)] if reference else []
     labels += _draw_ideal(axes, ideal, widest)
     axes.margins(y=0.14)
     axes.autoscale_view(scalex=False)
-    if recommended:
+    if ring:
         axes.plot(
-            [recommended.kl[0]], [recommended.quality[0]], marker="o", markersize=24, markerfacecolor="none",
-            markeredgecolor="black", markeredgewidth=2.4, zorder=5,
+            [ring[0]], [ring[1]], marker="o", markersize=24, markerfacecolor="none", markeredgecolor="black",
+            markeredgewidth=2.4, zorder=5,
         )  # fmt: skip
     if budget <= widest:
         axes.axvline(budget, color=GREY, linewidth=1.4, linestyle=(0, (5, 4)), zorder=1)
         text = f"KL budget {budget:g} "
         axes.text(budget, 0.02, text, transform=axes.get_xaxis_transform(), ha="right", fontsize=15, color=GREY)
     place_labels(axes, labels)
-    look: dict[str, Any] = {"markersize": 11, "linewidth": 2.6}
     handles = [
-        Line2D([], [], color=line.color, marker=line.marker, label=line.name, linestyle=joined(line.means()), **look)
+        Line2D(
+            [], [], color=line.color, marker=line.marker, label=line.name, linestyle=joined(line.means), markersize=11,
+            linewidth=2.6,
+        )
         for line in lines
-    ]
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0)}
-    columns = _legend_columns([line.name for line in lines])
+    ]  # fmt: skip
     axes.legend(
-        handles=handles, **place, ncols=columns, frameon=False, fontsize=17, handlelength=1.6, columnspacing=1.4
-    )
+        handles=handles, ncols=_legend_columns([line.name for line in lines]), loc="lower left", frameon=False,
+        bbox_to_anchor=(-0.01, 1.0), fontsize=17, handlelength=1.6, columnspacing=1.4,
+    )  # fmt: skip
 
 
 def _draw_line(axes: Axes, line: Line, quality: Quality) -> list[float]:
@@ -214,9 +233,8 @@ def _draw_line(axes: Axes, line: Line, quality: Quality) -> list[float]:
             )  # fmt: skip
             seen += [kl for kl, _ in trail]
     for point in line.points:
-        hollow = 0 < quality.count(point.run) < FEW or quality.in_rounding(point.run)
-        _error_bar(axes, point.kl, point.quality, line.color, line.marker, hollow=hollow)
-    if means := list(line.means().values()):
+        _error_bar(axes, point.kl, point.quality, line.color, line.marker, hollow=point.hollow)
+    if means := list(line.means.values()):
         axes.plot(*zip(*means, strict=True), color=line.color, linewidth=2.6, linestyle=joined(means), zorder=3)
     return seen
 
@@ -224,7 +242,7 @@ def _draw_line(axes: Axes, line: Line, quality: Quality) -> list[float]:
 def _error_bar(
     axes: Axes, kl: Interval, quality: Sequence[float], color: str, marker: str, *, hollow: bool = False
 ) -> None:
-    """A point with its two intervals; hollow where it rests on few prompts or pairs, or is no more than rounding."""
+    """A point with its two intervals."""
     (x, left, right), (y, low, high) = kl, quality
     reach: dict[str, Any] = {"xerr": [[x - left], [right - x]], "yerr": [[max(0.0, y - low)], [max(0.0, high - y)]]}
     axes.errorbar(
@@ -235,44 +253,40 @@ def _error_bar(
 
 
 def _draw_predictions(axes: Axes, line: Line, quality: Quality) -> list[Label]:
-    """What one run predicts of neighbouring betas (preview.json; DeRa, arXiv:2402.02992), dashed.
-
-    Returns where they lie, with their betas; "predicted" says it of those that were not trained, else of the last.
+    """What one run predicts of neighbouring betas (preview.json; DeRa, arXiv:2402.02992), dashed; returns their labels,
+    with "predicted" at those that were not trained, else at the last.
     """
     labels = []
-    trained = {run.beta for run in line.runs}
     for run in line.runs if quality.key == "gold/reward" else ():
-        points = read_preview(run)
-        if not points:
+        if not (points := read_preview(run)):
             continue
         betas, kls, golds = zip(*points, strict=True)
         axes.plot(
             kls, golds, color=line.color, linewidth=1.8, linestyle=joined(kls, (0, (4, 2.5))), marker=line.marker,
             markersize=8, markerfacecolor="white", zorder=3.5,
         )  # fmt: skip
-        predicted = set(betas) - trained or {betas[-1]}
+        predicted = set(betas) - {run.beta for run in line.runs} or {betas[-1]}
         for beta, kl, gold in points:
-            text = f"β {beta:g} predicted" if beta in predicted else f"β {beta:g}"
-            labels.append(Label(kl, gold, text, line.color, 13))
+            labels.append(Label(kl, gold, f"β {beta:g}" + " predicted" * (beta in predicted), line.color, 13))
     return labels
 
 
 def read_preview(run: RunRecord) -> list[tuple[float, float, float]]:
     """(beta, reverse KL in nats, gold reward) of a run's preview.json, in the order of KL; [] where there is none."""
-    path = run.root / "preview.json"
+    path = run.directory.preview
     try:
         rows = (read_json(path) if path.exists() else {}).get("points") or []
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         log.warning("%s is left out: %s", path, error)
         return []
-    keys = ("beta", "probe/kl_reverse_rb_nats", "gold/reward")
+    keys = ("beta", KLS["reverse"][0], "gold/reward")
     points = [tuple(number(row.get(key)) for key in keys) for row in rows]
     return sorted((point for point in points if None not in point), key=lambda point: point[1])  # type: ignore
 
 
 def _limit_x(axes: Axes, seen: Sequence[float], budget: float) -> float:
-    """Set the range of KL so that it holds all of `seen`, with air on both sides, and the budget where it is not far
-    off; its ticks are round values at least a twelfth of the axis apart. Returns the widest KL.
+    """Let the axis hold every KL of `seen`, and the budget where it is not far off, with ticks at round values at least
+    a twelfth of it apart. Returns the widest KL.
     """
     widest = max(*seen, 1e-3)
     widest = max(widest, budget) if budget <= 1.6 * widest else widest
@@ -281,31 +295,15 @@ def _limit_x(axes: Axes, seen: Sequence[float], budget: float) -> float:
         if tick <= widest * 1.1 and (not ticks or (tick**0.5 - ticks[-1] ** 0.5) > widest**0.5 / 12):
             ticks.append(tick)
     axes.set_xlim(-0.0016 * widest, 1.12 * widest)  # signed square: 4 % of the axis
-    axes.set_xticks(ticks)
-    axes.set_xticklabels([f"{tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     return widest
 
 
-def _point_labels(lines: Sequence[Line], recommended: Point | None, quality: Quality) -> list[Label]:
-    """Beta beside each point (once per beta, at the mean over its seeds); the recommended run says so."""
-    labels, ring = [], None
-    if recommended:
-        ring = recommended.kl[0], recommended.quality[0]
-        text = "recommended" + ("\n(provisional)" if quality.provisional else "")
-        labels.append(Label(*ring, text, "black", 16, bold=True, clear=RING))
-    for line in lines:
-        lost = {point.run.beta for point in line.points if quality.in_rounding(point.run)}
-        for beta, place in line.means().items():
-            text = (f"β {beta:g}" if beta is not None else "?") + (" (rounding)" if beta in lost else "")
-            labels.append(Label(*place, text, line.color, clear=RING if place == ring else 0))
-    return labels
-
-
 def _draw_ideal(axes: Axes, ideal: Mapping[str, Any], widest: float) -> list[Label]:
     """The best possible reward at each KL, π_ref·exp(reward/λ), and best-of-n; as far as the runs go."""
-    curve = sorted(point for point in ideal.get("ideal") or [] if point[0] <= 1.1 * widest)
-    best_of = sorted(point for point in ideal.get("best_of_n") or [] if point[1] <= 1.1 * widest)
+    curve = sorted(point for point in ideal.get("ideal", ()) if point[0] <= 1.1 * widest)
+    best_of = sorted(point for point in ideal.get("best_of_n", ()) if point[1] <= 1.1 * widest)
     labels = []
     if curve:
         axes.plot(*zip(*curve, strict=True), color=GREY, linewidth=2, zorder=2)
@@ -316,3 +314,50 @@ def _draw_ideal(axes: Axes, ideal: Mapping[str, Any], widest: float) -> list[Lab
         axes.plot(kls, golds, color=GREY, linewidth=1.5, linestyle=joined(kls, ":"), marker="x", markersize=7, zorder=2)
         labels.append(Label(kls[-1], golds[-1], f"best of {counts[-1]:g}", GREY, 14))
     return labels
+
+
+def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
+    """Write each label beside its point where it covers least: of other labels, and of all that is drawn."""
+    taken = _boxes(axes)
+    for label in labels:
+        text = axes.annotate(
+            label.text, (label.x, label.y), (0, 0), textcoords="offset pixels", color=label.color, fontsize=label.size,
+            fontweight="bold" if label.bold else "normal", ha="center", va="center", zorder=6, linespacing=0.95,
+            path_effects=[withStroke(linewidth=3.5, foreground="white")],
+        )  # fmt: skip
+        size = text.get_window_extent(axes.figure.canvas.get_renderer())  # type: ignore[attr-defined]
+        half, point = np.array([size.width, size.height]) / 2, axes.transData.transform((label.x, label.y))
+        # On the diagonals a corner of the label is nearest to the point, so that it keeps clear of the point's bars
+        offsets = np.array([side * (distance + label.clear + half) for distance in DISTANCES for side in SIDES])
+        boxes = np.hstack([point + offsets - half, point + offsets + half])
+        outside = size.width * size.height - _overlap(boxes, np.array([axes.bbox.extents]))[:, 0]
+        cost = 4 * outside + _overlap(boxes, taken).sum(1) + 0.6 * np.hypot(*offsets.T)
+        best = int(cost.argmin())
+        text.set_position(offsets[best])
+        taken = np.vstack([taken, boxes[best]])
+        gap = np.abs(offsets[best]) - half  # between the point and the label's nearest side
+        if gap.max() > FAR:
+            leader = {"arrowstyle": "-", "color": label.color, "linewidth": 0.9, "shrinkA": 1}
+            leader["shrinkB"] = 5 + label.clear
+            edge = np.copysign(gap.clip(0), offsets[best])
+            axes.annotate("", (label.x, label.y), edge, textcoords="offset pixels", arrowprops=leader)
+
+
+def _boxes(axes: Axes) -> Any:
+    """Points, intervals and lines of a panel as boxes that labels keep clear of, (n, 4) pixels."""
+    paths = [(line.get_transform().transform(line.get_xydata()), line.get_linestyle() != "None") for line in axes.lines]
+    for bars in axes.collections:
+        paths += [(axes.transData.transform(path.vertices), True) for path in bars.get_paths()]
+    points = [np.empty((0, 2))]
+    for corners, is_joined in paths:
+        points.append(corners)
+        for start, end in pairwise(corners) if is_joined else ():
+            steps = int(np.hypot(*(end - start)) // SPACING)
+            points.append(start + np.linspace(0, 1, steps + 2)[1:-1, None] * (end - start))
+    return np.tile(np.vstack(points), 2) + AIR
+
+
+def _overlap(boxes: Any, others: Any) -> Any:
+    """Square pixels that each of `boxes`, (n, 4), shares with each of `others`, (m, 4): (n, m)."""
+    low, high = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
+    return (high - low).clip(0).prod(-1)

@@ -5,52 +5,41 @@ loss summed since the last log event, TRL's averages since then, TRL's count of 
 of its last row stands for. A callback carries what it needs by having `carry` and `pick_up`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-COUNTERS = (
-    "_tr_loss",
-    "_total_loss_scalar",
-    "_globalstep_last_logged",
-    "_initial_global_step",
-    "_total_train_tokens",
-)
+COUNTERS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "_total_train_tokens")
 AVERAGES = ("_metrics", "_stored_metrics")  # of DPO and KTO; of ORPO and CPO, under "train"
 PLAIN_AVERAGES = ("stats",)  # of Online DPO
-Carried = dict[str, Any]
 
 
 @runtime_checkable
 class Carrier(Protocol):
-    """A callback that goes on after a resume where it stood."""
+    """A callback that goes on after a resume where it stood: it gives plain values and tensors, and takes them back."""
 
-    def carry(self) -> dict[str, Any]:
-        """Plain values and tensors."""
+    def carry(self) -> dict[str, Any]: ...
 
-    def pick_up(self, carried: dict[str, Any]) -> None:
-        """Take back what `carry` gave."""
+    def pick_up(self, carried: dict[str, Any]) -> None: ...
 
 
-def carry(trainer: Any) -> Carried:
+def carry(trainer: Any) -> dict[str, Any]:
     """The state of `trainer` as plain values and tensors of its own."""
+    averages = _averages(trainer).items()
     return {
         "counters": {name: _own(vars(trainer)[name]) for name in COUNTERS if name in vars(trainer)},
-        "averages": {name: _lists(values) for name, values in _averages(trainer).items()},
+        "averages": {name: {key: [*map(_own, each)] for key, each in values.items()} for name, values in averages},
         "callbacks": [callback.carry() for callback in _carriers(trainer)],
         "training": trainer.model.training,
     }
 
 
-def pick_up(trainer: Any, carried: Carried) -> None:
+def pick_up(trainer: Any, carried: dict[str, Any]) -> None:
     """Set `trainer` to what `carry` gave."""
     for name, value in carried["counters"].items():
         setattr(trainer, name, value.to(trainer.args.device) if isinstance(value, Tensor) else value)
-    for name, lists in carried["averages"].items():
-        _averages(trainer)[name].update(_lists(lists))
+    for name, values in carried["averages"].items():
+        _averages(trainer)[name].update({key: [*map(_own, each)] for key, each in values.items()})
     for callback, values in zip(_carriers(trainer), carried["callbacks"], strict=True):
         callback.pick_up(values)
     trainer.model.train(carried["training"])
@@ -58,17 +47,12 @@ def pick_up(trainer: Any, carried: Carried) -> None:
 
 def _averages(trainer: Any) -> dict[str, dict[str, list[Any]]]:
     own = vars(trainer)
-    return {name: own[name]["train"] for name in AVERAGES if name in own} | {
-        name: own[name] for name in PLAIN_AVERAGES if name in own
-    }
+    split = {name: own[name]["train"] for name in AVERAGES if name in own}
+    return split | {name: own[name] for name in PLAIN_AVERAGES if name in own}
 
 
-def _carriers(trainer: Any) -> Iterator[Carrier]:
-    return (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Carrier))
-
-
-def _lists(values: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    return {key: [_own(each) for each in items] for key, items in values.items()}
+def _carriers(trainer: Any) -> list[Carrier]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Carrier)]
 
 
 def _own(value: Any) -> Any:

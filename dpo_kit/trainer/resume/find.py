@@ -1,7 +1,5 @@
 """Going on with a run: from which checkpoint, with which record, or why not."""
 
-from __future__ import annotations
-
 import logging
 import shlex
 import shutil
@@ -29,26 +27,21 @@ def find_checkpoint(settings: Settings, run: RunDirectory, manifest: dict[str, A
     """
     if settings.resume == "never" or (settings.resume == "auto" and not run.checkpoints.exists()):
         return None
-    from dpo_kit.trainer.resume.verified import newest_verified, read_facts, refuse_inexact_resume
+    from dpo_kit.trainer.resume import verified
 
-    named = settings.resume != "auto"
-    found = _named(Path(settings.resume)) if named else newest_verified(run.checkpoints, writer=is_writer())
+    if settings.resume == "auto":
+        found = verified.newest_verified(run.checkpoints, writer=is_writer())
+    else:
+        found = Path(settings.resume)
+        if not found.is_dir():
+            raise ConfigError(f"resume must be auto, never or a checkpoint folder, got {found}, which does not exist")
+        if fault := verified.find_fault(found):
+            verified.refuse_foreign(found)
+            raise ConfigError(f"resume={found} is broken ({fault}): take another one, or resume=auto")
     if found is not None:
-        refuse_inexact_resume(found, read_facts(found)["origin"], origin(manifest), settings)
+        verified.refuse_inexact_resume(found, verified.read_facts(found)["origin"], origin(manifest), settings)
         log.info("resuming from %s", found)
     return found
-
-
-def _named(checkpoint: Path) -> Path:
-    from dpo_kit.trainer.resume.verified import find_fault, refuse_foreign
-
-    if not checkpoint.is_dir():
-        raise ConfigError(f"resume must be auto, never or a checkpoint folder, got {checkpoint}, which does not exist")
-    fault = find_fault(checkpoint)
-    if fault is not None:
-        refuse_foreign(checkpoint)
-        raise ConfigError(f"resume={checkpoint} is broken ({fault}): take another one, or resume=auto")
-    return checkpoint
 
 
 def begin_from(run: RunDirectory, checkpoint: Path | None) -> None:

@@ -6,11 +6,8 @@ Its checkpoints are complete or absent, hold all that a resumed run needs to equ
 finished by a thread beside the next steps. Asked to stop, it saves; it stops before a step that is not finite.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
-import logging
 import shutil
 import threading
 import time
@@ -21,14 +18,12 @@ from typing import Any
 import torch
 
 from dpo_kit.errors import ConfigError, TrainingError
-from dpo_kit.model.random_state import random_states, set_random_states
+from dpo_kit.model.batches import random_states, set_random_states
 from dpo_kit.run.files import read_json
 from dpo_kit.trainer.resume import whole_or_absent
 from dpo_kit.trainer.resume.carried_state import carry, pick_up
-from dpo_kit.trainer.resume.nonfinite import all_finite, refuse_non_finite
 from dpo_kit.trainer.resume.signals import Interrupted, StopRequest, catch_signals
 
-log = logging.getLogger(__name__)
 Base: Any = object  # in use, a trainer follows in the method resolution order
 SAVING_SHARE = 0.05  # of the time, which saving may take where its cadence was left open
 OPTIMIZER_VALUES = 2  # Adam keeps two values beside each trained weight
@@ -55,15 +50,25 @@ class Kept:
     spare_saves: bool = False  # leave out those that are due while saving would take over a twentieth of the time
 
 
+def refuse_non_finite(model: Any, where: str) -> None:
+    """TrainingError where a weight that is trained is NaN or infinite: such a model is never saved."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if torch.nn.utils.get_total_norm(list(weights.values())).isfinite():  # one pass, one wait for the device
+        return
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise TrainingError(
+            f"{len(broken)} weights are not finite {where} ({broken[0]}): nothing of it is saved. Lower "
+            "trl.learning_rate, or look for rows whose answers are cut away in data_report.json"
+        )
+
+
 class Safekeeping(Base):
     """Mixin before a TRL trainer; see the head of this file."""
 
     kept = Kept()
     control: Any
-    seconds_before = 0.0
+    seconds_before = _save_seconds = _saved_at = 0.0
     checkpoint_bytes = 0
-    _save_seconds = 0.0
-    _saved_at = 0.0
     _saved_step: int | None = None
     _boundary: int | None = None
     _at_epoch_end = False
@@ -82,8 +87,6 @@ class Safekeeping(Base):
         self._batches: list[tuple[torch.Tensor, Any]] = []
         self._since = time.time()
 
-    # --- the run as a whole ---------------------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train, from a verified checkpoint where one is given. Raises Interrupted, TrainingError, ConfigError."""
         self._since, self.stop = time.time(), StopRequest()
@@ -101,7 +104,13 @@ class Safekeeping(Base):
                 return output
             except Interrupted:
                 self.stop.may_leave = False
-                self._save_moment()
+                # what the last complete checkpoint does not have: the moment before the work that was left
+                moment, step = self._moment, self.state.global_step
+                if step > 0 and self._saved_step != step and moment is not None:
+                    set_random_states(moment.random)
+                    del self.state.log_history[moment.logged :]
+                    self._save_checkpoint(self.model_wrapped, None)
+                self._finish_saving()
                 raise
             except BaseException as error:
                 if not (isinstance(error, KeyboardInterrupt) and self.stop.signal):  # a second Ctrl-C waits for nothing
@@ -121,12 +130,8 @@ class Safekeeping(Base):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         self._catch_up(self.model_wrapped, trial, self.state.epoch, None, start_time)
         self._finish_saving()
-        self._moment = self._now()
-        self.stop.step = None if self._saved_step == self.state.global_step else self.state.global_step
-        with self._leaving_allowed():
+        with self._may_be_left():
             return super()._finalize_training(trial, num_train_samples, start_time - self.seconds_before)
-
-    # --- the end of a step ----------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One batch, remembered until its gradient was looked at."""
@@ -138,13 +143,16 @@ class Safekeeping(Base):
         """The last thing before the optimizer's step: TrainingError where loss or gradient is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         batches, self._batches = self._batches, []
-        scaled = self.accelerator.scaler is not None  # a scaler skips steps of infinite gradient by itself
-        if not all_finite([loss for loss, _ in batches], None if scaled else norm):
+        values = [loss.detach().float().reshape(()) for loss, _ in batches]
+        if norm is not None and self.accelerator.scaler is None:  # a scaler skips steps of infinite gradient by itself
+            device = values[0].device if values else None
+            values.append(torch.as_tensor(norm, dtype=torch.float32, device=device))
+        if values and not torch.stack(values).isfinite().all():  # one wait for the device
             self._finish_saving(quietly=True)
             from dpo_kit.trainer.resume.which_rows import describe_step
 
             what = describe_step(self, batches, norm, self.kept.pair_ids)
-            raise TrainingError(f"{what} Last good checkpoint: {self._newest() or 'none'}")
+            raise TrainingError(f"{what} Last good checkpoint: {self._newest()}")
         return norm
 
     def _maybe_log_save_evaluate(
@@ -154,20 +162,18 @@ class Safekeeping(Base):
         self._at_epoch_end = step == self._boundary  # called a second time at a step, for the epoch that it ends
         self._boundary = step
         self._logged = {"grad_norm": grad_norm, "learning_rate": kwargs.get("learning_rate")}
-        if self.control.should_save and self._is_dear_to_save():
-            self.control.should_save = False
+        if self.control.should_save and self.kept.spare_saves and not self.args.load_best_model_at_end:
+            # the last one took seconds, and too few have passed since for another one
+            dear = self._save_seconds > 1 and time.time() - self._saved_at < self._save_seconds / SAVING_SHARE
+            if step < self.state.max_steps and self._any_process(dear):
+                self.control.should_save = False
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        if not self._epoch_end_follows and self._is_asked_to_stop():
+        # Each process has its own moment of the signal: all leave at the step at which the first one has seen it
+        if not self._epoch_end_follows and self._any_process(self.stop.signal is not None):
             if self._saved_step != step:
                 self._save_checkpoint(model, trial)
             raise Interrupted
         self.stop.step = step + 1
-
-    def _is_dear_to_save(self) -> bool:
-        """Whether the last checkpoint took seconds, and too few have passed since for another one."""
-        best, last = self.args.load_best_model_at_end, self.state.global_step >= self.state.max_steps
-        soon = time.time() - self._saved_at < self._save_seconds / SAVING_SHARE
-        return self.kept.spare_saves and not best and not last and self._any_process(self._save_seconds > 1 and soon)
 
     @property
     def _epoch_end_follows(self) -> bool:
@@ -178,27 +184,23 @@ class Safekeeping(Base):
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         if skip_scheduler and self.state.global_step > 0:  # eval_on_start: the first start has done it
             return {}
-        self._moment = self._now(evaluate=True, save=self.control.should_save)
-        self.stop.step = None if self._saved_step == self.state.global_step else self.state.global_step or None
-        with self._leaving_allowed():
+        with self._may_be_left(evaluate=True, save=self.control.should_save):
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         self._moment = None
         return metrics
 
-    def _leaving_allowed(self) -> contextlib.AbstractContextManager[None]:
-        """An evaluation may be left in the middle by a process that is alone: others would wait for it."""
-        return self.stop.leaving_allowed() if self.args.world_size == 1 else contextlib.nullcontext()
-
-    def _is_asked_to_stop(self) -> bool:
-        # Each process has its own moment of the signal: all leave at the step at which the first one has seen it
-        return self._any_process(self.stop.signal is not None)
+    @contextlib.contextmanager
+    def _may_be_left(self, **due: bool) -> Iterator[None]:
+        """A process that is alone may leave what is inside: the moment before is saved (others would wait for it)."""
+        self._moment, step = self._now(**due), self.state.global_step
+        self.stop.step = None if self._saved_step == step else step or None
+        with self.stop.leaving_allowed() if self.args.world_size == 1 else contextlib.nullcontext():
+            yield
 
     def _any_process(self, flag: bool) -> bool:
         if self.args.world_size == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), "sum").item())
-
-    # --- saving ---------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Stock saving into a folder aside; a thread makes it count while training goes on."""
@@ -214,12 +216,22 @@ class Safekeeping(Base):
             root.mkdir(parents=True, exist_ok=True)
             whole_or_absent.refuse_full_disk(root, self.checkpoint_bytes, f"the checkpoint of step {step}")
         self.accelerator.wait_for_everyone()
-        with self._cleaned_up(aside, step):
+        try:
             self._aside = aside
             super()._save_checkpoint(model, trial)
             self._aside = None
-            self._move_best(aside, root, written)
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best).is_relative_to(aside):  # under the name that it will have
+                self.state.best_model_checkpoint = str(root / Path(best).name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(written / "trainer_state.json"))
             self._save_own(written, moment)
+        except BaseException as error:  # what is half written goes
+            self._aside = None
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, Exception):
+                raise self._not_saved(step, error) from error
+            raise
         self.accelerator.wait_for_everyone()
         self._saved_step, self._saved_at = step, time.time()
         self._save_seconds = self._saved_at - started
@@ -237,49 +249,13 @@ class Safekeeping(Base):
         if self._aside is None:  # not before it is complete
             super()._push_from_checkpoint(checkpoint_folder)
 
-    @contextlib.contextmanager
-    def _cleaned_up(self, aside: Path, step: int) -> Iterator[None]:
-        """What is half written goes; TrainingError says why, and what is still there."""
-        try:
-            yield
-        except BaseException as error:
-            self._aside = None
-            shutil.rmtree(aside, ignore_errors=True)
-            if isinstance(error, Exception):
-                raise self._not_saved(step, error) from error
-            raise
-
     def _not_saved(self, step: int, error: BaseException) -> TrainingError:
         root = Path(self.args.output_dir)
         free = shutil.disk_usage(root).free / 1e9
         return TrainingError(
             f"the checkpoint of step {step} could not be written ({type(error).__name__}: {error}); {free:.2f} GB are "
-            f"free on its disk. Last good checkpoint: {self._newest() or 'none'}; the same command goes on from there"
+            f"free on its disk. Last good checkpoint: {self._newest()}; the same command goes on from there"
         )
-
-    def _move_best(self, aside: Path, root: Path, written: Path) -> None:
-        """The best checkpoint under the name that it will have."""
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).is_relative_to(aside):
-            self.state.best_model_checkpoint = str(root / Path(best).name)
-            if self.args.should_save:
-                self.state.save_to_json(str(written / "trainer_state.json"))
-
-    def _find_best(self) -> None:
-        """The best checkpoint so far where this run's checkpoints lie now: in a run directory that was moved
-        transformers forgets it (huggingface/transformers#48315). TrainingError where it is gone, and the run is to end
-        with it.
-        """
-        best = read_json(Path(self._checkpoint) / "trainer_state.json")["best_model_checkpoint"]
-        if best is None:
-            return
-        here = Path(self._get_output_dir(None)) / Path(best).name
-        if self.args.load_best_model_at_end and not here.is_dir():
-            raise TrainingError(
-                f"the best checkpoint so far, {here}, is gone, and trl.load_best_model_at_end=true ends with it: bring "
-                "it back, or start anew with resume=never"
-            )
-        self.state.best_model_checkpoint = str(here)
 
     @property
     def _state_file(self) -> str:
@@ -323,25 +299,23 @@ class Safekeeping(Base):
         if fault is not None and not quietly:
             raise fault
 
-    def _newest(self) -> Path | None:
+    def _newest(self) -> Path | str:
         from dpo_kit.trainer.resume.verified import find_fault
 
         paths = whole_or_absent.list_checkpoints(Path(self.args.output_dir))
-        return next((path for path in paths if not find_fault(path)), None)
+        return next((path for path in paths if not find_fault(path)), "none")
 
     def _refuse_small_disk(self) -> None:
         """ConfigError where model and checkpoints will not fit; an estimate from the weights, until one is written."""
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        model = sum(p.numel() * p.element_size() for p in weights)
+        model = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         self.checkpoint_bytes = (1 + OPTIMIZER_VALUES) * model
         root = Path(self.args.output_dir)
         root.mkdir(parents=True, exist_ok=True)
-        there = len(whole_or_absent.list_checkpoints(root))
-        more = max(0, (self.args.save_total_limit or 1) - there) + 1  # one more while the oldest is still there
-        more = more if self.args.save_strategy != "no" else 0
-        needed = model + more * self.checkpoint_bytes
+        there, more = len(whole_or_absent.list_checkpoints(root)), 0
+        if self.args.save_strategy != "no":
+            more = max(0, (self.args.save_total_limit or 1) - there) + 1  # one more while the oldest is still there
         what = f"this run ({more} checkpoints of {self.checkpoint_bytes / 1e9:.2f} GB and the model)"
-        whole_or_absent.refuse_full_disk(root, needed, what, ConfigError)
+        whole_or_absent.refuse_full_disk(root, model + more * self.checkpoint_bytes, what, ConfigError)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._same_dtypes():
@@ -360,50 +334,43 @@ class Safekeeping(Base):
             if weight.dtype != before[name]:
                 weight.data = weight.data.to(before[name])
 
-    # --- stopping and going on ------------------------------------------------------------------------------------
-
     def _now(self, *, evaluate: bool = False, save: bool = False) -> Moment:
         """The present moment, with what is still to be done at this step."""
-        due = {
-            "evaluate": evaluate,
-            "save": save,
-            "epoch_end": self._epoch_end_follows,
-            "stop": self.control.should_training_stop,
-            **self._logged,
-        }
+        due = {"evaluate": evaluate, "save": save, "epoch_end": self._epoch_end_follows}
+        due |= {"stop": self.control.should_training_stop, **self._logged}
         sizes = {name: path.stat().st_size for name, path in self.kept.record().items() if path.exists()}
         return Moment(carry(self), random_states(), sizes, len(self.state.log_history), due)
 
-    def _save_moment(self) -> None:
-        """Save what the last complete checkpoint does not have: the moment before the work that was left."""
-        moment, step = self._moment, self.state.global_step
-        if step > 0 and self._saved_step != step and moment is not None:
-            set_random_states(moment.random)
-            del self.state.log_history[moment.logged :]
-            self._save_checkpoint(self.model_wrapped, None)
-        self._finish_saving()
-
     def _catch_up(self, model: Any, trial: Any, epoch: Any, ignore_keys: Any, start_time: float) -> None:
-        """After a resume: carry on as if never stopped, first with what was still to be done at that step."""
+        """After a resume: carry on as if never stopped, first with what was still to be done at that step.
+        TrainingError where the best checkpoint so far is gone, and the run is to end with it.
+        """
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             return
         due = resumed["due"]
-        self._find_best()
+        best = read_json(Path(self._checkpoint) / "trainer_state.json")["best_model_checkpoint"]
+        if best is not None:
+            # where this run's checkpoints lie now: in a run directory that was moved transformers forgets it
+            # (huggingface/transformers#48315)
+            here = Path(self._get_output_dir(None)) / Path(best).name
+            if self.args.load_best_model_at_end and not here.is_dir():
+                raise TrainingError(
+                    f"the best checkpoint so far, {here}, is gone, and trl.load_best_model_at_end=true ends with it: "
+                    "bring it back, or start anew with resume=never"
+                )
+            self.state.best_model_checkpoint = str(here)
         self._load_rng_state(self._checkpoint)
         pick_up(self, resumed["carried"])
         self._boundary = None if due["epoch_end"] else self.state.global_step
-        rest = (ignore_keys, start_time)
+        given = (due["grad_norm"], model, trial, epoch, ignore_keys, start_time)
         if due["evaluate"]:
             self.control.should_evaluate, self.control.should_save = True, due["save"]
-            self._maybe_log_save_evaluate(self._tr_loss, due["grad_norm"], model, trial, epoch, *rest)
+            self._maybe_log_save_evaluate(self._tr_loss, *given)
         self._boundary = self.state.global_step
         if due["epoch_end"]:
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            rate = due["learning_rate"]
-            self._maybe_log_save_evaluate(
-                self._tr_loss, due["grad_norm"], model, trial, epoch, *rest, learning_rate=rate
-            )
+            self._maybe_log_save_evaluate(self._tr_loss, *given, learning_rate=due["learning_rate"])
         self.control.should_training_stop |= due["stop"]
         self._random_after = random_states()
 

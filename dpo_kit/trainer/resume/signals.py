@@ -1,16 +1,12 @@
 """Ctrl-C and SIGTERM while a trainer runs: the first one lets it save, a second Ctrl-C stops at once."""
 
-from __future__ import annotations
-
 import contextlib
-import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
-log = logging.getLogger(__name__)
 INSIST_SECONDS = 1.0
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -37,10 +33,13 @@ class StopRequest:
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The handler of both signals."""
         if os.getpid() != self._owner:  # a worker that loads data for us
-            _leave_worker(number)
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
         elif self.signal is None:
             self.signal = signal.Signals(number)
-            self._announce()
+            does = "stopping" if self.step is None else f"saving at step {self.step}"
+            again = " again" if number == signal.SIGINT else ""
+            _say(f"{NAMES[self.signal]}: {does}; Ctrl-C{again} stops at once")
             if self.may_leave:
                 threading.Thread(target=self._insist, daemon=True).start()
                 raise Interrupted
@@ -76,11 +75,6 @@ class StopRequest:
                 self._insisting = True
                 signal.pthread_kill(threading.main_thread().ident or 0, self.signal)
 
-    def _announce(self) -> None:
-        does = "stopping" if self.step is None else f"saving at step {self.step}"
-        again = " again" if self.signal == signal.SIGINT else ""
-        _say(f"{NAMES[signal.Signals(self.signal or 0)]}: {does}; Ctrl-C{again} stops at once")
-
 
 @contextlib.contextmanager
 def catch_signals(request: StopRequest) -> Iterator[None]:
@@ -96,11 +90,6 @@ def catch_signals(request: StopRequest) -> Iterator[None]:
         request.left.set()
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-
-def _leave_worker(number: int) -> None:
-    if number == signal.SIGTERM:
-        os._exit(128 + number)
 
 
 def _say(text: str) -> None:

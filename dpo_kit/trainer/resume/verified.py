@@ -1,11 +1,8 @@
 """Which checkpoints on the disk can be used: each is read and compared with its manifest, broken ones are set aside."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from dpo_kit.trainer.resume.whole_or_absent import (
     list_checkpoints,
 )
 
-BROKEN, EARLIER = "broken", "earlier"
 log = logging.getLogger(__name__)
 
 
@@ -45,22 +41,18 @@ def find_fault(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"
-    faults = (_file_fault(checkpoint / name, expected) for name, expected in files.items())
-    return next((fault for fault in faults if fault), None)
-
-
-def _file_fault(path: Path, expected: Mapping[str, Any]) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{path.name} has {size} bytes, not {expected['bytes']}"
-        with path.open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error})"
-    return None if same else f"{path.name} has other bytes than were written"
+    for path, expected in ((checkpoint / name, expected) for name, expected in files.items()):
+        try:
+            if (size := path.stat().st_size) != expected["bytes"]:
+                return f"{path.name} has {size} bytes, not {expected['bytes']}"
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{path.name} has other bytes than were written"
+        except FileNotFoundError:
+            return f"{path.name} is missing"
+        except OSError as error:
+            return f"{path.name} cannot be read ({error})"
+    return None
 
 
 def newest_verified(checkpoints: Path, *, writer: bool = True) -> Path | None:
@@ -69,14 +61,20 @@ def newest_verified(checkpoints: Path, *, writer: bool = True) -> Path | None:
     Raises ConfigError for one that was not written by dpo_kit: nothing says whether it is whole.
     """
     if writer:
-        tidy(checkpoints)
+        for path in checkpoints.glob(f"{REPLACED}-*"):  # after a crash: one that was about to be replaced comes back
+            final = path.with_name(path.name.removeprefix(f"{REPLACED}-"))
+            if not final.exists():
+                path.rename(final)
+        for path in (path for mark in (SAVING, REMOVING, REPLACED) for path in checkpoints.glob(f"{mark}-*")):
+            log.info("%s was not finished: removed", path)  # half written, or half removed
+            shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(checkpoints):
-        fault = find_fault(path)
-        if fault is None:
+        if (fault := find_fault(path)) is None:
             return path
         refuse_foreign(path)
         if writer:
-            set_aside(path, fault)
+            target = _rename(path, "broken")
+            log.warning("%s is broken (%s): set aside as %s", path, fault, target.name)
     return None
 
 
@@ -90,36 +88,19 @@ def refuse_foreign(checkpoint: Path) -> None:
         )
 
 
-def set_aside(checkpoint: Path, fault: str) -> None:
-    """Give a broken checkpoint a name under which nothing looks for it."""
-    target = _rename(checkpoint, BROKEN)
-    log.warning("%s is broken (%s): set aside as %s", checkpoint, fault, target.name)
-
-
 def put_by_later(checkpoints: Path, step: int) -> None:
     """Give checkpoints after `step` another name: a run that starts again there must not take them for its own."""
     for path in list_checkpoints(checkpoints):
         if int(path.name.rpartition("-")[2]) > step:
-            target = _rename(path, EARLIER)
+            target = _rename(path, "earlier")
             log.warning("%s is later than the start of this run: put by as %s", path, target.name)
 
 
 def _rename(checkpoint: Path, mark: str) -> Path:
+    """A name under which nothing looks for it."""
     names = (f"{mark}-{checkpoint.name}" + (f"-{number}" if number else "") for number in count())
     target = next(target for name in names if not (target := checkpoint.with_name(name)).exists())
     return checkpoint.rename(target)
-
-
-def tidy(checkpoints: Path) -> None:
-    """After a crash: a checkpoint that was about to be replaced comes back, one half written or half removed goes."""
-    for path in checkpoints.glob(f"{REPLACED}-*"):
-        final = path.with_name(path.name.removeprefix(f"{REPLACED}-"))
-        if not final.exists():
-            path.rename(final)
-    for mark in (SAVING, REMOVING, REPLACED):
-        for path in checkpoints.glob(f"{mark}-*"):
-            log.info("%s was not finished: removed", path)
-            shutil.rmtree(path, ignore_errors=True)
 
 
 INEXACT = {

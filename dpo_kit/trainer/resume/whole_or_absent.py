@@ -4,8 +4,6 @@ A checkpoint counts once its `manifest.json`, with size and sha256 of every file
 name. Only names that mean one step, `checkpoint-<step>`, are looked at.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -29,9 +27,8 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Every folder with the name of a checkpoint, the newest first."""
-    named = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in checkpoints.glob("checkpoint-*")}
-    found = {path: int(name[1]) for path, name in named.items() if name and path.is_dir()}
-    return sorted(found, key=lambda path: -found[path])
+    named = (path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    return sorted(filter(Path.is_dir, named), key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
 def complete(aside: Path, final: Path, facts: Mapping[str, Any]) -> None:
@@ -67,8 +64,7 @@ def rotate(checkpoints: Path, keep: int | None, best: str | None) -> None:
     for path in whole:
         if len(kept) < keep:
             kept.add(path.name)
-    for path in whole:
-        if path.name not in kept:
+        elif path.name not in kept:
             gone = path.with_name(f"{REMOVING}-{path.name}")  # half of a checkpoint must not look like one
             path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
@@ -98,9 +94,6 @@ def _describe_and_sync(path: Path) -> dict[str, Any]:
 
 def digest_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# --- room on the disk --------------------------------------------------------------------------------------------
 
 
 def refuse_full_disk(folder: Path, needed: int, what: str, error: type[Exception] = TrainingError) -> None:
