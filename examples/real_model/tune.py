@@ -56,7 +56,8 @@ def main(arguments):
     model = Path(options["model"] or fetch_model(FOLDER / "model"))
     judge = "judge=gold judge.module=keeps_to_it"
     policy = f"model=local model.path={model}"
-    write_rows(FOLDER / "prompts.jsonl", keeps_to_it.make_prompts()[: int(options["prompts"])])
+    asked = keeps_to_it.make_prompts()[: int(options["prompts"])]  # as chats: stock TRL wraps no text in a template
+    write_rows(FOLDER / "prompts.jsonl", [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in asked])
     seconds = {
         "answers, judged into pairs": dpo_kit(
             f"data mode=build {policy} build.prompts={FOLDER}/prompts.jsonl "
