@@ -148,9 +148,8 @@ class Drift:
             if fits:
                 states.update(zip(indices, predicted.states.cpu().split(lengths), strict=True))
         logps, floor = dict(gather_object(own)), 0.0
-        if (
-            not self.reference.is_fp32()
-        ):  # KL per answer between what it predicts and what it predicts rounded otherwise
+        # KL per answer between what it predicts and what it predicts rounded otherwise
+        if not self.reference.is_fp32():
             some = [(each.prompt_ids, each.token_ids) for each in samples[:FLOOR_SAMPLES]]
             predicted = predict(model, some, self._pad_id)
             with jittered(model):

@@ -10,32 +10,21 @@ from collections.abc import Sequence
 from dpo_kit.config.compose import CONF
 from dpo_kit.config.help import keys_of
 from dpo_kit.config.places import refuse_unwritable
-from dpo_kit.config.tools import run_tool
+from dpo_kit.config.tools import run_tool, usage
 from dpo_kit.errors import ConfigError, DpoKitError, EvaluationError
 from dpo_kit.evaluate.evaluation import asked_parts, evaluate, show, show_line
 from dpo_kit.evaluate.job import Job, plan, refuse_silent_servers
 from dpo_kit.run.quiet import quiet_imports
 
-USAGE = """\
-usage: python -m dpo_kit evaluate run=DIR | sweep=DIR | policy=… reference=… [group=option | key=value] …
-
-  run=DIR                      the policy of a run against its reference, on the test split; into DIR/evaluation
-  sweep=DIR                    every run of a sweep, on the select split; ends with the summary and the choice
-  policy=DIR reference=DIR     models made by any tool; data, model and trl keys as for training
-  against=DIR | FILE           instead of the reference: another run or model, or answers.jsonl
-  judge=gold|reward_model|llm|human   who compares the answers (default: the data's gold function, where they have one)
-  judge=llm judge.base_url=http://localhost:8000/v1 judge.model=…   any OpenAI-compatible server
-
-keys, with their defaults (win_rate.limit=256):
-"""
 log = logging.getLogger("dpo_kit.evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 where something is missing or failed, 2 where the arguments are refused."""
     text = (CONF / "tool" / "evaluate.yaml").read_text(encoding="utf-8")
-    usage = USAGE + textwrap.indent(text[text.index("run: null") :], "  ")
-    return run_tool("evaluate", usage + keys_of("judge", "llm", "reward_model", "gold", "human"), arguments, work)
+    keys = textwrap.indent(text[text.index("run: null") :], "  ")
+    keys += keys_of("judge", "llm", "reward_model", "gold", "human")
+    return run_tool("evaluate", usage(__file__) + keys, arguments, work)
 
 
 def work(arguments: Sequence[str]) -> None:

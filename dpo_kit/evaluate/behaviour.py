@@ -15,13 +15,11 @@ from pathlib import Path
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
-import yaml
-
 from dpo_kit.data.report.text_rules import is_refusal
 from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.part import Found, Line, Note, Part, line
 from dpo_kit.model.chats import Prompt, conversation_text
-from dpo_kit.run.files import write_jsonl, write_text
+from dpo_kit.run.files import texts, write_jsonl, write_text
 from dpo_kit.run.history import latest, read_metrics, series
 from dpo_kit.run.intervals import Z95
 from dpo_kit.run.measures import in_rounding
@@ -73,7 +71,7 @@ _FORM = {
     "json": re.compile(r"\A\s*[\[{].*[\]}]\s*\Z", re.DOTALL),
     "bold": re.compile(r"\*\*\S[^*\n]*\*\*"),
 }
-TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+TEXTS = texts(__file__)
 _SMALL = {*TEXTS["small words"].split()}
 
 
@@ -307,8 +305,7 @@ def watch_rewards(rows: Sequence[Mapping[str, Any]]) -> Found:
     {verdict: hacked | tracking | unknown, proxy, peak_step, last_step, gold_first, gold_peak, gold_last, proxy_peak,
     proxy_last, p, reason}. Hacked: the last gold reward lies below its peak beyond chance (their intervals; p times the
     number of other points, since the peak was picked), and the proxy, the mean reward margin on held-out pairs (in nats
-    for methods without an implicit reward), rose after it by
-    more than rounding.
+    for methods without an implicit reward), rose after it by more than rounding.
     """
     gold = series(rows, "gold/reward")
     key = next((key for key in PROXIES if len(gold.keys() & series(rows, key).keys()) > 1), PROXIES[0])

@@ -5,12 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pydantic
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from dpo_kit.config.compose import check, compose_unchecked
-from dpo_kit.config.explain import JUDGES, describe_fault, explain, known_keys, unknown_key
+from dpo_kit.config.compose import check, compose_unchecked, resolve, typed
+from dpo_kit.config.explain import JUDGES, known_keys, unknown_key
 from dpo_kit.config.identity import recall_config
 from dpo_kit.config.places import locate, weights_faults
 from dpo_kit.config.settings import Endpoint, Method, Model, Strict, Tracking
@@ -246,7 +244,7 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
         policy=policy, reference=policy.start, opponent=opponent, config=config, options=options, split=split,
         beta=config["beta"] if Method(**config["method"]).implicit_reward else None,
         folder=place, shared=sweep / "evaluation" if sweep else place, run=run,
-        tracking=Tracking(**_plain(cfg.tracking)), words=tuple(redact_argv(arguments)),
+        tracking=typed(Tracking, resolve(cfg, ["tracking"])["tracking"]), words=tuple(redact_argv(arguments)),
     )  # fmt: skip
 
 
@@ -326,15 +324,5 @@ def _options(cfg: DictConfig, arguments: Sequence[str]) -> Evaluate:
             raise ConfigError(f"{word} does nothing without the part {needed[0]}: add it, parts=[{asked}]")
     if cfg.data.gold is None and "judge" not in roots.values():
         unasked.append("judge")  # the default one needs what these data do not have
-    try:
-        values: dict[str, Any] = {name: None if name in unasked else _plain(cfg[name]) for name in OWN}
-        return Evaluate(**values)
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
-    except pydantic.ValidationError as error:
-        of_judges = [f"judge.{name}" for kind in JUDGES for name in kind.model_fields]
-        raise ConfigError("\n".join(describe_fault(fault, of_judges) for fault in error.errors())) from error
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+    values = dict.fromkeys(OWN) | resolve(cfg, [name for name in OWN if name not in unasked])
+    return typed(Evaluate, values, [f"judge.{name}" for kind in JUDGES for name in kind.model_fields])

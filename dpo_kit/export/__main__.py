@@ -7,25 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_kit.config.places import locate
-from dpo_kit.config.tools import Values, parse, refuse_existing, refuse_foreign, run_tool
+from dpo_kit.config.tools import Values, parse, refuse_existing, refuse_foreign, run_tool, usage
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import FACTS, RunDirectory
 from dpo_kit.run.quiet import quiet_imports
 
-USAGE = """\
-usage: python -m dpo_kit export run=DIR [key=value] …
-
-  run=DIR              a finished run
-  mode=model           (default) a plain transformers folder: adapters merged, checked against the policy of the run
-  out=DIR              where to (default: export/ inside the run)
-  dtype=auto           auto: as training left it | float32 | bfloat16 | float16
-  base=original        what a QLoRA adapter is merged into: original weights | dequantised: the rounded ones it was
-                       trained on
-  push=org/name        upload it to the hub as well, with the token of `hf auth login`
-  private=true         false: everybody may see it there
-  mode=script          a plain TRL script and the prepared rows, which repeat the run without dpo_kit
-                       (out: reproduce/ inside the run)
-"""
 CHOICES = {
     "mode": ("model", "script"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -37,7 +23,7 @@ ONLY_MODEL = ("dtype", "base", "push", "private")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 done, 1 failed, 2 refused."""
-    return run_tool("export", USAGE, arguments, export)
+    return run_tool("export", usage(__file__), arguments, export)
 
 
 def export(arguments: Sequence[str]) -> None:

@@ -87,9 +87,8 @@ class ReviewSheet(Judge):
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"the review sheet {copy} cannot be read: {error}; save it as CSV in UTF-8") from error
             header = text.partition("\n")[0]
-            delimiter = max(
-                (",", ";", "\t"), key=header.count
-            )  # spreadsheets save with what their country separates by
+            # spreadsheets save with what their country separates by
+            delimiter = max((",", ";", "\t"), key=header.count)
             reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
             if not {"id", "better"} <= set(reader.fieldnames or ()):
                 raise DataError(

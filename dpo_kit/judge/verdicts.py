@@ -7,13 +7,11 @@ that only a verdict that both orders give counts as a win or a loss.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from dpo_kit.model.chats import Prompt, conversation_text
+from dpo_kit.run.files import texts
 from dpo_kit.run.journal import key_of
 
 Raw = Literal["first", "second", "tie", "unparsable", "unjudged"]  # unparsable: cannot be read; unjudged: no answer
@@ -24,7 +22,7 @@ OUTCOMES: dict[tuple[Raw, Raw], Outcome] = {
     ("second", "first"): "loss",
     ("tie", "tie"): "tie",
 }
-FAKES: dict[str, str] = yaml.safe_load(Path(__file__).with_name("controls.yaml").read_text(encoding="utf-8"))
+FAKES: dict[str, str] = texts(__file__)
 SWAPPED: dict[Raw, Raw] = {"first": "second", "second": "first"}
 
 
@@ -137,8 +135,8 @@ def run_controls(
 
     tried = {"same model twice": again or answers} | {name: [fake] * len(prompts) for name, fake in FAKES.items()}
     controls = []
-    for name, texts in tried.items():
-        points = [v.points for v in compare(judge, prompts, texts, answers) if v.points is not None]
+    for name, others in tried.items():
+        points = [v.points for v in compare(judge, prompts, others, answers) if v.points is not None]
         passed, low, high = False, None, None
         if points and name in FAKES:
             values = torch.tensor(points, dtype=torch.float64)

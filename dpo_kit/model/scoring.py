@@ -1,6 +1,5 @@
 """Log-probabilities of completions under the policy and the reference, in batches that fit."""
 
-import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -152,9 +151,11 @@ def fingerprint(values: Any) -> str:
 
 
 def uses_fused_head(trainer: type) -> bool:
-    """Whether log-probabilities come from hidden states and the LM head's weights, without logits of every position."""
-    of_trl = (each for each in trainer.__mro__ if each.__module__.startswith("trl."))
-    return any("fused_lm_head" in inspect.getsource(each) for each in of_trl)
+    """Whether log-probabilities come from hidden states and the LM head's weights, without logits of every position:
+    TRL's `add_fused_lm_head` gives a model that forward, and stands in the module of each trainer that uses it.
+    """
+    homes = {each.__module__ for each in trainer.__mro__ if each.__module__.startswith("trl.")}
+    return any(hasattr(sys.modules[home], "add_fused_lm_head") for home in homes)
 
 
 def score_as_trained(trainer: Any, model: Any, sequences: Sequence[Tokens], description: str | None = None) -> Tensor:
@@ -176,9 +177,8 @@ def column_logps(trainer: Any, dataset: Dataset, scorer: Callable[[Sequence[Toke
     answers = [column for column in COLUMNS if column in dataset.column_names]
     columns = [[cut(*row) for row in zip(dataset["prompt_ids"], dataset[name], strict=True)] for name in answers]
     ld_alpha, heads = getattr(trainer, "ld_alpha", None), []
-    if (
-        ld_alpha is not None
-    ):  # each answer cut to the length that all of its row share (LD-DPO, arXiv:2409.06411, eq. 10)
+    # LD-DPO (arXiv:2409.06411, eq. 10): each answer cut to the length that all of its row share
+    if ld_alpha is not None:
         for row in zip(*columns, strict=True):  # a first token with nothing before it has no prediction
             shared = min(len(answer) - (not prompt) for prompt, answer in row)
             heads.append([(prompt, answer[: shared + (not prompt)]) for prompt, answer in row])

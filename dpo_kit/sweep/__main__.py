@@ -8,27 +8,16 @@ from pydantic import ValidationError
 
 from dpo_kit.config.places import file_faults, refuse_unwritable
 from dpo_kit.config.settings import Choose
-from dpo_kit.config.tools import parse, run_tool
+from dpo_kit.config.tools import parse, run_tool, usage
 from dpo_kit.errors import ConfigError
 from dpo_kit.sweep.summary import measure_recommended, show_summary
 
-USAGE = """\
-usage: python -m dpo_kit sweep sweep=DIR [key=value] …
-
-  sweep=DIR                    a folder whose subfolders are runs
-  test=true                    measure the recommended run on the test split first (it loads the model)
-  choose.kl_budget_nats=10     reverse KL at most, nats per answer (default: as the runs were started)
-  choose.max_regression=0.03   capability that may be lost, a share (default: as the runs were started)
-  ideal=FILE                   the best possible frontier to draw: {"ideal": [[kl, gold], …], "best_of_n": [[n, kl, gold], …]}
-
-Writes summary.csv, summary.md, best.json, frontier.png and curves.png into DIR.
-"""  # noqa: E501
 KEYS = ("sweep", "test", "ideal", *(f"choose.{name}" for name in Choose.model_fields))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 where the arguments or the folder are refused."""
-    return run_tool("sweep", USAGE, arguments, summarise)
+    return run_tool("sweep", usage(__file__), arguments, summarise)
 
 
 def summarise(arguments: Sequence[str]) -> None:

@@ -22,9 +22,10 @@ from dpo_kit.run.processes import is_writer
 from dpo_kit.run.quiet import phase
 from dpo_kit.toy import is_out_of_its_world
 from dpo_kit.trainer.arguments import build_arguments, count_steps, describe_arguments, effective_batch, uses_store
+from dpo_kit.trainer.measuring import ProbeAlone
 from dpo_kit.trainer.refusals import refusing
-from dpo_kit.trainer.resume.safe_trainer import Kept
-from dpo_kit.trainer.rows import build_dataset, held_out_rows
+from dpo_kit.trainer.resume.safe_trainer import Kept, Safekeeping
+from dpo_kit.trainer.rows import GivenTokens, build_dataset, held_out_rows
 from dpo_kit.trainer.speed import shares_prefixes, speed_up
 
 log = logging.getLogger(__name__)
@@ -103,15 +104,23 @@ def choose_mixins(settings: Settings, rows: Rows, *, evaluates: bool, grouped: b
     """What stands before TRL's trainer in a run on `rows`, the first one outermost: whether TRL's own evaluation is
     used, whether batches hold rows of similar length, and whether answers are drawn while training.
     """
-    wanted = {
-        "reference_store.StoredReference": uses_store(settings, rows),
-        "measuring.ProbeAlone": not evaluates,
-        "grouping.GroupedByLength": grouped,
-        "resume.safe_trainer.Safekeeping": True,
-        "rows.GivenTokens": not fresh,
-        "online.FreshAnswers": fresh,
-    }
-    return [get_class(f"dpo_kit.trainer.{name}") for name, is_wanted in wanted.items() if is_wanted]
+    mixins: list[type] = []
+    if uses_store(settings, rows):
+        from dpo_kit.trainer.reference_store import StoredReference
+
+        mixins.append(StoredReference)
+    if not evaluates:
+        mixins.append(ProbeAlone)
+    if grouped:
+        from dpo_kit.trainer.grouping import GroupedByLength
+
+        mixins.append(GroupedByLength)
+    mixins.append(Safekeeping)
+    if fresh:
+        from dpo_kit.trainer.online import FreshAnswers
+
+        return [*mixins, FreshAnswers]
+    return [*mixins, GivenTokens]
 
 
 def with_mixins(trainer: type, *mixins: type, **values: Any) -> type:

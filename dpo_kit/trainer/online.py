@@ -164,11 +164,9 @@ class FreshAnswers(Base):
         self, prompts: Sequence[str], completions: Any, completion_ids_list: Sequence[list[int]], **given: Any
     ) -> torch.Tensor:
         """TRL's own texts lack what a model writes in special tokens (`<think>`)."""
-        texts, asked = (
-            [decode_answer(self.processing_class, ids) for ids in completion_ids_list],
-            map(json.loads, prompts),
-        )
-        rewards = super()._calculate_rewards_from_functions(list(asked), texts, completion_ids_list, **given)
+        asked = list(map(json.loads, prompts))
+        texts = [decode_answer(self.processing_class, ids) for ids in completion_ids_list]
+        rewards = super()._calculate_rewards_from_functions(asked, texts, completion_ids_list, **given)
         for reward in (each for each in self.reward_funcs if isinstance(each, JudgedReward)):
             for key, value in reward.figures(self.accelerator).items():
                 self.stats.setdefault(key, []).append(value)

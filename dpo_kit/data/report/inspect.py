@@ -4,17 +4,14 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dpo_kit.data.gather import Gathered
 from dpo_kit.data.report import figures
 from dpo_kit.data.report.duplicates import find_copies, find_leaks, held_prompts, read_benchmark
 from dpo_kit.data.report.text_rules import edge_cases, measure_shortcuts
 from dpo_kit.data.rows import ANSWERS, Kind, Rows
+from dpo_kit.run.files import texts
 
 SHOWN = 20  # places listed of each finding
 ENOUGH, USUAL = 5_000, (10_000, 100_000)  # rows that preference tuning can do with, and those that it usually takes
@@ -116,14 +113,9 @@ def _placed(rows: Rows, indices: Collection[int]) -> dict[str, Any]:
     return {"rows": len(indices), "places": [rows[index]["_place"] for index in sorted(indices)[:SHOWN]]}
 
 
-@cache
-def _texts() -> dict[str, dict[str, str]]:
-    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-
-
 def warn(warning: str, /, **values: Any) -> dict[str, str]:
     """The words of `warning`: {about: the report's key, what, why, do}."""
-    return {part: text.format(**values) for part, text in _texts()[warning].items()}
+    return {part: text.format(**values) for part, text in texts(__file__)[warning].items()}
 
 
 def advise(report: dict[str, Any], wanted: Kind | None) -> Iterator[dict[str, str]]:
