@@ -160,9 +160,11 @@ def compare(model, run, held_out):
         f"--learning_rate {RATE} --per_device_train_batch_size {BATCH} --bf16 {str(given['bf16']).lower()} "
         f"--report_to none --save_strategy no --use_cpu"
     )
-    print(f"\n$ trl {words}", flush=True)
+    cores = str(os.cpu_count())  # by itself `trl` starts with one thread
+    print(f"\n$ OMP_NUM_THREADS={cores} trl {words}", flush=True)
     command = [sys.executable, "-c", "from trl.cli import main; main()", *words.split()]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    given_to = {"env": os.environ | {"OMP_NUM_THREADS": cores}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    printed = subprocess.run(command, check=True, text=True, **given_to).stdout
     stock = float(re.search(r"'train_runtime': '?([\d.]+)", printed)[1])
     spent = json.loads((run / "result.json").read_text())["seconds"]
     theirs, ours = measure(model, out, held_out), measure(model, run / "model", held_out)
