@@ -103,7 +103,16 @@ def test_checkpointing_keeps_less_and_computes_one_layer_again(tmp_path):
     assert whole / 3 < saved < 0.6 * whole  # three layers, of which one is computed again at a time
 
 
-@pytest.mark.parametrize("words", [[], ["model.tuning=lora"], ["trl.gradient_checkpointing=true"], ["trl.bf16=true"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.tuning=lora"],
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in ([], ["trl.gradient_checkpointing=true"], ["trl.bf16=true"])
+        ),
+    ],
+)
 def test_memory_counted_of_two_layers_is_that_of_all_where_they_are_alike(words, tmp_path, monkeypatch):
     settings, args = _settings(*words), _args(tmp_path, *words)
     whole = _memory(tmp_path, *words)

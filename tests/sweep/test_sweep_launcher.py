@@ -340,6 +340,7 @@ def is_alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_jobs_that_raise_exit_die_or_hang_stop_no_other_and_a_second_start_runs_exactly_them(sweep, tmp_path):
     fake = "0.05=fail 0.1=exit 0.2=kill 0.5=ignore"
     words = ["beta-sweep=wide", "hydra.launcher.timeout_minutes=0.05"]
@@ -479,6 +480,7 @@ def test_a_sweep_of_two_betas_trains_both_and_the_second_starts_warm(command, tm
     assert again.returncode == 0 and "2 of 2 jobs were done by an earlier start" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_warm_job_imports_nothing_that_takes_time(tmp_path):
     """Fails when a run needs a module that dpo_kit/sweep/launch/warm.py does not name."""
     words = few_pairs(tmp_path / "pairs.jsonl")

@@ -40,8 +40,15 @@ def pairs(tmp_path_factory):
         ("simpo", {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0, "beta": 2.0}),
     ],
 )
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize(("fast", "relative"), [(False, 1e-6), (True, 1e-5)])
+@pytest.mark.parametrize(
+    ("tuning", "fast", "relative"),
+    [
+        ("full", False, 1e-6),
+        ("lora", True, 1e-5),
+        pytest.param("full", True, 1e-5, marks=pytest.mark.slow),
+        pytest.param("lora", False, 1e-6, marks=pytest.mark.slow),
+    ],
+)
 def test_losses_equal_those_of_plain_trl(method, own, tuning, fast, relative, pairs, tmp_path):
     cfg = compose(
         [

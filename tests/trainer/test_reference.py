@@ -213,6 +213,7 @@ tiny.trainer("dpo", folder, Path(out), **store, precompute_ref_log_probs=True)
 """
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_computes_and_the_other_reads(folder, tmp_path):
     start = [sys.executable, "-c", WORKER, folder, str(tmp_path / "store")]
     both = [subprocess.Popen([*start, str(tmp_path / name)], cwd=ROOT) for name in ("a", "b")]

@@ -53,8 +53,11 @@ def losses(kind, folder, tmp_path, *, share, **options):
 @pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "cpo", "simpo"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"peft_config": tiny.LORA}, {"gradient_checkpointing": True, "max_length": 7}],
-    ids=["full", "lora", "checkpointed and truncated"],
+    [
+        pytest.param({}, id="full"),
+        pytest.param({"peft_config": tiny.LORA}, id="lora", marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True, "max_length": 7}, id="checkpointed and truncated"),
+    ],
 )
 def test_losses_of_fifty_steps_stay_the_same_when_each_token_is_computed_once(kind, options, folder, tmp_path):
     expected = losses(kind, folder, tmp_path / "padded", share=False, **options)

@@ -171,6 +171,7 @@ def test_the_command_gives_the_same_result_as_the_api(small_run, few, command, t
     assert again.returncode == 0 and "held-out accuracy" in again.stdout
 
 
+@pytest.mark.slow
 def test_wandb_holds_every_metric_of_the_record_and_no_secret(few, command, tmp_path):
     canary = "hf_" + "canary" * 6
     overrides = [o for o in few if o != "tracking=none"] + ["tracking.project=lab"]
@@ -186,7 +187,9 @@ def test_wandb_holds_every_metric_of_the_record_and_no_secret(few, command, tmp_
     assert canary.encode() not in log.read_bytes()
 
 
-@pytest.mark.parametrize("tuning", ["full", pytest.param("lora", marks=pytest.mark.slow), "qlora"])
+@pytest.mark.parametrize(
+    "tuning", ["full", *(pytest.param(each, marks=pytest.mark.slow) for each in ("lora", "qlora"))]
+)
 def test_callbacks_change_no_loss(few, tmp_path, tuning):
     def losses(callbacks):
         run = [*few, f"model.tuning={tuning}", f"callbacks={callbacks}"]
@@ -268,7 +271,7 @@ def test_every_method_runs_on_the_embedded_lab(method, few, tmp_path):
     assert ("probe/reward_margin" in result.final) == compose([f"method={method}"]).method.implicit_reward
 
 
-@pytest.mark.parametrize("tuning", ["lora", "qlora"])
+@pytest.mark.parametrize("tuning", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_adapters_are_tuned_and_saved(few, tmp_path, tuning):
     result = train(compose([*few, f"model.tuning={tuning}", "data.gold=null"]), tmp_path)
     assert (tmp_path / "model" / "adapter_model.safetensors").exists() and result.final["probe/margin_nats"] != 0
