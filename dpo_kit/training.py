@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from dpo_kit.config.compose import check
@@ -22,16 +21,13 @@ from dpo_kit.run.files import write_json
 from dpo_kit.run.lock import only_writer
 from dpo_kit.run.processes import is_writer
 from dpo_kit.run.quiet import phase, quiet_libraries
-from dpo_kit.trainer.budget import chosen_amount, spent
 from dpo_kit.trainer.build import build_trainer
 from dpo_kit.trainer.finish import Result, finish_run, write_failure
-from dpo_kit.trainer.manifest import build_manifest, keep_date, typed_command
-from dpo_kit.trainer.measuring import add_callbacks, findings_before_training
+from dpo_kit.trainer.manifest import build_manifest, chosen_amount, keep_date, typed_command
+from dpo_kit.trainer.measuring import add_callbacks, findings_before_training, spent
 from dpo_kit.trainer.recorder import start_tracking
 from dpo_kit.trainer.refusals import explain_stop
-from dpo_kit.trainer.resume.find import begin_from, find_checkpoint, how_to_go_on
 from dpo_kit.trainer.resume.signals import Interrupted
-from dpo_kit.trainer.resume.whole_or_absent import explain_full_disk
 from dpo_kit.trainer.rows import prepare_data, report_data
 
 log = logging.getLogger(__name__)
@@ -62,10 +58,13 @@ def _train(settings: Settings, run: RunDirectory) -> Result:
     with phase("reading the rows"):
         data = prepare_data(settings, tokenizer)
     manifest = build_manifest(settings, data, typed_command(), tokenizer, date, chosen_amount(run))
-    checkpoint = find_checkpoint(settings, run, manifest)
-    if is_writer():  # not before: a start that is refused leaves what is there as it is
-        run.result.unlink(missing_ok=True)  # how an earlier start ended; none of it means running or killed
-    begin_from(run, checkpoint)
+    checkpoint: Path | None = None
+    of_earlier_start = (run.checkpoints, run.result, *run.record().values())
+    if settings.resume not in ("auto", "never") or any(path.exists() for path in of_earlier_start):
+        from dpo_kit.trainer.resume.go_on import begin_from, find_checkpoint
+
+        checkpoint = find_checkpoint(settings, run, manifest)
+        begin_from(run, checkpoint)  # not before: a start that is refused leaves what is there as it is
     if is_writer():
         write_json(run.manifest, manifest)
         report_data(data, run)
@@ -107,19 +106,13 @@ def run_trainer(trainer: Any, run: RunDirectory, checkpoint: Path | None, comman
     started = time.time()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"out of memory at step {trainer.state.global_step + 1}: take speed.checkpointing=true, fewer rows at a "
-            "time (trl.per_device_train_batch_size, and as many times more trl.gradient_accumulation_steps), or "
-            "model.tuning=lora"
-        ) from error
-    except OSError as error:
-        raise explain_full_disk(error, run.root) from error
     except (DpoKitError, RecursionError):
         raise
     except Exception as error:
-        raise explain_stop(error, trainer.state.global_step) from error
+        raise explain_stop(error, trainer.state.global_step, run.root) from error
     except Interrupted:
+        from dpo_kit.trainer.resume.go_on import how_to_go_on
+
         log.info("stopped after step %d; to go on: %s", trainer.state.global_step, how_to_go_on(run, command))
         raise trainer.stop.exception() from None
     if trainer.state.global_step == 0:

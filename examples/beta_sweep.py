@@ -33,7 +33,8 @@ def main():
             label = f"{name} at beta {run['beta']}"
             print(f"{label:<25}  {float(run[key]):.3f}")
     best = json.loads((FOLDER / "best.json").read_text())
-    print(f"\nrecommended: {best['recommended']}\n{best['reason']}\npicture: {FOLDER / 'frontier.png'}")
+    step = f" at step {best['step']}" if best["step"] else ""
+    print(f"\nrecommended: {best['recommended']}{step}\n{best['reason']}\npicture: {FOLDER / 'frontier.png'}")
 
 
 if __name__ == "__main__":

@@ -22,15 +22,15 @@ from rich.table import Table
 from dpo_kit import compose, train
 from dpo_kit.callbacks.drift import Drift, drift_metrics
 from dpo_kit.callbacks.gold import GoldFigures, load_gold
+from dpo_kit.callbacks.reference import Reference
 from dpo_kit.config.compose import check
 from dpo_kit.data.__main__ import compose_tool
 from dpo_kit.data.build.pairs import build_pairs
 from dpo_kit.data.build.prompts import read_prompts
-from dpo_kit.data.prepare import distinct_prompts
+from dpo_kit.data.other_rows import distinct_prompts
 from dpo_kit.export.folder import export_run
 from dpo_kit.model.batches import measuring
 from dpo_kit.model.load import load_reference, load_tokenizer
-from dpo_kit.model.scoring import Reference
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json, write_jsonl
 from dpo_kit.toy import MODEL
@@ -65,7 +65,7 @@ def build(folder, number, start, count, words):
         return read_json(report)
     own = [f"model.path={start}", f"out={folder / 'pairs'}", f"build.prompts={folder / 'prompts.jsonl'}"]
     cfg = compose_tool(["mode=build", *words, *own])
-    every = read_prompts(None, check(compose(training_words(words))).data, None).prompts
+    every, _ = read_prompts(None, check(compose(training_words(words))).data, None)
     first = (number - 1) * count
     chosen = [every[index % len(every)] for index in range(first, first + min(count, len(every)))]
     write_jsonl(folder / "prompts.jsonl", ({"prompt": prompt} for prompt in chosen))

@@ -86,7 +86,7 @@ def side(runs, name):
 
 
 def describe(run):
-    gold = {end: run.final(f"gold/reward{end}") for end in ("", "_low", "_high")}
+    gold = {end: run.measured.get(f"gold/reward{end}") for end in ("", "_low", "_high")}
     return {"method": run.method, "beta": run.beta, "seed": run.seed, "kl_reverse_nats": run.kl_reverse,
             **{f"gold_reward{end}": value for end, value in gold.items()}, "seconds": run.seconds}  # fmt: skip
 

@@ -77,7 +77,7 @@ REFUSED = {
 def refused(monkeypatch, tmp_path, capsys):
     """Run the command in an empty folder, as far as its refusal; what it said."""
     from dpo_kit.cli import main as cli
-    from dpo_kit.config import tools as tool
+    from dpo_kit.config.exits import REFUSED
 
     def run(words):
         monkeypatch.chdir(tmp_path)
@@ -91,7 +91,7 @@ def refused(monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             cli.main()
         said = capsys.readouterr()
-        assert end.value.code == tool.REFUSED, said
+        assert end.value.code == REFUSED, said
         return said.out + said.err
 
     return run
@@ -161,7 +161,7 @@ def test_what_merely_looks_like_a_secret_is_accepted(monkeypatch):
 
 @pytest.mark.fault("a secret given to a tool", promise="P10")
 def test_the_tools_refuse_secrets_as_well(capsys):
-    from dpo_kit.config.tools import REFUSED as EXIT
+    from dpo_kit.config.exits import REFUSED as EXIT
     from dpo_kit.config.tools import run_tool
 
     assert run_tool("sweep", "", [f"sweep={URL}"], lambda _: pytest.fail("ran")) == EXIT

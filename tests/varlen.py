@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_kit.trainer import prefix
+from dpo_kit.trainer import on_gpu, prefix
 
 
 def varlen_attn(
@@ -57,6 +57,6 @@ def take_one_call(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         calls.append((len(query), len(key)))
         return varlen_attn(query, key, *told, **options)  # type: ignore[arg-type]
 
-    patch.setattr(prefix, "varlen_attn", counted)
+    patch.setattr(on_gpu, "varlen_attn", counted)
     patch.setattr(prefix, "takes_one_call", lambda query, value: True)
     return calls

@@ -18,15 +18,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 
 from dpo_kit.callbacks.drift import Divergence, Drift, ReferenceSamples, drift_metrics
 from dpo_kit.callbacks.probe import PairProbe, name_rows
+from dpo_kit.callbacks.reference import Reference
 from dpo_kit.callbacks.scores import preference_metrics, reward_metrics
 from dpo_kit.config.extensions import call_metrics
-from dpo_kit.model.batches import forked_random, measuring
+from dpo_kit.model.batches import measuring, random_states, set_random_states
 from dpo_kit.model.sampling import Sample
-from dpo_kit.model.scoring import Reference
 from dpo_kit.run.quiet import phase
 
 logger = logging.getLogger(__name__)
@@ -149,18 +149,30 @@ class OwnMetrics(_OfProbe):
             return call_metrics(self.paths, self.probe.rows, scores)
 
 
+@contextmanager
+def forked_random(seed: int) -> Iterator[None]:
+    """Inside, every generator that training draws from is seeded with `seed`; after, each is as it was before."""
+    states = random_states()
+    set_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
 class KLDrift(_Measuring):
     """KL between policy and reference in nats per response, forward and reverse, on samples at temperature 1.
 
     Forward, KL(reference‖policy), at every measurement, on samples of the reference drawn once. Reverse,
-    KL(policy‖reference), at step 0, at the evaluation nearest half-way and at the end, on fresh samples of the policy.
-    Both Rao-Blackwellized (arXiv:2504.10637), with k1 beside as a check, standard errors by bootstrap over prompts, per
-    token, and the share of samples cut at the token limit (which makes the value a lower bound).
+    KL(policy‖reference), on fresh samples of the policy: at step 0 and at `moments` (2) more, spread evenly up to the
+    end, each at the evaluation that is nearest. Both Rao-Blackwellized (arXiv:2504.10637), with k1 beside as a check,
+    standard errors by bootstrap over prompts, per token, and the share of samples cut at the token limit (which makes
+    the value a lower bound).
 
     `options` are those of `Drift`: `max_new_tokens` (64) of an answer, `seed` (0), `batch_size`, `tokens_per_batch`,
     `cache_bytes` (1 GiB) and `shared`. What the reference predicts along its samples (hidden states, and its LM head)
     is kept up to `cache_bytes`; beyond, where it cannot be run beside the policy, evaluations log k1 alone and
-    `Reference(reload=...)` serves start, half-way and end.
+    `Reference(reload=...)` serves the moments at which the policy is sampled.
 
     Each of `on_samples` is called as `hook(step, samples)` with the fresh policy samples; what it returns is logged.
     """
@@ -174,6 +186,7 @@ class KLDrift(_Measuring):
         *,
         reference: Reference | None = None,
         samples_per_prompt: int = 1,
+        moments: int = 2,
         on_samples: Sequence[Callable[[int, list[Sample]], Metrics]] = (),
         **options: Any,
     ) -> None:
@@ -182,19 +195,21 @@ class KLDrift(_Measuring):
         distinct = {row["prompt_id"]: row for row in name_rows(prompts)}
         rows = [row for row in distinct.values() for _ in range(samples_per_prompt)]
         self.drift = Drift(self.reference, rows, **options)
-        self.on_samples, self.samples_per_prompt = list(on_samples), samples_per_prompt
+        self.on_samples, self.samples_per_prompt, self.moments = list(on_samples), samples_per_prompt, moments
         self._prepared: ReferenceSamples | None = None
         self._forward_at: tuple[int, bool, bool] | None = None
         self._forward_metrics: Metrics = {}
-        self._previous_step, self._half_way_done = 0, False
+        self._divergence: Divergence | None = None  # forward, as last measured
+        self._previous_step, self._moments_done = 0, 0
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The prompts that are answered, a row for each answer."""
         return self.drift.rows
 
-    def take(self, prompts: int, max_new_tokens: int) -> None:
-        """Answer only the first `prompts`, in at most so many tokens; before anything is drawn."""
+    def take(self, prompts: int, max_new_tokens: int, moments: int) -> None:
+        """Answer only the first `prompts`, in at most so many tokens, at so many moments; before anything is drawn."""
+        self.moments = moments
         self.drift.take(prompts * self.samples_per_prompt, max_new_tokens)
 
     def prepare(self) -> None:
@@ -204,7 +219,7 @@ class KLDrift(_Measuring):
 
     def measure(self, moment: str, *, kept: bool) -> Metrics:
         step = self.trainer.state.global_step
-        full = moment != "evaluation" or self._is_half_way(step)
+        full = moment != "evaluation" or self._is_a_moment(step)
         self.prepare()
         with measuring(self.trainer, *self.reference.models):
             if not full:
@@ -213,15 +228,17 @@ class KLDrift(_Measuring):
                 return {**self._forward(step, kept), **self._reverse(step)}
 
     def carry(self) -> dict[str, Any]:
-        return super().carry() | {"previous_step": self._previous_step, "half_way_done": self._half_way_done}
+        return super().carry() | {"previous_step": self._previous_step, "moments_done": self._moments_done}
 
     def pick_up(self, carried: dict[str, Any]) -> None:
         super().pick_up(carried)
-        self._previous_step, self._half_way_done = carried["previous_step"], carried["half_way_done"]
+        self._previous_step = carried["previous_step"]
+        self._moments_done = carried.get("moments_done", int(carried.get("half_way_done", False)))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._forward_at = None
-        self._previous_step, self._half_way_done = state.global_step, 2 * state.global_step > state.max_steps
+        self._previous_step = state.global_step
+        self._moments_done = sum(moment < state.global_step for moment in self._between(state.max_steps))
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -232,7 +249,7 @@ class KLDrift(_Measuring):
         assert self._prepared is not None
         moment = (step, kept, self._prepared.states is not None or self.reference.live)
         if self._forward_at != moment:
-            divergence = self.drift.forward(self._prepared)
+            divergence = self._divergence = self.drift.forward(self._prepared)
             if step == 0:
                 self._check_start(divergence, self._prepared.samples)
             self._forward_metrics = drift_metrics("forward", divergence, self._prepared.samples)
@@ -247,9 +264,13 @@ class KLDrift(_Measuring):
         samples = self._prepared.samples if untrained else self.drift.draw(self.trainer.model)
         values: Metrics = {"probe/sample_tokens": sum(len(each.token_ids) for each in samples) / len(samples)}
         if self.reference.live or step == 0:
-            divergence = self.drift.reverse(samples)
-            if step == 0:
-                self._check_start(divergence, samples)
+            forward = self._divergence
+            if untrained and forward and forward.rb is not None and not self.reference.reloaded:
+                divergence = Divergence(forward.rb, -forward.k1)  # the same answers under the same models
+            else:
+                divergence = self.drift.reverse(samples)
+                if step == 0:
+                    self._check_start(divergence, samples)
             values |= drift_metrics("reverse", divergence, samples)
         else:
             logger.warning("reverse KL is not measured: the start model is gone; pass Reference(trainer, reload=...)")
@@ -260,14 +281,21 @@ class KLDrift(_Measuring):
     def _check_start(self, divergence: Divergence, samples: list[Sample]) -> None:
         self.reference.check_start(divergence.k1, torch.tensor([len(each.token_ids) for each in samples]))
 
-    def _is_half_way(self, step: int) -> bool:
-        """Whether this evaluation is the one nearest to half the steps (the next is taken to be as far again)."""
-        half, interval = self.trainer.state.max_steps / 2, step - self._previous_step
-        if self._half_way_done or interval <= 0 or step >= self.trainer.state.max_steps:
+    def _between(self, steps: int) -> list[float]:
+        """The moments between start and end, in steps."""
+        return [number * steps / self.moments for number in range(1, self.moments)]
+
+    def _is_a_moment(self, step: int) -> bool:
+        """Whether this evaluation is the one nearest to a moment (the next is taken to be as far again)."""
+        steps, interval = self.trainer.state.max_steps, step - self._previous_step
+        if interval <= 0 or step >= steps:
             return False
-        self._previous_step = step
-        self._half_way_done = abs(step - half) <= abs(step + interval - half)
-        return self._half_way_done
+        self._previous_step, done = step, self._moments_done
+        for moment in self._between(steps)[done:]:
+            if abs(step - moment) > abs(step + interval - moment):
+                break
+            self._moments_done += 1
+        return self._moments_done > done
 
 
 class Patience(EarlyStoppingCallback):

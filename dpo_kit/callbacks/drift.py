@@ -12,19 +12,13 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from dpo_kit.callbacks.metrics import bootstrap_se, rao_blackwell
+from dpo_kit.callbacks.reference import Reference, fingerprint
 from dpo_kit.model.batches import pad_token_id
 from dpo_kit.model.chats import prompt_of
 from dpo_kit.model.head import Head, Tokens, read_head
 from dpo_kit.model.predicted import Mixed, Predicted, completion_targets, jittered, predict, token_logps
 from dpo_kit.model.sampling import Sample, draw_samples
-from dpo_kit.model.scoring import (
-    Reference,
-    add_up,
-    batch_size_in_tokens,
-    fingerprint,
-    length_sorted_batches,
-    take_turns,
-)
+from dpo_kit.model.scoring import add_up, batch_size_in_tokens, length_sorted_batches, take_turns
 from dpo_kit.model.tokens import encode_prompts
 from dpo_kit.model.turns import stop_ids
 
@@ -245,15 +239,11 @@ def drift_metrics(direction: str, divergence: Divergence, samples: list[Sample])
     prompts), nats per token, share of samples cut at the token limit. k1 stands beside rb as a check, or
     alone."""
     prompts = [sample.row["prompt_id"] for sample in samples]
-    tokens = sum(len(sample.token_ids) for sample in samples)
-    estimates = {"rb": divergence.rb, "k1": divergence.k1}
-    main = "k1" if divergence.rb is None else "rb"
+    estimates = {f"probe/kl_{direction}_{name}_nats": kl for name, kl in vars(divergence).items() if kl is not None}
     values: dict[str, float] = {}
-    for estimator, kl in estimates.items():
-        if kl is not None:
-            name = f"probe/kl_{direction}_{estimator}_nats"
-            values |= {name: float(kl.mean()), f"{name}_se": bootstrap_se(kl, prompts)}
-    name, kl = f"probe/kl_{direction}_{main}_nats", estimates[main]
-    values[f"{name}_per_token"] = float(kl.sum()) / tokens if kl is not None else float("nan")
+    for name, kl in estimates.items():
+        values |= {name: float(kl.mean()), f"{name}_se": bootstrap_se(kl, prompts)}
+    name, kl = next(iter(estimates.items()))
+    values[f"{name}_per_token"] = float(kl.sum()) / sum(len(sample.token_ids) for sample in samples)
     values[f"{name}_cut_share"] = sum(sample.cut for sample in samples) / len(samples)
     return values

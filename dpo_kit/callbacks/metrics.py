@@ -184,9 +184,11 @@ def bootstrap_means(values: Tensor, clusters: Sequence[str], draws: int = DRAWS)
     return (weights @ values.double()) / weights.sum(1)
 
 
-def bootstrap_interval(values: Tensor, clusters: Sequence[str], draws: int = DRAWS) -> tuple[float, float]:
-    """95 % percentile interval of the mean, by bootstrap over clusters; in the unit of the values."""
-    return _interval(bootstrap_means(values, clusters, draws))
+def bootstrap_interval(
+    values: Tensor, clusters: Sequence[str], draws: int = DRAWS, level: float = 0.05
+) -> tuple[float, float]:
+    """Percentile interval of the mean (95 % at a `level` of .05), by bootstrap over clusters; in the values' unit."""
+    return _interval(bootstrap_means(values, clusters, draws), level)
 
 
 def bootstrap_se(values: Tensor, clusters: Sequence[str]) -> float:
@@ -238,11 +240,11 @@ def _cluster_weights(clusters: Sequence[str], draws: int = DRAWS) -> Tensor:
     return counts.scatter_add_(1, drawn, counts.new_ones(1, 1).expand_as(drawn))[:, groups]
 
 
-def _interval(means: Tensor) -> tuple[float, float]:
+def _interval(means: Tensor, level: float = 0.05) -> tuple[float, float]:
     finite = means[means.isfinite()]
     if not len(finite):
         return math.nan, math.nan
-    low, high = torch.quantile(finite, torch.tensor([0.025, 0.975], dtype=finite.dtype)).tolist()
+    low, high = torch.quantile(finite, torch.tensor([level / 2, 1 - level / 2], dtype=finite.dtype)).tolist()
     return low, high
 
 

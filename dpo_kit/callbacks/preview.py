@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, TrainerCallback
 
 from dpo_kit.callbacks.drift import Drift, drift_metrics
+from dpo_kit.callbacks.reference import Reference
 from dpo_kit.model.batches import measuring
 from dpo_kit.model.sampling import Sample
-from dpo_kit.model.scoring import Reference
 from dpo_kit.run.files import write_json
 
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from dpo_kit.callbacks.reference import Reference, fingerprint
 from dpo_kit.callbacks.scores import Scores
 from dpo_kit.errors import DataError
 from dpo_kit.model.batches import measuring, pad_token_id
 from dpo_kit.model.head import Tokens
 from dpo_kit.model.predicted import jittered
-from dpo_kit.model.scoring import Reference, batch_size_in_tokens, fingerprint, score
+from dpo_kit.model.scoring import batch_size_in_tokens, score
 from dpo_kit.model.tokens import Truncation, ids_of_rows
-from dpo_kit.run.files import finite
+from dpo_kit.run.files import finite, write_text
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -70,25 +71,22 @@ class PairProbe:
         self._arrange(*map(list, zip(*usable, strict=True)))
 
     def _arrange(self, rows: list[Row], cut: list[list[Tokens]]) -> None:
-        """Sequences: first answers of all `rows`, then second ones; and of each row that of chosen and rejected."""
+        """Sequences: first answers of all `rows`, then second ones; and which rows have a chosen, and a rejected."""
         self.rows = rows
         self._sequences = [row[column] for column in range(len(cut[0])) for row in cut]
         self._tokens = torch.tensor([len(completion) for _, completion in self._sequences])
-        indices: Sequence[int] = range(len(rows))
-        self._sides: tuple[list[int | None], list[int | None]] = [*indices], [len(rows) + index for index in indices]
-        if not self.paired:
-            labels = [bool(row["label"]) for row in rows]
-            if len(set(labels)) < 2:
-                what = "unary rows need both labels, true and false; give held-out rows of either class"
-                raise DataError(f"probe rows: {what}")
-            chosen = [index if label else None for index, label in zip(indices, labels, strict=True)]
-            self._sides = chosen, [None if label else index for index, label in zip(indices, labels, strict=True)]
+        self._sides = [
+            [index for index, row in enumerate(rows) if self.paired or bool(row["label"]) == side]
+            for side in (True, False)
+        ]
+        if not all(self._sides):
+            what = "unary rows need both labels, true and false; give held-out rows of either class"
+            raise DataError(f"probe rows: {what}")
 
     def take(self, count: int) -> None:
         """Score only the first `count` rows, or a few more for both classes; before anything is scored."""
         if not self.paired:
-            labels = [bool(row["label"]) for row in self.rows]
-            count = max(count, labels.index(True) + 1, labels.index(False) + 1)
+            count = max(count, *(side[0] + 1 for side in self._sides))
         if count < len(self.rows):
             self._arrange(self.rows[:count], self.by_row()[:count])
 
@@ -122,12 +120,11 @@ class PairProbe:
             logps = self._score(self.trainer.model)
             if self._reference_logps is None:
                 self._reference_logps = self._find_reference_logps(logps) if step == 0 else self._restore()
-        chosen, rejected = ([index for index in side if index is not None] for side in self._sides)
-        prompts_chosen, prompts_rejected = (
-            [row["prompt_id"] for row, index in zip(self.rows, side, strict=True) if index is not None]
-            for side in self._sides
-        )
         logratios, tokens = logps - self._reference_logps, self._tokens
+        chosen, rejected = self._sides
+        prompts_chosen, prompts_rejected = ([self.rows[index]["prompt_id"] for index in side] for side in self._sides)
+        if self.paired:  # the second answers of all rows
+            rejected = [len(self.rows) + index for index in rejected]
         of_tensors = (logratios[chosen], logratios[rejected], tokens[chosen], tokens[rejected])
         return Scores(step, self.paired, *of_tensors, prompts_chosen, prompts_rejected, self.floor_nats)
 
@@ -166,22 +163,20 @@ class PairProbe:
             # only lines of earlier steps stay: a resumed run scores again what came after its checkpoint
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             earlier = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < scores.step]
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(earlier), encoding="utf-8")
-            partial.replace(self.path)
+            write_text(self.path, "".join(earlier))
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in self._lines(scores))
         self._written_step = scores.step
 
     def _lines(self, scores: Scores) -> Iterator[Row]:
-        columns: dict[str, list[Any]] = {}
+        columns: dict[str, dict[int, Any]] = {}
         for name in ("logratio_{}_nats", "tokens_{}"):
-            for side, places in zip(("chosen", "rejected"), self._sides, strict=True):
-                values = iter(getattr(scores, name.format(side).removesuffix("_nats")).tolist())
-                columns[name.format(side)] = [None if place is None else next(values) for place in places]
+            for side, indices in zip(("chosen", "rejected"), self._sides, strict=True):
+                values = getattr(scores, name.format(side).removesuffix("_nats")).tolist()
+                columns[name.format(side)] = dict(zip(indices, values, strict=True))
         for index, row in enumerate(self.rows):
             named = {"step": scores.step, "pair_id": row["pair_id"], "prompt_id": row["prompt_id"]}
-            yield named | finite({name: column[index] for name, column in columns.items()})
+            yield named | finite({name: column.get(index) for name, column in columns.items()})
 
 
 def name_rows(rows: Sequence[Row]) -> list[Row]:

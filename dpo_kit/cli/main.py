@@ -29,18 +29,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_kit.config.compose import CONF, check, compose_unchecked, refuse_idle, register, search_path, without_hydra
+from dpo_kit.config.exits import guard
 from dpo_kit.config.identity import refuse_other_run
 from dpo_kit.config.places import claim, refuse_unwritable
 from dpo_kit.config.settings import Endpoint, Settings
-from dpo_kit.config.tools import guard
 from dpo_kit.errors import ConfigError, DataError, ModelError, did_you_mean
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.lock import refuse_held
-from dpo_kit.run.processes import agree, is_writer, refuse_sweep, world_size
+from dpo_kit.run.processes import agree, is_writer, world_size
 from dpo_kit.run.quiet import quiet_imports
 from dpo_kit.run.redact import redact_text
-from dpo_kit.run.words import override, readable, refuse_dashes
+from dpo_kit.run.words import override, readable
 
 if TYPE_CHECKING:
     from dpo_kit.sweep.launch.plan import Plan
@@ -87,7 +87,10 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     args, unknown = parser.parse_known_intermixed_args(words)  # as Hydra 1.4 does (facebookresearch/hydra#3053)
-    refuse_dashes(words, unknown)
+    if unknown:
+        from dpo_kit.run.other_tools import refuse_dashes
+
+        refuse_dashes(words, unknown)
     flags = [word for word in words if word not in args.overrides]
     args.overrides = readable(args.overrides) if not args.shell_completion else args.overrides
     sys.argv[1:] = [*flags, *args.overrides]
@@ -177,9 +180,9 @@ def refuse_early(args: argparse.Namespace) -> Plan | Settings | Path | None:
         refuse_unusable(settings)
         refuse_silent_judges(settings)
         return settings if settings.dry_run else take_directory(args, cfg, settings)
-    refuse_sweep(args.overrides)
-    from dpo_kit.sweep.launch.plan import plan_sweep
+    from dpo_kit.sweep.launch.plan import plan_sweep, refuse_sweep
 
+    refuse_sweep(args.overrides)
     plan = plan_sweep(args.overrides, search, name)
     if plan.local:  # a cluster's jobs may reach what this machine does not
         refuse_silent_judges(*(job.settings for job in plan.jobs))
@@ -255,17 +258,18 @@ def show(result: Result) -> None:
     """The short table at the end, who compared how many fresh answers, what was noticed, the next command to type."""
     from rich.console import Console
 
-    from dpo_kit.run.report.numbers import result_table
-
     console = Console()
     say = partial(console.print, highlight=False, markup=False)
-    console.print(result_table(dataclasses.asdict(result)))
+    if result.final:
+        from dpo_kit.run.report.results import result_table
+
+        console.print(result_table(dataclasses.asdict(result)))
     if judge := result.judge:
         coins = ", ".join(f"{count:,} {why}" for why, count in judge["coins"].items() if count)
         compared = f"{judge['comparisons']:,} times two fresh answers, compared by {judge['name']}"
         say(f"{compared}; decided by coin: {coins or 'none'}", soft_wrap=True)
     if result.published:
-        from dpo_kit.run.report.page import sentences
+        from dpo_kit.run.report.results import sentences
 
         say("\n".join(sentences(result.published)))
     for finding in result.findings:

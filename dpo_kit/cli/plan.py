@@ -20,8 +20,9 @@ from dpo_kit.config.tools import parse, refuse_no_file, run_tool, usage
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.files import write_json
+from dpo_kit.run.other_tools import refuse_dashes
 from dpo_kit.run.quiet import quiet_imports
-from dpo_kit.run.words import command, refuse_dashes
+from dpo_kit.run.words import command
 
 if TYPE_CHECKING:
     from dpo_kit.data.prepare import Prepared
@@ -112,7 +113,7 @@ def _read_rows(settings: Settings) -> tuple[Any, Prepared]:
 
 def plan_on(settings: Settings, data: Prepared) -> Plan:
     """The plan of a run on `data`."""
-    from dpo_kit.data.prepare import with_answer_lengths
+    from dpo_kit.data.other_rows import with_answer_lengths
     from dpo_kit.trainer.arguments import count_steps, effective_batch
     from dpo_kit.trainer.build import choose_arguments, needs_reference
     from dpo_kit.trainer.memory import build_weightless, estimate
@@ -135,7 +136,7 @@ def plan_on(settings: Settings, data: Prepared) -> Plan:
         batch=batch,
         epochs=steps * batch / len(data.train),
         tokens=int(steps * batch * tokens),
-        disk=memory.gradients * (1 + kept * (1 + OPTIMIZER_VALUES)),
+        disk=memory.gradients * ((settings.callbacks.path or 1) + kept * (1 + OPTIMIZER_VALUES)),
         parameters=sum(p.numel() for p in model.parameters()),
     )
 

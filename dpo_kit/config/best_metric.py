@@ -1,4 +1,4 @@
-"""Which measures can choose the best checkpoint of a run or stop it early, the same for every method. No torch.
+"""Which measures can choose the best checkpoint of a run or stop it early. Loaded where one is named.
 
 `trl.metric_for_best_model` must be there at every evaluation: transformers fails with a KeyError in the middle of a
 run, or waits in silence, where it is not.
@@ -6,6 +6,7 @@ run, or waits in silence, where it is not.
 
 from collections.abc import Iterable, Iterator
 
+from dpo_kit.config.limits import OURS
 from dpo_kit.config.settings import Callbacks, Settings
 from dpo_kit.errors import did_you_mean
 
@@ -17,8 +18,6 @@ SIDE_REWARDS = ("reward_chosen", "reward_rejected")
 DRIFT = ("kl_forward_k1_nats",)
 SCALE = 1_000_000  # of shares of the run, as transformers compares them
 LOWER_IS_BETTER = ("log_loss", "brier", *DRIFT)
-OURS = ("probe/", "gold/", "custom/")
-SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 OF_ONE_CLASS = ("rewards/", "logps/", "logits/")  # TRL's, missing where a batch of unary rows has one class only
 
 
@@ -59,22 +58,6 @@ def selection_faults(settings: Settings) -> Iterator[str]:
             yield f"trl.save_steps must be a multiple of trl.eval_steps={every:g} to keep the best model, got {steps:g}"
 
 
-def needs_trl_evaluation(settings: Settings) -> bool:
-    """Whether TRL's own evaluation runs beside the probe's: for a measure that it alone has, or where nothing else is
-    measured. Its trainer that draws answers has no loss for given ones, and fails in it.
-    """
-    wanted, trl = settings.callbacks, settings.trl
-    if settings.method.rows == "prompts":
-        return False
-    if wanted.eval_loss != "auto":
-        return wanted.eval_loss
-    if not (wanted.preference_margin or wanted.implicit_reward or wanted.metrics or wanted.kl_drift):
-        return True
-    chooses = trl["load_best_model_at_end"] or trl["lr_scheduler_type"] in SCHEDULES_BY_METRIC
-    metric = str(trl["metric_for_best_model"] or ("loss" if chooses else "")).removeprefix("eval_")
-    return bool(metric) and not metric.startswith(OURS)
-
-
 def _probe_faults(metric: str, settings: Settings) -> Iterator[str]:
     usable = measured_keys(settings.callbacks, rewards=settings.method.implicit_reward)
     key, every = f"trl.metric_for_best_model={metric}", measured_keys(Callbacks.model_construct(), rewards=True)
@@ -85,7 +68,7 @@ def _probe_faults(metric: str, settings: Settings) -> Iterator[str]:
         rewards = "" if settings.method.implicit_reward else ", and a method whose beta makes a reward"
         yield f"{key} is not measured in this run: it needs callbacks=default{rewards}"
     elif metric.startswith(("gold/", "probe/kl_reverse", "probe/sample_tokens")) or own:
-        yield f"{key} is measured at the start, half-way and at the end only: take one of {', '.join(every[:4])}, …"
+        yield f"{key} is measured at a few moments only (callbacks.path): take one of {', '.join(every[:4])}, …"
     else:
         meant = did_you_mean(metric, [*every, *usable], f"; there are {', '.join(every)}")
         yield f"{key} is not measured at every evaluation{meant}"

@@ -18,8 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_kit.config.best_metric import selection_faults
-from dpo_kit.config.limits import checked_value, idle_faults, library_faults, wrong_choice
+from dpo_kit.config.limits import checked_value, idle_faults, library_faults
 from dpo_kit.config.places import locate
 from dpo_kit.config.settings import Model, Rates, Settings, Strict
 from dpo_kit.config.trl_schema import load_schema
@@ -141,8 +140,12 @@ def check(cfg: DictConfig, *, trains: bool = True) -> Settings:
         faults = [*_method_faults(settings), *_model_faults(settings.model)]
         faults += _judge_faults(settings) if trains else []
     if not faults:
-        faults = [*library_faults(settings), *selection_faults(settings)]
-        own = settings.callbacks
+        faults, own, trl = [*library_faults(settings)], settings.callbacks, settings.trl
+        chooses = own.patience or trl["metric_for_best_model"] or trl["load_best_model_at_end"]
+        if chooses or trl["save_strategy"] == "best":
+            from dpo_kit.config.best_metric import selection_faults
+
+            faults += selection_faults(settings)
         if own.metrics or own.sample_metrics or own.extra:  # where none is named, nothing is loaded
             from dpo_kit.config.extensions import own_faults
 
@@ -279,6 +282,8 @@ def _model_faults(model: Model) -> Iterator[str]:
         asked = f"model.attn_implementation={kernel}"
         yield f"{asked} would download code and run it: take sdpa, eager or flash_attention_2"
     elif kernel not in (None, *ATTENTION):
+        from dpo_kit.config.explain import wrong_choice
+
         yield wrong_choice("model.attn_implementation", kernel, ATTENTION)
 
 
@@ -289,19 +294,10 @@ def _loss_faults(settings: Settings) -> Iterator[str]:
     if not losses and "loss_type" in trl:
         yield f"trl.loss_type names no loss, got {trl['loss_type']!r}: leave it out, method={method} has its own"
         return
-    if (CONF / "method" / f"{method}.yaml").exists() and losses != _loss_of(method)[1]:
-        # name, meaning of beta and findings would be those of the method's own loss
-        given, wanted = f"trl.loss_type={losses[0] if len(losses) == 1 else losses}", (_loss_of(method)[0], losses)
-        files = sorted((CONF / "method").glob("*.yaml"))
-        if other := next((file.stem for file in files if _loss_of(file.stem) == wanted), None):
-            yield f"{given} is method={other}, whose beta has its own meaning and range: say method={other}"
-        else:
-            yield (
-                f"{given} is not the loss of method={method}: give it a name of its own, in a file "
-                f"DIR/method/{losses[0]}.yaml with `# @package _global_`, `defaults: [{method}, _self_]`, "
-                f"`method: {{name: {losses[0]}}}` and `trl: {{loss_type: [{','.join(losses)}]}}`, and say "
-                f"--config-dir DIR method={losses[0]}"
-            )
+    if (CONF / "method" / f"{method}.yaml").exists() and losses != loss_of(method)[1]:
+        from dpo_kit.config.explain import foreign_loss
+
+        yield foreign_loss(method, losses)  # name, meaning of beta and findings would be those of the method's own loss
     smoothed = load_schema()["classes"][settings.method.config.rsplit(".", 1)[-1]]["smoothed_losses"]
     if smoothing and not set(losses) & set(smoothed):
         remedy = f"set it to 0, or take a loss that uses it ({', '.join(smoothed) or 'none of this trainer does'})"
@@ -316,11 +312,11 @@ def _loss_faults(settings: Settings) -> Iterator[str]:
 
 
 @cache
-def _loss_of(method: str) -> tuple[str, list[str]]:
+def loss_of(method: str) -> tuple[str, list[str]]:
     """TRL's config class of a method of ours, and its losses."""
     file = yaml.safe_load((CONF / "method" / f"{method}.yaml").read_text(encoding="utf-8"))
     above = str(file["defaults"][0])
-    trained_by = above.removeprefix("/trl/") if above.startswith("/") else _loss_of(above)[0]
+    trained_by = above.removeprefix("/trl/") if above.startswith("/") else loss_of(above)[0]
     return trained_by, _losses(file.get("trl") or {})
 
 

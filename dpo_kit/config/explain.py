@@ -7,12 +7,13 @@ from typing import Any
 from hydra.errors import MissingConfigException
 from omegaconf.errors import MissingMandatoryValue
 
-from dpo_kit.config.compose import CONF, SET_ELSEWHERE, fields_of
-from dpo_kit.config.limits import missing_package, wrong_choice
+from dpo_kit.config.compose import CONF, SET_ELSEWHERE, fields_of, loss_of
+from dpo_kit.config.limits import missing_package
 from dpo_kit.config.settings import GoldJudge, HumanJudge, LLMJudge, RewardModelJudge, Settings, Strict
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import ConfigError, did_you_mean
-from dpo_kit.run.words import meant, override, quote
+from dpo_kit.run.other_tools import meant
+from dpo_kit.run.words import override, quote
 
 GONE_FROM_TRL = {
     "max_prompt_length": "max_length",
@@ -56,6 +57,15 @@ def explain(error: Exception, words: Sequence[str] = ()) -> ConfigError:
     return ConfigError(text if says_which or not words else f"{' '.join(words)}: {text}")
 
 
+def wrong_choice(key: str, value: Any, choices: Iterable[Any]) -> str:
+    """What is said of a value that is none of `choices`."""
+    names = [str(choice) for choice in choices]
+    same = [name for name in names if name.lower() == str(value).lower()]
+    longer = same or [name for name in names if value and name.startswith(str(value).lower())]
+    meant = f"; did you mean {' or '.join(longer[:3])}?" if longer else did_you_mean(str(value), names)
+    return f"{key} must be one of {', '.join(names)}, got {value!r}{meant}"
+
+
 def unknown_key(key: str, known: Iterable[str], words: Sequence[str] = ()) -> str:
     """Why `key` is refused and what was probably meant; `words` are those of the command line, with its value."""
     name, known = key.removeprefix("trl."), list(known)
@@ -96,6 +106,19 @@ def _model_keys(model: type[Strict], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, Strict):
             yield from _model_keys(field.annotation, f"{prefix}{name}.")
+
+
+def foreign_loss(method: str, losses: list[str]) -> str:
+    """What is said of `losses` that are not those of `method`: the method that has them, or how to make one."""
+    given, wanted = f"trl.loss_type={losses[0] if len(losses) == 1 else losses}", (loss_of(method)[0], losses)
+    files = sorted((CONF / "method").glob("*.yaml"))
+    if other := next((file.stem for file in files if loss_of(file.stem) == wanted), None):
+        return f"{given} is method={other}, whose beta has its own meaning and range: say method={other}"
+    return (
+        f"{given} is not the loss of method={method}: give it a name of its own, in a file DIR/method/{losses[0]}.yaml "
+        f"with `# @package _global_`, `defaults: [{method}, _self_]`, `method: {{name: {losses[0]}}}` and "
+        f"`trl: {{loss_type: [{','.join(losses)}]}}`, and say --config-dir DIR method={losses[0]}"
+    )
 
 
 KINDS = ("gold", "reward_model", "llm", "human", "local", "server")  # by which pydantic tells judges and answers apart

@@ -10,10 +10,8 @@ from typing import Any, Union
 
 import pydantic
 
-from dpo_kit.config.best_metric import SCHEDULES_BY_METRIC
 from dpo_kit.config.settings import Settings
 from dpo_kit.config.trl_schema import load_schema
-from dpo_kit.errors import did_you_mean
 
 POSITIVE = """
     num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps
@@ -39,6 +37,9 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("must be at least 1, or -1 for whole epochs", lambda value: value == -1 or value >= 1, "max_steps"),
     ("must be a whole number of steps, or below 1 as a share of the run", lambda n: n < 1 or n % 1 == 0, STEPS),
 )  # a rule, whether a value keeps it, the fields that have it
+WITHOUT_ARGUMENTS = ("constant", "linear", "cosine")  # schedules that need none
+SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+OURS = ("probe/", "gold/", "custom/")  # how measures begin that TRL's evaluation has not
 TYPES: dict[str, Any] = {t.__name__: t for t in (int, float, bool, str, dict, list)} | {"Any": Any, "None": None}
 
 
@@ -56,11 +57,10 @@ def library_faults(settings: Settings) -> Iterator[str]:
         needed = "the name of a repository (else every run of yours goes to one called checkpoints)"
         remedy = "push the finished model, python -m dpo_kit export run=… push=org/name"
         yield f"trl.push_to_hub=true needs {needed}: add trl.hub_model_id=org/name, or {remedy}"
-    yield from _schedule_faults(trl)
-    if model.tuning != "full":
-        yield from _lora_faults(model.lora)
-    if model.tuning == "qlora":
-        yield from field_faults("model.quantization", model.quantization, load_schema()["quantization"])
+    if model.tuning != "full" or trl["lr_scheduler_kwargs"] or trl["lr_scheduler_type"] not in WITHOUT_ARGUMENTS:
+        from dpo_kit.config.arguments import argument_faults
+
+        yield from argument_faults(trl, model)
     yield from _package_faults(settings)
 
 
@@ -77,17 +77,6 @@ def number_faults(prefix: str, values: dict[str, Any]) -> Iterator[str]:
             yield f"{prefix}{key} {broken}, got {value:g}"
 
 
-def field_faults(prefix: str, values: dict[str, Any], fields: dict[str, Any]) -> Iterator[str]:
-    """Names that `fields` has not, and values of other types; what can be read as its type is so in `values` then."""
-    for name, value in values.items():
-        if name not in fields:
-            meant = did_you_mean(name, fields, f"; there are {', '.join(fields) or 'none'}" if len(fields) < 20 else "")
-            yield f"unknown key {prefix}.{name}{meant}"
-        elif value is not None:
-            values[name], faults = checked_value(f"{prefix}.{name}", value, fields[name])
-            yield from faults or number_faults(f"{prefix}.", {name: values[name]})
-
-
 def checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, list[str]]:
     """`value` as the type of `field` wants it (a lone one becomes a list where lists are taken), and its faults."""
     alone = {str: "str", float: "float", int: "float"}.get(type(value))
@@ -102,7 +91,10 @@ def checked_value(key: str, value: Any, field: dict[str, Any]) -> tuple[Any, lis
         remedy = f' (the YAML reading of a bare no: write {key}: "no")' if unquoted_no else ""
         return value, [f"{key} must be {field['type']}, got {value!r}{remedy}"]
     items = value if isinstance(value, list) else [value]
-    wrong = [item for item in items if "choices" in field and item not in field["choices"]]
+    if not (wrong := [item for item in items if "choices" in field and item not in field["choices"]]):
+        return value, []
+    from dpo_kit.config.explain import wrong_choice
+
     return value, [wrong_choice(key, item, field["choices"]) for item in wrong]
 
 
@@ -115,50 +107,20 @@ def _type(annotation: str) -> Any:
     return known[tuple(map(_type, inner.split(", ", 1)))] if inner else known
 
 
-def wrong_choice(key: str, value: Any, choices: Iterable[Any]) -> str:
-    """What is said of a value that is none of `choices`."""
-    names = [str(choice) for choice in choices]
-    same = [name for name in names if name.lower() == str(value).lower()]
-    longer = same or [name for name in names if value and name.startswith(str(value).lower())]
-    meant = f"; did you mean {' or '.join(longer[:3])}?" if longer else did_you_mean(str(value), names)
-    return f"{key} must be one of {', '.join(names)}, got {value!r}{meant}"
-
-
-def _schedule_faults(trl: dict[str, Any]) -> Iterator[str]:
-    kind, options, schedules = trl["lr_scheduler_type"], trl["lr_scheduler_kwargs"] or {}, load_schema()["schedules"]
-    key, given, takes = "trl.lr_scheduler_kwargs", f"trl.lr_scheduler_type={kind}", schedules[kind]
-    if not isinstance(options, dict):
-        yield f"{key} must be {{name: value}}, got {options!r}"
-        return
-    for name in [name for name in options if name not in takes]:
-        others = [other for other, fields in schedules.items() if name in fields]
-        meant = did_you_mean(name, takes) or (f"; {name} belongs to {', '.join(others)}" if others else "")
-        yield f"{key}: {given} takes {', '.join(takes) or 'no arguments'}, got {name}{meant}"
-    yield from field_faults(key, {name: value for name, value in options.items() if name in takes}, takes)
-    for name in [name for name in ("min_lr", "lr_end") if name in takes]:  # a rate that ends there may rise
-        end = options.get(name, takes[name]["default"])
-        if isinstance(end, int | float) and end and end >= trl["learning_rate"]:
-            default = "" if name in options else f", its default: add {key}={{{name}: 0}}"
-            yield f"{key}.{name} must be below trl.learning_rate={trl['learning_rate']:g}, got {end:g}{default}"
-    needed = [name for name, field in takes.items() if field["required"] and name not in options]
-    if "min_lr" in takes and kind.startswith("cosine") and not {"min_lr", "min_lr_rate"} & options.keys():
-        needed.append("min_lr: …} or {min_lr_rate")
-    if needed:
-        yield f"{given} needs {key}={{{', '.join(f'{name}: …' for name in needed)}}}"
-    if kind in SCHEDULES_BY_METRIC and trl["eval_strategy"] == "no":
-        yield f"{given} follows what evaluations measure, and trl.eval_strategy=no has none"
-
-
-def _lora_faults(lora: dict[str, Any]) -> Iterator[str]:
-    for key in ("target_modules", "modules_to_save"):
-        named = lora.get(key)
-        if isinstance(named, str) and named != "all-linear" and re.fullmatch(r"[\w, ]+", named):
-            listed = f"model.lora.{key}=[{','.join(named.replace(',', ' ').split())}]"
-            yield f"model.lora.{key}={named} would be read as a pattern of whole names: say {listed}"
-            return
-    if not lora.get("target_modules") and not lora.get("target_parameters"):
-        yield "model.lora.target_modules must name modules, such as all-linear or [q_proj,v_proj], got none"
-    yield from field_faults("model.lora", lora, load_schema()["lora"])
+def needs_trl_evaluation(settings: Settings) -> bool:
+    """Whether TRL's own evaluation runs beside the probe's: for a measure that it alone has, or where nothing else is
+    measured. Its trainer that draws answers has no loss for given ones, and fails in it.
+    """
+    wanted, trl = settings.callbacks, settings.trl
+    if settings.method.rows == "prompts":
+        return False
+    if wanted.eval_loss != "auto":
+        return wanted.eval_loss
+    if not (wanted.scores_rows or wanted.kl_drift):
+        return True
+    chooses = trl["load_best_model_at_end"] or trl["lr_scheduler_type"] in SCHEDULES_BY_METRIC
+    metric = str(trl["metric_for_best_model"] or ("loss" if chooses else "")).removeprefix("eval_")
+    return bool(metric) and not metric.startswith(OURS)
 
 
 # --- words without effect ----------------------------------------------------------------------------------------

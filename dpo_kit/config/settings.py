@@ -9,13 +9,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
 )
 
 FormName = Literal[
@@ -23,7 +21,7 @@ FormName = Literal[
     "openai", "pku_saferlhf", "shp", "arena", "arena_text", "helpsteer", "helpsteer3", "ultrafeedback", "ranked",
     "scored", "rated", "prompts",
 ]  # fmt: skip
-"""The forms of rows that are read as they are, by their columns: see data/forms.py."""
+"""The forms of rows that are read as they are, by their columns: see data/published.py."""
 FileName = Annotated[str, Field(pattern=r"^[\w+-][\w.+-]*$")]  # becomes part of a path: no separators, no dots alone
 
 
@@ -151,12 +149,18 @@ class Callbacks(Strict):
     pairs: PositiveInt | None
     prompts: PositiveInt | None
     max_new_tokens: PositiveInt | None
+    path: Annotated[int, Field(ge=2)] | None = None
     preview: list[PositiveFloat]
     eval_loss: Literal["auto"] | bool = "auto"
     patience: PositiveInt | None = None
     metrics: Annotated[dict[FileName, str], BeforeValidator(lambda given: given or {})] = {}  # called with rows, scores
     sample_metrics: Annotated[dict[FileName, str], BeforeValidator(lambda given: given or {})] = {}  # prompts, answers
     extra: list[dict[str, Any]] = []
+
+    @property
+    def scores_rows(self) -> bool:
+        """Whether held-out rows are scored."""
+        return self.preference_margin or self.implicit_reward or bool(self.metrics)
 
     def at_most(self, name: str) -> int:
         """How many `pairs`, `prompts` or `max_new_tokens` a run measures at most."""
@@ -266,47 +270,6 @@ class Settings(Strict):
     judge: Judge | None = None  # of a method whose answers are drawn while it trains
     experiment: Experiment | None = None
     trl: dict[str, Any]
-
-
-TopP = Annotated[float, Field(gt=0, le=1)]  # the share of the probability that is drawn from
-
-
-class Drawing(Strict):
-    """How often a model answers each prompt, and how."""
-
-    temperatures: list[NonNegativeFloat | None] = [1.0]  # None: as its own generation_config samples
-    top_p: TopP | None = None  # None: all of the probability; where the temperature is None, its own
-    draws: PositiveInt = 2  # at each temperature
-
-
-class LocalAnswers(Drawing):
-    """Answers of a model that is loaded here."""
-
-    path: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-
-
-class ServerAnswers(Drawing, Endpoint):
-    """Answers of a model behind a server."""
-
-
-Answers = Annotated[
-    Annotated[LocalAnswers, Tag("local")] | Annotated[ServerAnswers, Tag("server")],
-    Discriminator(lambda value: "local" if "path" in value else "server"),
-]
-
-
-class Build(Strict):
-    """How preference pairs are built from prompts."""
-
-    prompts: str | None
-    limit: PositiveInt | None
-    answers: list[Answers] = Field(min_length=1)
-    max_new_tokens: PositiveInt
-    pairs: Literal["best_worst", "all"]
-    undecided: Literal["drop", "coin"]
-    review: NonNegativeInt
-    votes: str | None
 
 
 COST_ONLY = ("api_key_env", "batch_size", "controls", "max_cost", "max_requests", "price_in", "price_out",

@@ -11,12 +11,11 @@ from dpo_kit.config.compose import CONF, check, compose_unchecked, resolve, type
 from dpo_kit.config.explain import unknown_key
 from dpo_kit.config.help import keys_of
 from dpo_kit.config.places import refuse_unwritable
-from dpo_kit.config.settings import Settings
 from dpo_kit.config.tools import refuse_foreign, run_tool, usage
 from dpo_kit.data.options import Convert, Curate, Tool, check_plan
 from dpo_kit.errors import ConfigError
 from dpo_kit.model.origin import refuse_unusable
-from dpo_kit.run.words import refuse_dashes
+from dpo_kit.run.other_tools import refuse_dashes
 
 OWN = ("mode", "out", "curate", "convert")
 ONLY_IN = {"curate": "curate", "convert": "convert", "build": "build", "judge": "build"}  # key by its first part: mode
@@ -46,7 +45,10 @@ def work(arguments: Sequence[str]) -> None:
     if builds:
         check_plan(cfg)  # before what builds is imported, which takes seconds
     else:
-        settings, tool = check_tool(cfg)
+        of_a_run = [str(key) for key in cfg if key not in (*OWN, "build", "judge")]
+        settings = check(OmegaConf.masked_copy(cfg, of_a_run), trains=False)
+        refuse_unusable(settings)
+        tool = typed(Tool, resolve(cfg, OWN), KNOWN)
         tool.words = tuple(arguments)
     for word in arguments:
         needed = ONLY_IN.get(word.lstrip("+~").partition("=")[0].partition(".")[0], cfg.mode)
@@ -73,14 +75,6 @@ def compose_tool(arguments: Sequence[str]) -> DictConfig:
         if key.startswith(("curate.", "convert.")) and key not in KNOWN:
             raise ConfigError(unknown_key(key, KNOWN))
     return compose_unchecked(["+tool=data", *arguments])
-
-
-def check_tool(cfg: DictConfig) -> tuple[Settings, Tool]:
-    """The config of the run and the tool's own options, both checked. Raises ConfigError."""
-    of_a_run = [str(key) for key in cfg if key not in (*OWN, "build", "judge")]
-    settings = check(OmegaConf.masked_copy(cfg, of_a_run), trains=False)
-    refuse_unusable(settings)
-    return settings, typed(Tool, resolve(cfg, OWN), KNOWN)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_kit.config.settings import Data, Source
-from dpo_kit.data.forms import Match, best_and_worst, recognise
+from dpo_kit.data.forms import Match, recognise
 from dpo_kit.data.read import Fault, Row, Tie, read_source
 from dpo_kit.data.rows import ANSWERS, BESIDE, Kind, Rows
 from dpo_kit.data.shape import Shape, add_ids, refuse_unread_kwargs
@@ -58,6 +58,8 @@ def gather(data: Data, tokenizer: Any, *, refuse: bool = True, bare: bool = Fals
             remedy = f"{CONVERT} data=jsonl data.train={path} makes pairs of those to one prompt"
             raise DataError(f"{path} has one scored answer a row ({match}): {remedy}")
         if match.form.rows == "scored":
+            from dpo_kit.data.published import best_and_worst
+
             rows = _keep(map(best_and_worst, rows), faults)
         _refuse_empty(path, rows, faults[since:])
         placed = [row.values | {"_place": row.place, "_values": row.values} for row in rows]
@@ -154,8 +156,7 @@ def _try_template(rows: Rows, kind: Kind, tokenizer: Any) -> None:
 
 def count_in_rows(rows: Rows, kind: Kind, tokenizer: Any) -> dict[str, Any]:
     """Rows with control tokens that somebody typed, how those are read and, apart, those that a model writes itself."""
-    from dpo_kit.model.control_tokens import count_control_tokens
-    from dpo_kit.model.turns import control_pattern
+    from dpo_kit.model.turns import control_pattern, count_control_tokens
 
     typed, written = Counter[str](), Counter[str]()
     places = []

@@ -7,10 +7,11 @@ from typing import Literal
 from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from dpo_kit.config.building import Build, LocalAnswers, ServerAnswers
 from dpo_kit.config.compose import NEEDS_JUDGE, resolve, typed
 from dpo_kit.config.explain import JUDGES
 from dpo_kit.config.places import claim, data_faults, judge_faults, model_faults, rows_faults, weights_faults
-from dpo_kit.config.settings import Build, Data, FormName, Judge, LocalAnswers, Model, ServerAnswers, Strict
+from dpo_kit.config.settings import Data, FormName, Judge, Model, Strict
 from dpo_kit.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.data_files import CELLS, KNOWN, SPLITS, TABLES, WHOLE, ending, find_files, split_name
+from dpo_kit.config.data_files import CELLS, KNOWN, TABLES, WHOLE, ending, find_files
 from dpo_kit.errors import DataError
 
 MARKS = {  # byte order marks, longest first
@@ -28,9 +28,8 @@ MARKS = {  # byte order marks, longest first
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-NO_LIST = "must hold one JSON list of rows; one row a line is a .jsonl file"
 SURROGATE = re.compile("[\ud800-\udfff]")
-_LIST, _SPACE = re.compile(rb"\s*\[\s*\{"), re.compile(r"\s*")
+_LIST = re.compile(rb"\s*\[\s*\{")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -80,7 +79,7 @@ def read_source(path: str, split: str, config: str | None = None) -> Iterator[Ro
     """All rows of a file, folder, pattern or hub data set, of `split` where there are several. Raises DataError."""
     files = find_files(path, split)
     if files is None:
-        from dpo_kit.data.read_tables import read_hub
+        from dpo_kit.data.read_files import read_hub
 
         yield from read_hub(path, split, config)
     elif config is not None:
@@ -109,7 +108,7 @@ def _read_file(path: Path, split: str) -> Iterator[Row | Fault]:
     last_good_place = str(path)
     try:
         if known in TABLES or known in CELLS:
-            from dpo_kit.data.read_tables import read_cells, read_table
+            from dpo_kit.data.read_files import read_cells, read_table
 
             rows = read_table(path) if known in TABLES else read_cells(path)
         else:
@@ -192,30 +191,15 @@ def _read_json(path: Path, known: str, split: str) -> Iterator[Row | Fault]:
     """One row a line, or one JSON value over many: a list of rows, or an object that holds them."""
     with open_utf8(path) as file:
         if known not in WHOLE and not _LIST.match(file.peek()):
-            yield from _read_lines(path, file)
+            yield from read_lines(path, file)
             return
         content = file.read()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
-    start = _skip(text, 0)
-    if text[start : start + 1] == "[":
-        yield from _read_list(path, text, start)
-        return
-    if text[start : start + 1] != "{":
-        raise DataError(f"{path} {NO_LIST}")
-    whole, end = _element(Json(), path, 0, text, start)
-    if end == len(text.rstrip()):
-        yield from _read_object(path, whole, split)
-    elif "\n" not in text[start:end]:
-        yield from _read_lines(path, io.BytesIO(content))
-    else:
-        raise _broken(path, text, end, "several objects over several lines, which make no list")
+    from dpo_kit.data.read_files import read_value
+
+    yield from read_value(path, content, split)
 
 
-def _read_lines(path: Path, file: Iterable[bytes]) -> Iterator[Row | Fault]:
+def read_lines(path: Path, file: Iterable[bytes]) -> Iterator[Row | Fault]:
     parser = Json()
     for number, line in enumerate(map(bytes.strip, file), start=1):
         if not line:
@@ -240,66 +224,3 @@ def _read_lines(path: Path, file: Iterable[bytes]) -> Iterator[Row | Fault]:
             yield Fault(place, "not JSON", f"{error.msg} at column {error.colno}", remedy)
         except (ValueError, RecursionError) as error:
             yield Fault(place, "not JSON", str(error), "mend the line")
-
-
-def _read_object(path: Path, whole: Row | Fault, split: str) -> Iterator[Row | Fault]:
-    """Rows of {"data": [rows]}, of {split: [rows]} or of {column: [values]}."""
-    if isinstance(whole, Fault):
-        raise DataError(f"{path}: {whole.reason} ({whole.found}): {whole.remedy}")
-    columns = {name: cells for name, cells in whole.values.items() if isinstance(cells, list)}
-
-    def are_rows(cells: list[Any]) -> bool:
-        return all(isinstance(cell, dict) and not cell.keys() & {"role", "from"} for cell in cells)
-
-    lists = {name: cells for name, cells in columns.items() if are_rows(cells)}
-    of_split = {split_name(name): rows for name, rows in lists.items()}.get(split_name(split))
-    one_length = len({len(cells) for cells in columns.values()}) == 1
-    if one_length and len(columns) == len(whole.values) > max(1, len(lists)):
-        rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    elif of_split:
-        rows = of_split
-    elif len(lists) == 1 and not {name.lower() for name in lists} & SPLITS.keys():
-        (rows,) = lists.values()
-    else:
-        has = f"; it has the lists {', '.join(lists)}: data.train_split and data.eval_split say which" if lists else ""
-        raise DataError(f"{path} {NO_LIST}{has}")
-    for number, row in enumerate(rows):
-        yield Row(f"{path} row {number}", row)
-
-
-def _read_list(path: Path, text: str, start: int) -> Iterator[Row | Fault]:
-    """The rows of one JSON list, decoded one by one, so that a fault inside a row does not cost the others."""
-    parser, number, sign = Json(), 0, ","
-    position = _skip(text, start + 1)
-    if text[position : position + 1] == "]":
-        return
-    while sign == ",":
-        row, position = _element(parser, path, number, text, position)
-        yield row
-        number += 1
-        position = _skip(text, position)
-        sign = text[position : position + 1]
-        if sign not in (",", "]"):
-            raise _broken(path, text, position, "expecting ',' or ']'")
-        position = _skip(text, position + 1)
-    if position < len(text):
-        raise _broken(path, text, position, "text after the list")
-
-
-def _element(parser: Json, path: Path, number: int, text: str, position: int) -> tuple[Row | Fault, int]:
-    try:
-        return parser.row(f"{path} row {number}", text, position)
-    except json.JSONDecodeError as error:
-        raise _broken(path, text, error.pos, error.msg) from error
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, text, position, str(error)) from error
-
-
-def _skip(text: str, position: int) -> int:
-    return _SPACE.match(text, position).end()  # type: ignore[union-attr]
-
-
-def _broken(path: Path, text: str, position: int, why: str) -> DataError:
-    line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
-    cut = " (the file is cut)" if position >= len(text) else ""
-    return DataError(f"{path}:{line}: not JSON: {why} at column {column}{cut}: mend or copy the file again")

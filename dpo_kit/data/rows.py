@@ -97,6 +97,12 @@ def _only_calls(message: dict[str, Any]) -> bool:
     return message.get("role") == "assistant" and message.get("content") is None and are_calls
 
 
+def is_plain(message: Any) -> bool:
+    """Whether a message is as templates read it: role and content, nothing beside."""
+    are_both = isinstance(message, dict) and message.keys() == {"role", "content"}
+    return are_both and message["role"] in ROLES and isinstance(message["content"], str)
+
+
 def is_blank(text: str) -> bool:
     return not text.strip() or not text.strip(INVISIBLE).strip()
 
@@ -168,23 +174,23 @@ def _refuse_beside(row: dict[str, Any]) -> None:
 
 def read_context(row: dict[str, Any]) -> dict[str, Any]:
     """`tools` and `chat_template_kwargs` of a row, from values or JSON text, where it has them. Raises UnfitError."""
+
+    def unfit(amiss: str) -> UnfitError:
+        return UnfitError(amiss, str([row[name] for name in CONTEXT if row.get(name)])[:60], "write it as TRL takes it")
+
     context: dict[str, Any] = {name: row[name] for name in CONTEXT if row.get(name) not in (None, "")}
-    amiss = None
     for name, given in context.items():
         try:
             context[name] = json.loads(given) if isinstance(given, str) else given
         except ValueError as error:
-            amiss = amiss or f"{name} is text that is no JSON ({error})"
+            raise unfit(f"{name} is text that is no JSON ({error})") from error
     tools, kwargs = context.get("tools") or [], context.get("chat_template_kwargs") or {}
-    if amiss is None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        amiss = "tools is no list of functions"
-    if amiss is None and not isinstance(kwargs, dict):
-        amiss = "chat_template_kwargs is no object of names and values"
-    if amiss is None and (taken := sorted(kwargs.keys() & {*TAKEN})):
-        amiss = f"chat_template_kwargs has {taken[0]}, which is no variable of a template"
-    if amiss:
-        columns = [row[name] for name in CONTEXT if row.get(name)]
-        raise UnfitError(amiss, str(columns)[:60], "write it as TRL takes it")
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise unfit("tools is no list of functions")
+    if not isinstance(kwargs, dict):
+        raise unfit("chat_template_kwargs is no object of names and values")
+    if taken := sorted(kwargs.keys() & {*TAKEN}):
+        raise unfit(f"chat_template_kwargs has {taken[0]}, which is no variable of a template")
     return {name: value for name, value in context.items() if value is not None}
 
 

@@ -51,13 +51,10 @@ class Shape:
 
     def _without_end(self, message: dict[str, Any]) -> dict[str, Any]:
         text = whole = message.get("content")
-        while message["role"] == "assistant" and text and (end := _end_of(text, self.ends)):
-            text = text.rstrip().removesuffix(end)
+        while message["role"] == "assistant" and text and text.rstrip().endswith(self.ends):
+            text = text.rstrip()
+            text = text.removesuffix(next(end for end in self.ends if text.endswith(end)))
         return message if text is whole else message | {"content": text}
-
-
-def _end_of(text: str, ends: tuple[str, ...]) -> str | None:
-    return next((end for end in ends if text.rstrip().endswith(end)), None)
 
 
 def refuse_unread_kwargs(kwargs: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any) -> None:

@@ -2,13 +2,12 @@
 
 import ast
 import json
-import re
 import warnings
 from contextlib import suppress
 from typing import Any
 
 from dpo_kit.data.read import UnfitError, lone_surrogate
-from dpo_kit.data.rows import ROLES
+from dpo_kit.data.rows import ROLES, is_plain
 
 SPELLINGS = {
     **dict.fromkeys(("human", "prompter"), "user"),
@@ -20,7 +19,6 @@ CALLS = ("function_call", "tool_call")  # roles of a message whose text is a cal
 TEXT_PARTS = ("text", "input_text", "output_text")
 LONGEST = 1_000_000  # characters of a value that is written as text
 LEAVE = "leave the row out"
-_WRITTEN = re.compile(r"""\s*\[?\s*\{\s*["'](role|from|content|value)["']\s*:""")
 Chat = list[dict[str, Any]]
 
 
@@ -48,11 +46,6 @@ def conversation(name: str, value: Any) -> Chat:
     return chat
 
 
-def looks_written(value: Any) -> bool:
-    """Whether `value` is text that begins as a chat in JSON or Python does."""
-    return isinstance(value, str) and _WRITTEN.match(value) is not None
-
-
 def unwritten(name: str, value: Any) -> Any:
     """The list or object that text writes down, in JSON or Python; other values as they are. UnfitError: neither."""
     if not isinstance(value, str):
@@ -77,7 +70,7 @@ def _role(message: dict[str, Any]) -> str:
 
 def _message(name: str, message: dict[str, Any]) -> dict[str, Any]:
     """`message` with the keys role and content, whatever they were called, and its others."""
-    if message.keys() == {"role", "content"} and message["role"] in ROLES and isinstance(message["content"], str):
+    if is_plain(message):
         return message
     role, content = _role(message), message.get("content")
     if content is None:

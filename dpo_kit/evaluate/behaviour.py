@@ -15,17 +15,16 @@ from pathlib import Path
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
-from dpo_kit.data.report.text_rules import is_refusal
+from dpo_kit.data.report.figures import is_refusal
 from dpo_kit.evaluate.job import Job
 from dpo_kit.evaluate.part import Found, Line, Note, Part, line
+from dpo_kit.evaluate.picture import draw_hacking
 from dpo_kit.model.chats import Prompt, conversation_text
 from dpo_kit.run.files import texts, write_jsonl, write_text
 from dpo_kit.run.history import latest, read_metrics, series
 from dpo_kit.run.intervals import Z95
-from dpo_kit.run.measures import in_rounding
-from dpo_kit.run.report import drawing
-from dpo_kit.run.report.drawing import BLUE, DASHES, GREEN, GREY, ORANGE
 from dpo_kit.run.report.markdown import fence
+from dpo_kit.run.rounding import in_rounding
 from dpo_kit.run.statistics import from_intervals, means_by_name, paired_bootstrap
 
 EXAMPLES = 5  # on the page of each group
@@ -176,15 +175,8 @@ def analyze_failures(rows: Iterable[Contest], folder: Path) -> Found:
         once.setdefault(row.question, lost_prompt)
     collected = list(once.values())[:COLLECTED]
     write_jsonl(folder / "collect.jsonl", collected)
-    return {
-        "outcomes": dict(Counter(row.outcome for row in known)),
-        "groups": groups,
-        "collected": len(collected),
-        "note": (
-            "collect.jsonl holds prompts of this evaluation: collect pairs for further prompts of their kind, since a "
-            "model trained on these very prompts could not be measured with them any more"
-        ),
-    }
+    outcomes = dict(Counter(row.outcome for row in known))
+    return {"outcomes": outcomes, "groups": groups, "collected": len(collected), "note": TEXTS["note"]}
 
 
 def page(group: Mapping[str, Any], members: Sequence[Contest]) -> str:
@@ -361,57 +353,6 @@ def watch_hacking(rows: Sequence[Contest], history: Sequence[Mapping[str, Any]],
     draw_hacking(history, styles, rewards, picture)
     shown = [asdict(style) for style in styles]
     return {"verdict": verdict, "reason": ". ".join(reasons), "styles": shown, "rewards": rewards}
-
-
-def draw_hacking(
-    history: Sequence[Mapping[str, Any]], styles: Sequence[Style], rewards: Mapping[str, Any], path: Path
-) -> None:
-    """Gold reward and reward margin over steps, one above the other, beside the shifts of style; 1200 pixels wide."""
-    figure = drawing.new_figure(6.4)
-    known = rewards["verdict"] != "unknown"
-    title = {"hacked": "Reward hacking", "tracking": "The gold reward keeps up", "unknown": "Style of the answers"}
-    figure.suptitle(title[rewards["verdict"]], x=0.04, y=0.97, ha="left", fontsize=22, fontweight="bold")
-    figure.text(0.98, 0.945, "bands and bars: 95 % intervals · hatched: rounding", ha="right", fontsize=14, color=GREY)
-    grid = figure.add_gridspec(2, 2, left=0.07, right=0.98, bottom=0.12, top=0.82, wspace=0.28, hspace=0.5)
-    if known:
-        curves = (
-            ("gold/reward", "Gold reward: what is meant", GREEN),
-            (rewards["proxy"], "Margin on held-out pairs: what is trained", BLUE),
-        )
-        for number, (key, name, color) in enumerate(curves):
-            axes = figure.add_subplot(grid[number, 0])
-            drawing.over_steps(axes)
-            axes.set_xlabel("")
-            drawing.draw_course(axes, history, key, color)
-            drawing.draw_floor(axes, key, latest(history))
-            axes.axvline(rewards["peak_step"], color=GREY, linewidth=1, linestyle=DASHES, zorder=0)
-            axes.set_title(name, loc="left", fontsize=16, color=color)
-        axes.set_xlabel("step (dashed: gold reward highest)", fontsize=14, color=GREY)
-    axes = figure.add_subplot(grid[:, 1] if known else grid[:, :])
-    # a row per measure: its shift in standard deviations of the reference; −1 to 1 at least
-    counts = drawing.count_text([style.n for style in styles], "prompts")
-    counted = f" ({counts})" if counts else ""
-    axes.set_title(f"Style of the answers{counted}", loc="left", fontsize=16)
-    drawing.draw_level(axes, 0.0, len(styles), color=GREY, linewidth=1, linestyle=DASHES, zorder=0)
-    for number, style in enumerate(styles):
-        color = ORANGE if style.changed else GREY
-        scale = style.shift / style.difference if style.shift and style.difference else 1.0
-        value, low, high = (end * scale for end in (style.difference, style.low, style.high))
-        bar: dict[str, Any] = {"marker": "o", "markersize": 9, "linewidth": 2.5, "capsize": 5}
-        face = "white" if style.n < drawing.FEW else color
-        axes.errorbar([value], [-number], xerr=[[value - low], [high - value]], color=color, mfc=face, **bar)
-        place = axes.get_yaxis_transform()
-        axes.text(0.0, -number + 0.22, style.label, fontsize=14, color=color, transform=place)
-    axes.set_ylim(0.6 - max(1, len(styles)), 0.6)
-    axes.set_yticks([])
-    axes.margins(x=0.1)
-    left, right = axes.get_xlim()
-    axes.set_xlim(min(left, -1.0), max(right, 1.0))
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(labelsize=15, colors=GREY)
-    axes.set_xlabel("shift in standard deviations of the reference", fontsize=14, color=GREY)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.save(figure, path)
 
 
 class Hacking(Part):

@@ -17,8 +17,9 @@ from dpo_kit.evaluate.win_rate import WinRate
 from dpo_kit.run import tracking
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.history import read_metrics
-from dpo_kit.run.measures import as_measured, in_rounding
+from dpo_kit.run.measures import as_measured
 from dpo_kit.run.report.page import refresh_page
+from dpo_kit.run.rounding import in_rounding
 from dpo_kit.run.words import command, override
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def next_command(job: Job, parts: dict[str, Found]) -> str:
         words = [word for word in job.words if word.partition("=")[0] not in (*changed, "sweep")]
         if job.run and not any(word.startswith("run=") for word in words):
             words.insert(0, override("run", job.run.root))
+        if job.step is not None and not any(word.startswith("step=") for word in words):
+            words.insert(1, f"step={job.step}")
         return command(*words, *(f"{key}={value}" for key, value in changed.items()), tool="evaluate")
 
     won = parts.get("win_rate")
@@ -104,6 +107,8 @@ def next_command(job: Job, parts: dict[str, Found]) -> str:
         return f"fill in the column better of {job.shared / 'review*.csv'} (1, 2 or tie), then the same command"
     if won["status"] == "partial":
         return "the same command, which asks for what is missing only"
+    if won["review"] and not won["review"]["checked"]:
+        return f"fill in the column better of {job.folder / 'review*.csv'} (1, 2 or tie), then the same command"
     if won["win_rate_verdict"] == "not separated" and (needed := won["win_rate_needed_prompts"]):
         if won["questions"] == won["settings"]["limit"]:
             return again(**{"win_rate.limit": str(needed)})
@@ -115,7 +120,7 @@ def next_command(job: Job, parts: dict[str, Found]) -> str:
         return f"{read}, then {command(override('sweep', sweep), tool='sweep')}"
     if won["judge"]["kind"] in ("gold", "human") or job.options.review:
         return read
-    return f"{read}, and let people check the judge: {again(review='20')}"
+    return f"{read}, and let people check the judge: {again(review=str(min(100, won['comparisons'])))}"
 
 
 def _report(job: Job, result: dict[str, Any], parts: dict[str, Found]) -> None:
@@ -129,6 +134,7 @@ def _report(job: Job, result: dict[str, Any], parts: dict[str, Found]) -> None:
         options["name"] = f"{job.policy.name} against {job.opponent_name}"
         tracker = tracking.start(job.config, run_dir=job.folder, job_type="evaluate", **options)
     place = "evaluation" if job.options.against is None else f"evaluation/{job.folder.name}"
+    place = f"evaluation/step-{job.step}" if job.step is not None else place
     flat = result | {f"gate/{key}": value for key, value in result.get("gate", {}).items()}
     numbers = {key: value for key, value in flat.items() if isinstance(value, int | float | str) and key != "next"}
     tracker.summary({f"{place}/{key}": value for key, value in numbers.items()})
@@ -172,7 +178,8 @@ def show_line(job: Job, result: dict[str, Any], console: "Console") -> None:
     """One evaluation of several in a line, failed controls above it."""
     _show_first(read_parts(job.folder), console)
     figures, measured = [], as_measured(result)
-    for key in ("accuracy", "auc", "win_rate"):
+    rate = "win_rate" if result.get("win_rate_corrected") is None else "win_rate_corrected"
+    for key in ("accuracy", "auc", rate):
         if result.get(key) is not None:
             value, low, high = (result[f"{key}{end}"] for end in ("", "_low", "_high"))
             doubt = " (rounding)" if in_rounding(f"probe/{key}", measured) else ""

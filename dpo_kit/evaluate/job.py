@@ -9,20 +9,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_kit.config.compose import check, compose_unchecked, resolve, typed
 from dpo_kit.config.explain import JUDGES, known_keys, unknown_key
-from dpo_kit.config.identity import recall_config
 from dpo_kit.config.places import locate, weights_faults
+from dpo_kit.config.recall import recall_config
 from dpo_kit.config.settings import Endpoint, Method, Model, Strict, Tracking
 from dpo_kit.config.tools import refuse_foreign
 from dpo_kit.errors import ConfigError, did_you_mean
 from dpo_kit.evaluate.options import Alpaca, Domain, Evaluate, Harness, MTBench, Split, WinRate
 from dpo_kit.judge.answers import LocalModel
 from dpo_kit.judge.server import refuse_silent
-from dpo_kit.model.origin import ADAPTER, find_base, find_start, has_tokenizer, refuse_unusable
+from dpo_kit.model.adapter_origin import find_base
+from dpo_kit.model.origin import ADAPTER, find_start, has_tokenizer, refuse_unusable
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import hash_weights, read_json
 from dpo_kit.run.journal import key_of
+from dpo_kit.run.other_tools import refuse_dashes
 from dpo_kit.run.redact import redact_argv
-from dpo_kit.run.words import refuse_dashes
 from dpo_kit.sweep.choice.runs import read_runs
 
 OWN = tuple(Evaluate.model_fields)
@@ -136,6 +137,7 @@ class Job:
     folder: Path
     shared: Path
     run: RunDirectory | None = None
+    step: int | None = None  # of the run, whose weights then are the policy; None: its last ones
     tracking: Tracking
     words: tuple[str, ...]  # that were typed
 
@@ -192,6 +194,8 @@ def plan(arguments: Sequence[str]) -> list[Job]:
     if len(given) != 1:
         got = " and ".join(given) or "none of them"
         raise ConfigError(f"say one of run=DIR, sweep=DIR and policy=… reference=…, got {got}")
+    if cfg.step is not None and not cfg.run:
+        raise ConfigError(f"step={cfg.step} goes with run=DIR: it is the policy that the run kept after so many steps")
     if cfg.policy:
         return [_plan_models(cfg, arguments)]
     if cfg.reference:
@@ -206,13 +210,16 @@ def plan(arguments: Sequence[str]) -> list[Job]:
                 f"policy={folder}/model reference=… {word}"
             )
     if cfg.run:
-        return [_plan_run(folder, cfg, arguments)]
+        return [_plan_run(folder, cfg, arguments, cfg.step)]
     if cfg.out:
         raise ConfigError(f"out={cfg.out} goes with run= or policy=: those of a sweep are kept in each run directory")
-    finished = [run.root for run in read_runs(str(folder)) if run.finished]
+    finished = [run for run in read_runs(str(folder)) if run.finished]
     if not finished:
         raise ConfigError(f"sweep={folder} holds no run that has ended well: give the command of the sweep again")
-    return [_plan_run(run, cfg, arguments, sweep=folder) for run in finished]
+    # what was kept on the way of a run is judged here unless a known truth judged it then; a gate is for all
+    gated = "gate" in cfg.parts
+    ways = [run.way() if gated or not (run.config.get("data") or {}).get("gold") else [run] for run in finished]
+    return [_plan_run(arm.root, cfg, arguments, arm.step, sweep=folder) for way in ways for arm in way]
 
 
 def _root(word: str) -> str:
@@ -220,9 +227,13 @@ def _root(word: str) -> str:
     return word.lstrip("+~").partition("=")[0].split(".")[0]
 
 
-def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Path | None = None) -> Job:
+def _plan_run(
+    folder: Path, cfg: DictConfig, arguments: Sequence[str], step: int | None, sweep: Path | None = None
+) -> Job:
     run = RunDirectory(folder)
     policy, config = of_run(folder)
+    if step is not None:
+        policy = replace(policy, name=f"{policy.name}-step-{step}", tuned=run.at(step).model)
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     for name in OF_THE_RUN:
@@ -233,7 +244,7 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
     if options.split == "all":
         raise ConfigError("split=all is for models made elsewhere (policy=): a run has trained on some of its rows")
     split: Split = options.split or ("select" if sweep else "test")
-    place = run.evaluation
+    place = run.evaluation_of(step)
     if (place / "result.json").exists() and read_json(place / "result.json").get("split", split) != split:
         place /= split  # beside the other split, which a choice may rest on
     if options.against:
@@ -243,7 +254,7 @@ def _plan_run(folder: Path, cfg: DictConfig, arguments: Sequence[str], sweep: Pa
     return Job(
         policy=policy, reference=policy.start, opponent=opponent, config=config, options=options, split=split,
         beta=config["beta"] if Method(**config["method"]).implicit_reward else None,
-        folder=place, shared=sweep / "evaluation" if sweep else place, run=run,
+        folder=place, shared=sweep / "evaluation" if sweep else place, run=run, step=step,
         tracking=typed(Tracking, resolve(cfg, ["tracking"])["tracking"]), words=tuple(redact_argv(arguments)),
     )  # fmt: skip
 
@@ -263,7 +274,8 @@ def _plan_models(cfg: DictConfig, arguments: Sequence[str]) -> Job:
     reference = of_path("reference", options.reference, settings.model) if options.reference else policy.start
     told = any(word.startswith("beta=") for word in arguments)  # else nobody knows what the policy was trained with
     config = settings.model_dump(mode="json")
-    identity = [policy.name, reference.name, str(options.against), config["data"], options.win_rate.model_dump()]
+    asked = options.win_rate.model_dump(exclude={"stop_early", "within", "judge_accuracy"})  # these change no answer
+    identity = [policy.name, reference.name, str(options.against), config["data"], asked]
     folder = Path(options.out or f"outputs/evaluation-{key_of(identity)[:8]}")
     return Job(
         policy=policy, reference=reference, opponent=_opponent(options.against, reference, settings.model),

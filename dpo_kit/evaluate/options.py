@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from dpo_kit.config.settings import Endpoint, Judge, Strict, TopP
+from dpo_kit.config.building import TopP
+from dpo_kit.config.settings import Endpoint, Judge, Strict
 
 Split = Literal["select", "test", "all"]
 
@@ -23,6 +24,9 @@ class WinRate(Strict):
     opponent_seed: NonNegativeInt
     policy_server: Endpoint | None
     opponent_server: Endpoint | None
+    stop_early: bool
+    within: Annotated[float, Field(gt=0, lt=0.5)]
+    judge_accuracy: Annotated[float, Field(gt=0.5, le=1)]
 
 
 class Harness(Strict):
@@ -91,6 +95,7 @@ class Evaluate(Strict):
     reference: str | None
     against: str | None
     out: str | None
+    step: PositiveInt | None
     parts: Listed = Field(min_length=1)
     split: Split | None
     review: NonNegativeInt

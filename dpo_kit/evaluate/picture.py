@@ -1,17 +1,21 @@
-"""evaluation.png: win rates, verdicts, accuracy, calibration, gate and failures at a glance. Needs no torch."""
+"""evaluation.png: win rates, verdicts, accuracy, calibration, gate and failures at a glance; hacking.png. No torch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.run.measures import MEASURE, WIN_RATES, as_measured, in_rounding
+from dpo_kit.run.history import latest
+from dpo_kit.run.measures import MEASURE, WIN_RATES, as_measured
+from dpo_kit.run.report import drawing
 from dpo_kit.run.report.drawing import BLUE, FEW, GREY, ORANGE, count_text, draw_level, new_figure, save
+from dpo_kit.run.rounding import in_rounding
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from dpo_kit.evaluate.behaviour import Style
 
 Found = Mapping[str, Any]
 Rate = tuple[float, float, float, int]  # value, low, high, and how many pairs or prompts it rests on
@@ -33,16 +37,10 @@ def draw_evaluation(path: Path, parts: Mapping[str, Found], *, title: str) -> No
     Bars are 95 % intervals. What rests on fewer than ten pairs or prompts is hollow and grey.
     """
     panels = [(draw, parts[name]) for name, has, draw in PANELS if name in parts and has(parts[name])]
-    lines = max(1, math.ceil(len(panels) / 2))
-    figure = new_figure(5.2 * lines + 1.1)
-    height = figure.get_figheight()
-    figure.suptitle(_short(title, 70), x=0.03, y=1 - 0.18 / height, ha="left", va="top", fontsize=22, fontweight="bold")
     note = f"bars: 95 % intervals · hollow: fewer than {FEW} pairs or prompts"
-    figure.text(0.03, 1 - 0.72 / height, note, va="top", fontsize=15, color=GREY)
-    place: dict[str, float] = {"left": 0.03, "right": 0.97, "bottom": 0.75 / height, "top": 1 - 1.75 / height}
-    grid = figure.add_gridspec(lines, 2, **place, wspace=0.14, hspace=0.42)
-    for number, (draw, found) in enumerate(panels):
-        axes = figure.add_subplot(grid[number])
+    grid = {"left": 0.03, "right": 0.97, "wspace": 0.14, "hspace": 0.42}
+    figure, places = drawing.sheet(_short(title, 70), note, len(panels), 5.2, **grid)
+    for axes, (draw, found) in zip(places, panels, strict=True):
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(labelsize=15, colors=GREY)
         draw(axes, found)
@@ -59,14 +57,16 @@ def _rate(found: Found, key: str, count: int) -> Rate:
     return found[key], found[f"{key}_low"], found[f"{key}_high"], count
 
 
-def _draw_interval(axes: Axes, line: int, label: str, rate: Rate, color: str, label_color: str = "black") -> None:
+def _draw_interval(
+    axes: Axes, line: int, label: str, rate: Rate, color: str, label_color: str = "black", size: int = TEXT
+) -> None:
     """On line `line` from above a dot with its interval, and the label above them; hollow where it rests on few."""
     value, low, high, count = rate
     axes.hlines(-line, low, high, color=color, linewidth=3)
     face = "white" if count < FEW else color
     axes.plot(value, -line, color=color, markerfacecolor=face, **DOT)
     place = axes.get_yaxis_transform()
-    axes.text(0.0, -line + 0.17, label, fontsize=TEXT, color=label_color, transform=place, va="bottom")
+    axes.text(0.0, -line + 0.17, label, fontsize=size, color=label_color, transform=place, va="bottom")
 
 
 def _set_lines(axes: Axes, count: int) -> None:
@@ -90,9 +90,10 @@ def _draw_rates(axes: Axes, title: str, rates: Mapping[str, Rate], level_name: s
 
 def _draw_win_rates(axes: Axes, found: Found) -> None:
     prompts, decided = (found["prompts"], "prompts"), (found["decided"], "comparisons")
+    reviewed = (found.get("reviewed"), "reviewed prompts")
     rates = {
         f"{MEASURE[key].title} ({count_text([count], unit)})": _rate(found, key, count)
-        for key, (count, unit) in zip(WIN_RATES, (prompts, decided, prompts), strict=True)
+        for key, (count, unit) in zip(WIN_RATES, (prompts, decided, prompts, reviewed), strict=True)
         if found.get(key) is not None
     }
     _draw_rates(axes, f"Win rate: {found['win_rate_verdict']}", rates, "0.5")
@@ -216,3 +217,49 @@ PANELS: tuple[tuple[str, Callable[[Found], bool], Callable[[Axes, Found], None]]
     ("gate", lambda found: bool(found["tasks"]), _draw_gate),
     ("failures", lambda found: bool(found["outcomes"].get("loss")), _draw_failures),
 )
+
+
+def draw_hacking(
+    history: Sequence[Mapping[str, Any]], styles: Sequence[Style], rewards: Mapping[str, Any], path: Path
+) -> None:
+    """Gold reward and reward margin over steps, one above the other, beside the shifts of style; 1200 pixels wide."""
+    figure = new_figure(6.4)
+    known = rewards["verdict"] != "unknown"
+    title = {"hacked": "Reward hacking", "tracking": "The gold reward keeps up", "unknown": "Style of the answers"}
+    figure.suptitle(title[rewards["verdict"]], x=0.04, y=0.97, ha="left", fontsize=22, fontweight="bold")
+    figure.text(0.98, 0.945, "bands and bars: 95 % intervals · hatched: rounding", ha="right", fontsize=14, color=GREY)
+    grid = figure.add_gridspec(2, 2, left=0.07, right=0.98, bottom=0.12, top=0.82, wspace=0.28, hspace=0.5)
+    if known:
+        curves = (
+            ("gold/reward", "Gold reward: what is meant", drawing.GREEN),
+            (rewards["proxy"], "Margin on held-out pairs: what is trained", BLUE),
+        )
+        for number, (key, name, color) in enumerate(curves):
+            axes = figure.add_subplot(grid[number, 0])
+            drawing.over_steps(axes)
+            axes.set_xlabel("")
+            drawing.draw_course(axes, history, key, color)
+            drawing.draw_floor(axes, key, latest(history))
+            axes.axvline(rewards["peak_step"], color=GREY, linewidth=1, linestyle=drawing.DASHES, zorder=0)
+            axes.set_title(name, loc="left", fontsize=16, color=color)
+        axes.set_xlabel("step (dashed: gold reward highest)", fontsize=14, color=GREY)
+    axes = figure.add_subplot(grid[:, 1] if known else grid[:, :])
+    # a row per measure: its shift in standard deviations of the reference; −1 to 1 at least
+    counts = count_text([style.n for style in styles], "prompts")
+    counted = f" ({counts})" if counts else ""
+    axes.set_title(f"Style of the answers{counted}", loc="left", fontsize=16)
+    draw_level(axes, 0.0, len(styles), color=GREY, linewidth=1, linestyle=drawing.DASHES, zorder=0)
+    for number, style in enumerate(styles):
+        color = ORANGE if style.changed else GREY
+        scale = style.shift / style.difference if style.shift and style.difference else 1.0
+        value, low, high = (end * scale for end in (style.difference, style.low, style.high))
+        _draw_interval(axes, number, style.label, (value, low, high, style.n), color, color, size=14)
+    _set_lines(axes, len(styles))
+    axes.margins(x=0.1)
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, -1.0), max(right, 1.0))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=15, colors=GREY)
+    axes.set_xlabel("shift in standard deviations of the reference", fontsize=14, color=GREY)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from dpo_kit.errors import ModelError
 from dpo_kit.evaluate.job import Candidate, Job
 from dpo_kit.evaluate.part import Found, Line, Note, Part, line
-from dpo_kit.run.measures import HELD_OUT, MEASURES, as_measured, in_rounding, rounding_text
+from dpo_kit.run.measures import HELD_OUT, MEASURES, as_measured
 from dpo_kit.run.report.numbers import labelled_rows, number_text
+from dpo_kit.run.rounding import in_rounding, rounding_text
 from dpo_kit.run.statistics import mcnemar, means_by_name, paired_bootstrap
 
 if TYPE_CHECKING:

@@ -9,17 +9,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from dpo_kit.config.building import ServerAnswers
 from dpo_kit.config.places import file_faults, judge_faults, rows_faults
-from dpo_kit.config.settings import Data, LLMJudge, ServerAnswers
+from dpo_kit.config.settings import Data, LLMJudge
 from dpo_kit.data.read import read_whole
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.evaluate.job import Candidate, Job
 from dpo_kit.evaluate.part import Found, Line, Note, Part
 from dpo_kit.evaluate.picture import DOUBTS, SCORING
+from dpo_kit.evaluate.sequential import LOOKING, ConfidenceSequence, settled
 from dpo_kit.judge.answers import Answer, Asking, draw_answers, draw_locally
+from dpo_kit.judge.correction import correct, could_be
 from dpo_kit.judge.open import judge_identity, open_judge
 from dpo_kit.judge.review import ReviewSheet
-from dpo_kit.judge.verdicts import Shown, Verdict, compare, run_controls, summarize_verdicts
+from dpo_kit.judge.verdicts import Judge, Shown, Verdict, compare, run_controls, summarize_verdicts
 from dpo_kit.model.chats import Prompt, as_messages, conversation_text
 from dpo_kit.run.files import digest, write_jsonl, write_text
 from dpo_kit.run.journal import Journal, key_of
@@ -31,6 +34,7 @@ from dpo_kit.run.statistics import means_by_name, needed_against_half
 
 EACH = 4  # of the losses, of the wins, of the rest in samples.md
 LEAST = 20  # prompts; a bootstrap over fewer of them is too narrow to call a winner by
+LOOK = 32  # prompts that are judged between two looks at whether the rate is settled
 CUT = 0.05  # share of cut answers from which a reader must know
 NO_JUDGE = "no judge: say judge=llm judge.base_url=… judge.model=…, judge=reward_model judge.path=…, or judge=human"
 UNJUDGED = Verdict("unjudged", "unjudged")
@@ -40,7 +44,9 @@ Question = tuple[str, Prompt]  # prompt_id, and the prompt in the form in which 
 
 @dataclass
 class Compared:
-    """One answer of the policy beside one of its opponent, and the verdict on the policy's; None: no answer came."""
+    """One answer of the policy beside one of its opponent, and the verdict on the policy's; None: no answer came.
+    `vote`: the points that people give it, None where they did not look.
+    """
 
     prompt_id: str
     prompt: Prompt
@@ -48,6 +54,7 @@ class Compared:
     policy: Answer | None
     opponent: Answer | None
     verdict: Verdict = UNJUDGED
+    vote: float | None = None
 
     @property
     def shown(self) -> Shown | None:
@@ -58,7 +65,8 @@ class Compared:
 def measure_win_rate(job: Job) -> Found:
     """The policy's answers against the opponent's, as the judge sees them; verdicts.jsonl and samples.md beside it.
     `status`: done, partial (an answer or a verdict failed: the same command tries again), waiting (for people), or
-    skipped where no judge is configured. Raises ConfigError, DataError, ModelError.
+    skipped where no judge is configured. `settled`: what ended the verdicts early, if anything did, and `left_out` the
+    comparisons that were spared. Raises ConfigError, DataError, ModelError.
     """
     settings, wanted = job.options.judge, job.options.win_rate
     if settings is None:
@@ -72,7 +80,11 @@ def measure_win_rate(job: Job) -> Found:
         for (name, prompt), *answers in zip(questions, ours, theirs, strict=True)
         for draw, pair in enumerate(zip(*answers, strict=True))
     ]
-    whole = [(row, shown) for row in compared if (shown := row.shown)]
+    whole = [row for row in compared if row.shown]
+    sheet = ReviewSheet(job.folder / "review.csv", seed=wanted.seed)
+    sequence, reviewed = None, job.options.review or sheet.copies  # people's votes need a number fixed beforehand
+    if wanted.stop_early and isinstance(settings, LLMJudge) and job.options.sweep is None and not reviewed:
+        sequence = ConfidenceSequence()
     with open_judge(settings, job.shared, wanted.seed) as judge:
         controls = []
         if isinstance(settings, LLMJudge):
@@ -82,14 +94,13 @@ def measure_win_rate(job: Job) -> Found:
                 others, _ = answer(job, "opponent", tried, again=True)
                 again = [first.text for (first,) in others if first]  # of all or of none
                 controls = run_controls(judge, tried, texts, again if len(again) == len(tried) else None)
-        if whole:
-            verdicts = compare(judge, *map(list, zip(*(shown for _, shown in whole), strict=True)))
-            for (row, _), verdict in zip(whole, verdicts, strict=True):
-                row.verdict = verdict
+        asked = ask(judge, whole, sequence, seed=wanted.seed, within=wanted.within)
         spend = {"policy": our_cost, "opponent": their_cost, "judge": judge.spend()}
+    compared = [row for row in compared if not row.shown or row.prompt_id in asked]
+    judged = [(row.shown, row.verdict) for row in compared if row.shown]
     status = "done"
     if any(row.verdict.points is None for row in compared):
-        status = "waiting" if len(whole) == len(compared) and settings.kind == "human" else "partial"
+        status = "waiting" if len(judged) == len(compared) and settings.kind == "human" else "partial"
     rows = [
         {"prompt_id": row.prompt_id, "draw": row.draw, "prompt": redact(row.prompt),
          "policy": row.policy and redact_text(row.policy.text),
@@ -99,19 +110,46 @@ def measure_win_rate(job: Job) -> Found:
          "policy_first": row.verdict.a_first, "opponent_first": row.verdict.b_first}
         for row in compared
     ]  # fmt: skip
-    sheet = ReviewSheet(job.folder / "review.csv", seed=wanted.seed)
-    judged = [(shown, row.verdict) for row, shown in whole]
+    review = None if settings.kind == "human" else sheet.check(judged, job.options.review)
+    if review:
+        seen = [row for row in compared if row.shown]
+        for row, vote in zip(seen, sheet.points([shown for shown, _ in judged]), strict=True):
+            row.vote = vote
     found = {
         "status": status, "policy": job.policy.name, "opponent": job.opponent_name,
         "split": job.split if wanted.prompts is None else None, "settings": redact(wanted.model_dump()),
         "judge": {"name": judge.name, **redact(judge_identity(settings))},
-        "questions": len(questions), **win_rates(compared), "controls": controls,
-        "review": None if settings.kind == "human" else sheet.check(judged, job.options.review),
-        "spend": redact(spend),
+        "questions": len(questions), **win_rates(compared, sequence=sequence, within=wanted.within),
+        "left_out": len(whole) - len(judged), "controls": controls, "review": review, "spend": redact(spend),
     }  # fmt: skip
     write_jsonl(job.folder / "verdicts.jsonl", rows)
     write_samples(job.folder / "samples.md", compared, policy=job.policy.name, opponent=job.opponent_name)
     return found
+
+
+def ask(
+    judge: Judge, rows: Sequence[Compared], sequence: ConfidenceSequence | None, *, seed: int, within: float
+) -> set[str]:
+    """Have `judge` compare the answers of `rows` and keep its verdicts there; the names of the prompts it was asked.
+
+    With a `sequence` prompts come by lot, so many at a time, until it settles the rate.
+    """
+    by_prompt: dict[str, list[Compared]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.prompt_id, []).append(row)
+    names, at_a_time = list(by_prompt), len(by_prompt) or 1
+    if sequence is not None:
+        names, at_a_time = sorted(names, key=lambda name: key_of("order", seed, name)), LOOK
+    for start in range(0, len(names), at_a_time):
+        some = [row for name in names[start : start + at_a_time] for row in by_prompt[name]]
+        shown = [row.shown for row in some if row.shown]
+        for row, verdict in zip(some, compare(judge, *map(list, zip(*shown, strict=True))), strict=True):
+            row.verdict = verdict
+        if sequence is not None:
+            sequence.add(list(_points_by_prompt(some).values()))
+            if settled(sequence.low, sequence.high, within):
+                return set(names[: start + at_a_time])
+    return set(names)
 
 
 def read_questions(job: Job) -> list[Question]:
@@ -124,7 +162,7 @@ def read_questions(job: Job) -> list[Question]:
     from dpo_kit.data.build.prompts import read_prompts
 
     data = Data(**job.config["data"])
-    prompts = read_prompts(wanted.prompts, data, wanted.limit).prompts
+    prompts, _ = read_prompts(wanted.prompts, data, wanted.limit)
     chat = job.reader.tokenizer().chat_template is not None if data.wrap_as_chat == "auto" else data.wrap_as_chat
     return [(digest(prompt), as_messages(prompt) if chat else prompt) for prompt in prompts]
 
@@ -196,8 +234,18 @@ def write_samples(path: Path, compared: Sequence[Compared], *, policy: str, oppo
     write_text(path, "\n".join(parts))
 
 
-def win_rates(compared: Sequence[Compared], draws: int = 2000) -> Found:
+def win_rates(
+    compared: Sequence[Compared],
+    draws: int = 2000,
+    *,
+    sequence: ConfidenceSequence | None = None,
+    within: float = 0.0,
+) -> Found:
     """Win rates of the policy (shares; 95 % intervals by bootstrap over prompts), and what they rest on.
+
+    With enough votes of people `win_rate_corrected` is the rate that they would give (judge/correction.py), which the
+    verdict then reads. Where verdicts were asked for under a `sequence`, the interval of `win_rate` is its own if it
+    `settled` the rate; if not, a bootstrap that leaves room for the looks that were taken.
 
     A prompt of several answers counts once, by its mean. `win_rate`: win 1, loss 0, tie or order-dependent ½.
     `win_rate_without_ties`: of the verdicts that both orders give. `win_rate_length_controlled_without_difficulty`:
@@ -206,12 +254,22 @@ def win_rates(compared: Sequence[Compared], draws: int = 2000) -> Found:
     """
     judged = [row for row in compared if row.verdict.points is not None]
     decided = [row for row in judged if row.verdict.outcome in ("win", "loss")]
-    rate, prompts = _by_prompt(judged, draws), len({row.prompt_id for row in judged})
-    needed = rate and needed_against_half(rate[0])
+    prompts, ended = len({row.prompt_id for row in judged}), None
+    rate = _by_prompt(judged, draws, 0.05 - LOOKING if sequence else 0.05)
+    if sequence and rate and (ended := settled(sequence.low, sequence.high, within)):
+        rate = rate[0], sequence.low, sequence.high
+    points, votes = [row.verdict.points or 0.0 for row in judged], [row.vote for row in judged]
+    corrected = correct(points, votes, [row.prompt_id for row in judged])
+    best: Rate = corrected[:3] if corrected else rate
+    verdict = f"within ±{within:g}" if ended == "within" and not corrected else read_verdict(best, prompts)
+    needed = best and needed_against_half(best[0])
     found = {
         "prompts": prompts,
         **_named("win_rate", rate),
-        "win_rate_verdict": read_verdict(rate, prompts),
+        "settled": ended,
+        **_named("win_rate_corrected", corrected and corrected[:3]),
+        "reviewed": corrected and corrected.prompts,
+        "win_rate_verdict": verdict,
         "win_rate_needed_prompts": needed and max(LEAST, needed),
         **_named("win_rate_without_ties", _by_prompt(decided, draws)),
         "decided": len(decided),
@@ -241,16 +299,19 @@ def read_verdict(rate: Rate, prompts: int) -> Literal["better", "worse", "not se
     return "better" if rate[1] > 0.5 else "worse"
 
 
-def _by_prompt(judged: Sequence[Compared], draws: int) -> Rate:
+def _points_by_prompt(rows: Sequence[Compared]) -> dict[str, float]:
+    return means_by_name((row.prompt_id, points) for row in rows if (points := row.verdict.points) is not None)
+
+
+def _by_prompt(judged: Sequence[Compared], draws: int, level: float = 0.05) -> Rate:
     import torch
 
     from dpo_kit.callbacks.metrics import bootstrap_interval
 
-    means = means_by_name((row.prompt_id, row.verdict.points or 0.0) for row in judged)
-    if not means:
+    if not (means := _points_by_prompt(judged)):
         return None
     values = torch.tensor(list(means.values()), dtype=torch.float64)
-    return (float(values.mean()), *bootstrap_interval(values, list(means), draws))
+    return (float(values.mean()), *bootstrap_interval(values, list(means), draws, level))
 
 
 def _length_controlled(judged: Sequence[Compared], draws: int) -> Rate:
@@ -290,9 +351,9 @@ class WinRate(Part):
     def headline(self, found: Found) -> Found:
         failed = [control["name"] for control in found["controls"] if not control["passed"]]
         rates = [f"{key}{end}" for key in WIN_RATES for end in ("", "_low", "_high")]
-        keys = (*rates, "win_rate_verdict", "win_rate_needed_prompts")
+        keys = (*rates, "reviewed", "settled", "left_out", "win_rate_verdict", "win_rate_needed_prompts")
         judge = found["judge"] | {"controls_failed": failed}
-        return {key: found[key] for key in keys} | {"win_rate_prompts": found["prompts"], "judge": judge}
+        return {key: found.get(key) for key in keys} | {"win_rate_prompts": found["prompts"], "judge": judge}
 
     def tell(self, found: Found) -> Iterator[Line | Note]:
         yield f"against {found['opponent']}", f"{found['prompts']:,} prompts", ""
@@ -300,6 +361,8 @@ class WinRate(Part):
         for key, label in DOUBTS.items():
             if found[key] is not None and found["judge"]["kind"] not in SCORING:
                 yield f"judge: {label}", f"{found[key]:.0%}", ""
+        if spared := found.get("left_out"):
+            yield "verdicts spared, as the rate was settled", f"{spared:,}", ""
         if review := found.get("review"):
             same = "" if review["same_verdict"] is None else f", {review['same_verdict']:.0%} as the judge"
             yield "checked by people", f"{review['checked']}{same}", ""
@@ -316,11 +379,22 @@ class WinRate(Part):
                 )
         rate, needed = found["win_rate"], found["win_rate_needed_prompts"]
         if found["win_rate_verdict"] == "not separated":
-            would = f"about {needed:,} prompts would tell a rate of {rate:.3f} from .5" if needed else "it is .5 itself"
+            best = found.get("win_rate_corrected") or rate
+            would = f"about {needed:,} prompts would tell a rate of {best:.3f} from .5" if needed else "it is .5 itself"
             yield Note(f"Not separated from {found['opponent']}: {would} ({found['prompts']:,} so far).")
-        elif rate is not None:
+        elif found["win_rate_verdict"] in ("better", "worse"):
             than = f"{found['win_rate_verdict']} than {found['opponent']}"
             yield Note(f"{found['policy']} is {than} ({found['judge']['name']}).")
+        elif rate is not None:
+            yield Note(f"{found['policy']} is as good as {found['opponent']}: {found['win_rate_verdict']} of ½.")
+        if rate is not None and found["judge"]["kind"] == "llm" and not found.get("reviewed"):
+            accuracy = found["settings"].get("judge_accuracy", 0.8)
+            alike, low, high = could_be(rate, accuracy)
+            yield Note(
+                f"A judge that is right in {accuracy:.0%} of its verdicts shows {rate:.3f} where the rate is "
+                f"{alike:.3f}, if it errs alike on both sides, and where it is {low:.3f} to {high:.3f}, if it favours "
+                "one: review=100 lets people put the rate right."
+            )
         for side in ("policy", "opponent"):
             share = found[side + "_answers"]["cut_share"]
             if share and share > CUT:

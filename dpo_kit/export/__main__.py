@@ -18,7 +18,7 @@ CHOICES = {
     "base": ("original", "dequantised"),
     "private": ("true", "false"),
 }
-ONLY_MODEL = ("dtype", "base", "push", "private")
+ONLY_MODEL = ("dtype", "base", "push", "private", "step")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(arguments: Sequence[str]) -> None:
     """Do what `arguments` ask for and say where it is. Raises ConfigError, DataError, ModelError."""
     values = parse_words(arguments)
-    run = RunDirectory(locate("run", values["run"]))
-    out = Path(values.get("out") or (run.export if values["mode"] == "model" else run.reproduction))
+    run, step = RunDirectory(locate("run", values["run"])), int(values["step"]) if "step" in values else None
+    export_to = run.export if step is None else run.export.with_name(f"{run.export.name}-step-{step}")
+    out = Path(values.get("out") or (export_to if values["mode"] == "model" else run.reproduction))
     if values["mode"] == "script":
         refuse_existing("out", out)
     elif not (out / FACTS).exists():  # else an earlier export, perhaps this very one
@@ -51,7 +52,7 @@ def export(arguments: Sequence[str]) -> None:
             return
         from dpo_kit.export.folder import export_run, push
 
-        facts = export_run(run, out, values["dtype"], values["base"])
+        facts = export_run(run, out, values["dtype"], values["base"], step)
         sys.stdout.write(f"{out}: {facts['dtype']}. {facts['how']}\nchecked: {facts['checked']}\n")
         if "push" in values:
             sys.stdout.write(f"on the hub: {push(out, values['push'], private=values['private'] == 'true')}\n")
@@ -65,7 +66,7 @@ def export(arguments: Sequence[str]) -> None:
 
 def parse_words(arguments: Sequence[str]) -> Values:
     """{key: value} of the command line, defaults filled in. Raises ConfigError."""
-    keys = ("run", "out", "push", *CHOICES)
+    keys = ("run", "out", "push", "step", *CHOICES)
     given = parse(arguments, keys, needed="run", meaning="DIR, a finished run")
     values = {key: choices[0] for key, choices in CHOICES.items()} | given
     for key, choices in CHOICES.items():
@@ -73,6 +74,8 @@ def parse_words(arguments: Sequence[str]) -> Values:
             raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {values[key]}")
     if values["mode"] == "script" and (extra := [key for key in ONLY_MODEL if key in given]):
         raise ConfigError(f"{', '.join(extra)} belongs to mode=model, not to mode=script")
+    if "step" in values and not values["step"].isdecimal():
+        raise ConfigError(f"step must be a number of steps, got {values['step']}")
     if "push" in values and values["push"].count("/") != 1:
         raise ConfigError(f"push must be org/name, got {values['push']}")
     return values

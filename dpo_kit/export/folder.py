@@ -14,14 +14,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpo_kit.config.identity import recall_config
+from dpo_kit.config.recall import recall_config
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.model.load import end_as_trained, load_weights
 from dpo_kit.model.origin import find_start
 from dpo_kit.run.directory import FACTS, RunDirectory
-from dpo_kit.run.files import hash_weights, read_json, write_json, write_text
-from dpo_kit.run.history import last_step, read_metrics
+from dpo_kit.run.files import hash_weights, read_json, texts, write_json, write_text
+from dpo_kit.run.history import last_step, latest, read_metrics
 from dpo_kit.run.quiet import quiet_libraries
 from dpo_kit.run.report.card import card_text
 from dpo_kit.trainer.resume.whole_or_absent import SAVING, put_in_place
@@ -30,24 +30,9 @@ log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 NOISE = 1e-4  # of the largest logit: what rounding in float32 makes of sums in another order
 SAMPLES = 16
-PROMPTS = (
-    "Hello, how are you?",
-    "Explain in two sentences why the sky is blue.",
-    "Write a Python function that returns the n-th Fibonacci number.\n\nExplain it.",
-    "Schreibe einen kurzen Brief an eine Freundin, die umgezogen ist.",
-    "1, 1, 2, 3, 5, 8,",
-    "What is the capital of 日本? 🙂",
-)  # texts of several kinds, for runs that have drawn no answers
+TEXTS = texts(__file__)
 Text = tuple[list[int], int]  # token ids, and the place of the first one that counts
 FAR = 0.02  # nats a token: more than rounding costs a model of some billion parameters, to 4 bits even
-HOW = {
-    "full": "All weights were tuned.",
-    "lora": "The LoRA adapter is merged into its base.",
-    "original": "The adapter, trained on a 4-bit base, is merged into the base as published: the policy's answers "
-    "differ from those measured in training by what the 4-bit rounding had changed in the base.",
-    "dequantised": "The adapter is merged into the 4-bit base that it was trained on, dequantised: the policy that was "
-    "measured, with the rounding of its base kept.",
-}
 
 
 @dataclass(frozen=True)
@@ -59,14 +44,22 @@ class Distance:
     greedy: float  # share of positions with the same most probable token
 
 
-def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "original") -> dict[str, Any]:
+def export_run(
+    run: RunDirectory, out: Path, dtype: str = "auto", base: str = "original", step: int | None = None
+) -> dict[str, Any]:
     """Write `out` and return its export.json; one that is there already, and is the same, is left as it is.
 
     `base` is what a QLoRA adapter is merged into: the original weights, or the "dequantised" ones it was trained on.
+    With a `step` the policy is what the run kept after so many steps, not its last one.
     ConfigError where the run has not ended well or `out` holds something else; ModelError where the folder would not
     be the policy that the run left.
     """
     manifest, result = run.read_finished()
+    if step is not None:
+        run = run.at(step)
+        then = latest([row for row in read_metrics(run.metrics) if row["step"] == step])
+        then = {key: then[key] for key in result["final"] if key in then}
+        result |= {"final": then, "steps": step, "findings": []}  # those are of its end
     model = Model(**recall_config(manifest)["model"])
     quiet_libraries()
     start = find_start(model).base  # of an adapter; what training left decides what auto is
@@ -75,7 +68,7 @@ def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "o
         dtype = str(AutoConfig.from_pretrained(left, revision=revision or "main").dtype or torch.float32)
         dtype = dtype.removeprefix("torch.")
     is_qlora = model.tuning == "qlora"
-    asked = {"config_hash": manifest["config_hash"], "dtype": dtype, "base": base if is_qlora else None}
+    asked = {"config_hash": manifest["config_hash"], "dtype": dtype, "base": base if is_qlora else None, "step": step}
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         earlier = read_json(out / FACTS) if (out / FACTS).exists() else {}
         if {name: earlier.get(name) for name in asked} != asked:
@@ -90,8 +83,9 @@ def export_run(run: RunDirectory, out: Path, dtype: str = "auto", base: str = "o
         )
     with complete_or_absent(out) as aside:
         distance, checked = _write(run, model, dtype, base, aside)
-        facts = {**asked, "how": HOW[base if is_qlora else model.tuning], "checked": checked, **asdict(distance)}
-        evaluated = run.evaluation / "result.json"
+        how = TEXTS["how"][base if is_qlora else model.tuning]
+        facts = {**asked, "how": how, "checked": checked, **asdict(distance)}
+        evaluated = run.evaluation_of(step) / "result.json"
         judged = read_json(evaluated) if evaluated.exists() else None
         write_text(aside / "README.md", card_text(result, manifest, judged, facts))
         write_json(aside / FACTS, facts)
@@ -206,7 +200,7 @@ def find_faults(folder: Path) -> list[str]:
 
 
 def read_texts(run: RunDirectory, tokenizer: Any) -> list[Text]:
-    """What the policy answered at the end of `run`; else PROMPTS behind what the template gives all of them."""
+    """What the policy answered at the end of `run`; else fixed prompts behind what the template gives all of them."""
     texts = []
     for row in last_step(read_metrics(run.samples))[:SAMPLES]:
         prompt = encode(tokenizer, row["prompt"])
@@ -214,7 +208,7 @@ def read_texts(run: RunDirectory, tokenizer: Any) -> list[Text]:
             texts.append(([*prompt, *answer], len(prompt)))
     if texts:
         return texts
-    prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
+    prompts = [encode(tokenizer, prompt) for prompt in TEXTS["prompts"]]
     same = next(place for place, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
     return [(ids, max(1, same)) for ids in prompts]
 

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config.identity import recall_settings
+from dpo_kit.config.recall import recall_settings
 from dpo_kit.config.settings import Settings
 from dpo_kit.config.tools import refuse_existing
 from dpo_kit.errors import ConfigError, DataError
@@ -88,7 +88,7 @@ def build_script(settings: Settings, run: RunDirectory, manifest: dict[str, Any]
 
     loads = _arguments(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code or None, **numbers)
     if is_qlora:
-        from dpo_kit.model.bypassed import kept_whole
+        from dpo_kit.model.adapter import kept_whole
 
         whole = {} if is_plain(config) else {"llm_int8_skip_modules": kept_whole(config)}
         wanted["transformers"].add("BitsAndBytesConfig")

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
-from dpo_kit.config.settings import Answers, LocalAnswers, Model
+from dpo_kit.config.building import Answers, LocalAnswers
+from dpo_kit.config.settings import Model
 from dpo_kit.errors import DataError
 from dpo_kit.judge.server import Request, Server
 from dpo_kit.model.chats import Prompt, as_messages, split_context
@@ -90,13 +91,9 @@ def draw_answers(
 
 
 def draw_locally(
-    local: LocalModel,
-    temperatures: Sequence[float | None],
-    draws: int,
-    prompts: Sequence[Prompt],
-    asking: Asking,
+    local: LocalModel, temperatures: Sequence[float | None], draws: int, prompts: Sequence[Prompt], asking: Asking,
     journal: Journal,
-) -> list[list[Answer | None]]:
+) -> list[list[Answer | None]]:  # fmt: skip
     """For each prompt the answers of `local`, `draws` at each temperature. What `journal` has is not drawn again."""
     identity = [*local.identity, *asking.identity]
     turns = [(temperature, draw) for temperature in temperatures for draw in range(draws)]

@@ -78,6 +78,14 @@ class ReviewSheet(Judge):
                 verdicts.append("tie" if won == "tie" else "unjudged")
         return verdicts
 
+    def points(self, shown: Sequence[Shown]) -> list[float | None]:
+        """What people's votes give the first answer: 1, 0, or ½ for a tie and for twice the same answer; None where
+        nobody voted.
+        """
+        of = {"first": 1.0, "second": 0.0, "tie": 0.5}
+        votes = zip(self._verdicts(shown), shown, strict=True)
+        return [0.5 if raw in of and each.first == each.second else of.get(raw) for raw, each in votes]
+
     def read(self) -> dict[str, dict[str, Vote]]:
         """{item: {rater: vote}}; a and b are the answers in the order of the sheet."""
         votes: dict[str, dict[str, Vote]] = {}

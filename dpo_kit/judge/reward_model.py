@@ -10,9 +10,9 @@ from dpo_kit.config.settings import RewardModelJudge
 from dpo_kit.errors import ModelError
 from dpo_kit.model.batches import pad_batch, pad_token_id
 from dpo_kit.model.chats import as_messages
-from dpo_kit.model.control_tokens import neutralised
 from dpo_kit.model.hardware import has_accelerator, training_precision
 from dpo_kit.model.tokens import encode_chats
+from dpo_kit.model.turns import neutralised
 
 
 class RewardModel:

@@ -131,7 +131,7 @@ def run_controls(
     import torch
 
     from dpo_kit.callbacks.metrics import bootstrap_interval
-    from dpo_kit.run.intervals import clopper_pearson
+    from dpo_kit.run.statistics import clopper_pearson
 
     tried = {"same model twice": again or answers} | {name: [fake] * len(prompts) for name, fake in FAKES.items()}
     controls = []

@@ -80,19 +80,6 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.cuda.set_rng_state_all(states["cuda"])
 
 
-@contextmanager
-def forked_random(seed: int) -> Iterator[None]:
-    """Inside, every generator that training draws from is seeded with `seed`; after, each is as it was before."""
-    states = random_states()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        set_random_states(states)
-
-
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: the tokenizer's, else EOS, else 0 (padding is masked, so any id does)."""
     return next(each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if each is not None)
@@ -107,13 +94,6 @@ def pad_batch(
     ids = pad(rows, batch_first=True, padding_value=pad_id, padding_side=side)
     mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     return ids.to(device), mask.to(device)
-
-
-def cache_width(text: Any) -> int:
-    """Numbers that a layer keeps of a token as keys, and as many as values; the hidden size where it has no heads."""
-    heads = getattr(text, "num_attention_heads", None) or 1
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return width * (getattr(text, "num_key_value_heads", None) or heads)
 
 
 def mlp_width(text: Any) -> int:

@@ -14,18 +14,9 @@ from dpo_kit.config.places import weights_faults
 from dpo_kit.config.settings import Model
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.model.batches import bare
-from dpo_kit.model.control_tokens import neutralised
 from dpo_kit.model.hardware import has_accelerator, weight_dtype
-from dpo_kit.model.origin import (
-    Start,
-    find_parent,
-    find_start,
-    has_tokenizer,
-    quantised_by,
-    refuse_adapter,
-    refuse_unsafe,
-)
-from dpo_kit.model.turns import ends_of, stop_ids
+from dpo_kit.model.origin import ADAPTER, find_parent, find_start, has_tokenizer, quantised_by, read_file, refuse_unsafe
+from dpo_kit.model.turns import ends_of, neutralised, stop_ids
 
 log = logging.getLogger(__name__)
 
@@ -73,17 +64,15 @@ def read_template(given: str) -> str:
         ) from error
 
 
-def load_policy(model: Model | Start, tokenizer: Any) -> PreTrainedModel:
+def load_policy(model: Model, tokenizer: Any) -> PreTrainedModel:
     """The weights to be tuned, 4-bit under `tuning=qlora`; or the adapter that training goes on from, on its base."""
-    start = find_start(model)
-    model = start.model
     if model.attn_implementation == "flex_attention" and not has_accelerator():
         raise ConfigError("model.attn_implementation=flex_attention has no backward pass on a CPU: leave it out")
     if model.tuning == "qlora":
         from dpo_kit.model.adapter import warn_of_rounding
 
-        warn_of_rounding(start)
-    policy = load_start(start)
+        warn_of_rounding(model)
+    policy = load_start(model)
     if len(tokenizer) > (rows := policy.get_input_embeddings().weight.shape[0]):
         raise ModelError(
             f"the tokenizer of {model.path} knows {len(tokenizer)} tokens, its model only {rows}: they do not "
@@ -107,10 +96,10 @@ def load_reference(model: Model) -> PreTrainedModel:
     return reference.eval().requires_grad_(False)
 
 
-def load_start(model: Model | Start) -> Any:
+def load_start(model: Model) -> Any:
     """What training starts from: the weights at `model.path`, or its adapter on its base, ready to be trained."""
     if not (start := find_start(model)).adapter:
-        return load_weights(start.model)
+        return load_weights(model)
     from dpo_kit.model.adapter import load_adapter
 
     return load_adapter(start)
@@ -143,7 +132,7 @@ def load_weights(model: Model, path: str | None = None) -> PreTrainedModel:
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     weights = load_named(AutoModelForCausalLM, path, model, **options)
     if getattr(weights, "is_loaded_in_4bit", False):
-        from dpo_kit.model.bypassed import keep_4bit_weights_as_they_are
+        from dpo_kit.model.adapter import keep_4bit_weights_as_they_are
 
         keep_4bit_weights_as_they_are(weights)
     weights.config.use_cache = False  # scoring and training never read it; sampling turns it on for itself
@@ -177,8 +166,10 @@ def load_named(auto_class: Any, path: str, model: Model, **options: Any) -> Any:
     options |= {"revision": model.revision, "code_revision": model.revision} if path == model.path else {}
     for fault in weights_faults(key, path):  # before the hub is asked for what is meant to be here
         raise ModelError(fault)
-    if auto_class is not AutoTokenizer:
-        refuse_adapter(key, path, options.get("revision"))
+    if auto_class is not AutoTokenizer and (adapter := read_file(path, ADAPTER, options.get("revision"))):
+        from dpo_kit.model.adapter_origin import refuse_adapter
+
+        refuse_adapter(key, path, adapter)
     refuse_unsafe(key, path, options.get("revision"))
     trusted = model.trust_remote_code and path == model.path  # the commit is that of model.path's repository
     try:
@@ -190,7 +181,7 @@ def load_named(auto_class: Any, path: str, model: Model, **options: Any) -> Any:
         raise ModelError(f"{key}={path} cannot be loaded: {reason}{remedy}") from error
 
 
-def read_config(model: Model | Start) -> Any:
+def read_config(model: Model) -> Any:
     """The model's config alone. ModelError where there is none."""
     base = find_start(model).base
     try:

@@ -1,11 +1,11 @@
-"""Where a model comes from, an adapter's base, and what is refused unloaded: unfinished runs, code, pickles.
+"""Where a model comes from, and what is refused unloaded: unfinished runs, code, pickles.
 
 Nothing of a repository is executed: weights are safetensors, code runs only from a repository at a commit that the
 config names (`model.trust_remote_code` with `model.revision`, see config/compose.py).
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ from dpo_kit.config.places import refuse_missing
 from dpo_kit.config.settings import Model, Settings
 from dpo_kit.errors import ModelError
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.run.files import hash_weights, read_json
+from dpo_kit.run.files import read_json
 from dpo_kit.run.redact import redact_text
 
 ADAPTER = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -78,52 +77,21 @@ def find_parent(key: str, path: str) -> dict[str, Any] | None:
 @dataclass(frozen=True)
 class Start:
     """What training of `model` starts from: `base`, a whole model, and on it the `adapter` that training goes on from
-    (what its adapter_config.json says), or None; which run left it, and the hashes of its weights, once asked for.
+    (what its adapter_config.json says), or None.
     """
 
     model: Model
     base: Model
     adapter: dict[str, Any] | None
 
-    @cached_property
-    def parent(self) -> dict[str, Any] | None:
-        """The finished run whose policy it is: see `find_parent`."""
-        return find_parent("model.path", self.model.path)
 
-    @cached_property
-    def hashes(self) -> dict[str, str | None]:
-        """sha256 of the weights of model and base, by path; None for hub ids."""
-        return {path: hash_weights(path) for path in {self.model.path, self.base.path}}
-
-
-def find_start(model: Model | Start) -> Start:
-    """What `model` starts from; a start as it is. ModelError for an adapter that cannot be gone on with."""
-    if isinstance(model, Start):
-        return model
+def find_start(model: Model) -> Start:
+    """What `model` starts from. ModelError for an adapter that cannot be gone on with."""
     if not (adapter := read_file(model.path, ADAPTER, model.revision)):
         return Start(model, model, None)
-    if model.tuning == "full":
-        refuse_adapter("model.path", model.path, model.revision)
-    if adapter.get("peft_type") != "LORA":
-        raise ModelError(f"model.path={model.path} is an adapter of kind {adapter.get('peft_type')}, not a LoRA")
-    base = {"path": find_base(Path(model.path).expanduser(), adapter), "revision": adapter.get("revision")}
-    base["trust_remote_code"] = False  # whose commit was named is the adapter's
-    return Start(model, model.model_copy(update=base), adapter)
+    from dpo_kit.model.adapter_origin import base_of
 
-
-def find_base(folder: Path, adapter: dict[str, Any]) -> str:
-    """Where the base of `adapter` lies: a relative folder may be one of where the run that left it was started.
-    ModelError where it names none.
-    """
-    if not (base := str(adapter.get("base_model_name_or_path") or "")):
-        raise ModelError(
-            f"{folder / ADAPTER} has no base_model_name_or_path: add the model that the adapter belongs to"
-        )
-    manifest = RunDirectory(folder.parent).manifest
-    if manifest.exists() and not Path(base).expanduser().exists():
-        there = Path(read_json(manifest).get("folder") or ".") / base
-        return str(there) if there.exists() else base
-    return base
+    return Start(model, base_of(model, adapter), adapter)
 
 
 def has_tokenizer(path: str, revision: str | None) -> bool:
@@ -134,21 +102,6 @@ def has_tokenizer(path: str, revision: str | None) -> bool:
 def quantised_by(path: str, revision: str | None) -> str | None:
     """The method by which the weights at `path` are published quantised; None where they are not."""
     return (read_file(path, "config.json", revision).get("quantization_config") or {}).get("quant_method")
-
-
-def refuse_adapter(key: str, path: str, revision: str | None) -> None:
-    """ModelError for an adapter where a whole model is meant: transformers would load its base with the adapter in it,
-    and peft would tune on top, without a word.
-    """
-    if not (adapter := read_file(path, ADAPTER, revision)):
-        return
-    base = adapter.get("base_model_name_or_path")
-    remedy = "go on training it with model.tuning=lora or qlora, " if key == "model.path" else ""
-    raise ModelError(
-        f"{key}={path} is an adapter on {base}, not a model: {remedy}name the base itself ({key}={base}), or merge the "
-        "adapter into it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("
-        f"{str(base)!r}), {path!r}).merge_and_unload().save_pretrained('merged')"
-    )
 
 
 def _refuse_pickles(key: str, folder: Path) -> None:
@@ -205,7 +158,7 @@ def refuse_start(model: Model) -> None:
         if not any((folder / name).exists() for name in ("config.json", ADAPTER)):
             raise ModelError(f"{key}={path} has no config.json: a model is a folder with that and safetensors weights")
         if key == "model.path" and (start := find_start(model)).adapter:
-            from dpo_kit.model.adapter_weights import refuse_adapter_weights
+            from dpo_kit.model.adapter_origin import refuse_adapter_weights
 
             refuse_adapter_weights(start)
 

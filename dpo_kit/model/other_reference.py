@@ -1,5 +1,6 @@
 """Another model as the reference: what it must share with the policy, and what makes it needless."""
 
+import filecmp
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ from transformers import AutoConfig, AutoTokenizer
 from dpo_kit.errors import ConfigError, ModelError
 from dpo_kit.model.load import load_named
 from dpo_kit.model.origin import Start
-from dpo_kit.run.files import hash_weights
 
 SAMPLE = ("Hello, world!", "naïve café, 東京 🙂", "  two  spaces\n\tand a tab", "x = 3.14159 * 2**10  # code", "don't")
 """Texts that tokenizers of one vocabulary but other merges or normalisation encode differently."""
@@ -47,11 +47,11 @@ def token_differences(tokenizer: Any, other: Any) -> list[str]:
 def refuse_second_copy(start: Start) -> None:
     """ConfigError where the reference beside a new adapter has the very weights of the base."""
     model = start.model
-    files = [Path(str(path)).expanduser().glob("*.safetensors") for path in (model.path, model.reference)]
-    sizes, sizes_there = (sorted(file.stat().st_size for file in weights) for weights in files)
-    if model.tuning == "full" or start.adapter or sizes != sizes_there:
+    if model.tuning == "full" or start.adapter:
         return
-    if (own := start.hashes[model.path]) and own == hash_weights(str(model.reference)):
+    own, there = (sorted(Path(str(path)).expanduser().glob("*.safetensors")) for path in (model.path, model.reference))
+    pairs = zip(own, there, strict=False)
+    if own and len(own) == len(there) and all(filecmp.cmp(*pair, shallow=False) for pair in pairs):
         raise ConfigError(
             f"model.reference={model.reference} has the very weights of model.path={model.path}, which "
             f"model.tuning={model.tuning} has already (the policy with its adapter off): leave it out, and save a "

@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dpo_kit.model.batches import cache_width, pad_batch, pad_token_id
+from dpo_kit.model.batches import pad_batch, pad_token_id
 from dpo_kit.model.chats import prompt_of
 from dpo_kit.model.tokens import decode_answer, encode_prompts
 from dpo_kit.model.turns import stop_ids
@@ -102,6 +102,13 @@ def rows_at_once(model: Any, length: int) -> int:
     free, total = torch.cuda.mem_get_info(model.device)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, min(total // 8, (free + unused) // 2) // row)
+
+
+def cache_width(text: Any) -> int:
+    """Numbers that a layer keeps of a token as keys, and as many as values; the hidden size where it has no heads."""
+    heads = getattr(text, "num_attention_heads", None) or 1
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return width * (getattr(text, "num_key_value_heads", None) or heads)
 
 
 def _generate(

@@ -1,11 +1,8 @@
 """Log-probabilities of completions under the policy and the reference, in batches that fit."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,11 +142,6 @@ def add_up(values: Tensor, accelerator: Accelerator | None) -> Tensor:
     return total.cpu()
 
 
-def fingerprint(values: Any) -> str:
-    """Short hash of plain values, to tell whether what was kept of the reference belongs to the same inputs."""
-    return sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
 def uses_fused_head(trainer: type) -> bool:
     """Whether log-probabilities come from hidden states and the LM head's weights, without logits of every position:
     TRL's `add_fused_lm_head` gives a model that forward, and stands in the module of each trainer that uses it.
@@ -189,59 +181,24 @@ def column_logps(trainer: Any, dataset: Dataset, scorer: Callable[[Sequence[Toke
     return {COLUMNS[column]: values for column, values in zip(answers, parts, strict=True)}
 
 
-class Reference:
-    """The model that drift is measured against: the one training started from, or another given on purpose.
+class ReferenceModel:
+    """The model that the policy is compared with: the one training started from, or another given on purpose.
 
     Where it comes from, in this order: `model`; a PEFT policy with its adapter off (or TRL's copy named "ref");
-    `trainer.ref_model`, unless TRL moves it (`sync_ref_model`); else the policy itself while it is untrained. The last
-    one (full tuning of ORPO, CPO, SimPO, or with precomputed log-probs) is gone once training began: what is needed of
-    it is cached at step 0, and `reload` (which loads the start model anew) serves the rare measurements beyond that.
-
-    `is_start=False`: `model` is not the start model on purpose, and need not equal the policy at step 0. `state_dir`
-    keeps the cached values, so that a resumed run measures against the same step 0.
+    `trainer.ref_model`; else the policy itself while it is untrained. `is_start=False`: `model` is not the start model
+    on purpose, and need not equal the policy at step 0.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        *,
-        model: Any | None = None,
-        reload: Callable[[], Any] | None = None,
-        is_start: bool = True,
-        state_dir: Path | None = None,
-    ) -> None:
-        self.trainer, self.is_start, self.state_dir = trainer, is_start, state_dir
+    def __init__(self, trainer: Trainer, *, model: Any | None = None, is_start: bool = True) -> None:
+        self.trainer, self.is_start, self._given = trainer, is_start, model is not None
         self._policy: Any = trainer.model
-        self._reload, self._given = reload, model is not None
-        self._loaded: Any | None = None
         self._model = model if self._given else getattr(trainer, "ref_model", None)
         self._is_adapter = self._model is None and is_peft_model(trainer.model)
 
     @property
-    def live(self) -> bool:
-        """Whether the reference can be run now, after training began."""
-        moved = getattr(self.trainer.args, "sync_ref_model", False) and not self._given
-        return self._loaded is not None or self._is_adapter or (self._model is not None and not moved)
-
-    @property
-    def can_load(self) -> bool:
-        """Whether the reference can be run now or be loaded anew."""
-        return self.live or self._reload is not None
-
-    @property
-    def is_policy(self) -> bool:
-        """Whether the policy itself, untrained, is the only reference at hand."""
-        return not self.models and not self._is_adapter
-
-    @contextmanager
-    def loaded(self) -> Iterator[bool]:
-        """For the length of the block the reference is live, loaded anew where it must be; yields whether it is."""
-        if not self.live and self._reload is not None:
-            self._loaded = self._reload().to(self._policy.device).eval()
-        try:
-            yield self.live
-        finally:
-            self._loaded = None
+    def models(self) -> list[Any]:
+        """The reference's own weights, where it has any beside the policy's."""
+        return [] if self._model is None else [self._model]
 
     @contextmanager
     def active(self) -> Iterator[Any]:
@@ -253,40 +210,6 @@ class Reference:
 
         with use_adapter(self._policy, "ref" if "ref" in self._policy.peft_config else None):
             yield self._policy
-
-    @contextmanager
-    def required(self, step: int) -> Iterator[Any]:
-        """The reference after the start, loaded anew where it must be; ModelError where it is gone."""
-        with self.loaded() as live:
-            if not live:
-                raise ModelError(
-                    f"reference: measuring begins at step {step}, but the log-probabilities of step 0 are not in "
-                    f"state_dir={self.state_dir} and the start model is gone; pass Reference(trainer, reload=...), a "
-                    "function that loads the start model"
-                )
-            with self.active() as model:
-                yield model
-
-    @property
-    def models(self) -> list[Any]:
-        """The reference's own weights, where it has any beside the policy's."""
-        return [each for each in (self._model, self._loaded) if each is not None]
-
-    def save(self, name: str, values: dict[str, Any]) -> None:
-        """Keep values in the state directory, replacing them in one step (main process only)."""
-        if self.state_dir is None or not self.trainer.is_world_process_zero():
-            return
-        self.state_dir.mkdir(parents=True, exist_ok=True)
-        partial = self.state_dir / f".{name}.partial"
-        torch.save(values, partial)
-        partial.replace(self.state_dir / f"{name}.pt")
-
-    def load(self, name: str, fingerprint: str) -> dict[str, Any] | None:
-        """Values kept under this name, or None where there are none with the same `fingerprint` entry."""
-        if self.state_dir is None or not (path := self.state_dir / f"{name}.pt").exists():
-            return None
-        values: dict[str, Any] = torch.load(path, weights_only=True)
-        return values if values["fingerprint"] == fingerprint else None
 
     def check_start(self, logratios: Tensor, tokens: Tensor, *, as_trained: bool = False) -> float:
         """The largest |policy − reference| in nats at step 0; ModelError where it shows another reference.

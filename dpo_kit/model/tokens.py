@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kit.model.chats import Messages, Prompt, prompt_of
-from dpo_kit.model.control_tokens import MARKS, has_marks, is_neutral, neutral_chat
-from dpo_kit.model.turns import outer_tokens
+from dpo_kit.model.turns import MARKS, has_marks, is_neutral, neutral_chat, outer_tokens
 
 Ids = TypeVar("Ids", list[int], range)
 
@@ -125,7 +124,7 @@ def encode_chats(tokenizer: Any, chats: Sequence[Messages], *, prompting: bool =
 
 
 def render(tokenizer: Any, chats: Sequence[Messages], *, prompting: bool) -> list[str]:
-    """What the template writes for each chat; control tokens that are to stay text are marked (control_tokens.py)."""
+    """What the template writes for each chat; control tokens that are to stay text are marked (turns.py)."""
     texts: list[str] = []
     for context, group in groupby((neutral_chat(tokenizer, chat) for chat in chats), itemgetter(1)):
         batch = [messages for messages, _ in group]

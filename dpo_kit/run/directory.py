@@ -26,6 +26,7 @@ class RunDirectory:
         self.preview = root / "preview.json"
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
+        self.path = root / "path"
         self.picture = root / "report.png"
         self.page = root / "report.md"
         self.result = root / "result.json"
@@ -35,6 +36,31 @@ class RunDirectory:
         self.export = root / "export"
         self.reproduction = root / "reproduce"
         self.wandb_file = root / "wandb_id"
+
+    def weights(self, step: int) -> Path:
+        """The model as it was after `step` steps, where it was kept on the way."""
+        return self.path / f"step-{step}"
+
+    def at(self, step: int) -> "RunDirectory":
+        """The same with what was kept after `step` steps as its model. ConfigError where nothing was."""
+        earlier = RunDirectory(self.root)
+        earlier.model = self.weights(step)
+        if not earlier.model.is_dir():
+            there = ", ".join(map(str, self.kept_steps())) or "none: a run with callbacks.path=4 keeps four"
+            raise ConfigError(f"step={step}: {self.root} has no weights of that step; kept on its way: {there}")
+        return earlier
+
+    def evaluation_of(self, step: int | None) -> Path:
+        """Where `evaluate` keeps what it finds of the policy after `step` steps (None: of the last one)."""
+        return self.evaluation if step is None else self.evaluation / f"step-{step}"
+
+    def kept_steps(self) -> list[int]:
+        """The steps whose weights were kept on the way."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.path.glob("step-*"))
+
+    def test_of(self, step: int | None) -> Path:
+        """What the policy after `step` steps (None: the last one) measured on the test split."""
+        return self.test if step is None else self.weights(step) / self.test.name
 
     def read_result(self) -> dict[str, Any] | None:
         """How the run ended, or None where it has not."""

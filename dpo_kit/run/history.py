@@ -25,17 +25,18 @@ def plain(value: Any) -> Any:
         return str(value)
 
 
-def encode_row(row: Mapping[str, Any]) -> str:
-    """One line of metrics.jsonl (no newline) for `row`."""
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one line to `path`, in the hands of the system when this returns (a killed process loses no line)."""
     values = {key: plain(value) for key, value in row.items()}
     strange = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
     if strange:
         values |= dict.fromkeys(strange) | {"non_finite": strange}
-    return json.dumps(values, allow_nan=False, ensure_ascii=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def decode_row(line: str) -> dict[str, Any]:
-    """The row that `encode_row` was given, with its non-finite values as floats again."""
+    """The row that `append_row` was given, with its non-finite values as floats again."""
     row = json.loads(line)
     return row | {key: float(text) for key, text in row.pop("non_finite", {}).items()}
 
@@ -53,12 +54,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
                 raise DataError(f"{path}:{number} is not JSON ({error}); delete that line to go on") from error
             log.info("%s: the last line was cut short and is left out", path)
     return rows
-
-
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line to `path`, in the hands of the system when this returns (a killed process loses no line)."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(encode_row(row) + "\n")
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:

@@ -18,7 +18,6 @@ from filelock import FileLock, SoftFileLock, Timeout
 from dpo_kit.errors import ConfigError
 
 FILE = ".lock"
-POLL_SECONDS = 0.1
 SLACK_SECONDS = 2.0  # the system knows to a second when a process began
 log = logging.getLogger(__name__)
 
@@ -59,16 +58,6 @@ def refuse_held(directory: Path) -> None:
     """ConfigError where another process writes `directory`; nothing is locked or written."""
     if (holder := read_holder(directory)) and holder.host == socket.gethostname() and is_alive(holder):
         raise ConfigError(_in_use(directory))
-
-
-def wait_for_writer(directory: Path, seconds: float) -> None:
-    """Let a writer of `directory` that is about to end do so, as a job whose sweep was killed; at most `seconds`."""
-    until, noted = time.monotonic() + seconds, False
-    while time.monotonic() < until and (holder := read_holder(directory)) and is_alive(holder):
-        if not noted:
-            log.info("waiting for process %s, which still writes %s", holder.pid, directory)
-        noted = True
-        time.sleep(POLL_SECONDS)
 
 
 def read_holder(directory: Path) -> Holder | None:

@@ -1,12 +1,10 @@
 """Several processes that train one run together, started by torchrun or `accelerate launch`. No torch until needed."""
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_kit.errors import ConfigError
-from dpo_kit.run.words import again
 
 KEY = "dpo_kit/run_dir"
 RUN_DIR = "hydra.run.dir="
@@ -62,15 +60,3 @@ def launcher() -> list[str]:
         start = 1 if words[1:2] != ["-m"] else 0  # of `python /…/bin/torchrun …` the program alone
         return [Path(words[start]).name, *words[start + 1 :]]
     return ["torchrun", "--nproc_per_node", str(world_size())] if world_size() > 1 else []
-
-
-def refuse_sweep(overrides: Sequence[str]) -> None:
-    """ConfigError: each job of a sweep is a process of its own, so the launcher belongs inside it."""
-    if world_size() == 1:
-        return
-    typed = shlex.join([*launcher(), "-m", "dpo_kit", *overrides])
-    outside = again(typed, None, "-m", **{"hydra.launcher.devices_per_job": str(world_size())})
-    raise ConfigError(
-        f"a sweep inside a launcher would run {world_size()} times: sweep outside, and let each job be started by it: "
-        f"{outside}"
-    )

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -96,17 +97,6 @@ def bar(total: int, what: str, unit: str) -> tqdm[Any]:
     if sys.stderr.isatty():
         return tqdm(total=total, desc=what, unit=unit, leave=False, delay=SILENCE)
     shown = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left"
-    return tqdm(
-        total=total, desc=what, file=_Lines(), mininterval=BETWEEN, bar_format=shown, leave=False, delay=SILENCE
-    )
-
-
-class _Lines:
-    """What a bar draws over itself, line by line."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            sys.stderr.write(f"{text.strip()}\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
+    # what a bar draws over itself, line by line
+    lines: Any = SimpleNamespace(write=lambda text: text.strip() and sys.stderr.write(f"{text.strip()}\n"))
+    return tqdm(total=total, desc=what, file=lines, mininterval=BETWEEN, bar_format=shown, leave=False, delay=SILENCE)

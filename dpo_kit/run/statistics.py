@@ -1,4 +1,4 @@
-"""How far two sets of numbers differ beyond chance: paired tests by prompt, Holm's correction, numbers needed."""
+"""How far two sets of numbers differ beyond chance: paired and exact tests, Holm's correction, numbers needed."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ def means_by_name(values: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {name: fmean(of_name) for name, of_name in by_name.items()}
 
 
-def paired_bootstrap(first: Mapping[str, float], second: Mapping[str, float], seed: int = 0) -> Difference | None:
+def paired_bootstrap(first: Mapping[str, float], second: Mapping[str, float]) -> Difference | None:
     """Mean of first − second over the prompts that both have, prompts resampled (10,000 percentile draws).
 
     p is the share of draws as far from the mean as the mean is from 0, the observed one counted in (the null imposed
@@ -49,7 +49,7 @@ def paired_bootstrap(first: Mapping[str, float], second: Mapping[str, float], se
     if len(common) < 2:
         return None
     gaps = np.array([first[name] - second[name] for name in common], dtype=float)
-    generator, count, mean = np.random.default_rng(seed), len(gaps), float(gaps.mean())
+    generator, count, mean = np.random.default_rng(0), len(gaps), float(gaps.mean())
     size = max(1, 2_000_000 // count)  # draws held at once: 16 MB of indices
     blocks = [min(size, DRAWS - start) for start in range(0, DRAWS, size)]
     means = np.concatenate([gaps[generator.integers(count, size=(draws, count))].mean(1) for draws in blocks])
@@ -82,15 +82,9 @@ def mcnemar(first: Mapping[str, tuple[str, float]], second: Mapping[str, tuple[s
     value = sum(sums.values()) / len(common)
     spread = math.sqrt(sum((gap - value * len(common) / len(sums)) ** 2 for gap in sums.values())) / len(common)
     agree = (won - lost) * value > 0 or won == lost  # a majority of prompts against the mean separates nothing
-    return Difference(
-        value,
-        value - Z95 * spread,
-        value + Z95 * spread,
-        sign_test(won, lost) if agree else 1.0,
-        len(common),
-        "exact McNemar by prompt",
-        needed_pairs(value, (won + lost) / len(sums)),
-    )
+    low, high, p = value - Z95 * spread, value + Z95 * spread, sign_test(won, lost) if agree else 1.0
+    needed = needed_pairs(value, (won + lost) / len(sums))
+    return Difference(value, low, high, p, len(common), "exact McNemar by prompt", needed)
 
 
 def right(margin: float) -> float:
@@ -103,6 +97,16 @@ def sign_test(won: int, lost: int) -> float:
     from scipy.stats import binomtest
 
     return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def clopper_pearson(successes: int, count: int) -> tuple[float, float]:
+    """Clopper and Pearson's exact 95 % interval: it leaves ½ out just where the exact sign test rejects it at .05."""
+    if not count:
+        return 0.0, 1.0
+    from scipy.stats import binomtest
+
+    low, high = binomtest(successes, count).proportion_ci(0.95, "exact")
+    return float(low), float(high)
 
 
 def from_intervals(first: Sequence[float], second: Sequence[float]) -> Difference:

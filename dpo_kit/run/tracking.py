@@ -46,12 +46,9 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Send one row of numbers, drawn against `train/global_step` = `step`; other values are left out."""
-
-        def send(run: Any, _: Any) -> None:
-            values = {key: plain(value) for key, value in metrics.items()}
-            run.log({key: value for key, value in values.items() if isinstance(value, int | float)} | {STEP: step})
-
-        self._guard(send)
+        values = {key: plain(value) for key, value in metrics.items()}
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        self._guard(lambda run, _: run.log(numbers | {STEP: step}))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final scalars, each under its plain key (so that tables and scatter plots find it)."""
@@ -61,18 +58,18 @@ class Tracker:
         """Set the page of notes that the run's overview shows; links to files of the run directory are no use there."""
         self._guard(lambda run, _: setattr(run, "notes", re.sub(r"!\[.*?\]\(.*?\)\n*", "", text)))
 
-    def image(self, key: str, path: str | Path, step: int | None = None) -> None:
+    def image(self, key: str, path: str | Path) -> None:
         """Send the picture at `path`."""
-        self._guard(lambda run, wandb: run.log({key: wandb.Image(str(path))} | _at(step)))
+        self._guard(lambda run, wandb: run.log({key: wandb.Image(str(path))}))
 
-    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None = None) -> None:
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Send a table, such as sample generations; `rows` hold one value per column. wandb asks its server first (19 s
         when the network is lost): this waits in a thread; a table that comes while the last one waits is dropped.
         """
         data = [[_cell(value) for value in row] for row in rows]
 
         def send(run: Any, wandb: Any) -> None:
-            run.log({key: wandb.Table(columns=list(columns), data=data)} | _at(step))
+            run.log({key: wandb.Table(columns=list(columns), data=data)})
 
         if self.mode != "online":
             self._guard(send)
@@ -186,10 +183,6 @@ def _open(mode: Literal["online", "offline"], arguments: dict[str, Any]) -> Any:
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP, step_sync=True)
     return run
-
-
-def _at(step: int | None) -> dict[str, int]:
-    return {} if step is None else {STEP: step}
 
 
 def _cell(value: Any) -> Any:

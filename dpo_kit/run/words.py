@@ -10,10 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dpo_kit.errors import ConfigError
-from dpo_kit.run.files import read_json
 
-OTHERS: dict[str, str] = read_json(Path(__file__).with_name("other_tools.json"))  # our key: what other tools call it
-MEANT = {name: key for key, names in OTHERS.items() for name in names.split()}
 PLAIN = re.compile(r"[A-Za-z0-9_./:+-]*")  # a value that Hydra reads as it stands
 KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*")
 HOME = re.compile(r"(?<![^=\[{,:\s'\"])~(?=/)")  # a home folder at the start of a value or of an item of a list
@@ -25,7 +22,9 @@ def readable(words: Sequence[str]) -> list[str]:
     for word in words:
         key, equals, value = word.partition("=")
         if word.startswith("-"):
-            raise ConfigError(f"overrides are key=value without dashes: {_undashed(word)}")
+            from dpo_kit.run.other_tools import refuse_dashes
+
+            refuse_dashes([word], [word])
         if not KEY.fullmatch(key) or not (equals or key.startswith("~")):
             raise ConfigError(f"overrides are key=value, got {word!r}")
         value = with_home(value)
@@ -41,26 +40,6 @@ def readable(words: Sequence[str]) -> list[str]:
 def with_home(text: str) -> str:
     """`text` with ~/ at its start, or at that of an item of a list, as the home folder."""
     return HOME.sub(str(Path.home()), text) if "~" in text else text
-
-
-def meant(key: str) -> str | None:
-    """Our key for one that users of other tools type, with or without a group before it; None for any other."""
-    return MEANT.get(key.rpartition(".")[2].replace("-", "_").lower())
-
-
-def _undashed(word: str, value: str = "…") -> str:
-    """`--lr 1e-5` as an override."""
-    key, equals, after = word.lstrip("-").partition("=")
-    key = key.replace("-", "_")
-    return override(meant(key) or key, after if equals else value)
-
-
-def refuse_dashes(words: Sequence[str], flags: Sequence[str]) -> None:
-    """ConfigError for `flags` of a command line `words` that are none of ours: what was meant as an override."""
-    for flag in (word for word in flags if word.startswith("-")):
-        after = words[words.index(flag) + 1 :][:1]
-        value = after[0] if after and "=" not in after[0] and not after[0].startswith("-") else "…"
-        raise ConfigError(f"overrides are key=value without dashes: {_undashed(flag, value)}")
 
 
 def quote(text: str) -> str:

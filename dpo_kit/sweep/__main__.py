@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -10,7 +9,7 @@ from dpo_kit.config.places import file_faults, refuse_unwritable
 from dpo_kit.config.settings import Choose
 from dpo_kit.config.tools import parse, run_tool, usage
 from dpo_kit.errors import ConfigError
-from dpo_kit.sweep.summary import measure_recommended, show_summary
+from dpo_kit.sweep.summary import measure_recommended, sample_reference, show_summary
 
 KEYS = ("sweep", "test", "ideal", *(f"choose.{name}" for name in Choose.model_fields))
 
@@ -25,19 +24,18 @@ def summarise(arguments: Sequence[str]) -> None:
     values = parse(arguments, KEYS, needed="sweep", meaning="DIR, a folder whose subfolders are runs")
     if values.get("test", "false") not in ("true", "false"):
         raise ConfigError(f"test must be true or false, got {values['test']}")
-    limits: dict[str, Any] = {}
-    for key, value in ((key, value) for key, value in values.items() if key.startswith("choose.")):
-        name = key.removeprefix("choose.")
-        try:
-            limits[name] = getattr(Choose.model_validate({name: value}), name)
-        except ValidationError as error:
-            message = error.errors()[0]["msg"]
-            raise ConfigError(f"{key}: {message[0].lower()}{message[1:]}, got {value}") from error
+    given = {key.removeprefix("choose."): value for key, value in values.items() if key.startswith("choose.")}
+    try:
+        limits = Choose.model_validate(given).model_dump(include={*given})
+    except ValidationError as error:
+        message, (name, *_) = error.errors()[0]["msg"], error.errors()[0]["loc"]
+        raise ConfigError(f"choose.{name}: {message[0].lower()}{message[1:]}, got {given[str(name)]}") from error
     refuse_unwritable("sweep", values["sweep"])
     if faults := [*file_faults("ideal", values["ideal"])] if "ideal" in values else []:
         raise ConfigError(faults[0])
     if values.get("test") == "true":
-        measure_recommended(values["sweep"])
+        measure_recommended(values["sweep"], **limits)
+        sample_reference(values["sweep"])
     show_summary(values["sweep"], ideal=values.get("ideal"), **limits)
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpo_kit.config.settings import Tracking
 from dpo_kit.run import tracking
@@ -16,7 +16,15 @@ from dpo_kit.run.measures import MEASURE
 from dpo_kit.run.quiet import quiet_imports
 from dpo_kit.run.report.markdown import code, fence, inline, table
 from dpo_kit.run.report.numbers import value_text
-from dpo_kit.run.words import again, longer
+from dpo_kit.run.words import again, command, longer, override
+from dpo_kit.sweep.choice.best_of import (
+    BestOf,
+    as_good_as,
+    find_ideal,
+    gold_of_best_of,
+    measure_best_of,
+    win_rates_of_best_of,
+)
 from dpo_kit.sweep.choice.rows import Row, cell, summary_rows, terminal_table, to_csv, to_markdown
 from dpo_kit.sweep.choice.rule import Choice, choose, unfelt_saturation
 from dpo_kit.sweep.choice.runs import RunRecord, number, read_runs, sweep_command
@@ -36,6 +44,7 @@ class Summary:
     rows: tuple[Row, ...]
     choice: Choice
     next: str | None
+    best_of: tuple[BestOf, ...] = ()  # what best-of-n of the reference gives by the same measure
 
     @property
     def recommended(self) -> str | None:
@@ -44,15 +53,24 @@ class Summary:
 
 
 def summarize(
-    sweep_dir: str | Path, *, kl_budget_nats: float | None = None, max_regression: float | None = None
+    sweep_dir: str | Path,
+    *,
+    kl_budget_nats: float | None = None,
+    max_regression: float | None = None,
+    ideal: str | Path | None = None,
 ) -> Summary:
     """Read the runs under `sweep_dir` and apply the rule of choice, with the limits (nats per answer; a share) of their
-    own config unless given; writes nothing. DataError where there is no run.
+    own config unless given; `ideal`: see `write_summary`. Writes nothing. DataError where there is no run.
     """
     runs = read_runs(sweep_dir)
     choice = choose(runs, kl_budget_nats=kl_budget_nats, max_regression=max_regression)
-    command = next_command(runs, choice, sweep_command(Path(sweep_dir)))
-    return Summary(Path(sweep_dir), tuple(runs), tuple(summary_rows(runs)), choice, command)
+    following = next_command(runs, choice, sweep_command(Path(sweep_dir)))
+    best_of: list[BestOf] = []
+    if not choice.within and choice.quality.key == "win_rate":
+        best_of = win_rates_of_best_of()
+    elif not choice.within and choice.quality.key == "gold/reward":
+        best_of = gold_of_best_of(Path(sweep_dir), find_ideal(Path(sweep_dir), runs, ideal))
+    return Summary(Path(sweep_dir), tuple(runs), tuple(summary_rows(runs)), choice, following, tuple(best_of))
 
 
 def next_command(runs: Sequence[RunRecord], choice: Choice, command: str | None) -> str | None:
@@ -81,16 +99,18 @@ def next_command(runs: Sequence[RunRecord], choice: Choice, command: str | None)
 
 def write_summary(sweep_dir: str | Path, *, ideal: str | Path | None = None, **limits: float | None) -> Summary:
     """Write summary.csv, summary.md, best.json, frontier.png and curves.png into `sweep_dir`, each whole or not at all,
-    true for what there is. `ideal`: the file of the best frontier (see frontier.py); `limits`: those of `summarize`.
+    true for what there is. `ideal`: the file of the best frontier (choice/best_of.py); `limits`: those of `summarize`.
     """
     from dpo_kit.sweep.pictures.curves import draw_curves
     from dpo_kit.sweep.pictures.frontier import draw_frontier
 
-    summary = summarize(sweep_dir, **limits)
+    summary = summarize(sweep_dir, ideal=ideal, **limits)
     write_text(summary.sweep_dir / "summary.csv", to_csv(summary.rows))
     write_text(summary.sweep_dir / "summary.md", _page(summary))
-    write_json(summary.sweep_dir / "best.json", summary.choice.to_json())
-    draw_frontier(summary.sweep_dir, summary.runs, summary.choice, ideal=ideal)
+    best_of = [vars(point) for point in summary.best_of]
+    write_json(summary.sweep_dir / "best.json", summary.choice.to_json() | {"best_of_n_of_the_reference": best_of})
+    drawn = () if summary.choice.quality.key == "win_rate" else summary.best_of  # that of a win rate is without ties
+    draw_frontier(summary.sweep_dir, summary.runs, summary.choice, ideal=ideal, best_of=drawn)
     draw_curves(summary.sweep_dir, summary.runs)
     return summary
 
@@ -125,8 +145,13 @@ def describe(summary: Summary) -> list[str]:
         if run.error:
             logged = f" (log: {folder / run.job['log']})" if run.job.get("log") else ""
             lines.append(f"{run.path} {run.status}: {str(run.error).strip().splitlines()[0]}{logged}")
-    lines += [*_tested(choice), f"table and pictures: {folder} (summary.md, frontier.png, curves.png, best.json)"]
-    lines += [f"model: {choice.recommended.directory.model}"] if choice.recommended else []
+    lines += [*_beside_best_of(summary), *_tested(choice)]
+    lines += [f"table and pictures: {folder} (summary.md, frontier.png, curves.png, best.json)"]
+    if chosen := choice.recommended:
+        lines.append(f"model: {chosen.weights}")
+        if chosen.step is not None:
+            words = override("run", chosen.root), f"step={chosen.step}"
+            lines.append(f"export it: {command(*words, tool='export')}")
     return [*lines, *([f"next: {summary.next}"] if summary.next else [])]
 
 
@@ -150,7 +175,7 @@ def _page(summary: Summary) -> str:
         keys = list(choice.means[0])
         means = [[inline(cell(mean[key], ".4g")) for key in keys] for mean in choice.means]
         parts.append(table(keys, means, left=len(keys)))
-    parts += _tested(choice)
+    parts += [*_beside_best_of(summary), *_tested(choice)]
     parts += [f"Rule: {inline(choice.rule)}", "![quality against KL](frontier.png)", "![curves over steps](curves.png)"]
     command = sweep_command(folder)
     versions = next((run.manifest["versions"] for run in runs if "versions" in run.manifest), None) or {}
@@ -164,7 +189,28 @@ def _head(summary: Summary, bold: str = "") -> str:
     if not summary.recommended:
         return f"{bold}Nothing recommended{bold}."
     provisional = " (provisional)" if summary.choice.quality.provisional else ""
-    return f"Recommended: {bold}{summary.recommended}{bold}{provisional}."
+    assert summary.choice.recommended
+    return f"Recommended: {bold}{summary.choice.recommended.name}{bold}{provisional}."
+
+
+def _beside_best_of(summary: Summary) -> list[str]:
+    """What the recommended run is beside best-of-n of its reference, in a sentence; [] where that is not known."""
+    run, points, quality = summary.choice.recommended, summary.best_of, summary.choice.quality
+    if run is None or not points or points[-1].n < 2:
+        return []
+    name, value = quality.name, (quality.read(run) or (None,))[0]
+    if quality.key == "win_rate":  # where ties count half a rate says less
+        key = "win_rate_without_ties"
+        name, value = MEASURE[key].label, number(run.judged.get(key))
+    if value is None:
+        return []
+    how, point = as_good_as(value, points)
+    drift = "" if run.kl_reverse is None else f" at {run.kl_reverse:.2f}"
+    advice = " Look at the data before anything else." if how == "not better than" else ""
+    return [
+        f"{run.name} is {how} best of {point.n} of its reference: {name} {point.value:.3f} at "
+        f"{point.kl:.2f} nats or less, where its own is {value:.3f}{drift}.{advice}"
+    ]
 
 
 def _tested(choice: Choice) -> list[str]:
@@ -182,24 +228,38 @@ def conclude(sweep_dir: Path, wanted: Tracking, *, measure: bool) -> None:
         return
     if measure:
         measure_recommended(sweep_dir)
+        sample_reference(sweep_dir)
     summary = show_summary(sweep_dir)
     if wanted.reporter == "wandb":
         report(summary, wanted)
 
 
-def measure_recommended(sweep_dir: str | Path) -> None:
-    """Measure the recommended run once on data that played no part in choosing it."""
-    chosen = summarize(sweep_dir).choice.recommended
+def measure_recommended(sweep_dir: str | Path, **limits: Any) -> None:
+    """Measure the recommended run once on data that played no part in choosing it; `limits`: those of `summarize`."""
+    chosen = summarize(sweep_dir, **limits).choice.recommended
     if chosen is None or chosen.test:
         return
-    log.info("measuring %s on the test split", chosen.path)
+    log.info("measuring %s on the test split", chosen.name)
     quiet_imports()
     try:
         from dpo_kit.trainer.held_out import measure_test_split
 
-        measure_test_split(chosen.root)
+        measure_test_split(chosen.root, chosen.step)
     except Exception as error:  # the sweep's own results stand without it
-        log.warning("%s could not be measured on the test split (%s: %s)", chosen.path, type(error).__name__, error)
+        log.warning("%s could not be measured on the test split (%s: %s)", chosen.name, type(error).__name__, error)
+
+
+def sample_reference(sweep_dir: str | Path) -> None:
+    """Measure once what best-of-n of the reference gives, where answers have a known reward and nothing says it yet."""
+    summary = summarize(sweep_dir)
+    run = summary.choice.recommended or next((run for run in summary.runs if run.finished), None)
+    if summary.choice.quality.key != "gold/reward" or summary.choice.within or summary.best_of or run is None:
+        return
+    log.info("drawing answers of the reference, for best of n")
+    try:
+        measure_best_of(Path(sweep_dir), run.root, sum(run.seconds or 0.0 for run in summary.runs))
+    except Exception as error:  # the sweep's own results stand without it
+        log.warning("best of n could not be measured (%s: %s)", type(error).__name__, error)
 
 
 def report(summary: Summary, wanted: Tracking) -> None:
@@ -211,5 +271,6 @@ def report(summary: Summary, wanted: Tracking) -> None:
     tracker.table("sweep", list(summary.rows[0]), [list(row.values()) for row in summary.rows])
     for name in ("frontier", "curves"):
         tracker.image(name, folder / f"{name}.png")
-    tracker.summary({"recommended": summary.recommended, "reason": summary.choice.reason})
+    step = summary.choice.recommended and summary.choice.recommended.step
+    tracker.summary({"recommended": summary.recommended, "step": step, "reason": summary.choice.reason})
     tracker.finish()

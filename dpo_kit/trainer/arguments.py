@@ -7,7 +7,6 @@ from typing import Any
 
 from hydra.utils import get_class
 
-from dpo_kit.config.best_metric import greater_is_better
 from dpo_kit.config.settings import Settings
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.errors import ConfigError
@@ -83,7 +82,9 @@ def decide(trl: dict[str, Any], rows: Rows, width: int) -> dict[str, Any]:
         "save_steps": trl["eval_steps"] or evaluate_every,
     }
     chosen |= {key: value for key, value in cadence.items() if trl[key] is None}
-    if trl["greater_is_better"] is None:
+    if trl["metric_for_best_model"] and trl["greater_is_better"] is None:
+        from dpo_kit.config.best_metric import greater_is_better
+
         chosen["greater_is_better"] = greater_is_better(trl["metric_for_best_model"])
     if "desirable_weight" in trl and trl["desirable_weight"] is None:
         # both classes count the same: n_U / n_D (KTO, arXiv:2402.01306, eq. 9)

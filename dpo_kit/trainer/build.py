@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.utils import get_class
 
-from dpo_kit.config.best_metric import needs_trl_evaluation
+from dpo_kit.config.limits import needs_trl_evaluation
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.gather import sources
 from dpo_kit.data.prepare import Prepared, Rows
@@ -44,20 +44,18 @@ def build_trainer(
     `reward` (online.JudgedReward) compares the answers that TRL draws; `origin` is what a checkpoint must share with
     the run that goes on from it.
     """
-    model, method, start = settings.model, settings.method, find_start(settings.model)
+    model, method = settings.model, settings.method
     adapter = None
     if model.tuning != "full":
-        from dpo_kit.model.adapter import build_adapter, keep_start, refuse_uncopied
+        from dpo_kit.model.adapter import build_adapter, fit_targets, keep_start, refuse_uncopied
 
-        adapter = build_adapter(start)
+        adapter = build_adapter(model)
     with refusing("TRL's arguments"):
         args = choose_arguments(settings, data, run.checkpoints)
     with phase("loading the weights"):
-        policy = load_policy(start, tokenizer)
+        policy = load_policy(model, tokenizer)
     trl_trainer, loads_reference = get_class(method.trainer), needs_reference(settings, args)
     if adapter:
-        from dpo_kit.trainer.targets import fit_targets
-
         fit_targets(adapter, policy, trl_trainer)
     if model.tuning != "full" and not method.reference and model.reference is None:
         keep_start(policy)  # for the probe; TRL's trainers with a reference have one

@@ -22,8 +22,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.prepare import Prepared
 from dpo_kit.errors import ConfigError, ModelError
+from dpo_kit.model.adapter import weightless
 from dpo_kit.model.batches import measuring
-from dpo_kit.model.bypassed import weightless
 from dpo_kit.model.head import AGREES, CAPS
 from dpo_kit.model.scoring import trained_terms, uses_fused_head
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import shutil
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
+from dpo_kit.config.limits import OURS
 from dpo_kit.config.settings import Settings
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.run.redact import redact_text
 from dpo_kit.run.report.card import write_card
-from dpo_kit.run.report.diagnosis import Finding, Rows, beta_unfelt, diagnose, loss_flat, lost_in_rounding
+from dpo_kit.run.report.findings import Finding
 from dpo_kit.run.report.page import refresh_page, write_page
 from dpo_kit.run.words import again, longer
 from dpo_kit.trainer.resume.safe_trainer import refuse_non_finite
-from dpo_kit.trainer.resume.whole_or_absent import SAVING, put_in_place
+from dpo_kit.trainer.resume.whole_or_absent import save_model
 
 if TYPE_CHECKING:
     from dpo_kit.run.tracking import Tracker
 
 log = logging.getLogger(__name__)
-MEASURED = ("probe/", "gold/", "custom/")
 SHOWN_PROMPTS = 8  # of samples.jsonl, in the tracker's table
 
 
@@ -80,13 +79,16 @@ def finish_run(
     refuse_non_finite(trainer.model, "after training")
     measuring, whole = seconds["measuring"], seconds["run"]
     log.info(f"measuring took {measuring:.0f} s of {whole:.0f}: {measuring / whole:.2f} of the run")
-    save_model(trainer, run)
+    save_model(trainer, run.model)
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()  # until the first process has written the result
         return Result.read(run.root)
-    history, manifest, published = read_metrics(run.metrics), read_json(run.manifest), None
-    # what would be noticed afterwards follows from an early finding
-    findings = early_findings or diagnose(history, settings.method.model_dump())
+    history, manifest, published, findings = read_metrics(run.metrics), read_json(run.manifest), None, early_findings
+    final = measured(history)
+    if final and not early_findings:  # what would be noticed afterwards follows from an early finding
+        from dpo_kit.run.report.diagnosis import diagnose
+
+        findings = diagnose(history, settings.method.model_dump())
     if settings.experiment:
         from dpo_kit.trainer.published import compare_with_published
 
@@ -96,7 +98,7 @@ def finish_run(
         run_dir=str(run.root),
         steps=trainer.state.global_step,
         start=measured(history[:1]) | measured([row for row in history if row["step"] == 0]),
-        final=measured(history),
+        final=final,
         ceiling=ceiling,
         seconds={name: round(value, 2) for name, value in seconds.items()},
         findings=[finding.saved() for finding in findings],
@@ -105,7 +107,7 @@ def finish_run(
         published=published,
         **identity(settings),
     )
-    if result.final:  # else there is nothing to draw
+    if final:  # else there is nothing to draw
         from dpo_kit.run.report.picture import draw_report
 
         title = f"{result.method} · beta {result.beta:g} · seed {result.seed}"
@@ -116,7 +118,7 @@ def finish_run(
     if tracker:
         if page:
             tracker.notes(page)
-        tracker.summary({f"final/{key}": value for key, value in result.final.items()} | {"status": result.status})
+        tracker.summary({f"final/{key}": value for key, value in final.items()} | {"status": result.status})
         if run.picture.exists():
             tracker.image("report", run.picture)
         if run.samples.exists():
@@ -129,19 +131,6 @@ def finish_run(
     return result
 
 
-def save_model(trainer: Trainer, run: RunDirectory) -> None:
-    """The final model, written aside so that it is whole or not there."""
-    aside = run.root / f"{SAVING}-{run.model.name}"
-    if trainer.is_world_process_zero():
-        shutil.rmtree(aside, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(aside))
-    if trainer.is_world_process_zero():
-        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle with every argument, useless to a reader
-        shutil.rmtree(aside / "ref", ignore_errors=True)  # the start of an adapter that was there before
-        put_in_place(aside, run.model)
-
-
 def identity(settings: Settings) -> dict[str, Any]:
     """What tells this run from its neighbours in a sweep."""
     names = {"method": settings.method.name, "beta": settings.beta, "seed": settings.seed}
@@ -150,18 +139,23 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 def measured(history: list[dict[str, Any]]) -> dict[str, float]:
     """The last value of every measured key."""
-    return {key: value for row in history for key, value in row.items() if key.startswith(MEASURED)}
+    return {key: value for row in history for key, value in row.items() if key.startswith(OURS)}
 
 
-def next_command(settings: Settings, command: str | None, history: Rows, early_findings: Sequence[Finding] = ()) -> str:
+def next_command(
+    settings: Settings, command: str | None, history: list[dict[str, Any]], early_findings: Sequence[Finding] = ()
+) -> str:
     """A sweep that shows whether this beta was a good choice; twice the training where beta is not felt yet, or nothing
     learned; with other values where early findings name some.
     """
     method = settings.method
     if changed := {key: value for finding in early_findings for key, value in finding.change.items()}:
         return again(command, method.name, **changed)
-    if any(check(history, method.model_dump()) for check in (beta_unfelt, loss_flat, lost_in_rounding)):
-        return again(command, method.name, **longer(settings.trl))
+    if measured(history):
+        from dpo_kit.run.report.diagnosis import needs_longer
+
+        if needs_longer(history, method.model_dump()):
+            return again(command, method.name, **longer(settings.trl))
     return again(command, method.name, "-m", beta=",".join(f"{value:g}" for value in method.beta.grid))
 
 

@@ -1,5 +1,6 @@
 """A finished run measured once on the test split, which neither a checkpoint nor a choice has seen."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,17 +10,18 @@ from accelerate import Accelerator
 
 from dpo_kit.callbacks.gold import GoldFigures, load_gold
 from dpo_kit.callbacks.probe import PairProbe
+from dpo_kit.callbacks.reference import Reference
 from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
-from dpo_kit.config.identity import recall_config
-from dpo_kit.config.settings import Data, Method, Model
-from dpo_kit.data.prepare import Rows, prepare
-from dpo_kit.data.rows import Kind
+from dpo_kit.config.recall import recall_config
+from dpo_kit.config.settings import Callbacks, Data, Method, Model
+from dpo_kit.data.other_rows import distinct_prompts
+from dpo_kit.data.prepare import prepare
+from dpo_kit.data.rows import Kind, Rows
 from dpo_kit.errors import DataError
 from dpo_kit.model.batches import measuring
 from dpo_kit.model.hardware import has_accelerator
 from dpo_kit.model.load import load_reference, load_tokenizer, load_tuned
 from dpo_kit.model.sampling import draw_samples
-from dpo_kit.model.scoring import Reference
 from dpo_kit.model.tokens import Truncation
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import digest, read_json, write_json
@@ -42,14 +44,16 @@ class Tuned:
         return True
 
 
-def measure_test_split(run_dir: str | Path) -> dict[str, float]:
-    """Held-out measures (nats, shares, intervals; the keys of result.json) of the policy that the run left, on `test`.
+def measure_test_split(run_dir: str | Path, step: int | None = None) -> dict[str, float]:
+    """Held-out measures (nats, shares, intervals; the keys of result.json) of the policy that the run left, at its end
+    or after `step` steps, on `test`.
 
     Written to test.json; a run that has one is read. Everything it was made of comes from its manifest.
     """
     run = RunDirectory(Path(run_dir))
-    if run.test.exists():
-        return read_json(run.test)
+    file, weights = run.test_of(step), run.model if step is None else run.weights(step)
+    if file.exists():
+        return read_json(file)
     quiet_libraries()
     manifest = read_json(run.manifest)
     config = recall_config(manifest)
@@ -58,7 +62,7 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
     keep_date(run, tokenizer)
     kind, rows = read_held_out(config, method, tokenizer, "test")
     refuse_other_rows(manifest, "test", rows)
-    tuned = Tuned(place(load_tuned(model, run.model)), tokenizer, SimpleNamespace(**config["trl"]))
+    tuned = Tuned(place(load_tuned(model, weights)), tokenizer, SimpleNamespace(**config["trl"]))
     beta = config["beta"] if method.implicit_reward else None
     values: dict[str, float] = {}
     if kind != "prompts":
@@ -66,13 +70,37 @@ def measure_test_split(run_dir: str | Path) -> dict[str, float]:
         values = preference_metrics(scores, beta, method.saturation) | reward_metrics(scores, beta)
     if path := config["data"]["gold"]:
         gold, prompts = load_gold(path), list({row["prompt_id"]: row for row in rows}.values())
-        length = manifest["measuring"]["max_new_tokens"]
+        measured = manifest["measuring"]  # None where nothing was
+        length = measured["max_new_tokens"] if measured else Callbacks(**config["callbacks"]).at_most("max_new_tokens")
         with measuring(tuned):  # type: ignore[arg-type]
             samples = draw_samples(tuned.model, tuned.processing_class, prompts, max_new_tokens=length)
         values |= GoldFigures(gold, tuned)(0, samples)
-    write_json(run.test, values)
+    write_json(file, values)
     refresh_page(run.root)
     return values
+
+
+def score_reference_pool(run_dir: str | Path, most: int, least: int, seconds: float) -> list[list[float]]:
+    """Gold rewards of `least` to `most` answers of the run's reference to each prompt that its own fresh answers were
+    measured on, (prompts, answers): as many as can be drawn in so many seconds.
+    """
+    quiet_libraries()
+    manifest = read_json(RunDirectory(Path(run_dir)).manifest)
+    config, chosen = recall_config(manifest), manifest["measuring"]
+    model, gold = Model(**config["model"]), load_gold(config["data"]["gold"])
+    tokenizer = load_tokenizer(model)
+    keep_date(RunDirectory(Path(run_dir)), tokenizer)
+    _, rows = read_held_out(config, Method(**config["method"]), tokenizer, "select")
+    refuse_other_rows(manifest, "select", rows)
+    rows = distinct_prompts(rows)[: chosen["prompts"]]
+    tuned = Tuned(place(load_reference(model)), tokenizer, SimpleNamespace(**config["trl"]))
+    rewards: list[list[float]] = []
+    started = time.monotonic()
+    with measuring(tuned, seed=config["seed"]):  # type: ignore[arg-type]
+        while len(rewards) < least or (len(rewards) < most and time.monotonic() - started < seconds):
+            drawn = draw_samples(tuned.model, tokenizer, rows, max_new_tokens=chosen["max_new_tokens"])
+            rewards.append(gold.gold_rewards([row["prompt"] for row in rows], [sample.text for sample in drawn]))
+    return [list(of_prompt) for of_prompt in zip(*rewards, strict=True)]
 
 
 def refuse_other_rows(manifest: dict[str, Any], split: str, rows: Rows) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from dpo_kit.config.compose import own_folders
 from dpo_kit.config.identity import comparable
@@ -19,7 +20,7 @@ from dpo_kit.model.hardware import device_name, weight_dtype
 from dpo_kit.model.origin import Start, find_parent, find_start
 from dpo_kit.model.template import stop_clock, template_hash, writes_date
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.run.files import digest, read_json
+from dpo_kit.run.files import digest, hash_weights, read_json
 from dpo_kit.run.processes import launcher, world_size
 from dpo_kit.run.redact import redact_argv
 from dpo_kit.trainer.arguments import asked_of_accelerate, effective_batch
@@ -39,6 +40,13 @@ def typed_command() -> str | None:
     return shlex.join([*(launcher() or ["python"]), "-m", "dpo_kit", *redact_argv([*own, *words])])
 
 
+def sweep_folder() -> Path | None:
+    """The folder of the sweep that this run belongs to; None outside a sweep."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return Path(HydraConfig.get().sweep.dir)
+
+
 def keep_date(run: RunDirectory, tokenizer: Any) -> str | None:
     """The moment that a template which writes the date is given in this run, on whatever day it is started again or
     measured; from now on it is given that one. None where the template writes none.
@@ -51,6 +59,11 @@ def keep_date(run: RunDirectory, tokenizer: Any) -> str | None:
     return moment.isoformat()
 
 
+def chosen_amount(run: RunDirectory) -> dict[str, int] | None:
+    """What an earlier start of `run` has chosen to measure (see budget.py); None where there was none."""
+    return read_json(run.manifest).get("measuring") if run.manifest.exists() else None
+
+
 def build_manifest(
     settings: Settings,
     data: Prepared,
@@ -60,7 +73,7 @@ def build_manifest(
     measuring: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """The facts of a run that do not change while it trains; secrets redacted. `date`: see `keep_date`; `measuring`:
-    what an earlier start of it has chosen (see budget.py).
+    see `chosen_amount`.
     """
     config = comparable(settings)
     return {
@@ -95,19 +108,19 @@ def describe_start(start: Start, tokenizer: Any) -> dict[str, Any]:
     """Which weights, template and code training starts from, and which run they come from where they are a run's; of an
     adapter that training goes on from its base, its options, and what it is measured against.
     """
-    model, base, hashes = start.model, start.base, start.hashes
+    model, base = start.model, start.base
     described = {
         "path": model.path,
         "revision": model.revision,
-        "sha256": hashes[model.path],
+        "sha256": hash_weights(model.path),
         "chat_template_sha256": template_hash(tokenizer),
         "remote_code": {"repository": model.path, "commit": model.revision} if model.trust_remote_code else None,
-        "parent": start.parent,
+        "parent": find_parent("model.path", model.path),
     }
     if model.reference:
         described["reference_parent"] = find_parent("model.reference", model.reference)
     if start.adapter:
-        weights = {"base": base.path, "base_revision": base.revision, "base_sha256": hashes[base.path]}
+        weights = {"base": base.path, "base_revision": base.revision, "base_sha256": hash_weights(base.path)}
         options = {name: start.adapter.get(name) for name in ADAPTER}
         against = model.reference or "the adapter as it started, on its base"
         described["adapter"] = weights | options | {"reference": against}

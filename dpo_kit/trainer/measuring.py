@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,10 @@ from dpo_kit.config.settings import Settings
 from dpo_kit.data.prepare import Prepared
 from dpo_kit.model.batches import measuring
 from dpo_kit.model.load import load_reference, rounded_share
-from dpo_kit.model.scoring import COLUMNS, Reference, column_logps, score_as_trained
+from dpo_kit.model.scoring import COLUMNS, ReferenceModel, column_logps, score_as_trained
 from dpo_kit.run.directory import RunDirectory
-from dpo_kit.run.report.diagnosis import Finding, held_back
+from dpo_kit.run.report.findings import Finding, held_back
 from dpo_kit.trainer.arguments import count_steps
-from dpo_kit.trainer.budget import Budget
 from dpo_kit.trainer.recorder import Recorder, show_progress
 from dpo_kit.trainer.speed import shares_prefixes
 
@@ -48,7 +46,7 @@ def add_callbacks(
     trainer: Any, settings: Settings, data: Prepared, run: RunDirectory, tracker: Tracker | None, began: float
 ) -> None:
     """Give `trainer` everything that measures and records, against the step-0 model or the one that `model.reference`
-    names; nothing of it changes training. `began`: see Budget.
+    names; nothing of it changes training. `began`: when the run did (`time.time()`).
     """
 
     def load() -> Any:
@@ -64,21 +62,15 @@ def add_callbacks(
     trainer.add_callback(Recorder(run.metrics, tracker))
     lacks_other = not is_start and getattr(trainer, "ref_model", None) is None
     other = load().to(trainer.model.device) if lacks_other else None
-    reference = Reference(trainer, model=other, reload=load, is_start=is_start, state_dir=run.probe_state)
-    trainer.add_callback(StartCheck(trainer, reference))
-    budget = Budget(trainer, settings, run, data.train, began)
-    trainer.add_callback(budget)  # it decides how much is measured, so before those that do
+    trainer.add_callback(StartCheck(trainer, ReferenceModel(trainer, model=other, is_start=is_start)))
     if data.kind == "prompts":
         log.info("the held-out rows have no answers: KL drift is measured, preferences are not")
-    elif wanted.preference_margin or wanted.implicit_reward or wanted.metrics:
-        from dpo_kit.trainer.probing import add_probe
+    if wanted.kl_drift or (wanted.scores_rows and data.kind != "prompts"):
+        from dpo_kit.callbacks.reference import Reference
+        from dpo_kit.trainer.probing import add_measures
 
-        rows = data.select[: wanted.at_most("pairs")]
-        budget.probe = add_probe(trainer, settings, rows, run, reference)
-    if wanted.kl_drift:
-        from dpo_kit.trainer.probing import add_drift
-
-        budget.drift = add_drift(trainer, settings, data.select, run, reference)
+        reference = Reference(trainer, model=other, reload=load, is_start=is_start, state_dir=run.probe_state)
+        add_measures(trainer, settings, data, run, reference, began)
     for extra in wanted.extra:
         trainer.add_callback(instantiate(extra))
     if wanted.patience is not None:
@@ -90,13 +82,13 @@ def add_callbacks(
 
 class StartCheck(TrainerCallback):
     """Step 0: policy and reference agree on a sample of the training rows, or nothing is trained (ModelError, limits:
-    Reference.check_start); how far another one, meant, is from it is said. A resumed run skips it.
+    ReferenceModel.check_start); how far another one, meant, is from it is said. A resumed run skips it.
 
     The probe checks the same on held-out rows, where it is on; this looks at what the loss itself will read: TRL's
     reference model, the policy without its adapter, or the stored columns.
     """
 
-    def __init__(self, trainer: Any, reference: Reference) -> None:
+    def __init__(self, trainer: Any, reference: ReferenceModel) -> None:
         self.trainer, self.reference = trainer, reference
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -106,7 +98,12 @@ class StartCheck(TrainerCallback):
             return
         sample = dataset.select(range(0, len(dataset), max(1, len(dataset) // CHECKED))[:CHECKED])
         with measuring(self.trainer, *self.reference.models, as_trained=True):
-            differences, tokens = self._compare_given(sample) if given else self._compare_fresh(sample)
+            if given:
+                differences, tokens = self._compare_given(sample)
+            else:
+                from dpo_kit.trainer.online import compare_fresh
+
+                differences, tokens = compare_fresh(self.trainer, self.reference, sample)
         offset = self.reference.check_start(differences, tokens, as_trained=True)
         if not self.reference.is_start:
             log.info("the reference is another model: at step 0 it differs by up to %.3g nats an answer", offset)
@@ -122,22 +119,15 @@ class StartCheck(TrainerCallback):
         differences = torch.cat([policy[column] - theirs[column] for column in theirs])
         return differences, torch.tensor([len(ids) for column in theirs for ids in sample[answers[column]]])
 
-    def _compare_fresh(self, sample: Any) -> tuple[Tensor, Tensor]:
-        """The same on answers of the policy, where it trains on those."""
-        from dpo_kit.model.sampling import draw_samples
 
-        tokenizer, length = self.trainer.processing_class, self.trainer.args.max_new_tokens
-        rows = [{"prompt": json.loads(row["prompt"])} for row in sample]
-        drawn = draw_samples(self.trainer.model, tokenizer, rows, max_new_tokens=length)
-        answers = [(each.prompt_ids, each.token_ids) for each in drawn]
-        policy = score_as_trained(self.trainer, self.trainer.model, answers)
-        with self.reference.active() as model:
-            differences = policy - score_as_trained(self.trainer, model, answers)
-        return differences, torch.tensor([len(ids) for _, ids in answers])
+def spent(trainer: Any) -> float:
+    """Seconds that measuring has taken in a run, over all its starts; TRL's own evaluations among it."""
+    own = (getattr(callback, "measuring_seconds", 0.0) for callback in trainer.callback_handler.callbacks)
+    return sum(own) + sum(row.get("eval_runtime", 0.0) for row in trainer.state.log_history)
 
 
 def findings_before_training(trainer: Any, rows: int) -> list[Finding]:
-    """What will keep a run on `rows` rows from moving, said before its first step (see diagnosis.held_back)."""
+    """What will keep a run on `rows` rows from moving, said before its first step (see findings.held_back)."""
     steps = count_steps(trainer.args.to_dict(), rows)
     findings = [*held_back(trainer.args, steps, rounded_share(trainer.model, trainer.args.learning_rate))]
     for finding in findings:

@@ -24,20 +24,19 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import disable_dropout_in_model
 
 from dpo_kit.config.settings import Callbacks, Model, Settings
-from dpo_kit.data.prepare import with_answer_lengths
+from dpo_kit.data.other_rows import with_answer_lengths
 from dpo_kit.errors import ConfigError
-from dpo_kit.model.adapter import build_adapter, refuse_uncopied
-from dpo_kit.model.batches import bare, cache_width, mlp_width
+from dpo_kit.model.adapter import build_adapter, fit_targets, refuse_uncopied
+from dpo_kit.model.batches import bare, mlp_width
 from dpo_kit.model.hardware import ROOM, free_memory, has_accelerator, weight_dtype
 from dpo_kit.model.load import read_config
 from dpo_kit.model.origin import find_start
 from dpo_kit.model.predicted import TILE_BYTES
-from dpo_kit.model.sampling import DRAWN_AT_ONCE
+from dpo_kit.model.sampling import DRAWN_AT_ONCE, cache_width
 from dpo_kit.model.scoring import TOKENS_PER_BATCH, uses_fused_head
 from dpo_kit.model.tokens import Truncation
 from dpo_kit.trainer.prefix import WORTH, Layout, attend_row_by_row, in_autocast_dtype
 from dpo_kit.trainer.speed import HEAD_TOKENS, SHARING
-from dpo_kit.trainer.targets import fit_targets
 
 log = logging.getLogger(__name__)
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # of what cannot be counted we say so
@@ -153,7 +152,7 @@ def estimate_by_layers(settings: Settings, args: Any, rows: Rows, *, loads_refer
 def build_weightless(settings: Settings, args: Any, layers: int | None = None) -> Any:
     """The policy without weights, ready for a training step; of its first `layers` alone where given. ModelError."""
     model, start = settings.model, find_start(settings.model)
-    config = read_config(start)
+    config = read_config(model)
     if layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = layers
@@ -163,7 +162,7 @@ def build_weightless(settings: Settings, args: Any, layers: int | None = None) -
     with torch.device("meta"):
         plain: Any = AutoModelForCausalLM.from_config(config, dtype=half or weight_dtype(model.dtype, model.tuning))
         policy = plain
-        adapter: Any = build_adapter(start)
+        adapter: Any = build_adapter(model)
         if start.adapter:
             adapter = PeftConfig.from_pretrained(model.path, revision=model.revision or "main")
             adapter.inference_mode = False  # which every saved adapter has
@@ -330,7 +329,7 @@ def weight_bytes(policy: Any, model: Model) -> int:
 
 def _measuring(wanted: Callbacks, model: Any, parameters: int, reloads: bool, rows: Rows) -> int:
     """The probe: the larger of sampling (keys, values) and of scoring (states of a layer, tiles of logits)."""
-    if not (wanted.preference_margin or wanted.implicit_reward or wanted.metrics or wanted.kl_drift):
+    if not (wanted.scores_rows or wanted.kl_drift):
         return 0
     text = model.config.get_text_config()
     tiles = TILES * TILE_BYTES["cuda" if has_accelerator() else "cpu"]

@@ -24,8 +24,8 @@ from dpo_kit.judge.open import open_judge
 from dpo_kit.judge.verdicts import Judge, Prompt, compare, toss_coin
 from dpo_kit.model.batches import pad_batch, pad_token_id
 from dpo_kit.model.chats import text_of
-from dpo_kit.model.sampling import without_router_logits
-from dpo_kit.model.scoring import add_up
+from dpo_kit.model.sampling import draw_samples, without_router_logits
+from dpo_kit.model.scoring import ReferenceModel, add_up, score_as_trained
 from dpo_kit.model.tokens import decode_answer, encode_prompts, render_prompts
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.processes import rank, world_size
@@ -138,6 +138,20 @@ def open_judged_reward(settings: JudgeSettings, seed: int, run: RunDirectory) ->
     with open_judge(settings, folder, seed) as judge:
         log.info("fresh answers are compared by %s, in both orders", judge.name)
         yield JudgedReward(judge, seed)
+
+
+def compare_fresh(trainer: Any, reference: ReferenceModel, sample: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Policy less reference on fresh answers to the prompts of `sample`, as the loss reads them (nats), and the tokens
+    of each: (answers,) twice.
+    """
+    rows = [{"prompt": json.loads(row["prompt"])} for row in sample]
+    length = trainer.args.max_new_tokens
+    drawn = draw_samples(trainer.model, trainer.processing_class, rows, max_new_tokens=length)
+    answers = [(each.prompt_ids, each.token_ids) for each in drawn]
+    policy = score_as_trained(trainer, trainer.model, answers)
+    with reference.active() as model:
+        differences = policy - score_as_trained(trainer, model, answers)
+    return differences, torch.tensor([len(ids) for _, ids in answers])
 
 
 class FreshAnswers(Base):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -21,7 +20,6 @@ from accelerate.utils import is_peft_model
 from peft import PromptLearningConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,7 +28,6 @@ from transformers.masking_utils import sdpa_mask
 from dpo_kit.model.batches import bare
 from dpo_kit.trainer.speed import SHARING
 
-log = logging.getLogger(__name__)
 WORTH = 0.95  # of the padded slots: above it, gathering costs what it saves
 STEP = 32  # tokens: products in bf16 come in sizes of a multiple, as a CPU's library (oneDNN) takes a millisecond and
 # 0.7 MB for its code for each new shape, and keeps a thousand of them
@@ -170,7 +167,11 @@ def attend(
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     query, key, value = in_autocast_dtype(query, key, value)  # once, not for every row
     queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))  # tokens first, as they lie in memory
-    way = attend_at_once if takes_one_call(query, value) else attend_row_by_row
+    way: Callable[..., Tensor] = attend_row_by_row
+    if takes_one_call(query, value):
+        from dpo_kit.trainer.on_gpu import attend_at_once
+
+        way = attend_at_once
     with torch.autocast(query.device.type, enabled=False):
         return way(queries, keys, values, layout, scale, sliding_window), None
 
@@ -179,47 +180,11 @@ def takes_one_call(query: Tensor, value: Tensor) -> bool:
     """Whether PyTorch has a FlashAttention kernel for rows of any length on this device, in this dtype and width."""
     width, half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
     fits = half and width == value.shape[-1] and width <= 256 and width % 8 == 0
-    return fits and query.is_cuda and agrees_at_once(query.device, query.dtype, width, query.shape[1] // value.shape[1])
-
-
-@functools.cache
-def agrees_at_once(device: torch.device, dtype: torch.dtype, width: int, groups: int) -> bool:
-    """Whether one call gives what a call for each row gives, tried once on two random pairs, gradients too."""
-    ids = torch.tensor([[2, 3, 4, 5, 6], [7, 8, 9, 0, 0], [2, 3, 4, 9, 0], [7, 8, 0, 0, 0]])
-    layout = build_layout(ids, (ids > 0).long()).to(device)
-    draw = torch.Generator().manual_seed(0)
-    shapes = [(1, layout.ids.shape[1], heads, width) for heads in (groups, 1, 1)]
-    q, k, v = (torch.randn(shape, generator=draw).to(device, dtype).requires_grad_() for shape in shapes)
-    scale = width**-0.5
-    try:
-        with torch.enable_grad():
-            for window in (None, 2):
-                ways = [way(q, k, v, layout, scale, window) for way in (attend_at_once, attend_row_by_row)]
-                at_once, by_row = ([seen, *torch.autograd.grad(seen.square().sum(), (q, k, v))] for seen in ways)
-                for ours, theirs in zip(at_once, by_row, strict=True):
-                    if (ours - theirs).norm() > AGREES[dtype] * theirs.norm():
-                        raise ArithmeticError("FlashAttention gives other values for rows of several lengths")
-    except Exception as error:  # whatever a build of PyTorch or an old card raises
-        log.info("attention is worked out row by row: %s", str(error).strip()[:80])
+    if not (fits and query.is_cuda):
         return False
-    return True
+    from dpo_kit.trainer.on_gpu import agrees_at_once
 
-
-def attend_at_once(
-    queries: Tensor, keys: Tensor, values: Tensor, layout: Layout, scale: float, window: int | None
-) -> Tensor:
-    """All rows in one call. queries (1, T, heads, width), keys and values (1, T, key heads, width); as queries.
-
-    A row's last query stands at its last key, as FlashAttention aligns queries and keys of different lengths.
-    """
-    query, key, value = queries.squeeze(0), keys.squeeze(0), values.squeeze(0)  # views, backwards too
-    if layout.keys is not None:  # a token is in at most two rows: its two gradients add up with one rounding
-        key, value = key.index_select(0, layout.keys), value.index_select(0, layout.keys)
-    left = window - 1 if window and window < layout.longest[1] else -1
-    grouped: dict[str, Any] = {"enable_gqa": key.shape[1] < query.shape[1], "window_size": (left, 0), "scale": scale}
-    ends = (layout.query_ends, layout.key_ends)
-    seen: Any = varlen_attn(query, key, value, *ends, *layout.longest, **grouped)
-    return seen[None]
+    return agrees_at_once(query.device, query.dtype, width, query.shape[1] // value.shape[1])
 
 
 def attend_row_by_row(
@@ -231,7 +196,9 @@ def attend_row_by_row(
     window: int | None,
     kernel: Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor] | None = None,
 ) -> Tensor:
-    """As `attend_at_once`, with a call of `kernel` (`attend_row`) for each row."""
+    """A call of `kernel` (`attend_row`) for each row. queries (1, T, heads, width), keys and values (1, T, key heads,
+    width); as queries.
+    """
     groups = queries.shape[2] // keys.shape[2]
     if groups > 1:
         keys, values = (x.repeat_interleave(groups, 2) for x in (keys, values))

@@ -7,18 +7,16 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dpo_kit.config.settings import Settings
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import append_row, plain
-from dpo_kit.run.measures import MEASURES, in_rounding
 from dpo_kit.run.processes import is_writer
+from dpo_kit.trainer.manifest import sweep_folder
 
 if TYPE_CHECKING:
     from dpo_kit.run.tracking import Tracker
@@ -34,7 +32,7 @@ def start_tracking(settings: Settings, config: dict[str, Any], run: RunDirectory
     from dpo_kit.run import tracking
 
     options, wanted = settings.tracking.model_dump(exclude={"reporter"}), os.environ.get("WANDB_RUN_ID")
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:  # variables that all jobs share
+    if sweep_folder():  # variables that all jobs share
         wanted = None
         if options["name"] == os.environ.get("WANDB_NAME"):
             options["name"] += f"-{run.root.name}"
@@ -60,9 +58,6 @@ class Recorder(TrainerCallback):
 class Progress(ProgressCallback):
     """A bar with the figures that matter behind it; where the output is no terminal a line with them now and then."""
 
-    # the loss of training, all else on held-out rows and in nats
-    SHOWN: ClassVar = {"loss": "loss"} | {measure.key: measure.bar for measure in MEASURES if measure.bar}
-
     def __init__(self) -> None:
         super().__init__()
         self.latest: dict[str, float] = {}
@@ -70,11 +65,18 @@ class Progress(ProgressCallback):
         self.last_line = 0.0
 
     def figures(self) -> dict[str, str]:
-        """{short name: latest value, or "rounding" where it is no more}."""
-        shown: dict[str, str] = {}
-        for key, name in self.SHOWN.items():
-            if key in self.latest:  # the first of a name: k1 stands beside rb as a check
-                shown.setdefault(name, "rounding" if in_rounding(key, self.latest) else f"{self.latest[key]:.3g}")
+        """{short name: latest value, or "rounding" where it is no more}: the loss of training, all else on held-out
+        rows and in nats.
+        """
+        values = self.latest
+        shown = {"loss": f"{values['loss']:.3g}"} if "loss" in values else {}
+        if any(key.startswith("probe/") for key in values):
+            from dpo_kit.run.measures import MEASURES
+            from dpo_kit.run.rounding import in_rounding
+
+            for key, name in ((m.key, m.bar) for m in MEASURES if m.bar and m.key in values):
+                # the first of a name: k1 stands beside rb as a check
+                shown.setdefault(name, "rounding" if in_rounding(key, values) else f"{values[key]:.3g}")
         return shown
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from dpo_kit.errors import ModelError
 from dpo_kit.model.batches import measuring
 from dpo_kit.model.head import Tokens
-from dpo_kit.model.scoring import Reference, column_logps, score_as_trained
+from dpo_kit.model.scoring import ReferenceModel, column_logps, score_as_trained
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def reference_logps(trainer: Any, sequences: Sequence[Tokens], root: Path, name:
     Read from the store under `root` where it has them, once a sample of that agrees with the live reference; computed,
     longest first, and stored part by part otherwise. ModelError where the reference gives a value that is not finite.
     """
-    reference = Reference(trainer)
+    reference = ReferenceModel(trainer)
     addresses = [_address(tokens) for tokens in sequences]
     wanted = dict(zip(addresses, sequences, strict=True))
     with measuring(trainer, *reference.models, as_trained=True), reference.active() as model:

@@ -1,8 +1,10 @@
 """What a library raises of its own, told with the keys that were typed; its traceback is in the log."""
 
 import contextlib
+import errno
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +26,24 @@ def refusing(what: str) -> Iterator[None]:
         raise ConfigError(f"{what} refuse {blamed(error)}") from error
 
 
-def explain_stop(error: Exception, step: int) -> TrainingError:
-    """What stopped training in a library, with the keys that may be the cause."""
+def explain_stop(error: Exception, step: int, folder: Path) -> Exception:
+    """What stopped training in a library, with the keys that may be the cause, or what to do where memory or the disk
+    of `folder` is full; any other error of the system as it is.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return TrainingError(
+            f"out of memory at step {step + 1}: take speed.checkpointing=true, fewer rows at a time "
+            "(trl.per_device_train_batch_size, and as many times more trl.gradient_accumulation_steps), or "
+            "model.tuning=lora"
+        )
+    if isinstance(error, OSError):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        free = shutil.disk_usage(folder).free / 1e9
+        return TrainingError(
+            f"{folder} cannot be written ({error}); {free:.2f} GB are free on its disk. The last checkpoint is as it "
+            "was: make room, and the same command goes on from there"
+        )
     when = f"at step {step + 1}" if step else "before its first step"
     return TrainingError(f"training stopped {when}; typed: {blamed(error)}")
 

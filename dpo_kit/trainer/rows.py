@@ -6,7 +6,6 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from dpo_kit.config.best_metric import kind_fault
 from dpo_kit.config.settings import Settings
 from dpo_kit.data.prepare import Prepared, Rows, prepare
 from dpo_kit.data.rows import ANSWERS, Kind
@@ -38,8 +37,12 @@ def read_data(settings: Settings, tokenizer: Any) -> Prepared:
 def prepare_data(settings: Settings, tokenizer: Any) -> Prepared:
     """Rows for training and measuring, with all that the run's data report says."""
     data = read_data(settings, tokenizer)
-    if fault := kind_fault(settings.trl["metric_for_best_model"], data.kind, settings.callbacks.metrics):
-        raise ConfigError(fault)
+    metric, own = settings.trl["metric_for_best_model"], settings.callbacks.metrics
+    if metric or own:
+        from dpo_kit.config.best_metric import kind_fault
+
+        if fault := kind_fault(metric, data.kind, own):
+            raise ConfigError(fault)
     if settings.data.reference_margin and data.kind == "pairs":
         from dpo_kit.data.report.preference import measure_preference, reference_margins
 
@@ -69,7 +72,7 @@ def held_out_rows(data: Prepared, settings: Settings) -> Rows:
     rows = data.select[: settings.callbacks.at_most("pairs")]
     if settings.method.rows in (data.kind, "prompts"):
         return rows
-    from dpo_kit.data.prepare import interleave, unpair
+    from dpo_kit.data.other_rows import interleave, unpair
 
     return interleave(unpair(rows), settings.seed)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
@@ -32,8 +31,11 @@ def speed_up(models: Sequence[PreTrainedModel], speed: Speed, trl: dict[str, Any
         count_weights_once(model)
     if not has_accelerator():
         fit_head_to_cpu()
-    elif {fuse_norms(model) for model in models} == {True}:
-        log.info("each RMSNorm is one kernel")
+    else:
+        from dpo_kit.trainer.on_gpu import fuse_norms
+
+        if {fuse_norms(model) for model in models} == {True}:
+            log.info("each RMSNorm is one kernel")
     padded, said = False, "padding is computed, and a pair's prompt twice: speed.share_prefix=false"
     if speed.share_prefix is not False:
         from dpo_kit.trainer.prefix import share_prefixes, why_not
@@ -71,29 +73,6 @@ def score_labelled_positions_only() -> None:
 def count_weights_once(model: Any) -> None:
     """Let transformers, which counts a model's weights anew at every batch for `total_flos`, remember their number."""
     bare(model).num_parameters = functools.cache(bare(model).num_parameters)
-
-
-@torch.no_grad()
-def fuse_norms(model: torch.nn.Module) -> bool:
-    """Compute each RMSNorm of `model` by PyTorch's one kernel instead of the eight or so that it is written in; whether
-    there are any.
-
-    Only where that gives the same on random numbers: some families add 1 to the weight.
-    """
-    named = (module for module in model.modules() if type(module).__name__.endswith("RMSNorm"))
-    norms: list[Any] = [norm for norm in named if isinstance(getattr(norm, "variance_epsilon", None), float)]
-    for norm in norms:
-        fused = functools.partial(_rms_norm, norm)
-        hidden = torch.randn(3, len(norm.weight), generator=torch.Generator().manual_seed(0)).to(norm.weight)
-        expected = norm(hidden)
-        if not torch.allclose(fused(hidden), expected, rtol=1e-5 if hidden.dtype == torch.float32 else 2e-2):
-            return False
-        norm.forward = fused
-    return bool(norms)
-
-
-def _rms_norm(norm: Any, hidden_states: Tensor) -> Tensor:
-    return rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon).to(hidden_states.dtype)
 
 
 HEAD_TOKENS = 128  # at a time: their logits stay in a CPU's cache, where TRL's 4096 go through memory a dozen times

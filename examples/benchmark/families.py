@@ -32,6 +32,7 @@ from trl import DPOConfig, DPOTrainer
 from dpo_kit import compose
 from dpo_kit.config.compose import check
 from dpo_kit.errors import DpoKitError
+from dpo_kit.model.adapter import fit_targets
 from dpo_kit.model.batches import measuring
 from dpo_kit.model.load import load_tokenizer
 from dpo_kit.model.sampling import draw_samples
@@ -40,7 +41,6 @@ from dpo_kit.run.quiet import quiet_libraries
 from dpo_kit.toy import MODEL, TRAIN
 from dpo_kit.trainer.build import build_trainer, choose_arguments
 from dpo_kit.trainer.rows import prepare_data
-from dpo_kit.trainer.targets import fit_targets
 
 LIMIT = 60  # seconds of a processor for one family
 NEAR = 1e-4  # largest relative difference of losses and log-probabilities that counts as equal

@@ -368,9 +368,9 @@ def measure_probe(row, told):
     report, evaluate = callbacks._Measuring._report, Trainer.evaluate
 
     def timed_report(self, moment, step, *more, **options):
-        before = getattr(self, "_half_way_done", None)
+        before = getattr(self, "_moments_done", None)
         values = timed(moment, step, report, self, moment, step, *more, **options)
-        half_way.extend([step] if getattr(self, "_half_way_done", None) != before else [])
+        half_way.extend([step] if getattr(self, "_moments_done", None) != before else [])
         return values
 
     def timed_evaluate(self, *given, **options):

@@ -174,7 +174,7 @@ def as_on_a_gpu(counting):
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    from dpo_kit.trainer import prefix, speed
+    from dpo_kit.trainer import on_gpu, prefix, speed
 
     def one_call(query, key, value, *ends, **options):
         return AsOne.apply(
@@ -189,9 +189,9 @@ def as_on_a_gpu(counting):
         (utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", -(-MODEL["vocab_size"] // TILES)),
         (speed, "has_accelerator", lambda: True),
         (prefix, "takes_one_call", lambda query, value: True),
-        (prefix, "varlen_attn", one_call),
+        (on_gpu, "varlen_attn", one_call),
         (prefix.Layout, "fill_up", lambda layout, step: layout),
-        (speed, "rms_norm", rms_norm),
+        (on_gpu, "rms_norm", rms_norm),
     ]
     for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
         changes.append((chunked_logprob, name, wrapped(counting, getattr(chunked_logprob, name), name)))

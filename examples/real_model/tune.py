@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer
 
 from dpo_kit import KLDrift, PairProbe, PreferenceMargin
-from dpo_kit.model.scoring import Reference
+from dpo_kit.callbacks.reference import Reference
 
 HERE = Path(__file__).parent
 FOLDER = Path("outputs/real_model")
@@ -81,15 +81,17 @@ def main(arguments):
         f"-m beta={','.join(map(str, BETAS))} {training} hydra.sweep.dir={FOLDER}/sweep"
     )
     best = json.loads((FOLDER / "sweep" / "best.json").read_text())
-    run = FOLDER / "sweep" / (best["recommended"] or best["evidence"][0]["run"])
-    seconds["win rate"] = dpo_kit(f"evaluate run={run} {judge} win_rate.max_new_tokens={keeps_to_it.MAX_NEW_TOKENS}")
-    seconds["export"] = dpo_kit(f"export run={run} out={FOLDER}/export")
+    best = best if best["recommended"] else best["evidence"][0] | {"recommended": best["evidence"][0]["run"]}
+    run, step = FOLDER / "sweep" / best["recommended"], best["step"]
+    chosen = f"run={run}" + (f" step={step}" if step else "")
+    seconds["win rate"] = dpo_kit(f"evaluate {chosen} {judge} win_rate.max_new_tokens={keeps_to_it.MAX_NEW_TOKENS}")
+    seconds["export"] = dpo_kit(f"export {chosen} out={FOLDER}/export")
     for prompt in SHOWN:
         print(f"\n{prompt}")
         for name, folder in (("before", model), ("after", FOLDER / "export")):
             print(f"  {name}: {answer(folder, prompt)!r}")
     show("seconds", seconds)
-    compare(model, run, pairs[:held_out])
+    compare(model, run, run / "path" / f"step-{step}" if step else run / "model", pairs[:held_out])
 
 
 def dpo_kit(words):
@@ -150,8 +152,10 @@ def answer(folder, prompt):
 # --- beside stock TRL --------------------------------------------------------------------------------------------
 
 
-def compare(model, run, held_out):
-    """Stock `trl dpo` on the same pairs, in the same precision, at the beta of `run`; the same probe for both."""
+def compare(model, run, weights, held_out):
+    """Stock `trl dpo` on the same pairs, in the same precision, at the beta of `run`, whose `weights` were chosen; the
+    same probe for both.
+    """
     given = json.loads((run / "trl_config.json").read_text())
     out = FOLDER / "stock" / f"beta{given['beta']}"
     words = (
@@ -167,7 +171,7 @@ def compare(model, run, held_out):
     printed = subprocess.run(command, check=True, text=True, **given_to).stdout
     stock = float(re.search(r"'train_runtime': '?([\d.]+)", printed)[1])
     spent = json.loads((run / "result.json").read_text())["seconds"]
-    theirs, ours = measure(model, out, held_out), measure(model, run / "model", held_out)
+    theirs, ours = measure(model, out, held_out), measure(model, weights, held_out)
     table = Table("on the held-out pairs", "stock TRL", "dpo_kit", box=MARKDOWN)
     table.add_row(
         "seconds, dpo_kit's with loading and reference pass", f"{stock:.0f}", f"{spent['run'] - spent['measuring']:.0f}"

@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 from dpo_kit.callbacks.callbacks import ImplicitReward, KLDrift, PreferenceMargin
 from dpo_kit.callbacks.drift import Drift
 from dpo_kit.callbacks.probe import PairProbe
+from dpo_kit.callbacks.reference import Reference
 from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
 from dpo_kit.errors import ModelError
 from dpo_kit.model.sampling import Sample
-from dpo_kit.model.scoring import Reference
 from dpo_kit.run import quiet
 from dpo_kit.trainer.measuring import ProbeAlone
 from tests import tiny
@@ -161,6 +161,25 @@ def test_cadence_is_pairs_and_forward_at_each_evaluation_and_reverse_at_start_ha
     assert margins == list(range(7))  # each step once
 
 
+@pytest.mark.parametrize(
+    ("steps", "every", "moments", "expected"),
+    [
+        (8, 1, 4, {0, 2, 4, 6, 8}),
+        (8, 3, 4, {0, 3, 6, 8}),
+        (8, 4, 4, {0, 4, 8}),
+        (6, 1, 2, {0, 3, 6}),
+        (7, 2, 3, {0, 2, 4, 7}),
+    ],
+)
+def test_the_policy_is_sampled_at_the_evaluations_nearest_to_moments_spread_evenly(
+    steps: int, every: int, moments: int, expected: set[int], folder: str, tmp_path: Path
+) -> None:
+    trainer = tiny.trainer("dpo", folder, tmp_path, max_steps=steps, eval_steps=every)
+    watch(trainer, moments=moments)
+    trainer.train()
+    assert logged(trainer, "probe/kl_reverse_rb_nats").keys() == expected
+
+
 def test_runs_of_one_reference_draw_its_samples_once_and_measure_on_the_same(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +231,19 @@ def test_kl_is_zero_at_the_start_and_finite_with_error_and_shares_after(folder: 
         assert 0 < logged(trainer, f"{name}_per_token")[4] < logged(trainer, name)[4]
         assert 0 <= logged(trainer, f"{name}_cut_share")[4] <= 1
         assert f"probe/kl_{direction}_k1_nats" in json.dumps(trainer.state.log_history)
+
+
+def test_at_the_start_both_directions_of_the_kl_are_one_pass(folder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    reversed_at, reverse = [], Drift.reverse
+    monkeypatch.setattr(
+        Drift, "reverse", lambda self, *given: reversed_at.append(trainer.state.global_step) or reverse(self, *given)
+    )
+    trainer = tiny.trainer("dpo", folder, tmp_path, peft_config=tiny.LORA)
+    watch(trainer)
+    trainer.train()
+    assert reversed_at == [2, 4]
+    entries = [entry for entry in trainer.state.log_history if "probe/kl_reverse_rb_nats" in entry]
+    assert entries[0]["step"] == 0 and entries[0].keys() == entries[-1].keys()
 
 
 def test_the_two_pair_callbacks_share_one_forward_pass(

@@ -12,7 +12,7 @@ from scipy import stats
 from dpo_kit.callbacks import metrics
 from dpo_kit.callbacks.drift import kl_terms
 from dpo_kit.model.predicted import Predicted
-from dpo_kit.run import intervals
+from dpo_kit.run import intervals, statistics
 from tests import oracle, tiny
 
 NAN_FREE = torch.tensor([0.5, -1.0, 2.0, 0.0])
@@ -190,7 +190,7 @@ def test_the_exact_interval_of_a_share_is_scipy_s_and_rejects_one_half_where_the
         count = random.randint(1, 60)
         successes = random.randint(0, count)
         test = stats.binomtest(successes, count)
-        low, high = intervals.clopper_pearson(successes, count)
+        low, high = statistics.clopper_pearson(successes, count)
         assert (low, high) == pytest.approx(tuple(test.proportion_ci(0.95, "exact")), abs=1e-9)
         assert (low <= 0.5 <= high) == (test.pvalue >= 0.05)
-    assert intervals.clopper_pearson(0, 0) == (0, 1)
+    assert statistics.clopper_pearson(0, 0) == (0, 1)

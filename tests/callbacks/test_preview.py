@@ -11,8 +11,8 @@ from transformers import LogitsProcessor
 
 from dpo_kit.callbacks.drift import Drift
 from dpo_kit.callbacks.preview import Mixed, Preview
+from dpo_kit.callbacks.reference import Reference
 from dpo_kit.model.batches import measuring
-from dpo_kit.model.scoring import Reference
 from tests import oracle, tiny
 
 PROMPTS = [{"prompt": "red", "prompt_id": "a"}, {"prompt": "blue two cat", "prompt_id": "b"}]

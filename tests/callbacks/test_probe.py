@@ -22,13 +22,14 @@ from transformers import (
 
 from dpo_kit.callbacks.drift import Drift, drift_metrics, kl_terms
 from dpo_kit.callbacks.probe import PairProbe, name_rows
+from dpo_kit.callbacks.reference import Reference
 from dpo_kit.errors import DataError, ModelError
 from dpo_kit.model import head, predicted
 from dpo_kit.model.batches import measuring
 from dpo_kit.model.head import read_head
 from dpo_kit.model.predicted import Predicted, predict, token_logps
 from dpo_kit.model.sampling import Draw, Shaped, draw_samples
-from dpo_kit.model.scoring import Reference, length_sorted_batches, score, twin_batches
+from dpo_kit.model.scoring import length_sorted_batches, score, twin_batches
 from dpo_kit.trainer.reference_store import score_as_trained
 from tests import oracle, tiny
 

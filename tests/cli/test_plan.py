@@ -14,7 +14,7 @@ from dpo_kit import ConfigError
 from dpo_kit.cli.plan import PeakMemory, Plan, advise, main, plan_run, show_dropped, show_row, split_words
 from dpo_kit.config.compose import check, compose
 from dpo_kit.config.settings import Callbacks
-from dpo_kit.data.prepare import unpair
+from dpo_kit.data.other_rows import unpair
 from dpo_kit.model.load import load_tokenizer
 from dpo_kit.run.files import read_json
 from dpo_kit.toy import MODEL

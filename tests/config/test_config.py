@@ -193,7 +193,9 @@ def test_composing_imports_neither_torch_nor_trl():
 
 
 def test_a_plain_start_is_checked_without_loading_judge_sweep_help_or_reports(tmp_path):
-    late = ("dpo_kit.judge", "dpo_kit.sweep", "dpo_kit.run.report", "dpo_kit.config.help", "scipy")
+    late = ("dpo_kit.judge", "dpo_kit.sweep", "dpo_kit.run.report", "scipy")
+    of_config = ("arguments", "best_metric", "building", "derive_schema", "explain", "extensions", "help", "tools")
+    late += tuple(f"dpo_kit.config.{name}" for name in of_config)
     script = "import sys, dpo_kit.cli.main as c\n"
     script += "c.refuse_early(c.read_arguments(['method=ipo', 'hydra.run.dir=run', 'tracking=none']))\n"
     script += f"print([name for name in sys.modules if name.startswith({late})])"
@@ -246,12 +248,12 @@ def test_the_schema_speaks_of_the_pinned_trl():
 
 
 def test_another_trl_is_read_once_and_cached(tmp_path, monkeypatch):
-    from dpo_kit.config import trl_schema
+    from dpo_kit.config import derive_schema, trl_schema
 
     calls = []
     monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path))
     monkeypatch.setattr(trl_schema, "installed_versions", lambda: {"trl": "1.99", "transformers": "5.99"})
-    monkeypatch.setattr(trl_schema, "derive_schema", lambda: calls.append(1) or {"versions": "new", "classes": {}})
+    monkeypatch.setattr(derive_schema, "derive_schema", lambda: calls.append(1) or {"versions": "new", "classes": {}})
     for _ in range(2):
         trl_schema.load_schema.cache_clear()
         assert trl_schema.load_schema()["versions"] == "new"
@@ -260,10 +262,10 @@ def test_another_trl_is_read_once_and_cached(tmp_path, monkeypatch):
 
 
 def test_the_checked_in_schema_is_what_the_installed_trl_says():
-    """Fails at a TRL upgrade: run `python -m dpo_kit.config.trl_schema`, read the difference, then golden/."""
+    """Fails at a TRL upgrade: run `python -m dpo_kit.config.derive_schema`, read the difference, then golden/."""
     import json
 
-    from dpo_kit.config.trl_schema import PINNED_FILE, pinned_schema
+    from dpo_kit.config.derive_schema import PINNED_FILE, pinned_schema
 
     assert json.loads(json.dumps(pinned_schema())) == json.loads(PINNED_FILE.read_text())
 
@@ -275,7 +277,7 @@ def test_what_only_trl_s_code_says_is_declared_as_it_stands_there():
     import inspect
     import json
 
-    from dpo_kit.config.trl_schema import BY_HAND, PINNED_FILE
+    from dpo_kit.config.derive_schema import BY_HAND, PINNED_FILE
 
     stated = json.loads(PINNED_FILE.read_text())["classes"]
 

@@ -11,7 +11,7 @@ from dpo_kit.config.compose import CONF, check, compose
 from dpo_kit.config.identity import comparable
 from dpo_kit.config.settings import Experiment
 from dpo_kit.errors import ConfigError
-from dpo_kit.run.report.page import sentences
+from dpo_kit.run.report.results import sentences
 from dpo_kit.trainer.published import batch_fault, compare_with_published
 
 # model, data, beta, learning rate, epochs, rows × accumulation × devices, max_length, scheduler, warm-up, optimizer:

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from dpo_kit.cli import dashboard, env
 from dpo_kit.cli import main as cli
 from dpo_kit.cli import plan as planning
+from dpo_kit.config.building import Build
 from dpo_kit.config.compose import check, compose
 from dpo_kit.config.explain import known_keys
-from dpo_kit.config.settings import Build
 from dpo_kit.config.trl_schema import load_schema
 from dpo_kit.data import __main__ as preparing
 from dpo_kit.data.build import pairs

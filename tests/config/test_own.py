@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from dpo_kit import TrainingError, compose, train
+from dpo_kit.callbacks.callbacks import forked_random
 from dpo_kit.config.extensions import call_metrics, own_faults
 from dpo_kit.config.settings import Callbacks
 from dpo_kit.errors import ConfigError
 from dpo_kit.export.script import write_reproduction
-from dpo_kit.model.batches import forked_random
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics, series
-from dpo_kit.run.report.numbers import result_rows
+from dpo_kit.run.report.results import result_rows
 from tests.conftest import ROOT
 from tests.small import few_pairs, hash_model
 
@@ -174,7 +174,7 @@ def test_two_measures_of_one_name_and_samples_that_nobody_draws_are_refused(name
 def test_an_own_measure_of_the_held_out_rows_may_choose_the_checkpoint_and_one_of_samples_may_not(named):
     best = ["trl.load_best_model_at_end=true", "trl.metric_for_best_model=custom/a"]
     compose([*best, f"callbacks.metrics={{a: {named}.margin}}"])
-    with pytest.raises(ConfigError, match="at the start, half-way and at the end only"):
+    with pytest.raises(ConfigError, match="at a few moments only"):
         compose([*best, f"callbacks.sample_metrics={{a: {named}.words}}"])
     with pytest.raises(ConfigError, match=r"did you mean custom/ab\?"):
         compose([*best, f"callbacks.metrics={{ab: {named}.margin}}"])

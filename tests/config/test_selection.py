@@ -10,10 +10,11 @@ import torch
 from dpo_kit import compose, train
 from dpo_kit.callbacks.callbacks import Patience
 from dpo_kit.callbacks.scores import Scores, preference_metrics, reward_metrics
-from dpo_kit.config.best_metric import greater_is_better, kind_fault, measured_keys, needs_trl_evaluation
+from dpo_kit.config.best_metric import greater_is_better, kind_fault, measured_keys
 from dpo_kit.config.compose import check
+from dpo_kit.config.limits import needs_trl_evaluation
 from dpo_kit.config.settings import Callbacks
-from dpo_kit.data.prepare import unpair
+from dpo_kit.data.other_rows import unpair
 from dpo_kit.data.read import read_source
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory
@@ -49,7 +50,7 @@ def test_the_keys_that_may_choose_are_those_that_every_evaluation_has():
     ("words", "said"),
     [
         ([*BEST, "callbacks=none"], "probe/accuracy is not measured in this run: it needs callbacks=default"),
-        (["trl.metric_for_best_model=gold/reward"], "measured at the start, half-way and at the end only"),
+        (["trl.metric_for_best_model=gold/reward"], "measured at a few moments only"),
         (["trl.metric_for_best_model=probe/kl_reverse_rb_nats"], "at the end only: take one of probe/accuracy"),
         (
             ["trl.metric_for_best_model=probe/acuracy"],

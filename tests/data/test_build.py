@@ -17,7 +17,8 @@ from collections import Counter
 import pytest
 
 from dpo_kit import toy
-from dpo_kit.config.settings import Build, Data
+from dpo_kit.config.building import Build
+from dpo_kit.config.settings import Data
 from dpo_kit.data.__main__ import compose_tool
 from dpo_kit.data.build.pairs import OUTCOMES, build_pairs, pair_answers, show_build
 from dpo_kit.data.build.prompts import read_prompts
@@ -449,17 +450,17 @@ def test_each_prompt_is_taken_once_and_every_row_accounted_for(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"4 malformed rows:\n  .*prompts\.jsonl:5: prompt is empty"):
         read_prompts(str(path), data(), None)
-    found = read_prompts(str(path), data(on_bad_row="drop"), 3)
-    assert found.prompts == ["one", "two", "three"]
-    assert len(rows) == len(found.prompts) + sum(found.left_out.values())
-    assert found.left_out["repeated"] == found.left_out["beyond build.limit"] == 1
+    prompts, left_out = read_prompts(str(path), data(on_bad_row="drop"), 3)
+    assert prompts == ["one", "two", "three"]
+    assert len(rows) == len(prompts) + sum(left_out.values())
+    assert left_out["repeated"] == left_out["beyond build.limit"] == 1
 
 
 def test_the_prompts_of_a_mixture_and_of_another_column(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": name}) + "\n")
     mixture = [{"path": str(tmp_path / f"{name}.jsonl")} for name in "ab"]
-    assert read_prompts(None, data(train=mixture, columns={"prompt": "question"}), None).prompts == ["a", "b"]
+    assert read_prompts(None, data(train=mixture, columns={"prompt": "question"}), None)[0] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ def rows_of(values, kind="pairs"):
 
 def run(values, *, kind="pairs", held=(), seed=0, hardness=None, **options):
     """(lines kept, {line left out: reason})."""
-    found = curate(rows_of(values, kind), Setting(kind, Curate(**options), seed, held, hardness))
-    kept = sorted(int(row["_place"][2:]) for row in found.kept)
-    return kept, {int(fault.place[2:]): fault.reason for _, fault in found.left_out}
+    rows, left_out = curate(rows_of(values, kind), Setting(kind, Curate(**options), seed, held, hardness))
+    kept = sorted(int(row["_place"][2:]) for row in rows)
+    return kept, {int(fault.place[2:]): fault.reason for _, fault in left_out}
 
 
 def test_labels_that_raters_do_not_agree_on_are_left_out():
@@ -97,8 +97,8 @@ def test_after_balancing_length_says_nothing_about_the_label():
         long, short = words(rng, rng.randint(20, 60)), words(rng, rng.randint(5, 19))
         chosen, rejected = (long, short) if i % 4 else (short, long)  # the longer one is chosen in three of four
         values.append({"prompt": words(rng, 8), "chosen": chosen, "rejected": rejected})
-    found = curate(rows_of(values), Setting("pairs", Curate(balance_length=True), 0))
-    gaps = [row["tokens"]["chosen"] - row["tokens"]["rejected"] for row in found.kept]
+    rows, _ = curate(rows_of(values), Setting("pairs", Curate(balance_length=True), 0))
+    gaps = [row["tokens"]["chosen"] - row["tokens"]["rejected"] for row in rows]
     longer = sum(gap > 0 for gap in gaps)
     assert longer == sum(gap < 0 for gap in gaps) and 70 <= len(gaps) <= 100
     assert abs(sum(gap for gap in gaps)) / len(gaps) < 12  # differences of all sizes are balanced
@@ -131,6 +131,6 @@ def test_the_same_rows_in_another_order_give_the_same_set(seed):
     options = {"per_source": 20, "balance_length": True}
     shuffled = rng.sample(values, len(values))
     one, other = (curate(rows_of(each), Setting("pairs", Curate(**options), 0)) for each in (values, shuffled))
-    texts = [json.dumps([row["_values"] for row in found.kept]) for found in (one, other)]
+    texts = [json.dumps([row["_values"] for row in kept]) for kept, _ in (one, other)]
     assert texts[0] == texts[1]
-    assert len(one.kept) + len(one.left_out) == len(values)
+    assert len(one[0]) + len(one[1]) == len(values)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dpo_kit.data.prepare import interleave, prepare, unpair
+from dpo_kit.data.other_rows import interleave, unpair
+from dpo_kit.data.prepare import prepare
 from dpo_kit.data.read import Fault, Row, read_source
 from dpo_kit.errors import DataError
 from dpo_kit.toy import MODEL

@@ -9,8 +9,8 @@ import pytest
 
 from dpo_kit.data.report import figures
 from dpo_kit.data.report.duplicates import find_leaks, held_prompts, read_benchmark
+from dpo_kit.data.report.figures import is_refusal, list_items, script_of
 from dpo_kit.data.report.near import PERMUTATIONS, ROW_BANDS, cover, find_near, jaccard, sketch
-from dpo_kit.data.report.text_rules import is_refusal, list_items, script_of
 from dpo_kit.errors import DataError
 from tests.preferences import labels, pairs, report, tokenizer, words, write_jsonl
 

@@ -3,16 +3,20 @@
 
 import csv
 import json
+import subprocess
+import sys
 import typing
 
 import pytest
 
 from dpo_kit.config.settings import FormName
-from dpo_kit.data.forms import FORMS, TABLE, recognise
+from dpo_kit.data.forms import recognise
+from dpo_kit.data.published import FORMS, TABLE
 from dpo_kit.data.read import Fault, Row, Tie
 from dpo_kit.data.rows import ANSWERS
 from dpo_kit.data.shape import Shape
 from dpo_kit.errors import DataError
+from dpo_kit.toy import TRAIN
 from tests.conftest import ROOT
 from tests.preferences import prepared, write_jsonl
 
@@ -87,7 +91,7 @@ FORM_ROWS = [
 
 def read(*rows, columns=None, asked=None, typed=True, bare=False):
     """The form of `rows`, and what training makes of each."""
-    from dpo_kit.data.forms import best_and_worst
+    from dpo_kit.data.published import best_and_worst
 
     items = [Row(f"x:{number}", row, typed) for number, row in enumerate(rows, start=1)]
     match = recognise("x", items, columns or {}, asked, bare=bare)
@@ -294,3 +298,17 @@ def test_sources_of_different_forms_make_one_mixture_each_with_its_own(tmp_path)
     )
     found = prepared([one, {"path": other, "form": "swift"}])
     assert sum(found.report["rows"].values()) == 12 and len(found.report["forms"]) == 2
+
+
+def test_plain_pairs_are_read_without_what_other_forms_need():
+    script = f"""
+import sys
+from dpo_kit.data.forms import recognise
+from dpo_kit.data.read import Row, read_source
+rows = list(read_source({str(TRAIN)!r}, "train"))
+match = recognise("x", rows, {{}})
+assert all(isinstance(match.read(row), Row) for row in rows), match
+print([name for name in ("published", "spelling", "read_files") if f"dpo_kit.data.{{name}}" in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -13,9 +13,9 @@ from dpo_kit.cli.plan import plan_run
 from dpo_kit.config.compose import check as checked
 from dpo_kit.config.compose import compose
 from dpo_kit.data.curate.convert import convert
-from dpo_kit.data.forms import best_and_worst
 from dpo_kit.data.gather import read_rows, sources
 from dpo_kit.data.options import Convert
+from dpo_kit.data.published import best_and_worst
 from dpo_kit.data.read import Fault, Row
 from dpo_kit.errors import DataError, DpoKitError
 from dpo_kit.run.files import write_json

@@ -13,7 +13,7 @@ from dpo_kit.data.prepare import prepare
 from dpo_kit.errors import ConfigError, DataError
 from dpo_kit.model import template
 from dpo_kit.model.chats import conversation_text, prompt_of, split_context, text_of
-from dpo_kit.model.control_tokens import neutralised
+from dpo_kit.model.turns import neutralised
 from tests import styles
 from tests.preferences import data, write_jsonl
 
@@ -348,11 +348,11 @@ def test_prompts_to_build_from_carry_what_their_row_adds(tmp_path):
         {"prompt": [U], "tools": json.dumps([TOOL])},
         {"prompt": "Plain?"},
     ]
-    first, second, third = read_prompts(write_jsonl(tmp_path / "p.jsonl", rows), data("x"), None).prompts
+    (first, second, third), _ = read_prompts(write_jsonl(tmp_path / "p.jsonl", rows), data("x"), None)
     assert first == [{"role": "system", "content": "Be kind."}, user("Rain?")]
     assert prompt_of({"prompt": [U], "tools": [TOOL]}) == second and third == "Plain?"
     assert conversation_text(second) == f"tools: {json.dumps(TOOL)}\n\nuser: Rain?"
-    shaped = read_prompts(str(tmp_path / "p.jsonl"), data("x", fold_system=True), None).prompts[0]
+    shaped = read_prompts(str(tmp_path / "p.jsonl"), data("x", fold_system=True), None)[0][0]
     assert shaped == [user("Be kind.\n\nRain?")]
 
 

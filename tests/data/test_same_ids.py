@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from dpo_kit.data.shape import add_ids
 from dpo_kit.model.chats import prompt_of
-from dpo_kit.model.control_tokens import neutralised
 from dpo_kit.model.tokens import encode_prompts, encode_rows, ids_of_rows
-from dpo_kit.model.turns import turns_of
+from dpo_kit.model.turns import neutralised, turns_of
 from dpo_kit.trainer.rows import GivenTokens, build_dataset
 from tests import styles
 

@@ -22,6 +22,7 @@ from dpo_kit.evaluate.__main__ import main, work
 from dpo_kit.evaluate.job import Candidate, plan
 from dpo_kit.evaluate.part import Note, Part
 from dpo_kit.evaluate.win_rate import Compared, write_samples
+from dpo_kit.judge import correction
 from dpo_kit.judge.answers import Answer
 from dpo_kit.judge.verdicts import FAKES, Verdict
 from dpo_kit.run.directory import RunDirectory
@@ -211,7 +212,7 @@ def test_people_judge_on_a_blinded_sheet_and_the_same_command_reads_it(run, caps
     )
 
 
-def test_people_check_the_judge_on_some_comparisons(run):
+def test_people_check_the_judge_on_some_comparisons_and_put_its_rate_right(run, monkeypatch, capsys):
     words = [f"run={run}", RATE]
     work([*words, "review=3"])
     sheet = run / "evaluation" / "review.csv"
@@ -228,6 +229,14 @@ def test_people_check_the_judge_on_some_comparisons(run):
     work(words)
     review = read_json(run / "evaluation" / "win_rate.json")["review"]
     assert review["checked"] == 3 and review["same_verdict"] == 1
+    assert result_of(run)["win_rate_corrected"] is None  # three are too few
+    monkeypatch.setattr(correction, "LEAST", 3)
+    vote(sheet, lambda row: "tie")
+    capsys.readouterr()
+    work(words)
+    result = result_of(run)
+    assert (result["win_rate_corrected"], result["reviewed"]) == (0.5, 3) and result["win_rate"] != 0.5
+    assert "put right by people's votes" in capsys.readouterr().out
 
 
 # --- language models as judges -----------------------------------------------------------------------------------

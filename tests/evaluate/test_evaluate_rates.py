@@ -10,9 +10,10 @@ from scipy import stats
 from dpo_kit.callbacks import metrics
 from dpo_kit.callbacks.scores import Scores
 from dpo_kit.evaluate.preferences import compare_preferences, describe_calibration, describe_preferences
-from dpo_kit.evaluate.win_rate import Compared, read_verdict, win_rates
+from dpo_kit.evaluate.sequential import ConfidenceSequence
+from dpo_kit.evaluate.win_rate import LOOK, Compared, ask, read_verdict, win_rates
 from dpo_kit.judge.answers import Answer
-from dpo_kit.judge.verdicts import Verdict
+from dpo_kit.judge.verdicts import Judge, Verdict
 from dpo_kit.run.statistics import needed_against_half
 
 RAW = {
@@ -65,6 +66,81 @@ def test_better_is_said_only_of_an_interval_above_half():
     found = win_rates(rows(["win"] * 6 + ["loss"] * 4))
     assert found["win_rate_verdict"] == "not separated"
     assert found["win_rate_needed_prompts"] == needed_against_half(0.6) == 194
+
+
+class Says(Judge):
+    """A judge that finds a share `rate` of first answers better, the same in both orders."""
+
+    def __init__(self, rate, seed=0):
+        self.rate, self.drawn, self.asked = rate, random.Random(seed), []
+
+    def decide(self, shown):
+        self.asked += shown
+        wins = [self.drawn.random() < self.rate for _ in shown[::2]]
+        return [raw for won in wins for raw in (("first", "second") if won else ("second", "first"))]
+
+
+def unjudged(count, draws=1):
+    return [compared("unjudged", f"p{index}", draw) for index in range(count) for draw in range(draws)]
+
+
+def test_verdicts_end_once_the_rate_is_settled_and_the_interval_is_that_of_the_looks():
+    judge, rows, sequence = Says(0.9), unjudged(200, draws=2), ConfidenceSequence()
+    names = ask(judge, rows, sequence, seed=3, within=0.05)
+    asked = [row for row in rows if row.prompt_id in names]
+    assert len(names) == LOOK and len(judge.asked) == 2 * 2 * LOOK  # two draws, two orders
+    assert all(row.verdict.points is not None for row in asked)
+    assert all(row.verdict.points is None for row in rows if row.prompt_id not in names)
+    assert names != {f"p{index}" for index in range(LOOK)}  # by lot: a file may be in order of difficulty
+    found = win_rates(asked, sequence=sequence, within=0.05)
+    assert (found["settled"], found["win_rate_verdict"], found["prompts"]) == ("better", "better", LOOK)
+    assert (found["win_rate_low"], found["win_rate_high"]) == (sequence.low, sequence.high)
+    assert ask(Says(0.9), unjudged(200), ConfidenceSequence(), seed=4, within=0.05) != names
+
+
+def test_what_is_not_settled_is_judged_to_the_end_with_an_interval_for_all_looks():
+    rows, sequence = unjudged(100), ConfidenceSequence()
+    assert len(ask(Says(0.5), rows, sequence, seed=0, within=0.05)) == 100
+    found, once = win_rates(rows, sequence=sequence, within=0.05), win_rates(rows)
+    assert found["settled"] is None and found["win_rate"] == once["win_rate"]
+    assert found["win_rate_low"] <= once["win_rate_low"] and found["win_rate_high"] >= once["win_rate_high"]
+    judge = Says(0.9)
+    assert len(ask(judge, unjudged(100), None, seed=0, within=0.05)) == 100 and len(judge.asked) == 200
+
+
+def test_a_rate_that_is_surely_near_half_is_settled_too():
+    rows = [compared("tie", f"p{index}") for index in range(300)]
+    sequence = ConfidenceSequence()
+    sequence.add([0.5] * 300)
+    found = win_rates(rows, sequence=sequence, within=0.05)
+    assert (found["settled"], found["win_rate_verdict"]) == ("within", "within ±0.05")
+
+
+def test_equal_models_are_seldom_told_apart_however_often_one_looks():
+    wrong = 0
+    for seed in range(60):
+        rows, sequence = unjudged(96), ConfidenceSequence()
+        asked = ask(Says(0.5, seed), rows, sequence, seed=0, within=0.05)
+        found = win_rates([row for row in rows if row.prompt_id in asked], 200, sequence=sequence, within=0.05)
+        wrong += found["win_rate_verdict"] in ("better", "worse")
+    assert wrong <= 7  # 3 of 60 are expected at most; 8 have a chance of one in a hundred
+
+
+def test_people_s_votes_put_the_rate_right_and_the_verdict_reads_it():
+    judged = rows(["win"] * 160 + ["loss"] * 40)
+    for index, row in enumerate(judged[::2]):
+        row.vote = row.verdict.points if index % 2 else 0.5  # every second verdict hides a tie
+    found = win_rates(judged)
+    assert found["win_rate"] == 0.8 and found["reviewed"] == 100
+    assert found["win_rate_corrected"] == pytest.approx(0.65, abs=0.01)
+    assert 0.55 < found["win_rate_corrected_low"] < 0.65 < found["win_rate_corrected_high"] < 0.75
+    assert found["win_rate_verdict"] == "better"
+    for row in judged[::2]:
+        row.vote = 0.5
+    assert win_rates(judged)["win_rate_corrected"] == 0.5 and win_rates(judged)["win_rate_verdict"] == "not separated"
+    for row in judged[::2][19:]:
+        row.vote = None
+    assert win_rates(judged)["win_rate_corrected"] is None and win_rates(judged)["win_rate_verdict"] == "better"
 
 
 def test_the_bootstrap_interval_agrees_with_scipy():

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dpo_kit.data.report.text_rules import is_refusal
+from dpo_kit.data.report.figures import is_refusal
 from dpo_kit.evaluate import behaviour
 from dpo_kit.evaluate.behaviour import (
     RULES,

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from dpo_kit.config.settings import Endpoint, ServerAnswers
+from dpo_kit.config.building import ServerAnswers
+from dpo_kit.config.settings import Endpoint
 from dpo_kit.errors import ConfigError, DataError, ModelError
 from dpo_kit.judge.answers import Asking, draw_answers
 from dpo_kit.judge.server import Request, Server

@@ -15,11 +15,10 @@ from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ModelError
 from dpo_kit.evaluate.job import of_run
 from dpo_kit.model import template
-from dpo_kit.model.control_tokens import count_control_tokens, neutralised
 from dpo_kit.model.load import load_tokenizer
 from dpo_kit.model.sampling import draw_samples
 from dpo_kit.model.tokens import encode_prompts, encode_rows
-from dpo_kit.model.turns import written_today
+from dpo_kit.model.turns import count_control_tokens, neutralised, written_today
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.toy import MODEL, TRAIN

@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from dpo_kit.model.control_tokens import neutralised
 from dpo_kit.model.sampling import draw_samples
 from dpo_kit.model.tokens import decode_answer
-from dpo_kit.model.turns import leaves_out, stop_ids, turns_of
+from dpo_kit.model.turns import leaves_out, neutralised, stop_ids, turns_of
 from tests import styles, tiny
 
 TURNS = {  # of each style: the token that ends an answer, and all that open or end a turn

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from dpo_kit.run.report.diagnosis import Finding, diagnose
+from dpo_kit.run.report.diagnosis import diagnose
+from dpo_kit.run.report.findings import Finding
 
 CLOSER = {
     "beta": {"higher": "closer", "grid": [0.05, 0.1, 0.2, 0.5]},

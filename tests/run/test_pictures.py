@@ -13,6 +13,7 @@ from dpo_kit.data.report.picture import draw_data_report
 from dpo_kit.evaluate.behaviour import Contest, analyze_failures, watch_hacking
 from dpo_kit.evaluate.picture import draw_evaluation
 from dpo_kit.evaluate.preferences import describe_preferences
+from dpo_kit.run.measures import WIN_RATES
 from dpo_kit.run.report.drawing import count_text
 from tests.preferences import pairs, report, write_jsonl
 
@@ -59,7 +60,8 @@ def preferences(right: int, wrong: int, shorter: int = 0, **more: Any) -> dict[s
 
 def win_rate(prompts: int, decided: int, rate: float = 0.7) -> dict[str, Any]:
     found: dict[str, Any] = {"prompts": prompts, "decided": decided, "win_rate_verdict": "better", "controls": []}
-    for name in ("win_rate", "win_rate_without_ties", "win_rate_length_controlled_without_difficulty"):
+    found["reviewed"] = prompts - 10
+    for name in WIN_RATES:
         found |= {name: rate, f"{name}_low": rate - 0.1, f"{name}_high": rate + 0.1}
     outcomes = {"win": decided, "loss": 0, "tie": prompts - decided, "order-dependent": 0, "unjudged": 0}
     judge = {"name": "gold", "kind": "gold"}
@@ -93,8 +95,9 @@ def test_every_rate_of_an_evaluation_has_its_interval(tmp_path: Path, figures: l
     won = panel(figures[0], "Win rate")
     assert texts(won)[::2] == [
         "win rate (40 prompts)", "ties dropped (only 9 comparisons)", "at equal length (40 prompts)",
+        "put right by people (30 reviewed prompts)",
     ]  # fmt: skip
-    assert [dot.get_color() for dot in dots(won)] == [BLUE, GREY, BLUE]
+    assert [dot.get_color() for dot in dots(won)] == [BLUE, GREY, BLUE, BLUE]
 
 
 def test_preferences_that_rounding_explains_are_called_so(tmp_path: Path, figures: list[Figure]) -> None:

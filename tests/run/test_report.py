@@ -15,8 +15,9 @@ from rich.console import Console
 
 from dpo_kit.run.files import write_jsonl
 from dpo_kit.run.history import append_row
-from dpo_kit.run.report.numbers import bounds, ceiling_line, range_text, result_rows, result_table
+from dpo_kit.run.report.numbers import bounds, range_text
 from dpo_kit.run.report.picture import PANELS, draw_report, shown_panels
+from dpo_kit.run.report.results import ceiling_line, result_rows, result_table
 
 PAIRS = {
     "probe/margin_nats": 4.0,

@@ -98,11 +98,11 @@ def test_a_table_and_a_picture_are_recorded(tmp_path: Path) -> None:
 
     Image.new("RGB", (4, 4)).save(tmp_path / "report.png")
     tracker = start(tmp_path)
-    tracker.table("samples", ["prompt", "reply"], [["hello", f"my token is {CANARY}"], ["bye", None]], step=7)
-    tracker.image("report", tmp_path / "report.png", step=7)
+    tracker.table("samples", ["prompt", "reply"], [["hello", f"my token is {CANARY}"], ["bye", None]])
+    tracker.image("report", tmp_path / "report.png")
     tracker.finish()
     table, picture = read_offline(log_files(tmp_path)[0]).history
-    assert (table["samples._type"], table["samples.nrows"], table[tracking.STEP]) == ("table-file", 2, 7)
+    assert (table["samples._type"], table["samples.nrows"]) == ("table-file", 2)
     assert picture["report._type"] == "image-file"
     assert b"hello" in files_under(tmp_path) and CANARY.encode() not in files_under(tmp_path)
 
@@ -225,7 +225,7 @@ def test_a_server_lost_midway_blocks_neither_rows_nor_tables_and_the_end_is_boun
         tracker = start(tmp_path)
     began = time.monotonic()
     tracker.log({"loss": 1.0}, 1)
-    tracker.table("samples", ["reply"], [["hello"]], step=1)
+    tracker.table("samples", ["reply"], [["hello"]])
     tracker.summary({"final/x": 1.0})
     assert time.monotonic() - began < 1
     tracker.finish()
@@ -335,7 +335,9 @@ def test_in_a_sweep_the_name_and_id_of_the_environment_are_not_shared(
     for name, value in (VARIABLES | {"MODE": "offline"}).items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
-    monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN))
+    monkeypatch.setattr(
+        HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN, sweep=SimpleNamespace(dir="."))
+    )
     run = tracked(tmp_path / "dpo-beta0.1", [])
     assert run.display_name == "n1-dpo-beta0.1" and run.run_id != "fixed"
 

@@ -17,11 +17,12 @@ from dpo_kit.config.explain import known_keys, unknown_key
 from dpo_kit.config.tools import parse
 from dpo_kit.errors import ConfigError
 from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.other_tools import MEANT
 from dpo_kit.run.processes import launcher
 from dpo_kit.run.report.diagnosis import loss_flat
-from dpo_kit.run.words import MEANT, again, command, longer, override, readable, training
+from dpo_kit.run.words import again, command, longer, override, readable, training
 from dpo_kit.trainer.finish import next_command
-from dpo_kit.trainer.resume.find import how_to_go_on
+from dpo_kit.trainer.resume.go_on import how_to_go_on
 
 TYPED = "python -m dpo_kit method=ipo 'data.train=my pairs.jsonl' beta=0.1 trl.num_train_epochs=3 hydra.run.dir=here"
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_kit.run.files import read_json, write_json, write_jsonl
+from dpo_kit.run.intervals import wilson
 from dpo_kit.sweep.summary import Summary, summarize
 from tests.sweeps import MODEL, rewards, write_evaluation, write_jobs, write_run
 
@@ -74,6 +75,20 @@ def test_a_lost_capability_is_rejected_however_good_the_rest(tmp_path: Path) -> 
     assert evidence(found, "damaged")["why_not"] == ["capability fell by 0.040, more than 0.03"]
     assert summarize(tmp_path, max_regression=0.05).recommended == "damaged"
     assert summarize(tmp_path, max_regression=0.02).recommended is None
+
+
+def test_a_loss_of_capability_that_chance_explains_is_said_and_rejects_nothing(tmp_path: Path) -> None:
+    for prompts, recommended in ((16, "a"), (400, None)):
+        gold_run(tmp_path, "a", 2.0, 3.0, capability=0.775)  # started at .90
+        result = read_json(tmp_path / "a" / "result.json")
+        for moment in ("start", "final"):
+            ends = wilson(result[moment]["gold/capability"], prompts)
+            result[moment] |= dict(zip(("gold/capability_low", "gold/capability_high"), ends, strict=True))
+            result[moment]["gold/capability_prompts"] = prompts
+        write_json(tmp_path / "a" / "result.json", result)
+        found = summarize(tmp_path)
+        assert found.recommended == recommended
+        assert any("chance explains on 16 prompts: a 0.125" in note for note in found.choice.notes) == (prompts == 16)
 
 
 def test_the_most_accurate_run_loses_to_the_better_samples(tmp_path: Path) -> None:
@@ -226,6 +241,30 @@ def test_win_rates_of_different_judges_are_not_compared(tmp_path: Path) -> None:
     assert any("different judges or opponents" in note for note in found.choice.notes)
 
 
+def test_a_rate_that_people_put_right_is_the_one_that_is_chosen_by(tmp_path: Path) -> None:
+    better, worse = close_points()
+    judged_run(tmp_path, "flattered", better, 1.0, **right(0.55, 0.08))
+    judged_run(tmp_path, "honest", worse, 5.0, **right(0.68, 0.04))
+    found = summarize(tmp_path)
+    assert found.recommended == "honest"
+    assert "does not beat the reference" in evidence(found, "flattered")["why_not"][0]
+    judged_run(tmp_path, "flattered", better, 1.0, **right(0.6, 0.05))
+    found = summarize(tmp_path)
+    below = evidence(found, "flattered")["below_best"]
+    assert below["basis"] == "their intervals alone" and below["value"] == pytest.approx(0.08)
+    assert evidence(found, "honest")["evaluation"]["win_rate_corrected"] == 0.68
+    assert not any("put right" in note for note in found.choice.notes)
+    judged_run(tmp_path, "flattered", better, 1.0)
+    found = summarize(tmp_path)
+    assert evidence(found, "flattered" if found.recommended == "honest" else "honest")["below_best"] is None
+    assert any("People put right the win rates of some runs only" in note for note in found.choice.notes)
+
+
+def right(rate: float, half: float) -> dict[str, Any]:
+    ends = {"": rate, "_low": rate - half, "_high": rate + half}
+    return {f"win_rate_corrected{end}": value for end, value in ends.items()} | {"reviewed": 100}
+
+
 def test_a_partial_evaluation_is_no_evidence(tmp_path: Path) -> None:
     judged_run(tmp_path, "whole", close_points()[1], 5.0)
     judged_run(tmp_path, "partial", close_points()[0], 1.0, parts={"win_rate": "partial"})
@@ -341,7 +380,7 @@ def test_a_partial_sweep_is_judged_by_what_has_finished(tmp_path: Path) -> None:
     gold_run(tmp_path, "b", 9.0, 2.0, status=None)  # its metrics.jsonl says how good it is; it has not ended
     write_jobs(
         tmp_path,
-        {"dir": str(tmp_path / "a"), "state": "done"},
+        {"dir": "a", "state": "done"},
         {"dir": "b", "state": "running"},
         {"dir": "c", "state": "waiting"},
     )

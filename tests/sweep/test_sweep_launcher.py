@@ -284,7 +284,7 @@ def test_other_sweepers_get_a_value_for_what_is_done_and_an_error_for_what_is_no
 def test_the_result_of_a_start_that_failed_is_gone_when_the_next_one_begins(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
     write_json(run.result, {"status": "failed"})
-    monkeypatch.setattr(training, "begin_from", lambda run, checkpoint: 1 / 0)  # until then it may be refused
+    monkeypatch.setattr(training, "report_data", lambda data, run: 1 / 0)  # until then it may be refused
     with pytest.raises(ZeroDivisionError):
         training.train(compose(["tracking=none"]), tmp_path)
     assert run.read_result() is None

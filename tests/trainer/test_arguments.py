@@ -1,5 +1,6 @@
 """What is decided from data, hardware and environment, and what is known to hold a run back before its first step."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ from dpo_kit.config.compose import check, compose
 from dpo_kit.config.identity import list_differences, origin
 from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.model.load import load_tokenizer, rounded_share
-from dpo_kit.run.report.diagnosis import held_back
+from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.report.findings import held_back
 from dpo_kit.trainer.arguments import build_arguments, decide
 from dpo_kit.trainer.manifest import build_manifest
 from dpo_kit.trainer.refusals import refusing
@@ -116,4 +118,4 @@ def test_a_run_that_took_no_step_has_failed():
 
 def test_what_a_library_raises_while_training_is_one_line_with_the_step():
     with pytest.raises(TrainingError, match=r"stopped before its first step; typed: this config: KeyError: 'x'"):
-        run_trainer(Standing(KeyError("x")), None, None, None)
+        run_trainer(Standing(KeyError("x")), RunDirectory(Path("run")), None, None)

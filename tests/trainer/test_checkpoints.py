@@ -21,13 +21,12 @@ from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.run import lock
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.lock import only_writer
-from dpo_kit.trainer.resume import find as resume
+from dpo_kit.trainer.resume import go_on, whole_or_absent
 from dpo_kit.trainer.resume import safe_trainer as safekeeping
 from dpo_kit.trainer.resume import signals as interrupt
-from dpo_kit.trainer.resume import verified, whole_or_absent
+from dpo_kit.trainer.resume.go_on import find_fault, newest_verified, refuse_inexact_resume
 from dpo_kit.trainer.resume.safe_trainer import Kept, Safekeeping
 from dpo_kit.trainer.resume.signals import Interrupted
-from dpo_kit.trainer.resume.verified import find_fault, newest_verified, refuse_inexact_resume
 from dpo_kit.trainer.resume.which_rows import find_rows, likely_cause
 from dpo_kit.trainer.resume.whole_or_absent import complete, list_checkpoints, refuse_full_disk, rotate
 from tests import tiny
@@ -157,7 +156,7 @@ def test_a_checkpoint_of_plain_trl_is_refused_with_the_remedy(tmp_path):
 def test_a_checkpoint_holds_everything_that_a_resume_needs_and_says_how_large_it_is(saved):
     names = json.loads((saved / "checkpoint-4" / "manifest.json").read_text())["content"]["files"]
     assert set(FILES) - {"manifest.json"} <= names.keys()
-    assert verified.read_facts(saved / "checkpoint-4") == {"step": 4, "origin": {"seed": 0}}
+    assert go_on.read_facts(saved / "checkpoint-4") == {"step": 4, "origin": {"seed": 0}}
 
 
 @pytest.mark.parametrize(
@@ -490,7 +489,7 @@ def test_a_named_checkpoint_is_verified_too(break_it, said, saved, tmp_path):
     break_it(named)
     settings = check(compose([f"resume={named}"]))
     with pytest.raises(ConfigError, match=said):
-        resume.find_checkpoint(settings, RunDirectory(tmp_path), {})
+        go_on.find_checkpoint(settings, RunDirectory(tmp_path), {})
 
 
 def test_a_start_from_an_earlier_checkpoint_puts_the_later_ones_by_and_takes_its_record_back(saved, tmp_path):
@@ -498,10 +497,10 @@ def test_a_start_from_an_earlier_checkpoint_puts_the_later_ones_by_and_takes_its
     shutil.copytree(saved, run.checkpoints)
     run.metrics.write_text('{"step": 9}\n')
     run.samples.write_text('{"step": 9}\n')
-    resume.begin_from(run, run.checkpoints / "checkpoint-2")
+    go_on.begin_from(run, run.checkpoints / "checkpoint-2")
     assert {path.name for path in run.checkpoints.glob("*checkpoint-*")} == {"checkpoint-2", "earlier-checkpoint-4"}
     assert run.metrics.read_text() == '{"step": 2, "loss": 0.5}\n' * 20 and not run.samples.exists()
-    resume.begin_from(run, None)
+    go_on.begin_from(run, None)
     assert not run.metrics.exists() and list_checkpoints(run.checkpoints) == []
 
 
@@ -584,6 +583,8 @@ def test_a_living_holder_is_respected_where_locks_do_nothing(tmp_path):
 def test_a_job_waits_for_a_writer_that_is_about_to_end(holder, tmp_path):
     import threading
 
+    from dpo_kit.sweep.launch.job import wait_for_writer
+
     threading.Timer(0.5, holder.kill).start()
-    lock.wait_for_writer(tmp_path, 20)
+    wait_for_writer(tmp_path, 20)
     assert not lock.is_alive(lock.read_holder(tmp_path))

@@ -18,7 +18,8 @@ from dpo_kit.model.scoring import score
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics
-from dpo_kit.run.processes import QUIET, agree, is_writer, refuse_sweep
+from dpo_kit.run.processes import QUIET, agree, is_writer
+from dpo_kit.sweep.launch.plan import refuse_sweep
 from tests import tiny
 from tests.conftest import ROOT
 from tests.small import differences, few_pairs

@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 from dpo_kit import ConfigError, ModelError, compose, train
 from dpo_kit.cli.plan import plan_run
 from dpo_kit.config.compose import CONF, check
-from dpo_kit.model.adapter import build_adapter
+from dpo_kit.model.adapter import build_adapter, fit_targets
 from dpo_kit.model.batches import mlp_width
 from dpo_kit.model.load import PLAIN, is_plain, load_weights
 from dpo_kit.model.origin import refuse_start
@@ -27,7 +27,6 @@ from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL
 from dpo_kit.trainer import families
 from dpo_kit.trainer.families import switch_off_noise
-from dpo_kit.trainer.targets import fit_targets
 from tests import tiny
 from tests.conftest import ROOT
 from tests.small import few_pairs
@@ -199,7 +198,7 @@ def test_the_default_adapter_is_trained_in_every_part(family):
 
 
 def test_peft_still_adapts_what_a_mixer_reads_past_its_module():
-    """When this fails, PEFT leaves such modules out by itself, and targets.py need not."""
+    """When this fails, PEFT leaves such modules out by itself, and fit_targets need not."""
     made = get_peft_model(model_of("jamba"), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     made(input_ids=torch.arange(5, 45)[None], use_cache=False).logits.square().sum().backward()
     assert any("dt_proj" in name and w.grad is None for name, w in made.named_parameters() if w.requires_grad)

@@ -15,7 +15,7 @@ import pytest
 
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import read_metrics
-from dpo_kit.trainer.resume.verified import newest_verified
+from dpo_kit.trainer.resume.go_on import newest_verified
 from dpo_kit.trainer.resume.whole_or_absent import folder_of
 from tests.conftest import ROOT
 from tests.faults import fault, run_cli, start_cli

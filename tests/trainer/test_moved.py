@@ -9,7 +9,7 @@ import pytest
 
 from dpo_kit.config.compose import check, compose
 from dpo_kit.config.data_files import find_files
-from dpo_kit.config.identity import recall_config
+from dpo_kit.config.recall import recall_config
 from dpo_kit.errors import DataError, ModelError
 from dpo_kit.evaluate.evaluation import next_command
 from dpo_kit.evaluate.job import of_path, plan, share_template
@@ -107,13 +107,15 @@ def test_what_to_type_next_keeps_what_was_typed(tmp_path):
     """The judge, data, gold and out of an evaluation; asked of the function alone, as of a done one."""
     words = ("policy=my model", "reference=base", "data=jsonl", "data.eval=e f", "judge=llm", "out=o", "parts=[gate]")
     options = SimpleNamespace(parts=["preferences"], review=0)
-    job = SimpleNamespace(words=words, options=options, run=None, folder=tmp_path, shared=tmp_path)
+    job = SimpleNamespace(words=words, options=options, run=None, step=None, folder=tmp_path, shared=tmp_path)
     said = next_command(job, {})
     assert shlex.split(said) == ["python", "-m", "dpo_kit", "evaluate", *words[:-1], "parts=[win_rate]"]
     options.parts = ["win_rate"]
-    won = {"status": "done", "judge": {"kind": "llm"}, "win_rate_verdict": "better"}
+    won = {"status": "done", "judge": {"kind": "llm"}, "win_rate_verdict": "better", "review": None, "comparisons": 256}
     said = next_command(job, {"win_rate": won})
     assert said.startswith(f"read {tmp_path / 'samples.md'}")
-    assert said.endswith("judge=llm out=o 'parts=[gate]' review=20")
-    options.review = 20
+    assert said.endswith("judge=llm out=o 'parts=[gate]' review=100")
+    options.review, won["review"] = 20, {"checked": 0}
+    assert next_command(job, {"win_rate": won}).startswith(f"fill in the column better of {tmp_path / 'review*.csv'}")
+    won["review"] = {"checked": 20}
     assert next_command(job, {"win_rate": won}) == f"read {tmp_path / 'samples.md'}"  # does not ask for it again

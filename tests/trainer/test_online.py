@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
+from dpo_kit.callbacks.reference import Reference
 from dpo_kit.config.compose import check, compose
 from dpo_kit.config.settings import LLMJudge
 from dpo_kit.errors import ConfigError, ModelError, TrainingError
@@ -24,7 +25,6 @@ from dpo_kit.evaluate.evaluation import evaluate
 from dpo_kit.evaluate.job import plan
 from dpo_kit.judge.open import ScoringJudge
 from dpo_kit.model.load import load_tokenizer
-from dpo_kit.model.scoring import Reference
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import read_metrics

@@ -23,8 +23,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from dpo_kit.trainer import prefix
-from dpo_kit.trainer.prefix import LaidOut, agrees_at_once, attend_row, build_layout, share_prefixes, why_not
+from dpo_kit.trainer import on_gpu, prefix
+from dpo_kit.trainer.on_gpu import agrees_at_once
+from dpo_kit.trainer.prefix import LaidOut, attend_row, build_layout, share_prefixes, why_not
 from dpo_kit.trainer.speed import SHARING
 from tests import varlen
 
@@ -153,12 +154,12 @@ def test_one_call_is_tried_out_before_it_is_relied_on(monkeypatch, caplog):
     cpu, works = torch.device("cpu"), agrees_at_once.__wrapped__
     with caplog.at_level("INFO", "dpo_kit"):
         assert not works(cpu, torch.bfloat16, 8, 2)  # PyTorch has no such kernel for a CPU
-        monkeypatch.setattr(prefix, "varlen_attn", varlen.varlen_attn)
+        monkeypatch.setattr(on_gpu, "varlen_attn", varlen.varlen_attn)
         assert works(cpu, torch.bfloat16, 8, 2) and works(cpu, torch.float32, 8, 1)
         off_by_one = lambda *given, window_size, **more: varlen.varlen_attn(  # noqa: E731
             *given, window_size=(window_size[0] + (window_size[0] > 0), 0), **more
         )
-        monkeypatch.setattr(prefix, "varlen_attn", off_by_one)
+        monkeypatch.setattr(on_gpu, "varlen_attn", off_by_one)
         assert not works(cpu, torch.float32, 8, 2)
     said = [record.getMessage() for record in caplog.records]
     assert all(line.startswith("attention is worked out row by row: ") for line in said)

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from dpo_kit.errors import DataError
 from dpo_kit.run import quiet, tracking
-from dpo_kit.run.history import decode_row, encode_row, read_metrics
+from dpo_kit.run.history import append_row, read_metrics
 from dpo_kit.trainer import recorder
 from dpo_kit.trainer.recorder import Progress, Recorder, show_progress
 from tests.offline_wandb import log_files, read_offline
@@ -111,9 +111,10 @@ def test_what_is_not_finite_stays_strict_json_and_comes_back(tmp_path: Path) -> 
     assert math.isnan(row["loss"]) and row["grad_norm"] == math.inf and row["lr"] == 1e-5
 
 
-def test_numbers_of_numpy_and_torch_become_plain() -> None:
+def test_numbers_of_numpy_and_torch_become_plain(tmp_path: Path) -> None:
     row = {"a": np.float32(0.5), "b": torch.tensor(2), "c": True, "d": None, "e": "x", "f": Path("p")}
-    assert decode_row(encode_row(row)) == {"a": 0.5, "b": 2, "c": True, "d": None, "e": "x", "f": "p"}
+    append_row(tmp_path / "metrics.jsonl", row)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"a": 0.5, "b": 2, "c": True, "d": None, "e": "x", "f": "p"}]
 
 
 def test_only_a_torn_last_line_is_forgiven(tmp_path: Path) -> None:

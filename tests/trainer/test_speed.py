@@ -17,11 +17,11 @@ from dpo_kit.errors import ConfigError
 from dpo_kit.model.hardware import precision_arguments, training_precision
 from dpo_kit.trainer import build, memory
 from dpo_kit.trainer.build import choose_arguments
+from dpo_kit.trainer.on_gpu import fuse_norms
 from dpo_kit.trainer.prefix import share_prefixes
 from dpo_kit.trainer.speed import (
     count_weights_once,
     fit_head_to_cpu,
-    fuse_norms,
     score_labelled_positions_only,
     speed_up,
 )

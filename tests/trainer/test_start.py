@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
+from dpo_kit.callbacks.reference import Reference
 from dpo_kit.config.compose import check, compose
 from dpo_kit.errors import ModelError
 from dpo_kit.model.load import load_tokenizer
-from dpo_kit.model.scoring import Reference
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.toy import TRAIN
 from dpo_kit.trainer import reference_store as reference

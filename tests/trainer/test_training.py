@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_kit
@@ -13,9 +14,10 @@ from dpo_kit import ConfigError, ModelError, Result, TrainingError, compose, tra
 from dpo_kit.config.compose import CONF, check
 from dpo_kit.model.load import load_tokenizer
 from dpo_kit.run.directory import RunDirectory
+from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.history import read_metrics
 from dpo_kit.toy import MODEL, TRAIN
-from dpo_kit.trainer.resume.verified import newest_verified
+from dpo_kit.trainer.resume.go_on import newest_verified
 from dpo_kit.trainer.rows import prepare_data
 from tests.offline_wandb import log_files, read_offline
 from tests.small import few_pairs
@@ -133,6 +135,46 @@ def test_a_finished_run_is_measured_once_on_the_split_that_no_choice_has_seen(fe
     on_select = measure_test_split(tmp_path)  # on the rows of the run's own probe it finds what the run found
     for key in ("probe/accuracy", "probe/margin_nats", "probe/logratio_chosen_nats", "probe/reward_margin"):
         assert on_select[key] == pytest.approx(run.final[key], abs=1e-4), key
+    manifest = RunDirectory(tmp_path).manifest  # as a run leaves it that has measured nothing
+    write_json(manifest, read_json(manifest) | {"measuring": None})
+    RunDirectory(tmp_path).test.unlink()
+    assert measure_test_split(tmp_path)["gold/reward"] == on_select["gold/reward"]
+
+
+def test_the_reference_answers_the_prompts_of_a_run_as_often_as_there_is_time_for(small_run, monkeypatch):
+    from dpo_kit.trainer import held_out
+
+    asked, draw = [], held_out.draw_samples
+    monkeypatch.setattr(held_out, "draw_samples", lambda *given, **own: asked.append(given) or draw(*given, **own))
+    scores = held_out.score_reference_pool(small_run[0], most=3, least=2, seconds=0.0)
+    prompts = [row["prompt_id"] for row in read_metrics(small_run[0] / "samples.jsonl") if row["step"] == 0]
+    assert [row["prompt_id"] for row in asked[0][2]] == prompts
+    assert [len(of_prompt) for of_prompt in scores] == [2] * len(prompts) and len({*map(tuple, scores)}) > 1
+    start = AutoModelForCausalLM.from_pretrained(MODEL)
+    assert all(torch.equal(a, b) for a, b in zip(asked[0][0].parameters(), start.parameters(), strict=True))
+    assert len(held_out.score_reference_pool(small_run[0], most=3, least=1, seconds=1e9)[0]) == 3
+
+
+def test_what_was_kept_on_the_way_is_measured_evaluated_and_exported_as_it_was(few, tmp_path):
+    from dpo_kit.evaluate.__main__ import work
+    from dpo_kit.export.__main__ import export
+    from dpo_kit.trainer.held_out import measure_test_split
+
+    run = tmp_path / "run"
+    train(compose([*few, "callbacks.path=2", "trl.learning_rate=5e-3"]), run)
+    end, then = measure_test_split(run), measure_test_split(run, 2)
+    assert end["probe/margin_nats"] != then["probe/margin_nats"] and (run / "path" / "step-2" / "test.json").exists()
+    export([f"run={run}", "step=2"])
+    kept, out = (load_file(folder / "model.safetensors") for folder in (run / "path" / "step-2", run / "export-step-2"))
+    assert all(torch.equal(kept[name], out[name]) for name in out)
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] == 2 and "gold/reward" in row]
+    assert f"{rows[-1]['gold/reward']:.2f}" in (run / "export-step-2" / "README.md").read_text()
+    work([f"run={run}", "step=2", "parts=[preferences]"])
+    found = read_json(run / "evaluation" / "step-2" / "result.json")
+    assert found["margin_nats"] == pytest.approx(then["probe/margin_nats"], abs=1e-4)
+    for tool in (export, work):
+        with pytest.raises(ConfigError, match=r"step=3: .* has no weights of that step; kept on its way: 2"):
+            tool([f"run={run}", "step=3"])
 
 
 @pytest.mark.slow

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
+from dpo_kit.config.building import Build, LocalAnswers
 from dpo_kit.config.identity import list_differences
-from dpo_kit.config.settings import COST_ONLY, Build, Endpoint, LLMJudge, LocalAnswers
-from dpo_kit.data.build.prompts import Prompts, read_prompts
+from dpo_kit.config.settings import COST_ONLY, Endpoint, LLMJudge
+from dpo_kit.data.build.prompts import read_prompts
 from dpo_kit.data.build.rated import pair_by_votes
 from dpo_kit.data.gather import sources
 from dpo_kit.data.options import Plan, check_plan
@@ -68,7 +69,7 @@ def build_pairs(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _build_from_prompts(plan: Plan) -> dict[str, Any]:
-    read = read_prompts(plan.build.prompts, plan.data, plan.build.limit)
+    prompts, left_out = read_prompts(plan.build.prompts, plan.data, plan.build.limit)
     files = [source.path for source in sources(plan.build.prompts or plan.data.train)]
     local = [source.path for source in plan.build.answers if isinstance(source, LocalAnswers)]
     if any(is_out_of_its_world(path, files) for path in local):
@@ -81,7 +82,7 @@ def _build_from_prompts(plan: Plan) -> dict[str, Any]:
         if "path" in source:  # weights are known by their content, wherever they lie
             source["path"] = hash_weights(source["path"]) or source["path"]
     identity["judge"] = judge_identity(plan.judge)
-    identity["prompts"] = {"count": len(read.prompts), "content": key_of(read.prompts)}
+    identity["prompts"] = {"count": len(prompts), "content": key_of(prompts)}
     identity = redact(identity)
     folder = Path(plan.out or f"outputs/build-{key_of(identity)[:8]}")
     if not (folder / "answers.jsonl").exists():  # else all may have been answered
@@ -91,18 +92,18 @@ def _build_from_prompts(plan: Plan) -> dict[str, Any]:
     asking = Asking(plan.build.max_new_tokens, seed=plan.seed)
     with Journal(folder / "answers.jsonl") as journal:
         claim(folder, identity)
-        drawn = [draw_answers(source, plan.model, read.prompts, asking, journal) for source in plan.build.answers]
+        drawn = [draw_answers(source, plan.model, prompts, asking, journal) for source in plan.build.answers]
         by_prompt = zip(*(answers for answers, _ in drawn), strict=True)
         answers = [[answer for of_source in of_prompt for answer in of_source] for of_prompt in by_prompt]
         with open_judge(plan.judge, folder, plan.seed) as judge:
             controls: list[dict[str, Any]] = []
             if isinstance(plan.judge, LLMJudge):  # how a language model does where the right verdict is known
-                differing = ((p, different(given)) for p, given in zip(read.prompts, answers, strict=True))
+                differing = ((p, different(given)) for p, given in zip(prompts, answers, strict=True))
                 some = [(p, given) for p, given in differing if len(given) > 1][: plan.judge.controls]
                 texts = ([given[place].text for _, given in some] for place in (0, 1))
                 controls = run_controls(judge, [p for p, _ in some], *texts) if some else []
-            paired = pair_answers(judge, read.prompts, answers, plan.build, plan.seed)
-            report = _report(plan, read, answers, paired) | {"folder": str(folder), "controls": controls}
+            paired = pair_answers(judge, prompts, answers, plan.build, plan.seed)
+            report = _report(plan, prompts, left_out, answers, paired) | {"folder": str(folder), "controls": controls}
             report["judge"] = {"name": judge.name, **summarize_verdicts([c.verdict for c in paired.comparisons])}
             report["spend"] = {"answers": [cost for _, cost in drawn if cost], "judge": judge.spend()}
         judged = [(Shown(c.prompt, c.a.text, c.b.text), c.verdict) for c in paired.comparisons]
@@ -135,15 +136,15 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         raise ConfigError(f"out={folder} holds another build:\n{lines}\ntake another out=, or that config")
 
 
-def _report(plan: Plan, read: Prompts, answers: Given, paired: Paired) -> dict[str, Any]:
+def _report(plan: Plan, prompts: list[Any], left_out: dict[str, int], answers: Given, paired: Paired) -> dict[str, Any]:
     wanted = [answer for of_prompt in answers for answer in of_prompt]
     given = [answer for answer in wanted if answer is not None]
     sides = {name: Counter(pair[f"source_{name}"] for pair in paired.pairs) for name in ("chosen", "rejected")}
     waits = len(given) == len(wanted) and plan.judge.kind == "human"
     return {
         "status": "done" if not paired.outcomes["failed"] else "waiting" if waits else "partial",
-        "prompts": {"in": len(read.prompts), **{name: paired.outcomes[name] for name in OUTCOMES}},
-        "rows_left_out": read.left_out,
+        "prompts": {"in": len(prompts), **{name: paired.outcomes[name] for name in OUTCOMES}},
+        "rows_left_out": left_out,
         "pairs": len(paired.pairs),
         "coins": dict(paired.coins),
         "answers": {

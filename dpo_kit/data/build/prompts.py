@@ -1,7 +1,6 @@
 """Prompts to build pairs from: a column of a file, each prompt once, every row accounted for."""
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 from dpo_kit.config.settings import Data
@@ -14,16 +13,10 @@ from dpo_kit.model.chats import as_messages
 from dpo_kit.run.files import digest
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """Different prompts in the order of the file, and what became of its other rows, by reason."""
-
-    prompts: list[Any]
-    left_out: dict[str, int]
-
-
-def read_prompts(path: str | None, data: Data, limit: int | None) -> Prompts:
-    """The prompts of `path` or `data.train`, at most `limit`; malformed rows obey `data.on_bad_row`. DataError."""
+def read_prompts(path: str | None, data: Data, limit: int | None) -> tuple[list[Any], dict[str, int]]:
+    """The different prompts of `path` or `data.train` in their order, at most `limit`, and how many other rows there
+    are, by reason; malformed ones obey `data.on_bad_row`. Raises DataError.
+    """
     column = data.columns.get("prompt", "prompt")
     shape = Shape(wrap=False, fold_system=data.fold_system, template_kwargs=data.chat_template_kwargs)
     faults: list[Fault] = []
@@ -52,4 +45,4 @@ def read_prompts(path: str | None, data: Data, limit: int | None) -> Prompts:
     if not prompts:
         needed = "a row needs text or messages under the column prompt"
         raise DataError(f"{path or data.train} has no prompt to build pairs from: {needed}")
-    return Prompts(list(prompts.values()), dict(left_out))
+    return list(prompts.values()), dict(left_out)

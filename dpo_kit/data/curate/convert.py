@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
-from dpo_kit.data.forms import Form, Values, prefer
+from dpo_kit.data.forms import Form, Values
 from dpo_kit.data.options import Convert
+from dpo_kit.data.published import prefer
 from dpo_kit.data.read import Fault, Row
 from dpo_kit.data.rows import ANSWERS, Kind, Rows, normalise
 from dpo_kit.errors import ConfigError

@@ -65,19 +65,19 @@ def curate_data(settings: Settings, tool: Tool) -> None:
 
     gathered.read -= len(held_out)  # not curated
     before = _inspect(gathered, [rows], [], settings, held)
-    curated = curate(rows, Setting(kind, tool.curate, settings.seed, [*held, *benchmark], hardness))
-    left_out = [*faults, *(fault for _, fault in curated.left_out)]
-    after = _inspect(replace(gathered, faults=left_out), [curated.kept], [], settings, held)
+    kept, dropped = curate(rows, Setting(kind, tool.curate, settings.seed, [*held, *benchmark], hardness))
+    left_out = [*faults, *(fault for _, fault in dropped)]
+    after = _inspect(replace(gathered, faults=left_out), [kept], [], settings, held)
     after["warnings"] = [warning for warning in after["warnings"] if warning["about"] != "dropped_by_reason"]  # meant
     rejects = [vars(fault) for fault in faults]
-    for row, fault in curated.left_out:
+    for row, fault in dropped:
         rejects.append({"place": fault.place, "reason": fault.reason, "found": fault.found, "row": row["_values"]})
     out = tool.claim_folder()
-    files = {"curated.jsonl": (row["_values"] for row in curated.kept), "rejects.jsonl": rejects}
-    counts = {"read": gathered.read, "kept": len(curated.kept), "left_out": _by_reason(left_out)}
+    files = {"curated.jsonl": (row["_values"] for row in kept), "rejects.jsonl": rejects}
+    counts = {"read": gathered.read, "kept": len(kept), "left_out": _by_reason(left_out)}
     _write_with_manifest(out, settings, tool, files, counts)
     write_json(out / "data_report.json", {"before": before, "after": after})
-    title = f"{len(curated.kept):,} of {gathered.read:,} rows kept"
+    title = f"{len(kept):,} of {gathered.read:,} rows kept"
     draw_data_report(out / "data_report.png", after, title=title, before=before)
     show_report(after, title=title, before=before)
     _say_end(out, training(tool.words, out / "curated.jsonl"))

@@ -7,7 +7,7 @@ their content first, and whatever is drawn is drawn by such a hash.
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,7 @@ from dpo_kit.data.rows import Kind, Rows
 from dpo_kit.errors import ConfigError, DataError
 
 LENGTH_BINS = 10
-LeftOut = dict[int, tuple[str, str]]  # {index of a row: (countable reason, what was found)}
-
-
-@dataclass
-class Curated:
-    """The rows that stay, and those that go with their fault; both sorted by content."""
-
-    kept: Rows
-    left_out: list[tuple[dict[str, Any], Fault]]
+LeftOut = Iterator[tuple[int, str, str]]  # index of a row, countable reason, what was found; the first reason counts
 
 
 @dataclass
@@ -44,8 +36,10 @@ class Setting:
     hardness: Callable[[Rows], Sequence[float]] | None = None
 
 
-def curate(rows: Rows, setting: Setting) -> Curated:
-    """Apply every filter that is on to `rows`, as `keep_signal` leaves them. Raises ConfigError, DataError."""
+def curate(rows: Rows, setting: Setting) -> tuple[Rows, list[tuple[dict[str, Any], Fault]]]:
+    """The rows that every filter that is on leaves of `rows` (which `keep_signal` has left), and those that go with
+    their fault; both sorted by content. Raises ConfigError, DataError.
+    """
     options = setting.options
     for name in ("balance_length", "hardest"):
         if setting.kind == "unary" and getattr(options, name):
@@ -60,16 +54,19 @@ def curate(rows: Rows, setting: Setting) -> Curated:
         _lengths: options.balance_length,
         _hardest: options.hardest,
     }
-    curated = Curated(sorted(rows, key=lambda row: row_hash(row["_values"])), [])
+    kept = sorted(rows, key=lambda row: row_hash(row["_values"]))
+    left_out: list[tuple[dict[str, Any], Fault]] = []
     for find in (find for find, is_on in filters.items() if is_on):
-        reasons, kept = find(curated.kept, setting), curated.kept
-        curated.left_out += [(kept[index], Fault(kept[index]["_place"], *reasons[index])) for index in sorted(reasons)]
-        curated.kept = [row for index, row in enumerate(kept) if index not in reasons]
-    if not curated.kept:
-        counts = Counter(fault.reason for _, fault in curated.left_out)
+        reasons: dict[int, tuple[str, str]] = {}
+        for index, reason, found in find(kept, setting):
+            reasons.setdefault(index, (reason, found))
+        left_out += [(kept[index], Fault(kept[index]["_place"], *reasons[index])) for index in sorted(reasons)]
+        kept = [row for index, row in enumerate(kept) if index not in reasons]
+    if not kept:
+        counts = Counter(fault.reason for _, fault in left_out)
         counted = ", ".join(f"{reason}: {n}" for reason, n in counts.items())
         raise DataError(f"no row is left ({counted}): loosen these filters")
-    return curated
+    return kept, left_out
 
 
 def row_hash(values: dict[str, Any], seed: int | None = None) -> str:
@@ -88,34 +85,30 @@ def _drawn(rows: Rows, indices: Sequence[int], seed: int) -> list[int]:
 
 def _leaks(rows: Rows, setting: Setting) -> LeftOut:
     leaks = near_leaks(rows, setting.held, sketch(rows, setting.kind)[1]) | find_leaks(rows, setting.held)
-    return {index: ("prompt is held out or in the benchmark", prompt[:80]) for index, prompt in leaks.items()}
+    yield from ((index, "prompt is held out or in the benchmark", prompt[:80]) for index, prompt in leaks.items())
 
 
 def _contradictions(rows: Rows, setting: Setting) -> LeftOut:
     """Rows whose two answers stand with the other label too: both sides, since nothing says which is right."""
     order, _, groups = find_copies(rows, setting.kind)
     _, near, _ = find_near(rows, setting.kind, sketch(rows, setting.kind)[0], order)
-    left_out: LeftOut = {}
     for group in (*groups, *near):
         for index in group:
             other = next(other for other in group if other != index)
-            left_out.setdefault(index, ("contradicts another row", rows[other]["_place"]))
-    return left_out
+            yield index, "contradicts another row", rows[other]["_place"]
 
 
 def _disagreement(rows: Rows, setting: Setting) -> LeftOut:
-    least, left_out = setting.options.min_agreement, {}
-    for index, row in enumerate(rows):
-        share = agreement_of(row)
+    least = setting.options.min_agreement
+    for index, share in enumerate(map(agreement_of, rows)):
         if share == 0.5 and setting.options.drop_ties:
-            left_out[index] = ("tie", "half of the votes")
+            yield index, "tie", "half of the votes"
         elif share is not None and least is not None and share < least:
-            left_out[index] = ("raters disagree", f"agreement {share:.2f} below {least:g}")
-    return left_out
+            yield index, "raters disagree", f"agreement {share:.2f} below {least:g}"
 
 
 def _ratings(rows: Rows, setting: Setting) -> LeftOut:
-    options, left_out = setting.options, {}
+    options = setting.options
     rated = ((index, *scores) for index, row in enumerate(rows) if (scores := scores_of(row)) is not None)
     for index, chosen, rejected in rated:
         reason = None
@@ -129,8 +122,7 @@ def _ratings(rows: Rows, setting: Setting) -> LeftOut:
                 raise DataError(f"{rows[index]['_place']}: {amiss}")
             reason = "ratio of ratings too small" if chosen < options.min_ratio * rejected else None
         if reason:
-            left_out[index] = (reason, f"{chosen:g} against {rejected:g}")
-    return left_out
+            yield index, reason, f"{chosen:g} against {rejected:g}"
 
 
 def _duplicates(rows: Rows, setting: Setting) -> LeftOut:
@@ -138,8 +130,8 @@ def _duplicates(rows: Rows, setting: Setting) -> LeftOut:
     order, copies, _ = find_copies(rows, setting.kind)
     rest = [index for index in order if index not in copies]
     near, _, _ = find_near(rows, setting.kind, sketch(rows, setting.kind)[0], rest)
-    left_out = {index: ("copy of another row", rows[first]["_place"]) for index, first in copies.items()}
-    return left_out | {index: ("near-duplicate of another row", rows[first]["_place"]) for index, first in near.items()}
+    for reason, repeated in (("copy of another row", copies), ("near-duplicate of another row", near)):
+        yield from ((index, reason, rows[first]["_place"]) for index, first in repeated.items())
 
 
 def _sources(rows: Rows, setting: Setting) -> LeftOut:
@@ -150,7 +142,8 @@ def _sources(rows: Rows, setting: Setting) -> LeftOut:
             raise ConfigError(f"curate.source={column}: {row['_place']} has no such column")
         by_source[str(row[column])].append(index)
     reason = f"more than curate.per_source={cap} rows of its source"
-    return {i: (reason, name) for name, of in by_source.items() for i in _drawn(rows, of, setting.seed)[cap:]}
+    for name, indices in by_source.items():
+        yield from ((index, reason, name) for index in _drawn(rows, indices, setting.seed)[cap:])
 
 
 def _lengths(rows: Rows, setting: Setting) -> LeftOut:
@@ -159,17 +152,13 @@ def _lengths(rows: Rows, setting: Setting) -> LeftOut:
     unequal = np.flatnonzero(gaps)
     edges = np.quantile(np.abs(gaps[unequal]), np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]) if len(unequal) else []
     bins = np.searchsorted(edges, np.abs(gaps))
-    left_out: LeftOut = {}
     for number in range(LENGTH_BINS):
         sides = [[int(i) for i in unequal if bins[i] == number and (gaps[i] > 0) == longer] for longer in (True, False)]
-        few = min(map(len, sides))
-        for side in sides:
-            surplus = _drawn(rows, side, setting.seed)[few:]
-            left_out |= {i: ("surplus of its length", f"chosen {gaps[i]:+d} tokens") for i in surplus}
-    return left_out
+        for surplus in (_drawn(rows, side, setting.seed)[min(map(len, sides)) :] for side in sides):
+            yield from ((i, "surplus of its length", f"chosen {gaps[i]:+d} tokens") for i in surplus)
 
 
 def _hardest(rows: Rows, setting: Setting) -> LeftOut:
     margins = setting.hardness(rows) if setting.hardness else []
     easy = sorted(range(len(margins)), key=lambda index: (margins[index], index))[setting.options.hardest :]
-    return {index: ("not among the hardest", f"margin {margins[index]:.3f} nats a token") for index in easy}
+    yield from ((index, "not among the hardest", f"margin {margins[index]:.3f} nats a token") for index in easy)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_kit.data.read import read_whole
-from dpo_kit.data.report.figures import agreement_of
-from dpo_kit.data.report.text_rules import words_of
+from dpo_kit.data.report.figures import agreement_of, words_of
 from dpo_kit.data.rows import ANSWERS, BESIDE, Kind, Rows
 from dpo_kit.errors import DataError
 from dpo_kit.model.chats import text_of

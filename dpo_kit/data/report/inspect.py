@@ -9,7 +9,6 @@ from typing import Any
 from dpo_kit.data.gather import Gathered
 from dpo_kit.data.report import figures
 from dpo_kit.data.report.duplicates import find_copies, find_leaks, held_prompts, read_benchmark
-from dpo_kit.data.report.text_rules import edge_cases, measure_shortcuts
 from dpo_kit.data.rows import ANSWERS, Kind, Rows
 from dpo_kit.run.files import texts
 
@@ -56,10 +55,10 @@ def inspect(
     if kind == "unary":
         report |= {"desirable": sum(row["label"] for row in rows), "classes": figures.measure_classes(rows)}
     elif kind == "pairs":
-        shortcuts = measure_shortcuts(every)
+        shortcuts = figures.measure_shortcuts(every)
         report |= {"longer_is_chosen": shortcuts["longer (tokens)"]["accuracy"], "shortcuts": shortcuts}
     levels = {"few": len(rows) < ENOUGH, "can do": len(rows) < USUAL[0], "many": len(rows) > USUAL[1], "usual": True}
-    edges = [edge_cases(row, ANSWERS[kind]) for row in every]
+    edges = [figures.edge_cases(row, ANSWERS[kind]) for row in every]
     by_kind = dict(Counter(name for names in edges for name in names).most_common())
     verdict = next(name for name, holds in levels.items() if holds)
     report |= {

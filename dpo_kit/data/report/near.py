@@ -7,15 +7,14 @@ training text) proposes candidates, the exact index decides, so nothing is calle
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from dpo_kit.data.report.duplicates import beside
-from dpo_kit.data.report.figures import spread
-from dpo_kit.data.report.text_rules import words_of
+from dpo_kit.data.report.figures import spread, words_of
 from dpo_kit.data.rows import ANSWERS, Kind, Rows
 from dpo_kit.model.chats import text_of
 from dpo_kit.run.quiet import bar
@@ -113,13 +112,10 @@ def cover(
     place = {index: rank for rank, index in enumerate(order)}
     before: dict[int, set[int]] = defaultdict(set)
     left_out = 0
-    lsh, _ = build_index(values, bands, order)
-    for table in lsh.hashtables:
-        for key in table.keys():  # noqa: SIM118 - a storage of datasketch, not a dict
-            members = sorted(table.get(key), key=place.__getitem__)
-            for rank, index in enumerate(members[1:], start=1):
-                before[index].update(members[: min(rank, CROWD)])
-                left_out += max(0, rank - CROWD)
+    for members in _buckets(values, bands, order):
+        for rank, index in enumerate(members[1:], start=1):
+            before[index].update(members[: min(rank, CROWD)])
+            left_out += max(0, rank - CROWD)
     leader: dict[int, int] = {}
     for index in sorted(before, key=place.__getitem__):
         others = sorted((other for other in before[index] if other not in leader), key=place.__getitem__)
@@ -129,24 +125,16 @@ def cover(
     return leader, left_out
 
 
-def build_index(
-    values: np.ndarray, bands: tuple[int, int], indices: Sequence[int]
-) -> tuple[Any, Callable[[np.ndarray], Any]]:
-    """datasketch's index of the rows `indices` of `values`, and what makes a MinHash to ask it with from such a row."""
-    from datasketch import MinHash, MinHashLSH
-
-    used = bands[0] * bands[1]
-    permutations = MinHash(num_perm=used).permutations
-
-    def minhash(row: np.ndarray) -> Any:
-        return MinHash(hashvalues=row[:used], permutations=permutations, scheme="affine32")
-
-    lsh = MinHashLSH(num_perm=used, params=bands)
-    with bar(len(indices), "looking for near-duplicates", "row") as progress:
-        for index in indices:
-            lsh.insert(int(index), minhash(values[index]), check_duplication=False)
+def _buckets(values: np.ndarray, bands: tuple[int, int], order: Sequence[int]) -> Iterator[list[int]]:
+    """The rows of `values` that are alike in all of a band, band by band, each bucket in their `order`."""
+    count, width = bands
+    with bar(count, "looking for near-duplicates", "band") as progress:
+        for start in range(0, count * width, width):
+            members: dict[bytes, list[int]] = defaultdict(list)
+            for index in order:
+                members[values[index, start : start + width].tobytes()].append(index)
+            yield from members.values()
             progress.update()
-    return lsh, minhash
 
 
 def jaccard(one: str, other: str) -> float:
@@ -173,11 +161,16 @@ def near_leaks(train: Rows, prompts: Sequence[str], values: np.ndarray) -> dict[
         return {}
     held, leaks = list(dict.fromkeys(prompts)), dict[int, str]()
     _, values_held = sketch([{"prompt": text, "completion": ""} for text in held], "unary")
-    lsh, minhash = build_index(values_held, PROMPT_BANDS, range(len(held)))
-    for text, rows in zip(*group_by_prompt(train), strict=True):
-        near = (held[index] for index in sorted(lsh.query(minhash(values[rows[0]]))))
-        shared = next((prompt for prompt in near if jaccard(text, prompt) >= NEAR), None)
-        leaks |= dict.fromkeys(rows, shared) if shared is not None else {}
+    texts, owners = group_by_prompt(train)
+    both = np.concatenate([values_held, values[[rows[0] for rows in owners]]])  # the held-out ones first
+    proposed: dict[int, set[int]] = defaultdict(set)
+    for members in _buckets(both, PROMPT_BANDS, range(len(both))):
+        ours = [index for index in members if index < len(held)]
+        for index in members[len(ours) :]:
+            proposed[index - len(held)].update(ours)
+    for index, near in proposed.items():
+        shared = next((held[i] for i in sorted(near) if jaccard(texts[index], held[i]) >= NEAR), None)
+        leaks |= dict.fromkeys(owners[index], shared) if shared is not None else {}
     return leaks
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.data.report.inspect import SHORTCUT
-from dpo_kit.run.report.drawing import BLUE, FEW, GREY, ORANGE, OVER_THE_LINE, count_text, draw_level, new_figure, save
+from dpo_kit.run.report.drawing import BLUE, FEW, GREY, ORANGE, OVER_THE_LINE, count_text, draw_level, save, sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,19 +37,11 @@ def draw_data_report(path: Path, report: Report, *, title: str, before: Report |
     A panel whose figures the report has not is left out. Orange means: look at this; hollow: rests on fewer than ten.
     """
     panels = list(_panels(report, before))
-    lines = math.ceil(len(panels) / 2)
-    figure = new_figure(4.2 * lines + 1.2)
-    height = figure.get_figheight()
     warnings = len(report["warnings"])
     told = f"{warnings} thing{'s' if warnings != 1 else ''} to look at" if warnings else "nothing to look at"
     told = f"orange: look at this · {told}" + (" · grey: before curation" if before else "")
-    figure.suptitle(title, x=0.03, y=1 - 0.18 / height, ha="left", va="top", fontsize=23, fontweight="bold")
-    figure.text(0.03, 1 - 0.95 / height, told, ha="left", fontsize=16, color=GREY)
-    grid = figure.add_gridspec(
-        lines, 2, left=0.03, right=0.97, bottom=0.55 / height, top=1 - 1.65 / height, wspace=0.14, hspace=0.42
-    )
-    for number, (name, content) in enumerate(panels):
-        axes = figure.add_subplot(grid[number])
+    figure, places = sheet(title, told, len(panels), 4.2, left=0.03, right=0.97, wspace=0.14, hspace=0.42)
+    for axes, (name, content) in zip(places, panels, strict=True):
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(labelsize=15, colors=GREY)
         axes.set_title(name, loc="left", fontsize=19, fontweight="bold", pad=10)

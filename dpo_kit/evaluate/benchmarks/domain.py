@@ -62,8 +62,10 @@ class DomainPart(Part):
 
 
 def run_domain(policy: Speaker, reference: Speaker, options: Domain, folder: Path) -> Found:
-    """{status, unrecognised_of_policy, kind, n, figures: [as of `bootstrap_figures`], unrecognised: {model: n}}. The
-    answers are written to `folder`/domain.jsonl. DataError names a row that is not {prompt, label | reference}.
+    """{status, unrecognised_of_policy, kind, n, figures, unrecognised: {model: n}}. `figures`: every metric of both
+    models; `difference` is policy − reference, `low` to `high` its interval. 95 % intervals are bootstraps over rows
+    (2,000 percentile draws), in which the metric is computed anew each time. The answers are written to
+    `folder`/domain.jsonl. DataError names a row that is not {prompt, label | reference}.
     """
     speakers = (policy, reference)
     kind, prompts, expected = read_labelled(options)
@@ -85,9 +87,21 @@ def run_domain(policy: Speaker, reference: Speaker, options: Domain, folder: Pat
         in zip(prompts, expected, *answers, *read, strict=True)
     ]  # fmt: skip
     write_jsonl(folder / "domain.jsonl", rows)
-    figures = bootstrap_figures(metrics[0], metrics[1], len(prompts))
+    count = len(prompts)
+    generator, everything = np.random.default_rng(0), np.arange(count)
+    drawn = (generator.integers(count, size=count) for _ in range(DRAWS))
+    draws = np.array([[list(measure(chosen).values()) for measure in metrics] for chosen in drawn])  # the same: paired
+    columns = [list(measure(everything).values()) for measure in metrics]
+    for values in (draws[:, 0], draws[:, 0] - draws[:, 1]):
+        columns += np.quantile(values, [0.025, 0.975], axis=0).tolist()
+    figures = [
+        {"metric": name, "policy": ours, "policy_low": ours_low, "policy_high": ours_high, "reference": theirs,
+         "difference": ours - theirs, "low": low, "high": high, "n": count}
+        for name, ours, theirs, ours_low, ours_high, low, high
+        in zip(metrics[0](everything), *columns, strict=True)
+    ]  # fmt: skip
     return {"status": "done", "unrecognised_of_policy": unrecognised.get(policy.name, 0), "kind": kind,
-            "n": len(prompts), "figures": figures, "unrecognised": unrecognised}  # fmt: skip
+            "n": count, "figures": figures, "unrecognised": unrecognised}  # fmt: skip
 
 
 def read_labelled(options: Domain) -> tuple[str, list[Prompt], list[str]]:
@@ -188,21 +202,3 @@ def text_metrics(read: Sequence[str], targets: Sequence[str]) -> Metrics:
         return {"exact match": float(exact[rows].mean()), "BLEU": float(score), **means}
 
     return measure
-
-
-def bootstrap_figures(policy: Metrics, reference: Metrics, count: int) -> list[Found]:
-    """Every metric of both models over `count` rows; `difference` is policy − reference, `low` to `high` its interval.
-    95 % intervals are bootstraps over rows (2,000 percentile draws), in which the metric is computed anew each time.
-    """
-    generator, everything = np.random.default_rng(0), np.arange(count)
-    drawn = (generator.integers(count, size=count) for _ in range(DRAWS))
-    both = (policy, reference)
-    draws = np.array([[list(metrics(rows).values()) for metrics in both] for rows in drawn])  # the same rows: paired
-    columns = [list(metrics(everything).values()) for metrics in both]
-    for values in (draws[:, 0], draws[:, 0] - draws[:, 1]):
-        columns += np.quantile(values, [0.025, 0.975], axis=0).tolist()
-    return [
-        {"metric": name, "policy": ours, "policy_low": ours_low, "policy_high": ours_high, "reference": theirs,
-         "difference": ours - theirs, "low": low, "high": high, "n": count}
-        for name, ours, theirs, ours_low, ours_high, low, high in zip(policy(everything), *columns, strict=True)
-    ]  # fmt: skip

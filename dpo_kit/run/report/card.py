@@ -6,9 +6,8 @@ from typing import Any
 
 import yaml
 
+from dpo_kit.run.files import write_text
 from dpo_kit.run.redact import redact, redact_command
-from dpo_kit.run.report.numbers import value_text
-from dpo_kit.run.report.page import measured
 
 DIRECTION = {
     "closer": "a higher beta keeps the policy closer to the reference",
@@ -20,9 +19,7 @@ SHOWN_ARGUMENTS = ("learning_rate", "num_train_epochs", "max_steps", "max_length
 def write_card(run_dir: str | Path, result: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """Write `run_dir`/model/README.md from what result.json and manifest.json hold, redacted; return its text."""
     text = card_text(result, manifest)
-    path = Path(run_dir) / "model" / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(Path(run_dir) / "model" / "README.md", text)
     return text
 
 
@@ -49,9 +46,14 @@ def card_text(
         f"# {method['name']} of {result['model']}, beta {result['beta']:g}",
         f"{method['title']} ({method['paper']}): `{method['equation']}`",
         f"beta = {result['beta']:g}: {method['beta']['meaning']}; {DIRECTION[method['beta']['higher']]}.",
-        *measured(result),
     ]
+    if result["final"]:
+        from dpo_kit.run.report.results import measured
+
+        parts += measured(result)
     if judged.get("win_rate") is not None:
+        from dpo_kit.run.report.numbers import value_text
+
         parts.append(f"Win rate against the reference, ties counting half: {value_text(judged, 'win_rate')}.")
     if findings := result.get("findings"):
         noticed = "\n".join(f"- {finding['symptom']} {finding['meaning']}" for finding in findings)

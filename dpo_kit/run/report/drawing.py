@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence, Sized
 from itertools import pairwise
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.run.history import series
-from dpo_kit.run.measures import floor_of
 from dpo_kit.run.report.numbers import bounds, is_number
+from dpo_kit.run.rounding import floor_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +36,19 @@ def new_figure(height: float) -> Figure:
     figure = Figure(figsize=(12, height), dpi=100)
     FigureCanvasAgg(figure)
     return figure
+
+
+def sheet(title: str, note: str, panels: int, line: float, **grid: float) -> tuple[Figure, list[Axes]]:
+    """A figure under a title and a note, with its `panels`: two beside each other, each line `line` inches high, and
+    apart as matplotlib's `grid` specification says.
+    """
+    lines = max(1, math.ceil(panels / 2))
+    figure = new_figure(line * lines + 1.1)
+    height = figure.get_figheight()
+    figure.suptitle(title, x=0.03, y=1 - 0.18 / height, ha="left", va="top", fontsize=22, fontweight="bold")
+    figure.text(0.03, 1 - 0.72 / height, note, va="top", fontsize=15, color=GREY)
+    places = figure.add_gridspec(lines, 2, bottom=0.75 / height, top=1 - 1.75 / height, **grid)
+    return figure, [figure.add_subplot(places[number]) for number in range(panels)]
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -77,16 +91,9 @@ def joined(points: Sized, style: Any = "-") -> Any:
 
 
 def draw_course(
-    axes: Axes,
-    rows: Sequence[Mapping[str, Any]],
-    key: str,
-    color: Any,
-    *,
-    dashed: bool = False,
-    hollow: bool = False,
-    shift: float = 0.0,
-    alpha: float = 0.2,
-) -> None:
+    axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, color: Any, *,
+    dashed: bool = False, hollow: bool = False, shift: float = 0.0, alpha: float = 0.2,
+) -> None:  # fmt: skip
     """`key` of `rows` over steps: two points are not joined, a few by dots alone, as nothing is known in between;
     squares then stand for `dashed`. The intervals of a few are bars (moved by `shift`, so that those of several courses
     do not hide each other), else a band of `alpha`. `hollow` points rest on few pairs.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.history import last_step, latest, read_metrics, series
-from dpo_kit.run.measures import KLS, LOGRATIOS, MEASURE, in_rounding
+from dpo_kit.run.measures import KLS, LOGRATIOS, MEASURE
 from dpo_kit.run.report import drawing
 from dpo_kit.run.report.drawing import BLUE, GREEN, GREY, ORANGE
 from dpo_kit.run.report.numbers import number_text
+from dpo_kit.run.rounding import in_rounding
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,17 +69,11 @@ def draw_report(run_dir: str | Path, *, title: str = "", ceiling: float | None =
         "capability": (int(latest(rows).get("gold/capability_prompts", 0)), "questions"),
     }
     panels = shown_panels(rows)
-    lines = max(1, math.ceil(len(panels) / 2))
-    figure = drawing.new_figure(4.1 * lines + 0.9)
-    height = figure.get_figheight()
-    figure.suptitle(title or run.root.resolve().name, x=0.03, y=1 - 0.16 / height, ha="left", va="top", fontsize=22,
-                    fontweight="bold")  # fmt: skip
-    note = "bands and bars: 95 % intervals"
-    figure.text(0.985, 1 - 0.3 / height, note, ha="right", va="top", fontsize=15, color=GREY)
-    place: dict[str, float] = {"left": 0.065, "right": 0.88, "bottom": 0.7 / height, "top": 1 - 1.6 / height}
-    grid = figure.add_gridspec(lines, 2, **place, wspace=0.55, hspace=0.62)
-    for number, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(grid[number]), panel, rows, counts[panel.counted], ceiling)
+    title, note = title or run.root.resolve().name, "bands and bars: 95 % intervals"
+    grid = {"left": 0.065, "right": 0.88, "wspace": 0.55, "hspace": 0.62}
+    figure, places = drawing.sheet(title, note, len(panels), 4.1, **grid)
+    for axes, panel in zip(places, panels, strict=True):
+        _draw_panel(axes, panel, rows, counts[panel.counted], ceiling)
     if not panels:
         figure.text(0.5, 0.45, "nothing was measured in this run", ha="center", fontsize=20)
     return drawing.save(figure, run.picture)

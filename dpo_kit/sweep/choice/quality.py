@@ -32,7 +32,7 @@ class Quality:
 
     def count(self, run: RunRecord) -> int:
         """How many prompts, pairs or answers it rests on; 0 where that is not known."""
-        return 0
+        return run.held_out_rows
 
     def start(self, run: RunRecord) -> Interval | None:
         """The measure of the step-0 model."""
@@ -65,7 +65,7 @@ class GoldReward(Quality):
         return len(run.gold_by_prompt())
 
     def start(self, run: RunRecord) -> Interval | None:
-        return read_interval(run.result.get("start") or {}, self.key)
+        return read_interval(run.at_start, self.key)
 
     def gain(self, run: RunRecord) -> Difference | None:
         """Final minus start, paired by prompt; by the two intervals where answers are not recorded by prompt."""
@@ -78,7 +78,7 @@ class GoldReward(Quality):
 
 
 class WinRate(Quality):
-    """How often a judge prefers fresh answers to those of the opponent."""
+    """How often a judge prefers fresh answers to those of the opponent, put right by people where they checked it."""
 
     key = "win_rate"
     name, axis = MEASURE[key].short, "win rate of fresh samples against the reference"
@@ -86,17 +86,24 @@ class WinRate(Quality):
     def read(self, run: RunRecord) -> Interval | None:
         """None while verdicts are missing: those that are there may be the easy ones."""
         whole = run.finished and (run.judged.get("parts") or {}).get("win_rate", "done") == "done"
-        return read_interval(run.judged, self.key) if whole else None
+        return read_interval(run.judged, self._key(run)) if whole else None
 
     def count(self, run: RunRecord) -> int:
         return int(number(run.judged.get("win_rate_prompts")) or 0)
 
     def compare(self, first: RunRecord, second: RunRecord) -> Difference | None:
         """None where another judge or another opponent stood behind them: these do not compare."""
-        return super().compare(first, second) if first.judged_by == second.judged_by else None
+        alike = first.judged_by == second.judged_by and self._key(first) == self._key(second)
+        return super().compare(first, second) if alike else None
 
     def pair(self, first: RunRecord, second: RunRecord) -> Difference | None:
-        return paired_bootstrap(first.points_by_prompt, second.points_by_prompt)
+        """None where people put the rates right, which they did as a whole."""
+        judged_alone = self._key(first) == self._key(second) == self.key
+        return paired_bootstrap(first.points_by_prompt, second.points_by_prompt) if judged_alone else None
+
+    def _key(self, run: RunRecord) -> str:
+        corrected = f"{self.key}_corrected"
+        return self.key if run.judged.get(corrected) is None else corrected
 
 
 class Accuracy(Quality):
@@ -105,9 +112,6 @@ class Accuracy(Quality):
     key = "probe/accuracy"
     name, axis = MEASURE[key].label, MEASURE[key].title.lower()
     unit, test, provisional = "pairs", "exact McNemar", True
-
-    def count(self, run: RunRecord) -> int:
-        return run.held_out_rows
 
     def pair(self, first: RunRecord, second: RunRecord) -> Difference | None:
         return mcnemar(first.pairs, second.pairs)
@@ -119,9 +123,6 @@ class AUC(Quality):
     key = "probe/auc"
     name, axis = MEASURE[key].label, MEASURE[key].title
     unit, test, provisional = "answers", "the intervals of the AUC", True
-
-    def count(self, run: RunRecord) -> int:
-        return run.held_out_rows
 
 
 QUALITIES = (GoldReward(), WinRate(), Accuracy(), AUC())

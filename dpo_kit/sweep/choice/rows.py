@@ -32,6 +32,7 @@ COLUMNS = {  # name: its key in the table of measures (of a KL that of one estim
     "sample_tokens": ("probe/sample_tokens", ALONE),
     "gold_reward": ("gold/reward", ENDS),
     "win_rate": ("win_rate", ENDS),
+    "win_rate_corrected": ("win_rate_corrected", ENDS),
     "capability": ("gold/capability", ALONE),
     "saturation": ("probe/saturation", ALONE),
     "seconds": ("seconds", ALONE),
@@ -46,11 +47,11 @@ def summary_rows(runs: Sequence[RunRecord]) -> list[Row]:
     swept, rows = swept_keys(runs), []
     for run in runs:
         keys = {name: key for name, (key, _) in COLUMNS.items()} | {f"kl_{way}_nats": run.kl_key(way) for way in KLS}
-        rounding = [name for name, key in keys.items() if run.final(key) is not None and run.in_rounding(key)]
+        rounding = [name for name, key in keys.items() if key in run.measured and run.in_rounding(key)]
         row: Row = dict(zip(FIRST, (run.method, run.beta, run.seed, run.tuning), strict=True))
         row |= {key: values.get(run.path) for key, values in swept.items()} | {"status": run.status}
         for name, (_, ends) in COLUMNS.items():
-            values = run.judged if name == "win_rate" else run.measured
+            values = run.judged if name.startswith("win_rate") else run.measured
             row |= {f"{name}{end}": number(values.get(f"{keys[name]}{end}")) for end in ends}
         row["held_out_rows"] = run.held_out_rows if run.finished and run.held_out_rows else None
         row |= {"rounding": ", ".join(rounding) or None, "sample_tokens": run.tokens_per_answer}
@@ -75,13 +76,13 @@ def to_markdown(rows: Sequence[Row], recommended: str | None, pages: Collection[
     for row in rows:
         cells = [cell(row[key]) for key in leading]
         for name, measure in shown.items():
-            text = _number(row, name, measure.form) + " (rounding)" * _in_rounding(row, name)
-            low, high, error = (row.get(f"{name}{end}") for end in ("_low", "_high", "_se"))
+            value, low, high, error = (row.get(f"{name}{end}") for end in ("", "_low", "_high", "_se"))
+            text = number_text(value, measure.form) + " (rounding)" * _in_rounding(row, name)
             if low is not None and high is not None:
                 text += f" {range_text((low, high), measure.form)}"
             elif error is not None:
                 text += f" ± {number_text(error, measure.form)}"
-            cells.append(text if row[name] is not None else "")
+            cells.append("" if value is None else text)
         path = inline(row["path"])
         path = f"[{path}](<{row['path']}/report.md>)" if row["path"] in pages else path
         path = f"**{path}**" if row["path"] == recommended else path
@@ -103,16 +104,12 @@ def _in_rounding(row: Row, name: str) -> bool:
     return name in (row["rounding"] or "").split(", ")
 
 
-def _number(row: Row, name: str, form: str) -> str:
-    return "" if row[name] is None else number_text(row[name], form)
-
-
 def cell(value: Any, form: str = "g") -> str:
     """A setting or a mean as text; empty where there is none."""
     return "" if value is None else f"{value:{form}}" if isinstance(value, float) else str(value)
 
 
-DECIDE = ("accuracy", "auc", "kl_reverse_nats", "gold_reward", "win_rate", "capability")
+DECIDE = ("accuracy", "auc", "kl_reverse_nats", "gold_reward", "win_rate", "win_rate_corrected", "capability")
 SWEPT = 3  # axes beside method and beta that a terminal has room for
 
 
@@ -134,7 +131,8 @@ def terminal_table(rows: Sequence[Row], recommended: str | None, title: str) -> 
         table.add_column(measure.short.replace(" reverse", "\nreverse").replace(" reward", ""), justify="right")
     for row in rows:
         mark = "→" if row["path"] == recommended else ""
-        cells = ("rounding" if _in_rounding(row, name) else _number(row, name, m.form) for name, m in shown.items())
+        values = [(name, "" if row[name] is None else number_text(row[name], m.form)) for name, m in shown.items()]
+        cells = ("rounding" if _in_rounding(row, name) else text for name, text in values)
         style = "bold" if mark else None if row["status"] == "done" else "dim"
         table.add_row(mark, *(escape(cell(row[key])) for key in leading), *cells, style=style)
     return table

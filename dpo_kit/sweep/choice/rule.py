@@ -11,10 +11,10 @@ from typing import Any
 
 from dpo_kit.config.settings import Choose
 from dpo_kit.run.files import texts
-from dpo_kit.run.measures import rounding_text
 from dpo_kit.run.report.diagnosis import UNFELT
-from dpo_kit.run.statistics import Difference, holm
-from dpo_kit.sweep.choice.quality import Interval, Quality, quality_of
+from dpo_kit.run.rounding import rounding_text
+from dpo_kit.run.statistics import Difference, from_intervals, holm
+from dpo_kit.sweep.choice.quality import Interval, Quality, quality_of, read_interval
 from dpo_kit.sweep.choice.runs import RunRecord, number, swept_keys
 
 LEVEL = 0.05
@@ -35,6 +35,7 @@ class Verdict:
     quality: Interval | None
     gain: Difference | None
     capability_loss: float | None
+    lost_by_chance: bool  # more capability than is allowed, but no more than chance explains
     why_not: tuple[str, ...]
     against_best: Difference | None = None
     tied: bool = False
@@ -73,7 +74,8 @@ class Choice:
         """The content of best.json: nats per answer for KL, the measure's own unit for quality."""
         evidence = [self._evidence(verdict) for verdict in self.verdicts]
         content = {
-            "recommended": self.recommended.path if self.recommended else None, "rule": self.rule,
+            "recommended": self.recommended.path if self.recommended else None,
+            "step": self.recommended.step if self.recommended else None, "rule": self.rule,
             "evidence": evidence, "reason": self.reason, "provisional": self.quality.provisional,
             "needed": self.needed, "needed_unit": self.quality.unit, "quality": self.quality.name,
             **self.limits.model_dump(), "notes": list(self.notes), "means_over_seeds": list(self.means),
@@ -82,9 +84,9 @@ class Choice:
 
     def _evidence(self, verdict: Verdict) -> dict[str, Any]:
         run, (value, low, high) = verdict.run, verdict.quality or (None, None, None)
-        rounding = [key for key, known in run.measured.items() if known is not None and run.in_rounding(key)]
+        rounding = [key for key in run.measured if run.in_rounding(key)]
         row: dict[str, Any] = {
-            "run": run.path, "method": run.method, "beta": run.beta, "seed": run.seed,
+            "run": run.path, "step": run.step, "method": run.method, "beta": run.beta, "seed": run.seed,
             "quality": value, "quality_low": low, "quality_high": high, "gain": _difference(verdict.gain),
             "kl_reverse_nats": run.kl_reverse, "rounding": rounding, "capability_loss": verdict.capability_loss,
             "eligible": not verdict.why_not, "why_not": list(verdict.why_not),
@@ -99,7 +101,8 @@ class Choice:
 
 
 CITED = (
-    "parts", "split", "opponent", "judge", "win_rate", "win_rate_low", "win_rate_high", "win_rate_prompts", "gate",
+    "parts", "split", "opponent", "judge", "win_rate", "win_rate_low", "win_rate_high", "win_rate_prompts",
+    "win_rate_corrected", "win_rate_corrected_low", "win_rate_corrected_high", "reviewed", "gate",
     "held_out_rows", "accuracy", "accuracy_low", "accuracy_high",
 )  # fmt: skip
 
@@ -127,7 +130,7 @@ def choose(runs: Sequence[RunRecord], **given: float | None) -> Choice:
         if len(set(names)) < len(names):  # two folders of one name
             names = [f"{name} (model {place})" for place, name in enumerate(names, start=1)]
         within = [(name, _choose_within(group, limits)) for name, group in zip(names, models, strict=True)]
-        alone = [f"from {name}, {inner.recommended.path}" for name, inner in within if inner.recommended]
+        alone = [f"from {name}, {inner.recommended.name}" for name, inner in within if inner.recommended]
         reason = say("different models", count=len(models), names=", ".join(names))
         reason += say("within models", alone="; ".join(alone)) if alone else ""
         choice = Choice(None, quality_of(finished), limits, reason, None, within=tuple(within))
@@ -143,9 +146,12 @@ def by_model(runs: Iterable[RunRecord]) -> list[list[RunRecord]]:
 
 
 def _choose_within(runs: Sequence[RunRecord], limits: Choose) -> Choice:
-    """The choice among finished runs of one step-0 model: why, and the number that would settle what is not settled."""
+    """The choice among finished runs of one step-0 model, and what was kept on their way: why, and the number that
+    would settle what is not settled.
+    """
     quality = quality_of(runs)
-    verdicts = [judge(run, quality, limits) for run in runs]
+    arms = [arm for run in runs for arm in run.way() if arm.step is None or quality.read(arm)]
+    verdicts = [judge(arm, quality, limits) for arm in arms]
     chosen, needed, unit = None, None, quality.unit
     if eligible := [verdict for verdict in verdicts if not verdict.why_not]:
         best = max(eligible, key=lambda verdict: verdict.value)
@@ -157,7 +163,7 @@ def _choose_within(runs: Sequence[RunRecord], limits: Choose) -> Choice:
             verdict.tied = not (verdict.against_best and verdict.against_best.p < LEVEL)
         best.tied = True
         tied = [verdict for verdict in eligible if verdict.tied]
-        winner = min(tied, key=lambda verdict: (verdict.kl, -verdict.value, verdict.run.path))
+        winner = min(tied, key=lambda verdict: (verdict.kl, -verdict.value, verdict.run.name))
         chosen = winner.run
         drift = f"a reverse KL of {winner.kl:.2f} nats"
         if chosen.in_rounding(chosen.kl_reverse_key):
@@ -165,20 +171,20 @@ def _choose_within(runs: Sequence[RunRecord], limits: Choose) -> Choice:
         at = f"{quality.name} {_shown(winner.quality)} at {drift}"
         if len(tied) == 1:
             how = f"beats the other {len(rivals)} eligible beyond chance" if rivals else "is the only eligible run"
-            reason = f"{chosen.path} {how}: {at}."
+            reason = f"{chosen.name} {how}: {at}."
         else:
-            reason = say("cannot be told apart", count=len(tied), quality=quality.name, run=chosen.path, at=at)
+            reason = say("cannot be told apart", count=len(tied), quality=quality.name, run=chosen.name, at=at)
             needed = winner.against_best.needed if winner.against_best else None
-            shown = {"run": best.run.path, "shown": _shown(best.quality), "needed": needed, "unit": unit}
+            shown = {"run": best.run.name, "shown": _shown(best.quality), "needed": needed, "unit": unit}
             reason += say("to tell it", **shown) if needed else ""
     elif verdicts:
-        faults = "; ".join(f"{verdict.run.path}: {', '.join(verdict.why_not)}" for verdict in verdicts)
+        faults = "; ".join(f"{verdict.run.name}: {', '.join(verdict.why_not)}" for verdict in verdicts)
         reason = f"No run is eligible. {faults}."
         close = [v for v in verdicts if len(v.why_not) == 1 and not v.run.in_rounding(quality.key)]
         ahead = [(v.gain, v.run) for v in close if v.gain and v.gain.low <= 0 < v.gain.value]
         gain, run = min(ahead, key=lambda pair: pair[0].needed or float("inf"), default=(None, None))
         if gain and run and (needed := gain.needed):
-            reason += say("too few", run=run.path, gain=gain.value, needed=needed, unit=unit)
+            reason += say("too few", run=run.name, gain=gain.value, needed=needed, unit=unit)
     else:
         reason = "No run has ended well so far."
     return Choice(chosen, quality, limits, reason, needed, tuple(verdicts))
@@ -199,18 +205,24 @@ def judge(run: RunRecord, quality: Quality, limits: Choose) -> Verdict:
         faults.append("the reverse KL was not measured (callbacks.kl_drift=true does)")
     elif kl > limits.kl_budget_nats:
         faults.append(f"reverse KL {kl:.1f} nats is over the budget of {limits.kl_budget_nats:g}")
-    start, final = run.start("gold/capability"), run.final("gold/capability")
+    start, final = number(run.at_start.get("gold/capability")), run.measured.get("gold/capability")
     loss = None if start is None or final is None else start - final
+    by_chance = False
     if loss is not None and loss > limits.max_regression + SLACK:
-        faults.append(f"capability fell by {loss:.3f}, more than {limits.max_regression:g}")
+        before, after = (read_interval(of, "gold/capability") for of in (run.at_start, run.measured))
+        by_chance = bool(before and after and from_intervals(before, after).low <= 0)
+        if not by_chance:
+            faults.append(f"capability fell by {loss:.3f}, more than {limits.max_regression:g}")
     gate = run.judged.get("gate")
+    if gate is None and run.end_is_gated:
+        faults.append("no regression gate was run on it")
     if isinstance(gate, Mapping) and not gate.get("passed", True):
         value, low, high, limit = (number(gate.get(key)) for key in ("difference", "low", "high", "limit"))
         text = f"the regression gate failed on {gate.get('worst_task', 'a benchmark')}"
         text += f": difference to the reference {value:+.3f}" if value is not None else ""
         text += f" [{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else ""
         faults.append(text + (f", where at most {limit:g} may be lost" if limit is not None else ""))
-    return Verdict(run, reached, gain, loss, tuple(faults))
+    return Verdict(run, reached, gain, loss, by_chance, tuple(faults))
 
 
 def _shown(interval: Interval | None) -> str:
@@ -235,31 +247,53 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
         rows = sorted({run.held_out_rows for run in evaluated})
         took = f"{rows[0]:,}" + (f" to {rows[-1]:,}" if len(rows) > 1 else "")
         yield say("evaluated", evaluated=len(evaluated), finished=len(finished), took=took)
+    if best and best.step is not None:
+        yield say("on the way", run=best.path, step=best.step)
+    yield from _falls(choice)
+    if unsure := [verdict for verdict in choice.verdicts if verdict.lost_by_chance]:
+        fell = ", ".join(f"{verdict.run.name} {verdict.capability_loss:.3f}" for verdict in unsure)
+        asked = {f"{count:g}" for verdict in unsure if (count := verdict.run.measured.get("gold/capability_prompts"))}
+        yield say("capability unsure", fell=fell, asked=" or ".join(sorted(asked)) or "so few")
     if (saturation := unfelt_saturation(finished)) is not None:
         yield say("under-trained", saturation=saturation)
     if len({((run.manifest.get("data") or {}).get("select") or {}).get("sha256") for run in finished}) > 1:
         yield say("different data")
     tests = [test for verdict in choice.verdicts for test in (verdict.gain, verdict.against_best) if test]
-    if any(test.basis == "their intervals alone" for test in tests):
+    corrected = any(run.judged.get("win_rate_corrected") is not None for run in finished)
+    if any(test.basis == "their intervals alone" for test in tests) and not corrected:
         yield say("no answers")
     if quality.key == "win_rate":
         judged = [verdict.run for verdict in choice.verdicts if verdict.quality]
         if len({run.judged_by for run in judged}) > 1:
             yield say("different judges")
+        if len({run.judged.get("win_rate_corrected") is None for run in judged}) > 1:
+            yield say("corrected in part")
         judges = [verdict.run.judged.get("judge") or {} for verdict in choice.verdicts]
         if failed := {name for judge in judges for name in judge.get("controls_failed") or []}:
             yield say("controls failed", controls=", ".join(sorted(failed)))
         if "test" in {run.judged.get("split") for run in judged}:
             yield say("test split")
-    share = best.final(f"{best.kl_reverse_key}_cut_share") if best else None
+    share = best.measured.get(f"{best.kl_reverse_key}_cut_share") if best else None
     if share is not None and share > CUT:
         yield say("cut answers", share=share)
+
+
+def _falls(choice: Choice) -> Iterator[str]:
+    """Runs that were better before their end, beyond chance: since which step, and by how much."""
+    for run in (verdict.run for verdict in choice.verdicts if verdict.run.step is None):
+        way = [verdict for verdict in choice.verdicts if verdict.run.path == run.path and verdict.quality]
+        peak = max(way, key=lambda verdict: verdict.value, default=None)
+        fall = choice.quality.compare(peak.run, run) if peak and peak.run.step is not None else None
+        # the highest of several is high by chance too: Bonferroni
+        if peak and fall and fall.low > 0 and fall.p * (len(way) - 1) < LEVEL:
+            shown = {"run": run.path, "step": peak.run.step, "quality": choice.quality.name}
+            yield say("falls", **shown, fall=fall.value, low=fall.low, high=fall.high)
 
 
 def unfelt_saturation(runs: Sequence[RunRecord]) -> float | None:
     """The highest saturation (of 1) where even that is too low for beta to be felt; None where felt or not known."""
     telling = [run for run in runs if not run.in_rounding("probe/saturation")]
-    known = [value for run in telling if (value := run.final("probe/saturation")) is not None]
+    known = [value for run in telling if (value := run.measured.get("probe/saturation")) is not None]
     return max(known) if known and max(known) < UNFELT else None
 
 

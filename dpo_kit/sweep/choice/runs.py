@@ -1,5 +1,6 @@
 """The runs of a sweep as their directories tell them, one a subfolder, and sweep.json, where our launcher wrote it."""
 
+import copy
 import json
 import logging
 import shlex
@@ -15,10 +16,12 @@ from dpo_kit.config.identity import flatten
 from dpo_kit.errors import DataError, did_you_mean
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
-from dpo_kit.run.history import last_step, read_metrics, series
-from dpo_kit.run.measures import HELD_OUT, KL_FLOOR, KLS, in_rounding
+from dpo_kit.run.history import last_step, latest, read_metrics, series
+from dpo_kit.run.measures import HELD_OUT, KL_FLOOR, KLS
 from dpo_kit.run.redact import redact_argv
 from dpo_kit.run.report.numbers import is_number
+from dpo_kit.run.rounding import in_rounding
+from dpo_kit.run.statistics import means_by_name
 
 log = logging.getLogger(__name__)
 SELDOM_SWEPT = ("beta", "seed", "method", "trl.beta", "trl.seed", "trl.data_seed")  # shown anyway, or follow from these
@@ -26,14 +29,17 @@ SELDOM_SWEPT = ("beta", "seed", "method", "trl.beta", "trl.seed", "trl.data_seed
 
 class RunRecord:
     """One run of a sweep: what its files say, and what follows from them; {} or None where they do not say it. `path`:
-    relative to the sweep directory, `job` the entry in sweep.json; `fault` names a file that cannot be read.
+    relative to the sweep directory, `job` the entry in sweep.json; `fault` names a file that cannot be read. As it was
+    after `step` steps (see `way`), or at its end.
     """
+
+    step: int | None = None
+    end_is_gated = False  # of what was kept on the way: whether a regression gate was run on the run's end
 
     def __init__(self, sweep_dir: Path, path: str, job: Mapping[str, Any]) -> None:
         self.path, self.job, self.root = path, job, sweep_dir / path
         self.directory = run = RunDirectory(self.root)
-        beside = run.evaluation / "select"  # where evaluation/ holds the other split; a choice reads this one
-        self.evaluation = beside if (beside / "result.json").exists() else run.evaluation
+        self.evaluation = _of_select(run.evaluation)
         files = (run.manifest, run.result, self.evaluation / "result.json", run.test)
         (self.manifest, self.result, self.judged, self.test), faults = zip(*map(_read, files), strict=True)
         self.fault = next(filter(None, faults), None)
@@ -50,19 +56,44 @@ class RunRecord:
         # wall-clock of the whole job where the launcher measured it, else of training
         self.seconds = _first_number(job.get("seconds"), (result.get("seconds") or {}).get("train"))
         start = str(weights.get("sha256") or f"{weights.get('path')}@{weights.get('revision')}")
+        self.at_start: dict[str, Any] = result.get("start") or {}  # measured values of the step-0 model
         self.start_model = (start, str(reference or ""))  # what tells step-0 models apart
         self.start_name = Path(str(weights.get("path") or "unknown model")).name
         self.start_name += f" (reference {Path(reference).name})" if reference else ""
 
-    def final(self, key: str) -> float | None:
-        """A measured value at the end, None where it was not measured or the run has not ended well."""
-        return number(self.measured.get(key))
+    @property
+    def name(self) -> str:
+        """What it is called in sentences."""
+        return self.path if self.step is None else f"{self.path} at step {self.step}"
+
+    @property
+    def weights(self) -> Path:
+        return self.directory.model if self.step is None else self.directory.weights(self.step)
+
+    def way(self) -> "list[RunRecord]":
+        """The run as it was at each step whose weights were kept, then at its end."""
+        last = self.result.get("steps")
+        return [*(self._at(step) for step in self.directory.kept_steps() if step != last), self]
+
+    def _at(self, step: int) -> "RunRecord":
+        earlier = copy.copy(self)
+        for of_the_end in ("measured", "probed", "pairs", "points_by_prompt"):
+            vars(earlier).pop(of_the_end, None)
+        earlier.end_is_gated = "gate" in self.judged
+        earlier.step, earlier.evaluation = step, _of_select(self.directory.evaluation_of(step))
+        earlier.judged, _ = _read(earlier.evaluation / "result.json")
+        earlier.test, _ = _read(earlier.directory.test_of(step))
+        return earlier
 
     @cached_property
-    def measured(self) -> dict[str, Any]:
+    def measured(self) -> dict[str, float]:
         """{key: value} at the end of a run that has ended well; what `evaluate` found of held-out rows goes first."""
-        values = dict(self.result.get("final") or {}) if self.finished else {}
-        return values | ({f"probe/{key}": self.judged.get(key) for key in HELD_OUT} if self.is_evaluated else {})
+        if self.step is None:
+            values = dict(self.result.get("final") or {}) if self.finished else {}
+        else:
+            values = latest([row for row in self.history if row.get("step") == self.step])
+        values |= {f"probe/{key}": self.judged.get(key) for key in HELD_OUT} if self.is_evaluated else {}
+        return {key: value for key, value in values.items() if number(value) is not None}
 
     @property
     def is_evaluated(self) -> bool:
@@ -79,10 +110,6 @@ class RunRecord:
     def in_rounding(self, key: str) -> bool:
         """Whether what was measured at the end under `key` is no more than what rounding alone makes."""
         return in_rounding(key, self.measured)
-
-    def start(self, key: str) -> float | None:
-        """A measured value of the step-0 model, None where it was not measured."""
-        return number((self.result.get("start") or {}).get(key))
 
     @cached_property
     def overrides(self) -> dict[str, str] | None:
@@ -109,15 +136,16 @@ class RunRecord:
         return [row for row in _rows(self.directory.samples) if row.get("prompt_id") is not None]
 
     def gold_by_prompt(self, *, at_start: bool = False) -> dict[str, float]:
-        """Gold reward of the answer to each prompt at the last scoring (or at step 0); {} where not recorded."""
+        """Gold reward of the answer to each prompt (or at step 0); {} where not recorded."""
         rows = [row for row in self.answers if number(row.get("gold_reward")) is not None]
-        step = 0 if at_start else max({row["step"] for row in rows} - {0}, default=None)
+        step = 0 if at_start else self.step or max({row["step"] for row in rows} - {0}, default=None)
         return {row["prompt_id"]: row["gold_reward"] for row in rows if row["step"] == step}
 
     @cached_property
     def probed(self) -> list[Mapping[str, Any]]:
-        """The rows of the last scoring of the probe."""
-        return last_step(_rows(self.directory.probe))
+        """The rows that the probe scored last."""
+        rows = _rows(self.directory.probe)
+        return last_step(rows if self.step is None else [row for row in rows if row.get("step") == self.step])
 
     @cached_property
     def pairs(self) -> dict[str, tuple[str, float]]:
@@ -130,11 +158,8 @@ class RunRecord:
     @cached_property
     def points_by_prompt(self) -> dict[str, float]:
         """The mean points of the answers to each prompt in verdicts.jsonl; {} where nothing was judged."""
-        points: dict[str, list[float]] = {}
-        for row in _rows(self.evaluation / "verdicts.jsonl"):
-            if number(row.get("points")) is not None:
-                points.setdefault(row["prompt_id"], []).append(row["points"])
-        return {prompt: sum(values) / len(values) for prompt, values in points.items()}
+        rows = _rows(self.evaluation / "verdicts.jsonl")
+        return means_by_name((row["prompt_id"], row["points"]) for row in rows if number(row.get("points")) is not None)
 
     @property
     def judged_by(self) -> tuple[Any, ...]:
@@ -145,7 +170,7 @@ class RunRecord:
     def kl_key(self, direction: str) -> str:
         """The metric of the forward or reverse KL: Rao-Blackwell where it was affordable, else k1."""
         rb, k1 = KLS[direction]
-        has_rb = self.final(rb) is not None or (self.final(k1) is None and self.series(rb))
+        has_rb = rb in self.measured or (k1 not in self.measured and self.series(rb))
         return rb if has_rb else k1
 
     @property
@@ -155,27 +180,33 @@ class RunRecord:
     @property
     def kl_reverse(self) -> float | None:
         """At the end, nats per answer."""
-        return self.final(self.kl_reverse_key)
+        return self.measured.get(self.kl_reverse_key)
 
     @property
     def kl_floor(self) -> float:
         """The KL that rounding alone makes, nats per answer: no drift is told below it. 0 in float32."""
-        return self.final(KL_FLOOR) or 0.0
+        return self.measured.get(KL_FLOOR, 0.0)
 
     @property
     def tokens_per_answer(self) -> float | None:
         """Mean length of the last fresh answers, EOS in; from KL per answer over KL per token where not recorded."""
-        last = max((row["step"] for row in self.answers), default=None)
+        last = self.step or max((row["step"] for row in self.answers), default=None)
         lengths = [row["tokens"] for row in self.answers if row["step"] == last and number(row.get("tokens"))]
         if lengths and self.finished:
             return sum(lengths) / len(lengths)
-        per_token = self.final(f"{self.kl_reverse_key}_per_token")
+        per_token = self.measured.get(f"{self.kl_reverse_key}_per_token")
         return self.kl_reverse / per_token if per_token and self.kl_reverse is not None else None
 
 
 def number(value: Any) -> float | None:
     """`value` where it is a finite number, else None."""
     return value if is_number(value) and not isinstance(value, bool) else None
+
+
+def _of_select(evaluation: Path) -> Path:
+    """Where an evaluation on the select split is, which a choice reads: beside the other one, where that came first."""
+    beside = evaluation / "select"
+    return beside if (beside / "result.json").exists() else evaluation
 
 
 def _first_number(*values: Any) -> float | None:
@@ -197,13 +228,7 @@ def read_runs(sweep_dir: str | Path) -> list[RunRecord]:
         beside = [entry.name for entry in root.parent.iterdir() if entry.is_dir()] if root.parent.is_dir() else []
         meant = did_you_mean(root.name, beside, ": name the folder above the runs")
         raise DataError(f"sweep={root} is not a folder{meant}")
-    jobs: dict[str, Mapping[str, Any]] = {}
-    for job in read_jobs(root):
-        if written := job.get("dir"):  # relative to the sweep or absolute, as who wrote it had it
-            path = Path(written)
-            above = next((base for base in (root, root.resolve()) if path.is_relative_to(base)), None)
-            path = path.relative_to(above) if above else Path(path.name) if path.is_absolute() else path
-            jobs[path.as_posix()] = job
+    jobs = {Path(job["dir"]).as_posix(): job for job in read_jobs(root) if job.get("dir")}
     folders = {path.parent.relative_to(root).as_posix() for path in root.glob("*/manifest.json")}
     runs = [RunRecord(root, path, jobs.get(path, {})) for path in sorted(folders | jobs.keys())]
     runs = [run for run in runs if run.config or run.job or run.fault]  # the data tool leaves a manifest.json too

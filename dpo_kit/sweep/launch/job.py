@@ -1,6 +1,7 @@
 """A job of a sweep: its file, its devices, and its process, which runs `-m dpo_kit.sweep.launch.job FILE`."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -23,11 +24,13 @@ from omegaconf import DictConfig
 
 from dpo_kit.config.compose import register
 from dpo_kit.errors import ConfigError
-from dpo_kit.run.lock import wait_for_writer
+from dpo_kit.run.lock import is_alive, read_holder
 from dpo_kit.run.redact import redact_text
 
 INTERRUPTED, TERMINATED = 130, 143
+POLL_SECONDS = 0.1
 PRELOAD = ["dpo_kit.sweep.launch.warm"]
+log = logging.getLogger(__name__)
 Process = subprocess.Popen[bytes] | ForkServerProcess  # the leader of its own process group
 
 
@@ -75,6 +78,16 @@ def run_file(path: Path) -> int:
         sys.stderr.write("dpo_kit: interrupted\n")
         return INTERRUPTED
     return 0 if error is None else 1
+
+
+def wait_for_writer(directory: Path, seconds: float) -> None:
+    """Let a writer of `directory` that is about to end do so, as a job whose sweep was killed; at most `seconds`."""
+    until, noted = time.monotonic() + seconds, False
+    while time.monotonic() < until and (holder := read_holder(directory)) and is_alive(holder):
+        if not noted:
+            log.info("waiting for process %s, which still writes %s", holder.pid, directory)
+        noted = True
+        time.sleep(POLL_SECONDS)
 
 
 def _end_with_sweep(parent: int, grace: float) -> None:

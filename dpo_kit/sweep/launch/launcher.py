@@ -28,7 +28,6 @@ from dpo_kit.sweep.launch import job as jobs
 from dpo_kit.sweep.launch.progress import Board, JobRecord, State, near
 from dpo_kit.sweep.summary import refresh
 
-POLL_SECONDS = 0.1
 OBJECTIVE = "probe/accuracy"
 log = logging.getLogger("dpo_kit.sweep")
 
@@ -166,7 +165,7 @@ class Sweep:
                         jobs.send(job.process, signal.SIGINT)
                         job.kill_at = now + self.options["grace_seconds"]
                 self.board.tick()
-                time.sleep(POLL_SECONDS)
+                time.sleep(jobs.POLL_SECONDS)
         except BaseException:
             self._stop()
             raise
@@ -235,11 +234,11 @@ class Sweep:
         until = time.monotonic() + self.options["grace_seconds"]
         try:
             while time.monotonic() < until and any(jobs.exit_code(job.process) is None for job in running):
-                time.sleep(POLL_SECONDS)
+                time.sleep(jobs.POLL_SECONDS)
         except (KeyboardInterrupt, SystemExit):
             log.info("ending the jobs at once")
         for job in running:
             jobs.send(job.process, signal.SIGKILL)
             while (code := jobs.exit_code(job.process)) is None:
-                time.sleep(POLL_SECONDS)
+                time.sleep(jobs.POLL_SECONDS)
             self._settle(job, code, stopped=True)

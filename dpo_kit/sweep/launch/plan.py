@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,8 @@ from dpo_kit.errors import ConfigError
 from dpo_kit.model.origin import refuse_unusable
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.lock import refuse_held
-from dpo_kit.run.words import quote
+from dpo_kit.run.processes import launcher, world_size
+from dpo_kit.run.words import again, quote
 from dpo_kit.sweep.choice.runs import read_runs
 
 SWEEP_ID = "${dpo_kit.sweep_id:}"
@@ -53,6 +55,18 @@ class Plan:
     tracking: Tracking
     local: bool
     jobs: Sequence[PlannedJob] = ()
+
+
+def refuse_sweep(overrides: Sequence[str]) -> None:
+    """ConfigError: each job of a sweep is a process of its own, so the launcher belongs inside it."""
+    if world_size() == 1:
+        return
+    typed = shlex.join([*launcher(), "-m", "dpo_kit", *overrides])
+    outside = again(typed, None, "-m", **{"hydra.launcher.devices_per_job": str(world_size())})
+    raise ConfigError(
+        f"a sweep inside a launcher would run {world_size()} times: sweep outside, and let each job be started by it: "
+        f"{outside}"
+    )
 
 
 def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str) -> Plan:
@@ -94,8 +108,16 @@ def plan_sweep(overrides: Sequence[str], search: Sequence[str], config_name: str
     plan = _plan(base, configs, axes)
     if plan.named and (plan.directory.is_dir() or jobs[0].settings.dry_run):
         jobs = [compose_job([*job.overrides, *plan.named], search, config_name) for job in jobs]
-    if plan.directory.is_dir():
-        _refuse_other_runs(plan.directory, jobs)
+    for job in jobs:
+        if job.subdir is not None:
+            refuse_other_run(RunDirectory(plan.directory / job.subdir), job.settings, "hydra.sweep.dir")
+    planned = {job.subdir for job in jobs}
+    runs = read_runs(plan.directory) if None not in planned and any(plan.directory.glob("*/manifest.json")) else []
+    if left := [run.path for run in runs if not run.finished and run.path not in planned]:
+        raise ConfigError(
+            f"hydra.sweep.dir={plan.directory} holds {', '.join(left)}, not ended and no job of this command: "
+            "give the command that it came from again, or choose another hydra.sweep.dir"
+        )
     return replace(plan, jobs=jobs)
 
 
@@ -143,20 +165,6 @@ def compose_job(overrides: list[str], search: Sequence[str], config_name: str) -
     if subdir is not None and (Path(subdir).is_absolute() or ".." in Path(subdir).parts):
         raise ConfigError(f"hydra.sweep.subdir must stay inside hydra.sweep.dir, got {subdir}: name a plain folder")
     return PlannedJob(overrides, check(without_hydra(cfg)), subdir)
-
-
-def _refuse_other_runs(directory: Path, jobs: Sequence[PlannedJob]) -> None:
-    """ConfigError where the directory holds a run of another config, or an unfinished one that is none of `jobs`."""
-    planned = {job.subdir for job in jobs}
-    for job in jobs:
-        if job.subdir is not None:
-            refuse_other_run(RunDirectory(directory / job.subdir), job.settings, "hydra.sweep.dir")
-    runs = read_runs(directory) if None not in planned and any(directory.glob("*/manifest.json")) else []
-    if left := [run.path for run in runs if not run.finished and run.path not in planned]:
-        raise ConfigError(
-            f"hydra.sweep.dir={directory} holds {', '.join(left)}, not ended and no job of this command: "
-            "give the command that it came from again, or choose another hydra.sweep.dir"
-        )
 
 
 def _add_axes(base: DictConfig, swept: Sequence[str], prefix: str = "", whole: Sequence[str] = ()) -> list[str]:

@@ -18,7 +18,8 @@ from rich.text import Text
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json
 from dpo_kit.run.history import decode_row
-from dpo_kit.run.measures import KLS, in_rounding
+from dpo_kit.run.measures import KLS
+from dpo_kit.run.rounding import in_rounding
 
 State = Literal["waiting", "running", "done", "failed", "interrupted", "killed", "timed out"]
 STYLES = {"waiting": "dim", "running": "bold cyan", "done": "green", "interrupted": "yellow"}  # of the others: red
@@ -139,7 +140,8 @@ class Board:
         if job.state == "running":
             progress.since = time.time()
         if self.live:
-            self._draw(self.live)
+            self.drawn = 0.0  # at once
+            self.tick()
             return
         if job.error:
             outcome = f" after {seconds}: {job.error}"
@@ -152,10 +154,10 @@ class Board:
         """Some time has passed: called several times a second."""
         if time.monotonic() - self.drawn < (REFRESH_SECONDS if self.live else BETWEEN):
             return
-        if self.live:
-            self._draw(self.live)
-            return
         self.drawn = time.monotonic()
+        if self.live:
+            self.live.update(self.table(), refresh=True)
+            return
         for job in self.jobs:
             if job.state == "running":
                 progress = self.progress[job.number].read()
@@ -170,14 +172,10 @@ class Board:
     def close(self) -> None:
         """The sweep has ended, well or not: leave the table as it stands."""
         if self.live:
-            self._draw(self.live)
+            self.live.update(self.table(), refresh=True)
             self.live.stop()
         else:
             Console(width=100).print(self.table())
-
-    def _draw(self, live: Live) -> None:
-        self.drawn = time.monotonic()
-        live.update(self.table(), refresh=True)
 
     def table(self) -> Table:
         """One row per job."""
@@ -192,20 +190,14 @@ class Board:
             table.add_column(name, justify="right", no_wrap=True, min_width=width)
         for job in self.jobs:
             progress = self.progress[job.number].read()
-            steps = progress.steps()
+            steps, state = progress.steps(), Text(job.state, STYLES.get(job.state, "bold red"))
             shown_time = "before" if job.before else "" if job.seconds is None else format_seconds(job.seconds)
             if job.state == "running":
                 left = progress.seconds_left()
                 shown_time = "" if left is None else f"{format_seconds(left, coarse=True)} left"
-            table.add_row(
-                str(job.number),
-                Text(self.labels[job.number]),
-                Text(job.state, STYLES.get(job.state, "bold red")),
-                f"{progress.step}/{steps}" if steps and progress.latest else "",
-                progress.figure(ACCURACY, ".3f"),
-                progress.figure(KLS["forward"], ".2f"),
-                shown_time,
-            )
+            at = f"{progress.step}/{steps}" if steps and progress.latest else ""
+            figures = progress.figure(ACCURACY, ".3f"), progress.figure(KLS["forward"], ".2f")
+            table.add_row(str(job.number), Text(self.labels[job.number]), state, at, *figures, shown_time)
         return table
 
 

@@ -11,7 +11,8 @@ from dpo_kit.run.quiet import quiet_imports
 
 MODULES = (
     "dpo_kit.cli.main", "dpo_kit.training", "dpo_kit.trainer.prefix", "dpo_kit.trainer.probing",
-    "dpo_kit.trainer.reference_store", "dpo_kit.run.report.picture", "dpo_kit.toy.domain", "trl.trainer.dpo_trainer",
+    "dpo_kit.trainer.reference_store", "dpo_kit.run.report.diagnosis", "dpo_kit.run.report.picture",
+    "dpo_kit.run.report.results", "dpo_kit.toy.domain", "trl.trainer.dpo_trainer",
     "trl.trainer.kto_trainer", "trl.experimental.cpo", "trl.experimental.online_dpo", "trl.experimental.orpo",
     "transformers.models.auto.processing_auto", "transformers.models.auto.feature_extraction_auto",
     "transformers.models.auto.image_processing_auto", "transformers.models.auto.video_processing_auto",

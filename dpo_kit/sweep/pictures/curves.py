@@ -14,9 +14,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from dpo_kit.run.history import last_step, latest
-from dpo_kit.run.measures import KLS, LOGRATIOS, MEASURE, floor_of
+from dpo_kit.run.measures import KLS, LOGRATIOS, MEASURE
 from dpo_kit.run.report import drawing
 from dpo_kit.run.report.drawing import DASHES, FEW, GREY
+from dpo_kit.run.rounding import floor_of
 from dpo_kit.sweep.choice.runs import RunRecord, name_lines
 
 LIGHTEST = 0.75  # of viridis: its yellow end is too pale on white

@@ -5,8 +5,6 @@ arXiv:2406.02900). Data of the best possible line, where the gold reward is know
 "best_of_n": [[n, KL, gold reward], …]}, KL in nats per answer.
 """
 
-import contextlib
-import importlib.util
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -14,18 +12,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from dpo_kit.errors import DataError
 from dpo_kit.run.files import read_json
 from dpo_kit.run.intervals import Z95
 from dpo_kit.run.measures import KLS
 from dpo_kit.run.report.drawing import FEW, GREY, HATCHED, count_text, joined, new_figure, save
+from dpo_kit.sweep.choice.best_of import BestOf, find_ideal
 from dpo_kit.sweep.choice.quality import Interval, Quality
 from dpo_kit.sweep.choice.rule import Choice, by_model
 from dpo_kit.sweep.choice.runs import RunRecord, name_lines, number
@@ -59,14 +57,12 @@ class Label:
     clear: float = 0.0
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A finished run on the frontier: reverse KL in nats per answer and quality, each (value, low, high)."""
 
     run: RunRecord
     kl: Interval
     quality: Interval
-    hollow: bool  # it rests on few prompts or pairs, or is no more than rounding
 
 
 class Line:
@@ -79,16 +75,20 @@ class Line:
         for run in runs:
             value, kl = quality.read(run), run.kl_reverse
             if value is not None and kl is not None:
-                reach = Z95 * (run.final(f"{run.kl_reverse_key}_se") or 0.0)
-                hollow = 0 < quality.count(run) < FEW or run.in_rounding(quality.key)
-                self.points.append(Point(run, (kl, max(0.0, kl - reach), kl + reach), value, hollow))
+                reach = Z95 * run.measured.get(f"{run.kl_reverse_key}_se", 0.0)
+                self.points.append(Point(run, (kl, max(0.0, kl - reach), kl + reach), value))
         for beta in dict.fromkeys(point.run.beta for point in self.points):
             group = [point for point in self.points if point.run.beta == beta]
             self.means[beta] = fmean(point.kl[0] for point in group), fmean(point.quality[0] for point in group)
 
 
 def draw_frontier(
-    sweep_dir: str | Path, runs: Sequence[RunRecord], choice: Choice, *, ideal: str | Path | None = None
+    sweep_dir: str | Path,
+    runs: Sequence[RunRecord],
+    choice: Choice,
+    *,
+    ideal: str | Path | None = None,
+    best_of: Sequence[BestOf] = (),
 ) -> Path:
     """Draw `sweep_dir`/frontier.png, 1200 pixels wide; a panel for each step-0 model, as their KLs never compare."""
     models = by_model(run for run in runs if run.manifest)
@@ -105,6 +105,9 @@ def draw_frontier(
         left=0.085, right=0.975, bottom=0.85 / height, top=1 - top / height, hspace=0.36 + ROW * extra / 5.5
     )
     best = find_ideal(Path(sweep_dir), runs, ideal) if choice.quality.key == "gold/reward" else {}
+    if best_of:
+        some = [point for point in best_of if point.n.bit_count() == 1 or point is best_of[-1]]  # 1, 2, 4, …
+        best["best_of_n"] = [(point.n, point.kl, point.value) for point in some]
     for place, group in enumerate(panels):
         members = {name: tuple(run for run in group if names[run.path] == name) for name in styles}
         lines = [Line(name, styles[name], runs, choice.quality) for name, runs in members.items() if runs]
@@ -129,29 +132,6 @@ def draw_frontier(
 def _legend_columns(names: Collection[str]) -> int:
     """As many names as fit into a row of about 95 characters."""
     return max(1, min(len(names), 95 // (max(map(len, names), default=1) + 6)))
-
-
-def find_ideal(sweep_dir: Path, runs: Sequence[RunRecord], given: str | Path | None) -> dict[str, Any]:
-    """The best possible frontier: from the file named, else ideal.json in the sweep or beside the gold module; or {}.
-    One that names its weights (`model_sha256`) holds for runs that start from these. DataError: not of that form.
-    """
-    places = [Path(given)] if given else [sweep_dir / "ideal.json"]
-    module = next((gold for run in runs if (gold := (run.config.get("data") or {}).get("gold"))), None)
-    with contextlib.suppress(ImportError):
-        spec = importlib.util.find_spec(module) if module and not given else None
-        places += [Path(spec.origin).parent / "ideal.json"] if spec and spec.origin else []
-    for path in (path for path in places if given or path.exists()):
-        try:
-            ideal = read_json(path)
-            curve = [(float(kl), float(gold)) for kl, gold in ideal.get("ideal") or []]
-            best_of = [(float(n), float(kl), float(gold)) for n, kl, gold in ideal.get("best_of_n") or []]
-        except (OSError, AttributeError, TypeError, ValueError) as error:
-            form = '{"ideal": [[kl, gold], …], "best_of_n": [[n, kl, gold], …]}'
-            raise DataError(f"ideal={path} must hold {form}: {error}") from error
-        weights = {(run.manifest.get("model") or {}).get("sha256") for run in runs if run.manifest}
-        holds = given or ideal.get("model_sha256") is None or weights == {ideal["model_sha256"]}
-        return {"ideal": curve, "best_of_n": best_of} if holds else {}
-    return {}
 
 
 def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mapping[str, Any]) -> None:
@@ -182,11 +162,11 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], choice: Choice, ideal: Mappin
         _error_bar(axes, (0, 0, 0), reference, GREY, "D")
     predictions = [label for line in lines for label in _draw_predictions(axes, line, quality)]
     widest = _limit_x(axes, [*seen, *(label.x for label in predictions)], budget)
-    recommended = next((p for p in points if choice.recommended and p.run.path == choice.recommended.path), None)
-    labels, ring = [], None
-    if recommended:
-        ring = recommended.kl[0], recommended.quality[0]
-        text = "recommended" + ("\n(provisional)" if quality.provisional else "")
+    labels, ring, chosen = [], None, choice.recommended
+    if chosen and (value := quality.read(chosen)) and chosen.kl_reverse is not None:
+        ring = chosen.kl_reverse, value[0]
+        text = "recommended" + (f"\n(step {chosen.step})" if chosen.step is not None else "")
+        text += "\n(provisional)" if quality.provisional else ""
         labels.append(Label(*ring, text, "black", 16, bold=True, clear=RING))
     for line in lines:  # beta beside each point, once, at the mean over its seeds
         lost = {point.run.beta for point in line.points if point.run.in_rounding(quality.key)}
@@ -232,8 +212,9 @@ def _draw_line(axes: Axes, line: Line, quality: Quality) -> list[float]:
                 marker=".", markersize=8,
             )  # fmt: skip
             seen += [kl for kl, _ in trail]
-    for point in line.points:
-        _error_bar(axes, point.kl, point.quality, line.color, line.marker, hollow=point.hollow)
+    for run, kl, value in line.points:
+        hollow = 0 < quality.count(run) < FEW or run.in_rounding(quality.key)  # few prompts or pairs, or rounding
+        _error_bar(axes, kl, value, line.color, line.marker, hollow=hollow)
     if means := list(line.means.values()):
         axes.plot(*zip(*means, strict=True), color=line.color, linewidth=2.6, linestyle=joined(means), zorder=3)
     return seen
@@ -253,12 +234,20 @@ def _error_bar(
 
 
 def _draw_predictions(axes: Axes, line: Line, quality: Quality) -> list[Label]:
-    """What one run predicts of neighbouring betas (preview.json; DeRa, arXiv:2402.02992), dashed; returns their labels,
-    with "predicted" at those that were not trained, else at the last.
+    """What one run predicts of neighbouring betas (preview.json; DeRa, arXiv:2402.02992), in the order of KL, dashed;
+    returns their labels, with "predicted" at those that were not trained, else at the last.
     """
-    labels = []
+    labels, keys = [], ("beta", KLS["reverse"][0], "gold/reward")
     for run in line.runs if quality.key == "gold/reward" else ():
-        if not (points := read_preview(run)):
+        path = run.directory.preview
+        try:
+            rows = (read_json(path) if path.exists() else {}).get("points") or []
+        except (OSError, ValueError, AttributeError) as error:
+            log.warning("%s is left out: %s", path, error)
+            continue
+        known: Any = (tuple(number(row.get(key)) for key in keys) for row in rows)
+        points = sorted((point for point in known if None not in point), key=lambda point: point[1])
+        if not points:
             continue
         betas, kls, golds = zip(*points, strict=True)
         axes.plot(
@@ -269,19 +258,6 @@ def _draw_predictions(axes: Axes, line: Line, quality: Quality) -> list[Label]:
         for beta, kl, gold in points:
             labels.append(Label(kl, gold, f"β {beta:g}" + " predicted" * (beta in predicted), line.color, 13))
     return labels
-
-
-def read_preview(run: RunRecord) -> list[tuple[float, float, float]]:
-    """(beta, reverse KL in nats, gold reward) of a run's preview.json, in the order of KL; [] where there is none."""
-    path = run.directory.preview
-    try:
-        rows = (read_json(path) if path.exists() else {}).get("points") or []
-    except (OSError, ValueError, AttributeError) as error:
-        log.warning("%s is left out: %s", path, error)
-        return []
-    keys = ("beta", KLS["reverse"][0], "gold/reward")
-    points = [tuple(number(row.get(key)) for key in keys) for row in rows]
-    return sorted((point for point in points if None not in point), key=lambda point: point[1])  # type: ignore
 
 
 def _limit_x(axes: Axes, seen: Sequence[float], budget: float) -> float:
@@ -318,7 +294,16 @@ def _draw_ideal(axes: Axes, ideal: Mapping[str, Any], widest: float) -> list[Lab
 
 def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
     """Write each label beside its point where it covers least: of other labels, and of all that is drawn."""
-    taken = _boxes(axes)
+    paths = [(line.get_transform().transform(line.get_xydata()), line.get_linestyle() != "None") for line in axes.lines]
+    for bars in axes.collections:
+        paths += [(axes.transData.transform(path.vertices), True) for path in bars.get_paths()]
+    points: list[Any] = [np.empty((0, 2))]
+    for corners, is_joined in paths:
+        points.append(corners)
+        for start, end in pairwise(corners) if is_joined else ():
+            steps = int(np.hypot(*(end - start)) // SPACING)
+            points.append(start + np.linspace(0, 1, steps + 2)[1:-1, None] * (end - start))
+    taken = np.tile(np.vstack(points), 2) + AIR  # boxes of points, intervals and lines, (n, 4) pixels
     for label in labels:
         text = axes.annotate(
             label.text, (label.x, label.y), (0, 0), textcoords="offset pixels", color=label.color, fontsize=label.size,
@@ -341,20 +326,6 @@ def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
             leader["shrinkB"] = 5 + label.clear
             edge = np.copysign(gap.clip(0), offsets[best])
             axes.annotate("", (label.x, label.y), edge, textcoords="offset pixels", arrowprops=leader)
-
-
-def _boxes(axes: Axes) -> Any:
-    """Points, intervals and lines of a panel as boxes that labels keep clear of, (n, 4) pixels."""
-    paths = [(line.get_transform().transform(line.get_xydata()), line.get_linestyle() != "None") for line in axes.lines]
-    for bars in axes.collections:
-        paths += [(axes.transData.transform(path.vertices), True) for path in bars.get_paths()]
-    points = [np.empty((0, 2))]
-    for corners, is_joined in paths:
-        points.append(corners)
-        for start, end in pairwise(corners) if is_joined else ():
-            steps = int(np.hypot(*(end - start)) // SPACING)
-            points.append(start + np.linspace(0, 1, steps + 2)[1:-1, None] * (end - start))
-    return np.tile(np.vstack(points), 2) + AIR
 
 
 def _overlap(boxes: Any, others: Any) -> Any:

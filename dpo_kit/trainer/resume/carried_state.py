@@ -2,25 +2,17 @@
 
 transformers restores weights, optimizer, scheduler, random state and place in the data. At a resume it starts anew the
 loss summed since the last log event, TRL's averages since then, TRL's count of tokens, and the steps that the mean loss
-of its last row stands for. A callback carries what it needs by having `carry` and `pick_up`.
+of its last row stands for. A callback carries what it needs by having `carry`, which gives plain values and tensors,
+and `pick_up`, which takes them back.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
 COUNTERS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "_total_train_tokens")
 AVERAGES = ("_metrics", "_stored_metrics")  # of DPO and KTO; of ORPO and CPO, under "train"
 PLAIN_AVERAGES = ("stats",)  # of Online DPO
-
-
-@runtime_checkable
-class Carrier(Protocol):
-    """A callback that goes on after a resume where it stood: it gives plain values and tensors, and takes them back."""
-
-    def carry(self) -> dict[str, Any]: ...
-
-    def pick_up(self, carried: dict[str, Any]) -> None: ...
 
 
 def carry(trainer: Any) -> dict[str, Any]:
@@ -51,8 +43,8 @@ def _averages(trainer: Any) -> dict[str, dict[str, list[Any]]]:
     return split | {name: own[name] for name in PLAIN_AVERAGES if name in own}
 
 
-def _carriers(trainer: Any) -> list[Carrier]:
-    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Carrier)]
+def _carriers(trainer: Any) -> list[Any]:
+    return [callback for callback in trainer.callback_handler.callbacks if hasattr(callback, "carry")]
 
 
 def _own(value: Any) -> Any:

@@ -19,9 +19,8 @@ import torch
 
 from dpo_kit.errors import ConfigError, TrainingError
 from dpo_kit.model.batches import random_states, set_random_states
-from dpo_kit.run.files import read_json
 from dpo_kit.trainer.resume import whole_or_absent
-from dpo_kit.trainer.resume.carried_state import carry, pick_up
+from dpo_kit.trainer.resume.carried_state import carry
 from dpo_kit.trainer.resume.signals import Interrupted, StopRequest, catch_signals
 
 Base: Any = object  # in use, a trainer follows in the method resolution order
@@ -69,6 +68,7 @@ class Safekeeping(Base):
     control: Any
     seconds_before = _save_seconds = _saved_at = 0.0
     checkpoint_bytes = 0
+    kept_models = 0  # on the way, beside the last one
     _saved_step: int | None = None
     _boundary: int | None = None
     _at_epoch_end = False
@@ -300,7 +300,7 @@ class Safekeeping(Base):
             raise fault
 
     def _newest(self) -> Path | str:
-        from dpo_kit.trainer.resume.verified import find_fault
+        from dpo_kit.trainer.resume.go_on import find_fault
 
         paths = whole_or_absent.list_checkpoints(Path(self.args.output_dir))
         return next((path for path in paths if not find_fault(path)), "none")
@@ -314,8 +314,10 @@ class Safekeeping(Base):
         there, more = len(whole_or_absent.list_checkpoints(root)), 0
         if self.args.save_strategy != "no":
             more = max(0, (self.args.save_total_limit or 1) - there) + 1  # one more while the oldest is still there
-        what = f"this run ({more} checkpoints of {self.checkpoint_bytes / 1e9:.2f} GB and the model)"
-        whole_or_absent.refuse_full_disk(root, model + more * self.checkpoint_bytes, what, ConfigError)
+        models = "the model" + (f", and {self.kept_models} on the way" if self.kept_models else "")
+        what = f"this run ({more} checkpoints of {self.checkpoint_bytes / 1e9:.2f} GB and {models})"
+        needed = (1 + self.kept_models) * model + more * self.checkpoint_bytes
+        whole_or_absent.refuse_full_disk(root, needed, what, ConfigError)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._same_dtypes():
@@ -341,38 +343,14 @@ class Safekeeping(Base):
         sizes = {name: path.stat().st_size for name, path in self.kept.record().items() if path.exists()}
         return Moment(carry(self), random_states(), sizes, len(self.state.log_history), due)
 
-    def _catch_up(self, model: Any, trial: Any, epoch: Any, ignore_keys: Any, start_time: float) -> None:
-        """After a resume: carry on as if never stopped, first with what was still to be done at that step.
-        TrainingError where the best checkpoint so far is gone, and the run is to end with it.
-        """
+    def _catch_up(self, *given: Any) -> None:
+        """After a resume, with what `_run_epoch` is given: carry on as if never stopped."""
         resumed, self._resumed = self._resumed, None
-        if resumed is None:
-            return
-        due = resumed["due"]
-        best = read_json(Path(self._checkpoint) / "trainer_state.json")["best_model_checkpoint"]
-        if best is not None:
-            # where this run's checkpoints lie now: in a run directory that was moved transformers forgets it
-            # (huggingface/transformers#48315)
-            here = Path(self._get_output_dir(None)) / Path(best).name
-            if self.args.load_best_model_at_end and not here.is_dir():
-                raise TrainingError(
-                    f"the best checkpoint so far, {here}, is gone, and trl.load_best_model_at_end=true ends with it: "
-                    "bring it back, or start anew with resume=never"
-                )
-            self.state.best_model_checkpoint = str(here)
-        self._load_rng_state(self._checkpoint)
-        pick_up(self, resumed["carried"])
-        self._boundary = None if due["epoch_end"] else self.state.global_step
-        given = (due["grad_norm"], model, trial, epoch, ignore_keys, start_time)
-        if due["evaluate"]:
-            self.control.should_evaluate, self.control.should_save = True, due["save"]
-            self._maybe_log_save_evaluate(self._tr_loss, *given)
-        self._boundary = self.state.global_step
-        if due["epoch_end"]:
-            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            self._maybe_log_save_evaluate(self._tr_loss, *given, learning_rate=due["learning_rate"])
-        self.control.should_training_stop |= due["stop"]
-        self._random_after = random_states()
+        if resumed is not None:
+            from dpo_kit.trainer.resume.go_on import catch_up
+
+            catch_up(self, resumed, given)
+            self._random_after = random_states()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._random_after is None:

@@ -4,7 +4,6 @@ A checkpoint counts once its `manifest.json`, with size and sha256 of every file
 name. Only names that mean one step, `checkpoint-<step>`, are looked at.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -44,6 +43,21 @@ def complete(aside: Path, final: Path, facts: Mapping[str, Any]) -> None:
     aside.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def save_model(trainer: Any, folder: Path, *, last: bool = True) -> None:
+    """The trainer's model as it is now, written aside so that `folder` is whole or not there; all processes call it.
+    What is not the `last` one is not pushed to the hub.
+    """
+    aside = folder.with_name(f"{SAVING}-{folder.name}")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(aside), _internal_call=not last)
+    if trainer.is_world_process_zero():
+        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle with every argument, useless to a reader
+        shutil.rmtree(aside / "ref", ignore_errors=True)  # the start of an adapter that was there before
+        put_in_place(aside, folder)
 
 
 def put_in_place(aside: Path, folder: Path) -> None:
@@ -104,14 +118,3 @@ def refuse_full_disk(folder: Path, needed: int, what: str, error: type[Exception
             f"{folder}: {what} needs about {needed / 1e9:.2f} GB, free are {free / 1e9:.2f} GB: make room, choose "
             "another hydra.run.dir, or keep fewer checkpoints (trl.save_total_limit=1)"
         )
-
-
-def explain_full_disk(error: OSError, folder: Path) -> Exception:
-    """`error` itself, or what to do where it says that nothing more can be written."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return error
-    free = shutil.disk_usage(folder).free / 1e9
-    return TrainingError(
-        f"{folder} cannot be written ({error}); {free:.2f} GB are free on its disk. The last checkpoint is as it was: "
-        "make room, and the same command goes on from there"
-    )

@@ -1,16 +1,109 @@
-"""Rows of tables: CSV, Parquet, Arrow, and the data sets of the hub."""
+"""Rows of all that is no JSON line by line: whole JSON, CSV, Parquet, Arrow, and the data sets of the hub."""
 
 import csv
 import io
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.config.data_files import ending, near_miss
-from dpo_kit.data.read import SURROGATE, Fault, Row, open_utf8, twice
+from dpo_kit.config.data_folders import SPLITS, split_name
+from dpo_kit.data.read import SURROGATE, Fault, Json, Row, open_utf8, read_lines, twice
 from dpo_kit.errors import DataError
+
+NO_LIST = "must hold one JSON list of rows; one row a line is a .jsonl file"
+_SPACE = re.compile(r"\s*")
+
+
+def read_value(path: Path, content: bytes, split: str) -> Iterator[Row | Fault]:
+    """The rows of `content`, the text of the file at `path`; where it holds rows of several splits those of `split`."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
+    start = _skip(text, 0)
+    if text[start : start + 1] == "[":
+        yield from _read_list(path, text, start)
+        return
+    if text[start : start + 1] != "{":
+        raise DataError(f"{path} {NO_LIST}")
+    whole, end = _element(Json(), path, 0, text, start)
+    if end == len(text.rstrip()):
+        yield from _read_object(path, whole, split)
+    elif "\n" not in text[start:end]:
+        yield from read_lines(path, io.BytesIO(content))
+    else:
+        raise _broken(path, text, end, "several objects over several lines, which make no list")
+
+
+def _read_object(path: Path, whole: Row | Fault, split: str) -> Iterator[Row | Fault]:
+    """Rows of {"data": [rows]}, of {split: [rows]} or of {column: [values]}."""
+    if isinstance(whole, Fault):
+        raise DataError(f"{path}: {whole.reason} ({whole.found}): {whole.remedy}")
+    columns = {name: cells for name, cells in whole.values.items() if isinstance(cells, list)}
+
+    def are_rows(cells: list[Any]) -> bool:
+        return all(isinstance(cell, dict) and not cell.keys() & {"role", "from"} for cell in cells)
+
+    lists = {name: cells for name, cells in columns.items() if are_rows(cells)}
+    of_split = {split_name(name): rows for name, rows in lists.items()}.get(split_name(split))
+    one_length = len({len(cells) for cells in columns.values()}) == 1
+    if one_length and len(columns) == len(whole.values) > max(1, len(lists)):
+        rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    elif of_split:
+        rows = of_split
+    elif len(lists) == 1 and not {name.lower() for name in lists} & SPLITS.keys():
+        (rows,) = lists.values()
+    else:
+        has = f"; it has the lists {', '.join(lists)}: data.train_split and data.eval_split say which" if lists else ""
+        raise DataError(f"{path} {NO_LIST}{has}")
+    for number, row in enumerate(rows):
+        yield Row(f"{path} row {number}", row)
+
+
+def _read_list(path: Path, text: str, start: int) -> Iterator[Row | Fault]:
+    """The rows of one JSON list, decoded one by one, so that a fault inside a row does not cost the others."""
+    parser, number, sign = Json(), 0, ","
+    position = _skip(text, start + 1)
+    if text[position : position + 1] == "]":
+        return
+    while sign == ",":
+        row, position = _element(parser, path, number, text, position)
+        yield row
+        number += 1
+        position = _skip(text, position)
+        sign = text[position : position + 1]
+        if sign not in (",", "]"):
+            raise _broken(path, text, position, "expecting ',' or ']'")
+        position = _skip(text, position + 1)
+    if position < len(text):
+        raise _broken(path, text, position, "text after the list")
+
+
+def _element(parser: Json, path: Path, number: int, text: str, position: int) -> tuple[Row | Fault, int]:
+    try:
+        return parser.row(f"{path} row {number}", text, position)
+    except json.JSONDecodeError as error:
+        raise _broken(path, text, error.pos, error.msg) from error
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, text, position, str(error)) from error
+
+
+def _skip(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]
+
+
+def _broken(path: Path, text: str, position: int, why: str) -> DataError:
+    line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
+    cut = " (the file is cut)" if position >= len(text) else ""
+    return DataError(f"{path}:{line}: not JSON: {why} at column {column}{cut}: mend or copy the file again")
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
 
 
 def read_cells(path: Path) -> Iterator[Row | Fault]:
