@@ -53,13 +53,10 @@ def best_of_n(scores: Sequence[Sequence[float]]) -> list[BestOf]:
 
 
 def as_good_as(value: float, points: Sequence[BestOf]) -> tuple[str, BestOf]:
-    """Which of `points` (by n) a policy of that `value` is as good as, in words: the first above n = 1 to reach it."""
-    first, last = next(point for point in points if point.n > 1), points[-1]
-    if value < first.value:
-        return "not better than", first
-    if value > last.value:
-        return "better than", last
-    return "as good as", next(point for point in points if point.value >= value)
+    """The highest of `points` (by n) that a policy of that `value` reaches, or the lowest above n = 1; in words."""
+    if reached := [point for point in points if point.n > 1 and point.value <= value]:
+        return "at least as good as", reached[-1]
+    return "not better than", next(point for point in points if point.n > 1)
 
 
 def win_rates_of_best_of(most: int = MOST) -> list[BestOf]:
