@@ -11,7 +11,7 @@ help:  ## show this list
 demo: $(VENV)/installed  ## train the embedded model on embedded pairs (half a minute on two cores once installed)
 	$(BIN)/python -m dpo_kit
 
-test: $(VENV)/installed  ## the quick tests (6 minutes on two cores)
+test: $(VENV)/installed  ## the quick tests (6 to 16 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(VENV)/installed-all  ## every test, whole runs of every method among them (60 minutes)

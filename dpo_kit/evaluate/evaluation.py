@@ -17,7 +17,7 @@ from dpo_kit.evaluate.win_rate import WinRate
 from dpo_kit.run import tracking
 from dpo_kit.run.files import read_json, write_json
 from dpo_kit.run.history import read_metrics
-from dpo_kit.run.measures import as_measured
+from dpo_kit.run.measures import as_measured, win_rate_key
 from dpo_kit.run.report.page import refresh_page
 from dpo_kit.run.rounding import in_rounding
 from dpo_kit.run.words import command, override
@@ -178,8 +178,7 @@ def show_line(job: Job, result: dict[str, Any], console: "Console") -> None:
     """One evaluation of several in a line, failed controls above it."""
     _show_first(read_parts(job.folder), console)
     figures, measured = [], as_measured(result)
-    rate = "win_rate" if result.get("win_rate_corrected") is None else "win_rate_corrected"
-    for key in ("accuracy", "auc", rate):
+    for key in ("accuracy", "auc", win_rate_key(result)):
         if result.get(key) is not None:
             value, low, high = (result[f"{key}{end}"] for end in ("", "_low", "_high"))
             doubt = " (rounding)" if in_rounding(f"probe/{key}", measured) else ""

@@ -26,7 +26,7 @@ from dpo_kit.judge.verdicts import Judge, Shown, Verdict, compare, run_controls,
 from dpo_kit.model.chats import Prompt, as_messages, conversation_text
 from dpo_kit.run.files import digest, write_jsonl, write_text
 from dpo_kit.run.journal import Journal, key_of
-from dpo_kit.run.measures import MEASURE, WIN_RATES
+from dpo_kit.run.measures import MEASURE, WIN_RATES, win_rate_key
 from dpo_kit.run.redact import redact, redact_text
 from dpo_kit.run.report.markdown import fence, inline
 from dpo_kit.run.report.numbers import labelled_rows
@@ -97,7 +97,8 @@ def measure_win_rate(job: Job) -> Found:
         asked = ask(judge, whole, sequence, seed=wanted.seed, within=wanted.within)
         spend = {"policy": our_cost, "opponent": their_cost, "judge": judge.spend()}
     compared = [row for row in compared if not row.shown or row.prompt_id in asked]
-    judged = [(row.shown, row.verdict) for row in compared if row.shown]
+    seen = [row for row in compared if row.shown]
+    judged = [(row.shown, row.verdict) for row in seen if row.shown]
     status = "done"
     if any(row.verdict.points is None for row in compared):
         status = "waiting" if len(judged) == len(compared) and settings.kind == "human" else "partial"
@@ -112,7 +113,6 @@ def measure_win_rate(job: Job) -> Found:
     ]  # fmt: skip
     review = None if settings.kind == "human" else sheet.check(judged, job.options.review)
     if review:
-        seen = [row for row in compared if row.shown]
         for row, vote in zip(seen, sheet.points([shown for shown, _ in judged]), strict=True):
             row.vote = vote
     found = {
@@ -379,7 +379,7 @@ class WinRate(Part):
                 )
         rate, needed = found["win_rate"], found["win_rate_needed_prompts"]
         if found["win_rate_verdict"] == "not separated":
-            best = found.get("win_rate_corrected") or rate
+            best = found[win_rate_key(found)]
             would = f"about {needed:,} prompts would tell a rate of {best:.3f} from .5" if needed else "it is .5 itself"
             yield Note(f"Not separated from {found['opponent']}: {would} ({found['prompts']:,} so far).")
         elif found["win_rate_verdict"] in ("better", "worse"):
@@ -387,8 +387,8 @@ class WinRate(Part):
             yield Note(f"{found['policy']} is {than} ({found['judge']['name']}).")
         elif rate is not None:
             yield Note(f"{found['policy']} is as good as {found['opponent']}: {found['win_rate_verdict']} of ½.")
-        if rate is not None and found["judge"]["kind"] == "llm" and not found.get("reviewed"):
-            accuracy = found["settings"].get("judge_accuracy", 0.8)
+        accuracy = found["settings"].get("judge_accuracy")  # none in what an earlier version wrote
+        if accuracy and rate is not None and found["judge"]["kind"] == "llm" and not found.get("reviewed"):
             alike, low, high = could_be(rate, accuracy)
             yield Note(
                 f"A judge that is right in {accuracy:.0%} of its verdicts shows {rate:.3f} where the rate is "

@@ -1,7 +1,7 @@
 """A judge's win rate, put right by what people said of a part of its comparisons."""
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import covariance, fmean, variance
 from typing import NamedTuple
 
 from dpo_kit.run.intervals import wilson
@@ -42,16 +42,13 @@ def correct(points: Sequence[float], votes: Sequence[float | None], prompts: Seq
     count = len(people)
     if count < LEAST:
         return None
-    of_people, of_judge = fmean(people.values()), fmean(seen.values())
-    gaps = [(people[prompt] - of_people, seen[prompt] - of_judge) for prompt in people]
-    people_var, judge_var, cov = (
-        sum(pair[i] * pair[j] for pair in gaps) / (count - 1) for i, j in ((0, 0), (1, 1), (0, 1))
-    )
+    given, said = list(people.values()), list(seen.values())
+    cov, judge_var = covariance(given, said), variance(said)
     weight = cov / judge_var if judge_var else 0.0
-    value = min(1.0, max(0.0, of_people + weight * (fmean(judge.values()) - of_judge)))
+    value = min(1.0, max(0.0, fmean(given) + weight * (fmean(judge.values()) - fmean(said))))
     explained = weight * cov
-    variance = (people_var - explained) * (count - 1) / (count - 2) / count + explained / len(judge)
-    trials = value * (1 - value) / variance if variance and 0 < value < 1 else count
+    spread = (variance(given) - explained) * (count - 1) / (count - 2) / count + explained / len(judge)
+    trials = value * (1 - value) / spread if spread and 0 < value < 1 else count
     return Corrected(value, *wilson(value, trials, float(t.ppf(0.975, count - 2))), count, weight)
 
 

@@ -37,9 +37,9 @@ class RunDirectory:
         self.reproduction = root / "reproduce"
         self.wandb_file = root / "wandb_id"
 
-    def weights(self, step: int) -> Path:
-        """The model as it was after `step` steps, where it was kept on the way."""
-        return self.path / f"step-{step}"
+    def weights(self, step: int | None) -> Path:
+        """The model as it was after `step` steps, where it was kept on the way; None: the last one."""
+        return self.model if step is None else self.path / f"step-{step}"
 
     def at(self, step: int) -> "RunDirectory":
         """The same with what was kept after `step` steps as its model. ConfigError where nothing was."""

@@ -72,6 +72,11 @@ HELD_OUT = (
 KLS = {way: (f"probe/kl_{way}_rb_nats", f"probe/kl_{way}_k1_nats") for way in ("forward", "reverse")}
 
 
+def win_rate_key(judged: Mapping[str, Any]) -> str:
+    """The key that a win rate is read from: what people put right where they did, else the judge's own."""
+    return "win_rate" if judged.get("win_rate_corrected") is None else "win_rate_corrected"
+
+
 def kl_key(direction: str, measured: Container[str]) -> str:
     """The key that the KL is read from: rb where it is among the `measured` keys (it costs more), else k1."""
     rb, k1 = KLS[direction]

@@ -92,10 +92,14 @@ class Costs:
         return rows + forward + reverse + times * self.capability
 
 
+def judges_answers(settings: Settings) -> bool:
+    """Whether fresh answers are judged as they are drawn."""
+    return bool(settings.data.gold or settings.callbacks.sample_metrics)
+
+
 def wanted_moments(settings: Settings) -> int:
     """At how many moments after the start the policy is sampled, at most."""
-    judged = bool(settings.data.gold or settings.callbacks.sample_metrics)
-    return settings.callbacks.path or (PATH if judged and sweep_folder() else 2)
+    return settings.callbacks.path or (PATH if judges_answers(settings) and sweep_folder() else 2)
 
 
 def choose_amount(
@@ -175,7 +179,7 @@ class Budget(TrainerCallback):
             typed.add("moments")
         if budget is None or len(typed) == len(vars(most)):
             return most
-        judged, started = bool(self.settings.data.gold or callbacks.sample_metrics), time.time()
+        judged, started = judges_answers(self.settings), time.time()
 
         def allowed(costs: Costs) -> float:
             return max(ALWAYS, MARGIN * budget / (1 - budget) * (started - self.began + steps * costs.step))

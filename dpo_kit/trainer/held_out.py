@@ -51,18 +51,12 @@ def measure_test_split(run_dir: str | Path, step: int | None = None) -> dict[str
     Written to test.json; a run that has one is read. Everything it was made of comes from its manifest.
     """
     run = RunDirectory(Path(run_dir))
-    file, weights = run.test_of(step), run.model if step is None else run.weights(step)
+    file = run.test_of(step)
     if file.exists():
         return read_json(file)
-    quiet_libraries()
-    manifest = read_json(run.manifest)
-    config = recall_config(manifest)
+    manifest, config, tokenizer, kind, rows = recall(run, "test")
     model, method = Model(**config["model"]), Method(**config["method"])
-    tokenizer = load_tokenizer(model)
-    keep_date(run, tokenizer)
-    kind, rows = read_held_out(config, method, tokenizer, "test")
-    refuse_other_rows(manifest, "test", rows)
-    tuned = Tuned(place(load_tuned(model, weights)), tokenizer, SimpleNamespace(**config["trl"]))
+    tuned = Tuned(place(load_tuned(model, run.weights(step))), tokenizer, SimpleNamespace(**config["trl"]))
     beta = config["beta"] if method.implicit_reward else None
     values: dict[str, float] = {}
     if kind != "prompts":
@@ -84,16 +78,11 @@ def score_reference_pool(run_dir: str | Path, most: int, least: int, seconds: fl
     """Gold rewards of `least` to `most` answers of the run's reference to each prompt that its own fresh answers were
     measured on, (prompts, answers): as many as can be drawn in so many seconds.
     """
-    quiet_libraries()
-    manifest = read_json(RunDirectory(Path(run_dir)).manifest)
-    config, chosen = recall_config(manifest), manifest["measuring"]
-    model, gold = Model(**config["model"]), load_gold(config["data"]["gold"])
-    tokenizer = load_tokenizer(model)
-    keep_date(RunDirectory(Path(run_dir)), tokenizer)
-    _, rows = read_held_out(config, Method(**config["method"]), tokenizer, "select")
-    refuse_other_rows(manifest, "select", rows)
+    manifest, config, tokenizer, _, rows = recall(RunDirectory(Path(run_dir)), "select")
+    gold, chosen = load_gold(config["data"]["gold"]), manifest["measuring"]
     rows = distinct_prompts(rows)[: chosen["prompts"]]
-    tuned = Tuned(place(load_reference(model)), tokenizer, SimpleNamespace(**config["trl"]))
+    reference = place(load_reference(Model(**config["model"])))
+    tuned = Tuned(reference, tokenizer, SimpleNamespace(**config["trl"]))
     rewards: list[list[float]] = []
     started = time.monotonic()
     with measuring(tuned, seed=config["seed"]):  # type: ignore[arg-type]
@@ -101,6 +90,22 @@ def score_reference_pool(run_dir: str | Path, most: int, least: int, seconds: fl
             drawn = draw_samples(tuned.model, tokenizer, rows, max_new_tokens=chosen["max_new_tokens"])
             rewards.append(gold.gold_rewards([row["prompt"] for row in rows], [sample.text for sample in drawn]))
     return [list(of_prompt) for of_prompt in zip(*rewards, strict=True)]
+
+
+def recall(
+    run: RunDirectory, split: Literal["select", "test"]
+) -> tuple[dict[str, Any], dict[str, Any], Any, Kind, Rows]:
+    """What a run was made of, as its manifest says: that manifest, its config, its tokenizer, and a held-out split with
+    the kind of its rows. DataError where the rows are others now.
+    """
+    quiet_libraries()
+    manifest = read_json(run.manifest)
+    config = recall_config(manifest)
+    tokenizer = load_tokenizer(Model(**config["model"]))
+    keep_date(run, tokenizer)
+    kind, rows = read_held_out(config, Method(**config["method"]), tokenizer, split)
+    refuse_other_rows(manifest, split, rows)
+    return manifest, config, tokenizer, kind, rows
 
 
 def refuse_other_rows(manifest: dict[str, Any], split: str, rows: Rows) -> None:

@@ -20,16 +20,18 @@ from pathlib import Path
 
 import raters
 import torch
-from ideal import ROUNDS, best_of_n, ideal_curve
+from ideal import ROUNDS, ideal_curve
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_kit.run.files import hash_weights
+from dpo_kit.sweep.choice.best_of import best_of_n
 from dpo_kit.toy import MODEL, domain
 
 logger = logging.getLogger(__name__)
 
 PAD, USER, ASSISTANT, SYSTEM, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
+BEST_OF = (1, 2, 4, 8, 16)
 LEAST_GAP = 0.45
 """Points of gold reward by which the two replies of a pair differ at least."""
 CHAT_TEMPLATE = (
@@ -254,7 +256,8 @@ def write_ideal(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out
     replies = sample_replies(model, tokenizer, asked, setting.max_new_tokens, setting.seed)
     rewards = [domain.gold_reward(prompt, reply or "") for prompt, reply in zip(asked, replies, strict=True)]
     table = torch.tensor(rewards).view(len(prompts), setting.ideal_samples)
-    found: dict[str, object] = {"ideal": ideal_curve(table), "best_of_n": list(best_of_n(table))}
+    best_of = [(point.n, point.kl, point.value) for point in best_of_n(table.tolist()) if point.n in BEST_OF]
+    found: dict[str, object] = {"ideal": ideal_curve(table), "best_of_n": best_of}
     found["model_sha256"] = hash_weights(out / "model")
     (out / "ideal.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -4,11 +4,7 @@ From many samples of the model to each held-out prompt, whose gold rewards are k
 
     ideal       π_ref·exp(reward/λ)/Z, the optimum of reward − λ·KL (DPO, arXiv:2305.18290, eq. 4), by importance
                 weights; its KL is E[reward]/λ − log Z
-    best of n   the best of n samples; its KL is at most log n − (n − 1)/n (arXiv:2401.01879)
 """
-
-import math
-from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,11 +25,3 @@ def _tilted(rewards: Tensor, temperature: float) -> tuple[float, float, float]:
     weights = torch.softmax(rewards / temperature, dim=1)
     kl = (weights * (weights * rewards.shape[1]).clamp(min=1e-30).log()).sum(1)
     return float(kl.mean()), float((weights * rewards).sum(1).mean()), float((1 / (weights**2).sum(1)).mean())
-
-
-def best_of_n(rewards: Tensor, counts: Sequence[int] = (1, 2, 4, 8, 16)) -> Iterator[tuple[int, float, float]]:
-    """(n, bound of the KL in nats, mean reward) of taking the best of n; `rewards` (prompts, samples)."""
-    ordered, total = rewards.sort(dim=1).values.mean(0), rewards.shape[1]
-    for n in counts:
-        chances = [math.comb(place, n - 1) / math.comb(total, n) for place in range(total)]
-        yield n, math.log(n) - (n - 1) / n, float((ordered * torch.tensor(chances, dtype=ordered.dtype)).sum())

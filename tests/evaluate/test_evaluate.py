@@ -17,14 +17,15 @@ from dpo_kit import compose, toy, train
 from dpo_kit.config.compose import check
 from dpo_kit.config.identity import comparable
 from dpo_kit.errors import ConfigError, DataError, EvaluationError, JudgeError, ModelError
-from dpo_kit.evaluate import evaluation
+from dpo_kit.evaluate import evaluation, win_rate
 from dpo_kit.evaluate.__main__ import main, work
 from dpo_kit.evaluate.job import Candidate, plan
 from dpo_kit.evaluate.part import Note, Part
 from dpo_kit.evaluate.win_rate import Compared, write_samples
 from dpo_kit.judge import correction
 from dpo_kit.judge.answers import Answer
-from dpo_kit.judge.verdicts import FAKES, Verdict
+from dpo_kit.judge.review import ReviewSheet
+from dpo_kit.judge.verdicts import FAKES, Shown, Verdict
 from dpo_kit.run.directory import RunDirectory
 from dpo_kit.run.files import read_json, write_json, write_jsonl
 from dpo_kit.run.report.markdown import fence
@@ -308,6 +309,24 @@ def test_a_failed_control_stands_above_the_result(run, capsys):
     found = read_json(run / "evaluation" / "win_rate.json")
     assert found["win_rate"] == 0.5 and found["order_inconsistency"] == 1 and found["first_position_rate"] == 1
     assert result_of(run)["judge"]["controls_failed"] == ["pick me", "constant", "empty"]
+
+
+def test_nothing_ends_early_where_people_check_the_judge(run, monkeypatch):
+    monkeypatch.setattr(win_rate, "ConfidenceSequence", lambda: 1 / 0)
+    with scripted_server(sensible) as server:
+        work([f"run={run}", RATE, *llm(server, controls=0), "review=3"])
+        work([f"run={run}", RATE, *llm(server, controls=0)])  # the sheet is there
+        (run / "evaluation" / "review.csv").unlink()
+        with pytest.raises(ZeroDivisionError):
+            work([f"run={run}", RATE, *llm(server, controls=0)])
+
+
+def test_people_s_votes_on_twice_the_same_answer_are_ties(tmp_path):
+    shown = [Shown("a", "x", "x"), Shown("b", "y", "z"), Shown("c", "x", "x")]
+    sheet = ReviewSheet(tmp_path / "review.csv")
+    sheet.write(shown[:2])
+    vote(sheet.path, lambda row: "1")
+    assert sheet.points(shown)[::2] == [0.5, None] and sheet.points(shown)[1] in (0, 1)
 
 
 def test_both_sides_may_answer_from_servers(run):

@@ -20,6 +20,8 @@ def test_the_best_of_n_is_the_mean_over_every_choice_of_n_answers():
         every = [fmean(max(chosen) for chosen in combinations(row, point.n)) for row in scores]
         assert point.value == pytest.approx(fmean(every))
         assert point.low <= point.value <= point.high
+    picked = {point.n: point.value for point in best_of_n([[float(place) for place in range(64)]])}
+    assert picked[1] == pytest.approx(31.5) and picked[2] == pytest.approx(65 * 2 / 3 - 1)
 
 
 def test_the_drift_is_at_most_the_bound_and_is_it_where_no_two_answers_score_the_same():

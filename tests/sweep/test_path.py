@@ -88,6 +88,31 @@ def test_an_early_checkpoint_beyond_the_budget_or_without_gain_is_not_eligible(t
     assert "does not beat the reference" in first.why_not[0] and "over the budget of 10" in second.why_not[0]
 
 
+def test_where_a_run_was_gated_a_checkpoint_without_a_gate_of_its_own_is_not_eligible(tmp_path: Path) -> None:
+    run = overtuned(tmp_path)
+    for folder in (run / "evaluation", run / "evaluation" / "step-60"):
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"status": "done", "gate": {"passed": True}}))
+    ungated, gated, end = summarize(tmp_path).choice.verdicts
+    assert ungated.why_not == ("no regression gate was run on it",) and not gated.why_not and not end.why_not
+
+
+def test_what_was_kept_at_the_last_step_is_the_run_s_end_and_no_further_one(tmp_path: Path) -> None:
+    run = overtuned(tmp_path)  # as where patience ended it at step 60
+    (run / "result.json").write_text(json.dumps(json.loads((run / "result.json").read_text()) | {"steps": 60}))
+    assert [verdict.run.step for verdict in summarize(tmp_path).choice.verdicts] == [30, None]
+
+
+def test_a_run_that_chance_alone_may_have_made_fall_is_not_said_to_fall(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "a", gold=rewards(2.0), gold_start=rewards(1.0, seed=1), kl=6.0)
+    for step, mean in ((25, 1.99), (50, 2.068), (75, 2.0)):
+        keep(run, step, rewards(mean, seed=step), 3.0)
+    choice = summarize(tmp_path).choice
+    fall = choice.quality.compare(choice.verdicts[1].run, choice.verdicts[3].run)
+    assert fall is not None and fall.low > 0 and fall.p < 0.05 < 3 * fall.p  # the highest of three
+    assert not any("falls" in note for note in choice.notes)
+
+
 def test_what_the_winner_measured_on_the_test_split_is_that_of_its_own_weights(tmp_path: Path) -> None:
     run = overtuned(tmp_path)
     for folder, reward in ((run, 1.11), (run / "path" / "step-60", 2.22)):

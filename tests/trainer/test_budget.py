@@ -34,6 +34,8 @@ def test_the_seconds_of_measuring_are_those_of_its_passes():
 def test_all_is_measured_where_it_is_cheap_and_the_least_where_nothing_fits():
     assert choose_amount(MOST, QUICK, allowed=1.0) == MOST
     assert choose_amount(MOST, SLOW, allowed=1.0) == LEAST[-1]
+    often = dataclasses.replace(MOST, moments=4)
+    assert choose_amount(often, QUICK, allowed=1.0) == often and choose_amount(often, SLOW, allowed=1.0) == LEAST[-1]
     few = Amount(evaluations=1, pairs=2, prompts=1, max_new_tokens=7)  # there is no more than that
     assert choose_amount(few, SLOW, allowed=1.0) == few
 
@@ -127,9 +129,6 @@ def test_a_judged_run_of_a_sweep_is_sampled_four_times_on_its_way_and_its_weight
             load_file(of / "model.safetensors") for of in (run.weights(step), run.checkpoints / f"checkpoint-{step}")
         )
         assert all(torch.equal(kept[name], saved[name]) for name in saved)
-    with costing(monkeypatch, SLOW):  # half-way and end: four moments would take too long
-        train(compose([*words, "beta=0.2"]), tmp_path / "slow" / "run")
-    assert read_json(tmp_path / "measuring.json")["moments"] == 4  # the runs of a sweep agree
     monkeypatch.setattr(budget, "sweep_folder", lambda: None)
     with costing(monkeypatch, QUICK):
         train(compose(words), tmp_path / "alone")

@@ -86,11 +86,12 @@ def _verdict(facts: Facts) -> str:
     if (status := str(facts.result.get("status", "running or killed"))) != "done":
         return f"**{status.capitalize()}**: {inline(str(facts.result.get('error', 'no reason recorded')))}"
     if facts.has_results:
+        from dpo_kit.run.measures import win_rate_key
         from dpo_kit.run.report.numbers import value_text
 
         start, final, judged = facts.result.get("start") or {}, facts.result.get("final") or {}, facts.judged
         if judged.get("win_rate_verdict"):
-            rate = value_text(judged, "win_rate" if judged.get("win_rate_corrected") is None else "win_rate_corrected")
+            rate = value_text(judged, win_rate_key(judged))
             against = f"{inline(str(judged['opponent']))}, on {judged['win_rate_prompts']} prompts"
             return f"**{judged['win_rate_verdict'].capitalize()}**: win rate {rate} against {against}."
         if final.get("gold/reward") is not None:  # both intervals share their prompts: they do not say which is better

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpo_kit.run.measures import MEASURE
+from dpo_kit.run.measures import MEASURE, win_rate_key
 from dpo_kit.run.statistics import Difference, from_intervals, mcnemar, needed_against_half, paired_bootstrap
 from dpo_kit.sweep.choice.runs import RunRecord, number
 
@@ -86,24 +86,20 @@ class WinRate(Quality):
     def read(self, run: RunRecord) -> Interval | None:
         """None while verdicts are missing: those that are there may be the easy ones."""
         whole = run.finished and (run.judged.get("parts") or {}).get("win_rate", "done") == "done"
-        return read_interval(run.judged, self._key(run)) if whole else None
+        return read_interval(run.judged, win_rate_key(run.judged)) if whole else None
 
     def count(self, run: RunRecord) -> int:
         return int(number(run.judged.get("win_rate_prompts")) or 0)
 
     def compare(self, first: RunRecord, second: RunRecord) -> Difference | None:
         """None where another judge or another opponent stood behind them: these do not compare."""
-        alike = first.judged_by == second.judged_by and self._key(first) == self._key(second)
+        alike = first.judged_by == second.judged_by and win_rate_key(first.judged) == win_rate_key(second.judged)
         return super().compare(first, second) if alike else None
 
     def pair(self, first: RunRecord, second: RunRecord) -> Difference | None:
         """None where people put the rates right, which they did as a whole."""
-        judged_alone = self._key(first) == self._key(second) == self.key
+        judged_alone = all(win_rate_key(run.judged) == self.key for run in (first, second))
         return paired_bootstrap(first.points_by_prompt, second.points_by_prompt) if judged_alone else None
-
-    def _key(self, run: RunRecord) -> str:
-        corrected = f"{self.key}_corrected"
-        return self.key if run.judged.get(corrected) is None else corrected
 
 
 class Accuracy(Quality):

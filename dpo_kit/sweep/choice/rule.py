@@ -11,6 +11,7 @@ from typing import Any
 
 from dpo_kit.config.settings import Choose
 from dpo_kit.run.files import texts
+from dpo_kit.run.measures import win_rate_key
 from dpo_kit.run.report.diagnosis import UNFELT
 from dpo_kit.run.rounding import rounding_text
 from dpo_kit.run.statistics import Difference, from_intervals, holm
@@ -259,14 +260,14 @@ def _notes(runs: Sequence[RunRecord], finished: Sequence[RunRecord], choice: Cho
     if len({((run.manifest.get("data") or {}).get("select") or {}).get("sha256") for run in finished}) > 1:
         yield say("different data")
     tests = [test for verdict in choice.verdicts for test in (verdict.gain, verdict.against_best) if test]
-    corrected = any(run.judged.get("win_rate_corrected") is not None for run in finished)
+    corrected = {win_rate_key(verdict.run.judged) for verdict in choice.verdicts if verdict.quality} - {"win_rate"}
     if any(test.basis == "their intervals alone" for test in tests) and not corrected:
         yield say("no answers")
     if quality.key == "win_rate":
         judged = [verdict.run for verdict in choice.verdicts if verdict.quality]
         if len({run.judged_by for run in judged}) > 1:
             yield say("different judges")
-        if len({run.judged.get("win_rate_corrected") is None for run in judged}) > 1:
+        if len({win_rate_key(run.judged) for run in judged}) > 1:
             yield say("corrected in part")
         judges = [verdict.run.judged.get("judge") or {} for verdict in choice.verdicts]
         if failed := {name for judge in judges for name in judge.get("controls_failed") or []}:

@@ -68,7 +68,7 @@ class RunRecord:
 
     @property
     def weights(self) -> Path:
-        return self.directory.model if self.step is None else self.directory.weights(self.step)
+        return self.directory.weights(self.step)
 
     def way(self) -> "list[RunRecord]":
         """The run as it was at each step whose weights were kept, then at its end."""
